@@ -1,0 +1,70 @@
+"""The golden profile: which layer of a model to edit, why, and for which model that holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import UserError
+from pipeline.files import write_text
+
+PROFILE_FILE = "golden_profile.json"
+
+
+class GoldenProfile(BaseModel):
+    """Found once for a model, used by every later edit of it.
+
+    Attributes:
+        model, fingerprint: the model it holds for.
+        method, scope: how blocks were scored, and whose weights.
+        scores: one a block: the mean over requests.
+        fences: lower and upper fence; None: off.
+        excluded: blocks outside the fences.
+        ranking: the other blocks, best first.
+        raw_ranking: all blocks by score.
+        golden_layers: the first of the ranking: where to edit.
+        request_set: where the proxy requests come from.
+        requests: how many they were.
+        seconds: how long it took.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    fingerprint: str
+    method: str
+    scope: str
+    scores: list[float]
+    fences: tuple[float, float] | None
+    excluded: list[int]
+    ranking: list[int]
+    raw_ranking: list[int]
+    golden_layers: list[int]
+    request_set: str
+    requests: int
+    seconds: float
+
+    def save(self, folder: Path) -> Path:
+        """Write `golden_profile.json` into a folder, whole or not at all."""
+        return write_text(folder / PROFILE_FILE, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> GoldenProfile:
+        """Read a profile from its file, or from the folder that holds it.
+
+        Raises:
+            UserError: when there is none, or it is no profile.
+        """
+        path = Path(path)
+        path = path / PROFILE_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"profile: {path}: no such file; `run.py attribute` makes one")
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(
+                f"profile: {path}: no golden profile: {where} {first['msg']}".replace("  ", " ")
+            ) from None

@@ -1,0 +1,206 @@
+"""One function a command: thin, so that what a command does can be done from Python as well.
+
+A command's imports stand inside it, so that `--help` answers without loading torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.errors import UserError, check_choice
+from pipeline.options import (
+    AttributeCommand,
+    ComputeOptions,
+    EditCommand,
+    EditOptions,
+    EvaluateCommand,
+    EvaluationOptions,
+    ExportCommand,
+    GenerateCommand,
+    ModelOptions,
+    RunCommand,
+)
+
+if TYPE_CHECKING:
+    from pipeline.attribution import GoldenProfile
+    from pipeline.model import LLM
+    from pipeline.reporting import RunLog
+    from pipeline.requests import EditRequest
+
+
+def run(options: RunCommand) -> None:
+    """Find the golden layer with one part of the requests, edit the other part there, and prove it."""
+    from pipeline.attribution import METHODS as SELECTORS
+    from pipeline.attribution import GoldenProfile, find_golden_layer
+    from pipeline.editing import METHODS, choose_layers
+    from pipeline.requests import load_requests, split_by_subject
+
+    check_choice("attribution.method", options.attribution.method, SELECTORS)
+    check_choice("edit.method", options.edit.method, METHODS)
+    with _working(options, "run") as log:
+        requests = load_requests(options.requests, options.limit, options.offset)
+        if options.profile:
+            profile, edits = GoldenProfile.load(options.profile), requests
+        else:
+            proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
+        llm = _load(options)
+        if options.profile:
+            choose_layers(llm, profile, options.edit)
+        else:
+            llm.check_layers(options.edit.layers or [])
+            profile = find_golden_layer(llm, proxy, options.attribution, options.trainer, _request_set(options))
+        log.keep_profile(profile)
+        _edit_and_prove(log, llm, edits, profile, options, options.edit, options.evaluation)
+
+
+def attribute(options: AttributeCommand) -> None:
+    """Find the golden layer of a model from a set of edit requests, and keep it as a profile."""
+    from pipeline.attribution import METHODS, find_golden_layer
+    from pipeline.requests import load_requests
+
+    check_choice("method", options.method, METHODS)
+    with _working(options, "attribute") as log:
+        requests = load_requests(options.requests, options.limit, options.offset)
+        llm = _load(options)
+        log.keep_profile(find_golden_layer(llm, requests, options, options.trainer, _request_set(options)))
+
+
+def edit(options: EditCommand) -> None:
+    """Edit requests at the golden layer, measure before and after, and keep the update."""
+    from pipeline.attribution import GoldenProfile
+    from pipeline.editing import METHODS, choose_layers
+    from pipeline.requests import load_requests
+
+    check_choice("method", options.method, METHODS)
+    with _working(options, "edit") as log:
+        requests = load_requests(options.requests, options.limit, options.offset)
+        profile = GoldenProfile.load(options.profile) if options.profile else None
+        if profile is None and not options.layers:
+            raise UserError("edit: where? give --profile FILE, which `run.py attribute` makes, or --layers [N]")
+        llm = _load(options)
+        choose_layers(llm, profile, options)
+        _edit_and_prove(log, llm, requests, profile, options, options, options.evaluation)
+
+
+def evaluate(options: EvaluateCommand) -> None:
+    """Measure a model on edit requests and, with an update, the model before and after it."""
+    from pipeline.editing import WeightUpdate
+    from pipeline.evaluation import evaluate
+    from pipeline.requests import load_requests
+
+    with _working(options, "evaluate") as log:
+        requests = load_requests(options.requests, options.limit, options.offset)
+        update = WeightUpdate.load(options.update) if options.update else None
+        llm = _load(options)
+        measured = evaluate(llm, requests, update, options, options.trainer)
+        log.keep_metrics(llm.name, requests, measured)
+
+
+def export(options: ExportCommand) -> None:
+    """Write the edited model as a plain Hugging Face folder, or the update alone."""
+    from pipeline.editing import WeightUpdate, export_merged
+
+    with _working(options, "export") as log:
+        update = WeightUpdate.load(options.update)
+        llm = _load(options)
+        llm.check_made_for("update", update.model, update.fingerprint)
+        if options.kind == "merged":
+            export_merged(llm, update, log.folder)
+        else:
+            update.save(log.folder)
+
+
+def generate(options: GenerateCommand) -> None:
+    """Show the answers of the base model and of the edited one side by side."""
+    from pipeline.editing import WeightUpdate
+    from pipeline.model import generate
+    from pipeline.reporting import show_answers
+    from pipeline.requests import load_requests
+
+    _prepare(options)
+    update = WeightUpdate.load(options.update) if options.update else None
+    prompts = options.prompt or [
+        request.prompt for request in load_requests(options.requests, options.limit, options.offset)
+    ]
+    llm = _load(options)
+    settings: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens,
+        "batch_size": options.batch_size,
+        "trainer": options.trainer,
+    }
+    answers = {"base": generate(llm, prompts, **settings, title="Base model")}
+    if update:
+        with update.applied(llm):
+            answers["edited"] = generate(llm, prompts, **settings, title="Edited model")
+    show_answers(prompts, answers)
+
+
+class Command(NamedTuple):
+    """A command's function, its options, and the line that `--help` shows of it."""
+
+    function: Callable[[Any], None]
+    options: type
+
+    @property
+    def help(self) -> str:
+        return (self.function.__doc__ or "").splitlines()[0]
+
+
+COMMANDS = {
+    "run": Command(run, RunCommand),
+    "attribute": Command(attribute, AttributeCommand),
+    "edit": Command(edit, EditCommand),
+    "evaluate": Command(evaluate, EvaluateCommand),
+    "export": Command(export, ExportCommand),
+    "generate": Command(generate, GenerateCommand),
+}
+
+
+def _prepare(options: ModelOptions) -> None:
+    from lightning.pytorch import seed_everything
+
+    from pipeline.model import hush
+
+    hush(options.verbose)
+    seed_everything(getattr(options, "seed", 0), verbose=False)
+
+
+def _working(options: Any, command: str) -> Any:
+    """The command's output folder, tensorboard and report, made once its name is known to be free."""
+    from pipeline.reporting import run_log
+
+    _prepare(options)
+    return run_log(command, options.output, options.overwrite, asdict(options))
+
+
+def _load(options: ModelOptions) -> LLM:
+    from pipeline.model import load_model, weights_dtype
+
+    trainer = options.trainer if isinstance(options, ComputeOptions) else None
+    return load_model(options.model, weights_dtype(trainer), options.verbose)
+
+
+def _request_set(options: Any) -> str:
+    return options.requests if options.requests == "demo" else Path(options.requests).name
+
+
+def _edit_and_prove(
+    log: RunLog,
+    llm: LLM,
+    requests: list[EditRequest],
+    profile: GoldenProfile | None,
+    compute: ComputeOptions,
+    edit_options: EditOptions,
+    evaluation: EvaluationOptions,
+) -> None:
+    """Stages two and three: edit, save the update, measure what was saved."""
+    from pipeline.editing import edit
+    from pipeline.evaluation import evaluate
+
+    update = edit(llm, requests, profile, edit_options, compute.trainer, log.tensorboard, compute.seed)
+    update.save(log.folder)
+    measured = evaluate(llm, requests, update, evaluation, compute.trainer)
+    log.keep_metrics(llm.name, requests, measured, update, profile)

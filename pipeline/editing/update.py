@@ -1,0 +1,132 @@
+"""The weight update: what an edit changed, small enough to keep, exact to apply and to undo."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.files import require_room, write_json, write_whole
+from pipeline.model import LLM
+from pipeline.requests import EditRequest
+
+UPDATE_FILE, TENSORS_FILE = "update.json", "update.safetensors"
+
+
+@dataclass
+class WeightUpdate:
+    """The tensors that an edit changed, by their full names in the model, as they are after it.
+
+    Applying is replacing, so the edited model is exactly the one that was measured, and undoing puts the
+    replaced tensors back, bit for bit.
+
+    Attributes:
+        model, fingerprint: the base model.
+        method: the kind of edit.
+        layers: the blocks it changed.
+        tensors: full tensors by name.
+        requests: what was edited.
+        options: the method's options.
+    """
+
+    model: str
+    fingerprint: str
+    method: str
+    layers: list[int]
+    tensors: dict[str, Tensor]
+    requests: list[EditRequest] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def applied(self, llm: LLM) -> Iterator[LLM]:
+        """The model with the update in it, inside the `with`; the base model again after it."""
+        undo = self.apply(llm)
+        try:
+            yield llm
+        finally:
+            undo.apply(llm)
+
+    @torch.no_grad()
+    def apply(self, llm: LLM) -> WeightUpdate:
+        """Put the update's tensors into the model in place; return the update that undoes it.
+
+        Raises:
+            UserError: when the update was made for another model.
+        """
+        llm.check_made_for("update", self.model, self.fingerprint)
+        parameters = dict(llm.model.named_parameters())
+        replaced = {name: parameters[name].detach().clone() for name in self.tensors}
+        for name, tensor in self.tensors.items():
+            parameters[name].copy_(tensor)
+        return WeightUpdate(self.model, self.fingerprint, "undo", self.layers, replaced)
+
+    @rank_zero_only
+    def save(self, folder: Path) -> None:
+        """Write `update.safetensors` and then `update.json`, which holds its SHA-256.
+
+        Raises:
+            UserError: when the disk has no room for it.
+        """
+        require_room(folder, sum(tensor.nbytes for tensor in self.tensors.values()))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        file = write_whole(folder / TENSORS_FILE, lambda partial: partial.write_bytes(tensors_to_bytes(tensors)))
+        write_json(
+            folder / UPDATE_FILE,
+            {
+                "model": self.model,
+                "fingerprint": self.fingerprint,
+                "method": self.method,
+                "layers": self.layers,
+                "options": self.options,
+                "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+                "sha256": _sha256(file),
+                "requests": [request.model_dump(exclude_defaults=True) for request in self.requests],
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> WeightUpdate:
+        """Read an update from the folder that `edit` or `run` wrote.
+
+        Raises:
+            UserError: when a file is missing, damaged, or changed since it was written.
+        """
+        folder = Path(folder)
+        for name in (UPDATE_FILE, TENSORS_FILE):
+            if not (folder / name).is_file():
+                raise UserError(f"update: {folder}: holds no {name}; expected a folder that `run.py edit` wrote")
+        try:
+            described = json.loads((folder / UPDATE_FILE).read_text(encoding="utf-8"))
+            if _sha256(folder / TENSORS_FILE) != described["sha256"]:
+                raise UserError(f"update: {folder / TENSORS_FILE}: changed since it was written (SHA-256 differs)")
+            return cls(
+                model=described["model"],
+                fingerprint=described["fingerprint"],
+                method=described["method"],
+                layers=described["layers"],
+                tensors=load_file(folder / TENSORS_FILE),
+                requests=[EditRequest.model_validate(request) for request in described["requests"]],
+                options=described["options"],
+            )
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"update: {folder}: damaged: {type(error).__name__}: {reason}") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

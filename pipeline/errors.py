@@ -1,0 +1,24 @@
+"""The one kind of error that is a user's to mend: shown as a single line, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """What is wrong, where (file, record or flag), what was expected and what exists, in one line."""
+
+
+def check_choice(what: str, value: str, choices: Collection[str]) -> None:
+    """Raise UserError unless `value` is one of `choices`, naming them all and the closest one."""
+    if value not in choices:
+        close = get_close_matches(value, choices, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(f"{what}: {value!r} does not exist{hint}; there is {', '.join(sorted(choices))}")
+
+
+def check_at_least(what: str, value: float, least: float) -> None:
+    """Raise UserError when `value` is below `least`."""
+    if value < least:
+        raise UserError(f"{what}: {value} is too small; the least is {least}")

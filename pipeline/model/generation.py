@@ -1,0 +1,108 @@
+"""Greedy generation from prompts alone, in length-sorted, left-padded batches under a Trainer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from pipeline.model.llm import LLM
+from pipeline.model.targets import check_length, tokenize
+from pipeline.model.trainer import build_trainer, predict
+from pipeline.options import TrainerOptions
+from pipeline.requests import ListDataModule
+
+STATEMENT_END = re.compile(r"\n|[.!?](?=\s|$)")
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt's tokens and its number among the prompts given."""
+
+    token_ids: list[int]
+    index: int
+
+
+@dataclass
+class PromptBatch:
+    """Prompts padded on the left: token ids and mask (B, T), and the prompts' numbers."""
+
+    input_ids_BT: Tensor
+    mask_BT: Tensor
+    indices: list[int]
+
+
+def encode_prompts(llm: LLM, prompts: Sequence[str], max_new_tokens: int) -> list[PromptRow]:
+    """Token ids of prompts, shortest first; UserError when one leaves no room in the context."""
+    rows = [PromptRow(ids, i) for i, ids in enumerate(tokenize(llm, [p.rstrip() for p in prompts]))]
+    for row in rows:
+        check_length(llm, len(row.token_ids) + max_new_tokens, f"prompt {prompts[row.index][:60]!r}")
+    return sorted(rows, key=lambda row: len(row.token_ids))
+
+
+def collate_prompts(rows: Sequence[PromptRow], pad_token_id: int) -> PromptBatch:
+    """Pad prompts on the left into one batch."""
+    width = max(len(row.token_ids) for row in rows)
+    ids = [[pad_token_id] * (width - len(row.token_ids)) + row.token_ids for row in rows]
+    mask = [[0] * (width - len(row.token_ids)) + [1] * len(row.token_ids) for row in rows]
+    return PromptBatch(torch.tensor(ids), torch.tensor(mask), [row.index for row in rows])
+
+
+def greedy(llm: LLM, batch: PromptBatch, max_new_tokens: int) -> list[str]:
+    """The model's greedy continuation of each prompt, up to its own end or `max_new_tokens`."""
+    tokens_BT = llm.model.generate(  # type: ignore[operator]
+        batch.input_ids_BT,
+        attention_mask=batch.mask_BT,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=llm.pad_token_id,
+    )
+    return llm.tokenizer.batch_decode(tokens_BT[:, batch.input_ids_BT.shape[1] :], skip_special_tokens=True)
+
+
+class GreedyModule(LightningModule):
+    """Wraps an LLM; each predict step returns (prompt number, generated text) pairs."""
+
+    def __init__(self, llm: LLM, max_new_tokens: int) -> None:
+        super().__init__()
+        self.llm = llm
+        self.model = llm.model
+        self.max_new_tokens = max_new_tokens
+
+    def predict_step(self, batch: PromptBatch) -> list[tuple[int, str]]:
+        return list(zip(batch.indices, greedy(self.llm, batch, self.max_new_tokens), strict=True))
+
+
+def generate(
+    llm: LLM,
+    prompts: Sequence[str],
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    trainer: TrainerOptions | None = None,
+    title: str = "Generating",
+) -> list[str]:
+    """Greedy continuations of prompts, in the prompts' order.
+
+    Raises:
+        UserError: when a prompt and its answer do not fit the model's context.
+    """
+    rows = encode_prompts(llm, prompts, max_new_tokens)
+    data = ListDataModule((rows, lambda part: collate_prompts(part, llm.pad_token_id), batch_size))
+    with llm.frozen():
+        texts = dict(
+            predict(build_trainer(trainer or TrainerOptions(), title), GreedyModule(llm, max_new_tokens), data)
+        )
+    return [texts[index] for index in range(len(prompts))]
+
+
+def first_statement(generated: str) -> str:
+    """What a generation says before its first line or sentence ends: the model's own short answer."""
+    return STATEMENT_END.split(generated.strip(), maxsplit=1)[0].strip()

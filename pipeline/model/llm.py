@@ -1,0 +1,105 @@
+"""The language model as the pipeline sees it: weights, tokenizer, block map and fingerprint in one value."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import UserError
+from pipeline.model.blocks import Block, find_blocks
+
+SAMPLES = 1024  # values of each tensor that go into a fingerprint
+
+
+class LLM:
+    """A causal language model with its tokenizer; make it from loaded objects, or with `load_model`.
+
+    Args:
+        model: any Hugging Face decoder that `find_blocks` understands.
+        tokenizer: its tokenizer.
+        name: what the user calls it, for messages and files.
+
+    Attributes:
+        blocks: the map of its blocks.
+        fingerprint: tells this model's weights from any other's; taken when the LLM is made, so it stays
+            the base model's while an update is applied.
+
+    Raises:
+        UserError: when the model's structure is not supported.
+
+    Example:
+        llm = LLM(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or model.config.name_or_path or type(model).__name__
+        self.blocks: list[Block] = find_blocks(model)
+        if not isinstance(model.get_output_embeddings(), nn.Module):
+            raise UserError(f"model: {type(model).__name__}: expected a language-model head; found none")
+        self.fingerprint = fingerprint(model)
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence in tokens, where the config tells."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills batches: masked or behind everything that is read, so any will do."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        return 0
+
+    def check_layers(self, layers: Collection[int]) -> None:
+        """Raise UserError when a block number does not exist."""
+        for layer in layers:
+            if not 0 <= layer < len(self.blocks):
+                raise UserError(
+                    f"layers: {layer} is not a block of {self.name}; it has 0 to {len(self.blocks) - 1}"
+                )
+
+    def check_made_for(self, what: str, model: str, fingerprint: str) -> None:
+        """Raise UserError when something (`what`) was made for a model with another fingerprint."""
+        if fingerprint != self.fingerprint:
+            raise UserError(
+                f"{what}: made for model {model!r} ({fingerprint}), not for {self.name!r} ({self.fingerprint})"
+            )
+
+    @contextmanager
+    def frozen(self, trainable: Collection[str] = ()) -> Iterator[None]:
+        """Eval mode with every weight frozen but the named ones; the model's own state comes back after."""
+        training = self.model.training
+        required = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        try:
+            self.model.eval()
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in trainable)
+            yield
+        finally:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(required[name])
+                parameter.grad = None
+            self.model.train(training)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits from each weight's name, shape and 1,024 evenly spaced values.
+
+    Takes milliseconds for any size of model and sees every edit, which changes whole matrices.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+        digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

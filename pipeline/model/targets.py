@@ -1,0 +1,155 @@
+"""Prompt and answer as tokens, and the model's logits at the answer's positions only.
+
+Every stage that scores an answer (attribution, editing, evaluation) goes through this one path. Shapes:
+B rows, T tokens, N target tokens of the whole batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from pipeline.errors import UserError
+from pipeline.model.llm import LLM
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One text of which some tokens are scored.
+
+    Attributes:
+        token_ids: prompt and target.
+        target_start: place of the first target token; at least 1.
+        tag: whatever the caller wants back with the row's score.
+    """
+
+    token_ids: list[int]
+    target_start: int
+    tag: Any = None
+
+
+@dataclass  # Lightning moves batches to the device by setting their fields
+class TargetBatch:
+    """Rows padded on the right: a causal model never looks there, so no mask is needed.
+
+    Attributes:
+        input_ids_BT: token ids.
+        row_N: which row each target token belongs to.
+        position_N: the position that predicts it, one before its own.
+        target_N: the target tokens.
+        tags: the rows' tags.
+    """
+
+    input_ids_BT: Tensor
+    row_N: Tensor
+    position_N: Tensor
+    target_N: Tensor
+    tags: list[Any]
+
+    def row_means(self, values_N: Tensor) -> Tensor:
+        """Mean of a value over each row's target tokens, shape (B,)."""
+        rows = len(self.input_ids_BT)
+        sums = values_N.new_zeros(rows).index_add(0, self.row_N, values_N)
+        return sums / torch.bincount(self.row_N, minlength=rows)
+
+
+def encode(
+    llm: LLM, pairs: Sequence[tuple[str, str]], tags: Sequence[Any] | None = None, what: str = "requests"
+) -> list[TargetRow]:
+    """Join prompts and answers by one space and find the answers' tokens.
+
+    The target begins where the joined text's tokens leave the prompt's own, so it is right with and without
+    a BOS token, and for tokenizers that keep the space with the word or apart from it.
+
+    Args:
+        pairs: (prompt, answer) texts.
+        tags: one a pair, kept in the rows.
+        what: for messages: what the pairs are.
+
+    Raises:
+        UserError: when an answer becomes no token, or a text is longer than the model's context.
+    """
+    if not pairs:
+        return []
+    prompts = [prompt.rstrip() for prompt, _ in pairs]
+    prompt_ids = tokenize(llm, prompts)
+    joined_ids = tokenize(
+        llm, [f"{prompt} {answer.strip()}" for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
+    )
+    rows = []
+    for index, (before, ids) in enumerate(zip(prompt_ids, joined_ids, strict=True)):
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b),
+            min(len(before), len(ids)),
+        )
+        tag = tags[index] if tags is not None else None
+        if shared == len(ids):
+            raise UserError(f"{what}: answer {pairs[index][1]!r} to {pairs[index][0]!r} becomes no token")
+        check_length(llm, len(ids), f"{what}: {prompts[index][:60]!r}")
+        rows.append(TargetRow(ids, max(shared, 1), tag))
+    return rows
+
+
+def tokenize(llm: LLM, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that go on: with the tokenizer's opening tokens, without a closing one."""
+    end = llm.tokenizer.eos_token_id
+    return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in llm.tokenizer(list(texts)).input_ids]
+
+
+def check_length(llm: LLM, length: int, what: str) -> None:
+    """Raise UserError when `length` tokens do not fit the model's context."""
+    if llm.context_length is not None and length > llm.context_length:
+        raise UserError(f"{what}: {length} tokens; the context of {llm.name} holds {llm.context_length}")
+
+
+def collate_targets(rows: Sequence[TargetRow], pad_token_id: int = 0) -> TargetBatch:
+    """Pad rows into one batch."""
+    input_ids = nn.utils.rnn.pad_sequence(
+        [torch.tensor(row.token_ids) for row in rows], batch_first=True, padding_value=pad_token_id
+    )
+    places = [(i, t) for i, row in enumerate(rows) for t in range(row.target_start, len(row.token_ids))]
+    row_N, target_position_N = torch.tensor(places).T
+    return TargetBatch(
+        input_ids_BT=input_ids,
+        row_N=row_N.contiguous(),
+        position_N=target_position_N - 1,
+        target_N=input_ids[row_N, target_position_N],
+        tags=[row.tag for row in rows],
+    )
+
+
+@contextmanager
+def head_reads_only(model: PreTrainedModel, row_N: Tensor, position_N: Tensor) -> Iterator[None]:
+    """The language-model head sees only the named positions, as one row: logits come as (1, N, V).
+
+    What a family does with its logits after the head (scaling, soft caps) still happens.
+    """
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden_BTD, *rest = args
+        return (hidden_BTD[row_N, position_N].unsqueeze(0), *rest)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def target_logits(model: PreTrainedModel, batch: TargetBatch) -> Tensor:
+    """Logits (N, V) that predict the target tokens, in float32 at least; no other position meets the vocabulary."""
+    with head_reads_only(model, batch.row_N, batch.position_N):
+        logits_NV = model(input_ids=batch.input_ids_BT, use_cache=False).logits.squeeze(0)
+    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+
+def target_losses(model: PreTrainedModel, batch: TargetBatch) -> Tensor:
+    """ℓ(x, y) of every row: mean over its target tokens of −log p, in nats, shape (B,)."""
+    return batch.row_means(F.cross_entropy(target_logits(model, batch), batch.target_N, reduction="none"))

@@ -1,0 +1,239 @@
+"""Every option of every command, as dataclasses checked as they are made.
+
+This module imports neither torch nor lightning, so that `--help` answers at once. A field's docstring is
+its help text; a flag's name is the path to its field (`--edit.finetune.epochs`). Options of one stage are
+one class, and a command's options are the stages' classes joined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.errors import UserError, check_at_least, check_choice
+
+SCOPES = ("mlp", "down", "attention", "block")
+OLD_ANSWERS = ("dataset", "model")
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
+EXPORTS = ("merged", "update")
+
+
+@dataclass(kw_only=True)
+class TrainerOptions:
+    """What Lightning's Trainer runs on."""
+
+    accelerator: str = "auto"
+    """cpu, gpu, auto, or any other accelerator of Lightning."""
+    devices: str = "auto"
+    """How many devices, or which (`0,2`)."""
+    num_nodes: int = 1
+    """How many hosts."""
+    strategy: str = "auto"
+    """auto, ddp, or any other strategy of Lightning."""
+    precision: str = "32-true"
+    """32-true, 64-true, bf16-mixed, bf16-true or 16-mixed."""
+
+    def __post_init__(self) -> None:
+        check_at_least("trainer.num_nodes", self.num_nodes, 1)
+        check_choice("trainer.precision", self.precision, PRECISIONS)
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Which language model."""
+
+    model: str = "smollm2"
+    """`smollm2` (the bundled SmolLM2-135M-Instruct), a Hugging Face name, a folder, or a GGUF file."""
+    verbose: bool = False
+    """Show the libraries' own messages, and tracebacks."""
+
+
+@dataclass(kw_only=True)
+class RequestOptions:
+    """Which edit requests."""
+
+    requests: str = "demo"
+    """A file of edit requests (JSONL or JSON), or `demo` for the ones that come with the project."""
+    limit: int | None = None
+    """Take at most this many requests."""
+    offset: int = 0
+    """Leave out this many requests from the file's start."""
+
+    def __post_init__(self) -> None:
+        check_at_least("offset", self.offset, 0)
+        if self.limit is not None:
+            check_at_least("limit", self.limit, 1)
+
+
+@dataclass(kw_only=True)
+class OutputOptions:
+    """Where results are written."""
+
+    output: str | None = None
+    """The folder to write; default: a new one under runs/, named by command and time."""
+    overwrite: bool = False
+    """Replace what an earlier command wrote into the output folder."""
+
+
+@dataclass(kw_only=True)
+class AttributionOptions:
+    """How the golden layer is found."""
+
+    method: str = "lga"
+    """lga: layer gradient analysis."""
+    scope: str = "mlp"
+    """Whose weights are scored: mlp, down (the MLP's down-projection), attention or block (both)."""
+    fences: float = 1.0
+    """Tukey's factor: blocks with scores outside [Q1 - f*IQR, Q3 + f*IQR] are set aside; 0: none are."""
+    old_answers: str = "dataset"
+    """dataset: the requests' old answers (the model's greedy answer where one is missing); model: always that."""
+    top_k: int = 1
+    """How many golden layers to name."""
+    batch_size: int = 16
+    """Requests in a batch."""
+
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, SCOPES)
+        check_choice("old_answers", self.old_answers, OLD_ANSWERS)
+        check_at_least("fences", self.fences, 0)
+        check_at_least("top_k", self.top_k, 1)
+        check_at_least("batch_size", self.batch_size, 1)
+
+
+@dataclass(kw_only=True)
+class FinetuneOptions:
+    """Fine-tuning of the golden layer in mini-batches."""
+
+    scope: str = "mlp"
+    """What is trained: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
+    epochs: int = 20
+    """The most passes over the requests."""
+    batch_size: int = 8
+    """Requests in an optimiser step, over all devices."""
+    learning_rate: float = 5e-4
+    """Adam's step size."""
+    stop_loss: float = 0.05
+    """End when an epoch's mean loss (nats a request) is below this; 0: never."""
+
+    def __post_init__(self) -> None:
+        check_choice("finetune.scope", self.scope, ("mlp", "down"))
+        check_at_least("finetune.epochs", self.epochs, 1)
+        check_at_least("finetune.batch_size", self.batch_size, 1)
+        check_at_least("finetune.stop_loss", self.stop_loss, 0)
+        if not self.learning_rate > 0:
+            raise UserError(f"finetune.learning_rate: {self.learning_rate} is not above 0")
+
+
+@dataclass(kw_only=True)
+class EditOptions:
+    """How the golden layer is changed."""
+
+    method: str = "finetune"
+    """finetune: mini-batches over epochs, everything but the golden layer frozen."""
+    layers: list[int] | None = None
+    """Blocks to edit, counted from 0, in place of the profile's golden layers."""
+    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions:
+    """How an edit is measured."""
+
+    batch_size: int = 16
+    """Probes in a batch."""
+    max_new_tokens: int = 16
+    """Longest greedy generation, in tokens."""
+    text: str | None = None
+    """A plain text file for perplexity; default: the one that comes with the project."""
+
+    def __post_init__(self) -> None:
+        check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass(kw_only=True)
+class ComputeOptions:
+    """How it is computed."""
+
+    seed: int = 0
+    """Seed of every random choice."""
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+
+
+@dataclass(kw_only=True)
+class RunCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions):
+    """Options of `run`."""
+
+    proxy_fraction: float = 0.5
+    """Share of the requests that finds the golden layer; the others are edited."""
+    profile: str | None = None
+    """A golden profile made before: stage one is left out, and every request is edited."""
+    attribution: AttributionOptions = field(default_factory=AttributionOptions)
+    edit: EditOptions = field(default_factory=EditOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.proxy_fraction < 1:
+            raise UserError(f"proxy_fraction: {self.proxy_fraction} is not between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class AttributeCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, AttributionOptions):
+    """Options of `attribute`."""
+
+    def __post_init__(self) -> None:
+        RequestOptions.__post_init__(self)
+        AttributionOptions.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class EditCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, EditOptions):
+    """Options of `edit`."""
+
+    profile: str | None = None
+    """The golden profile to edit by: FILE of `attribute`, or its folder."""
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+
+@dataclass(kw_only=True)
+class EvaluateCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, EvaluationOptions):
+    """Options of `evaluate`."""
+
+    update: str | None = None
+    """A folder that `edit` or `run` wrote; without it the model is measured as it is."""
+
+    def __post_init__(self) -> None:
+        RequestOptions.__post_init__(self)
+        EvaluationOptions.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class ExportCommand(ModelOptions, OutputOptions):
+    """Options of `export`."""
+
+    update: str
+    """A folder that `edit` or `run` wrote."""
+    kind: str = "merged"
+    """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone."""
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, EXPORTS)
+
+
+@dataclass(kw_only=True)
+class GenerateCommand(ModelOptions, RequestOptions, ComputeOptions):
+    """Options of `generate`."""
+
+    update: str | None = None
+    """A folder that `edit` or `run` wrote; its answers stand beside the base model's."""
+    prompt: list[str] | None = None
+    """One prompt or several (`--prompt A --prompt+ B`); default: the prompts of --requests."""
+    max_new_tokens: int = 16
+    """Longest answer, in tokens."""
+    batch_size: int = 16
+    """Prompts in a batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_at_least("batch_size", self.batch_size, 1)

@@ -1,0 +1,108 @@
+"""Figures, all in one look: readable in grey and by the colour-blind (Okabe and Ito's palette)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.attribution import GoldenProfile
+from pipeline.evaluation import Evaluation
+
+GOLD, BLUE, GREY, INK = "#E69F00", "#0072B2", "#BBBBBB", "#333333"
+
+PLATE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "hatch.linewidth": 0.6,
+}
+
+
+@contextmanager
+def look(width: float, height: float) -> Iterator[Figure]:
+    """A figure in the project's look; made without pyplot, so that it needs no display."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+        yield figure
+
+
+def score_figure(profile: GoldenProfile) -> Figure:
+    """A score a block, with the fences, what they set aside (cut off, its score written in), and the choice."""
+    kept = [profile.scores[block] for block in profile.ranking]
+    fences = profile.fences or ()
+    low, high = min(0.0, *kept, *fences), max(0.0, *kept, *fences)
+    margin = 0.12 * (high - low or 1.0)
+    with look(max(6.5, 0.26 * len(profile.scores)), 3.8) as figure:
+        axes = figure.subplots()
+        axes.set_ylim(low - margin, high + margin)
+        for block, score in enumerate(profile.scores):
+            aside, golden = block in profile.excluded, block in profile.golden_layers
+            axes.bar(
+                block,
+                score,
+                color="white" if aside else GOLD if golden else BLUE,
+                edgecolor=GREY if aside else INK if golden else BLUE,
+                hatch="////" if aside else None,
+                label="set aside" if aside else "golden" if golden else "inside the fences",
+            )
+            if not low - margin <= score <= high + margin:
+                edge, side = (high + margin, "top") if score > high else (low - margin, "bottom")
+                axes.text(block, edge, f" {score:.3g} ", ha="center", va=side, rotation=90, fontsize=8, bbox=PLATE)
+        for fence in fences:
+            axes.axhline(fence, color=INK, linewidth=0.8, linestyle="--", label="Tukey's fences")
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_xlim(-0.7, len(profile.scores) - 0.3)
+        axes.set_xticks(range(0, len(profile.scores), max(1, len(profile.scores) // 15)))
+        axes.set_xlabel(f"block of {profile.model}")
+        axes.set_ylabel("mean score")
+        golden_text = ", ".join(str(layer) for layer in profile.golden_layers)
+        axes.set_title(
+            f"Golden layer {golden_text}: {profile.method.upper()}, {profile.scope} weights, "
+            f"{profile.requests} requests"
+        )
+        _legend_below(axes)
+    return figure
+
+
+def metrics_figure(evaluation: Evaluation) -> Figure:
+    """Every share-like metric before and after, with 95% bootstrap intervals."""
+    names = [name for name in evaluation.before.metrics if name != "perplexity"]
+    sides = {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
+    with look(6.5, 3.6) as figure:
+        axes = figure.subplots()
+        width = 0.8 / len(sides)
+        for place, (side, measured) in enumerate(sides.items()):
+            estimates = [measured.metrics[name] for name in names]
+            x = [index + (place - (len(sides) - 1) / 2) * width for index in range(len(names))]
+            below = [max(0.0, e.mean - e.low) for e in estimates]
+            above = [max(0.0, e.high - e.mean) for e in estimates]
+            color = GREY if side == "before" else BLUE
+            axes.bar(x, [e.mean for e in estimates], width * 0.92, yerr=[below, above], capsize=3,
+                     color=color, edgecolor=INK, linewidth=0.6, label=side, ecolor=INK)  # fmt: skip
+            for position, estimate in zip(x, estimates, strict=True):
+                axes.text(position, max(estimate.mean, estimate.high) + 0.02, f"{estimate.mean:.2f}",
+                          ha="center", fontsize=8)  # fmt: skip
+        labels = [name.replace("generation_", "generation\n").replace("_", " ") for name in names]
+        axes.set_xticks(range(len(names)), labels)
+        axes.set_ylim(0, 1.1)
+        axes.set_ylabel("share")
+        axes.set_title(f"{evaluation.before.metrics['rewrite'].count} requests, with 95% bootstrap intervals")
+        _legend_below(axes)
+    return figure
+
+
+def _legend_below(axes: Axes) -> None:
+    """Each label once, under the axes, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.figure.legend(once.values(), once.keys(), loc="outside lower left", ncols=len(once), frameon=False)

@@ -1,0 +1,128 @@
+"""One command's output: its folder, its TensorBoard run, its files, and what it says in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+from pipeline.attribution import GoldenProfile
+from pipeline.editing import WeightUpdate
+from pipeline.evaluation import Evaluation
+from pipeline.files import OutputFolder, default_output, output_folder, write_json, write_text, write_whole
+from pipeline.reporting.figures import metrics_figure, score_figure
+from pipeline.reporting.report import answers_table, metrics_table, write_report
+from pipeline.reporting.terminal import say, show_metrics, show_profile
+from pipeline.requests import EditRequest
+
+
+@contextmanager
+def run_log(command: str, output: str | None, overwrite: bool, options: dict[str, Any]) -> Iterator[RunLog]:
+    """Open a command's output folder; on an error nothing half-written stays (see `output_folder`)."""
+    path = Path(output) if output else default_output(command)
+    with output_folder(path, overwrite, yaml.safe_dump(options, sort_keys=False)) as folder:
+        log = RunLog(folder, options)
+        try:
+            yield log
+        finally:
+            log.close()
+    say(f"written to {path}")
+
+
+class EventsLogger(TensorBoardLogger):
+    """TensorBoardLogger without its hparams.yaml: options.yaml holds the options."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        self.experiment.flush()
+
+
+class RunLog:
+    """Keeps results as files, in TensorBoard and on the terminal; on other ranks than zero it does nothing.
+
+    Attributes:
+        folder: where everything is written.
+        tensorboard: the logger to hand to a Trainer; its events lie in the folder itself, so that
+            `tensorboard --logdir runs` shows a run a folder.
+    """
+
+    def __init__(self, output: OutputFolder, options: dict[str, Any]) -> None:
+        self.output = output
+        self.folder = output.path
+        self.options = options
+        self.tensorboard = EventsLogger(
+            self.folder.parent, name=self.folder.name, version="", default_hp_metric=False
+        )
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Flush TensorBoard's events, if there are any."""
+        if self.tensorboard._experiment is not None:
+            self.tensorboard.experiment.close()
+
+    @rank_zero_only
+    def keep_profile(self, profile: GoldenProfile) -> None:
+        """Write the profile, show it, and keep it even if a later stage fails."""
+        profile.save(self.folder)
+        self.output.keep = True
+        for layer, score in enumerate(profile.scores):
+            self.tensorboard.experiment.add_scalar("attribution/score_by_block", score, layer)
+        self._figure("attribution/scores", "scores.png", score_figure(profile))
+        show_profile(profile)
+
+    @rank_zero_only
+    def keep_metrics(
+        self,
+        model: str,
+        requests: Sequence[EditRequest],
+        evaluation: Evaluation,
+        update: WeightUpdate | None = None,
+        profile: GoldenProfile | None = None,
+    ) -> None:
+        """Write metrics.json and, for an edit, report.md; show the figures everywhere."""
+        sides = {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
+        figures = {
+            side: {name: asdict(estimate) for name, estimate in measured.metrics.items()}
+            for side, measured in sides.items()
+        }
+        write_json(self.folder / "metrics.json", {"model": model, "requests": len(requests), **figures})
+        board = self.tensorboard.experiment
+        for step, measured in enumerate(sides.values()):
+            for name, estimate in measured.metrics.items():
+                board.add_scalar(f"evaluation/{name}", estimate.mean, step)
+        board.add_text("evaluation/metrics", metrics_table(evaluation))
+        board.add_text("evaluation/answers", answers_table(requests, evaluation, most=30))
+        self._figure("evaluation/before_and_after", "metrics.png", metrics_figure(evaluation))
+        final = evaluation.after or evaluation.before
+        self.tensorboard.log_hyperparams(
+            _flat(self.options), {f"final/{name}": estimate.mean for name, estimate in final.metrics.items()}
+        )
+        if update:
+            report = write_report(requests, evaluation, update, profile, self.folder)
+            write_text(self.folder / "report.md", report)
+            board.add_text(
+                "report", report.replace("![metrics](metrics.png)", "").replace("![scores](scores.png)", "")
+            )
+        show_metrics(evaluation)
+
+    def _figure(self, tag: str, file: str, figure: Figure) -> None:
+        write_whole(self.folder / file, lambda partial: figure.savefig(partial, format="png"))
+        self.tensorboard.experiment.add_figure(tag, figure, close=False)
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as dotted names, in types that TensorBoard's HPARAMS page knows."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

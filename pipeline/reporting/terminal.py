@@ -1,0 +1,67 @@
+"""Short tables for the terminal, right in a narrow window and in a log file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.attribution import GoldenProfile
+from pipeline.evaluation import Estimate, Evaluation
+
+
+def figure_text(name: str, estimate: Estimate) -> str:
+    """A mean with its interval, in few characters."""
+    digits = 2 if name == "perplexity" else 3
+    return f"{estimate.mean:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+@rank_zero_only
+def show_profile(profile: GoldenProfile) -> None:
+    """The golden layers and the runners-up, in a line or two."""
+    golden = ", ".join(map(str, profile.golden_layers))
+    next_best = ", ".join(map(str, profile.ranking[len(profile.golden_layers) :][:4]))
+    aside = ", ".join(map(str, profile.excluded)) or "none"
+    Console().print(
+        f"[bold]golden layer {golden}[/bold] of {len(profile.scores)} blocks ({profile.method}, "
+        f"{profile.requests} requests, {profile.seconds:.0f} s); next {next_best or 'none'}; set aside {aside}",
+        highlight=False,
+    )
+
+
+@rank_zero_only
+def show_metrics(evaluation: Evaluation) -> None:
+    """Every metric before and after."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("metric", overflow="fold")
+    table.add_column("count", justify="right")
+    table.add_column("before [95%]", justify="right")
+    if evaluation.after:
+        table.add_column("after [95%]", justify="right")
+    for name, before in evaluation.before.metrics.items():
+        cells = [name.replace("_", " "), str(before.count), escape(figure_text(name, before))]
+        if evaluation.after:
+            cells.append(escape(figure_text(name, evaluation.after.metrics[name])))
+        table.add_row(*cells)
+    Console().print(table, highlight=False)
+
+
+@rank_zero_only
+def show_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> None:
+    """Prompts with each model's answer beside."""
+    table = Table(show_lines=True, header_style="bold")
+    table.add_column("prompt", overflow="fold", ratio=1)
+    for name in answers:
+        table.add_column(name, overflow="fold", ratio=1)
+    for index, prompt in enumerate(prompts):
+        table.add_row(escape(prompt), *(escape(texts[index].strip()) for texts in answers.values()))
+    Console().print(table, highlight=False)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """One plain line."""
+    Console(soft_wrap=True).print(text, highlight=False, markup=False)

@@ -1,0 +1,165 @@
+"""Readers of edit requests: our JSONL and the benchmark layouts, recognised by their fields.
+
+A layout is a function from one record (a dict) to an EditRequest's fields and the field names that give it
+away: to add one, write the function and enter it in LAYOUTS.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from pipeline.errors import UserError
+from pipeline.requests.schema import EditRequest
+
+DEMO_REQUESTS = Path(__file__).with_name("demo.jsonl")
+
+Record = dict[str, Any]
+
+
+def _first(value: Any) -> Any:
+    """The value itself, or a list's first item: benchmarks hold either in the same field."""
+    return (value[0] if value else None) if isinstance(value, list) else value
+
+
+def _probes(prompt: Any, answer: Any, axis: str) -> list[Record]:
+    """One probe, or none where the record leaves its prompt or its answer empty."""
+    return [{"prompt": prompt, "answer": answer, "axis": axis}] if prompt and answer else []
+
+
+def _from_own(record: Record) -> Record:
+    return record
+
+
+def _from_counterfact(record: Record) -> Record:
+    """CounterFact in EasyEdit's layout."""
+    return {
+        "id": record.get("case_id"),
+        "prompt": record["prompt"],
+        "subject": record.get("subject"),
+        "new_answer": _first(record["target_new"]),
+        "old_answer": _first(record.get("ground_truth")) or None,
+        "rephrases": [p for p in [_first(record.get("rephrase_prompt"))] if p],
+        "locality": _probes(
+            _first(record.get("locality_prompt")), _first(record.get("locality_ground_truth")), "neighborhood"
+        ),
+        "source": "counterfact",
+    }
+
+
+def _from_zsre(record: Record) -> Record:
+    """zsRE in MEND's layout; `nq question: ` in front of `loc` marks its source and is not part of it."""
+    return {
+        "id": record.get("id"),
+        "prompt": record["src"],
+        "subject": record.get("subject"),
+        "new_answer": _first(record["alt"]),
+        "old_answer": _first(record.get("answers")) or None,
+        "rephrases": [p for p in [_first(record.get("rephrase"))] if p],
+        "locality": _probes(
+            str(record.get("loc") or "").removeprefix("nq question: "), _first(record.get("loc_ans")), "nq"
+        ),
+        "source": "zsre",
+    }
+
+
+class Layout(NamedTuple):
+    """A layout's name, the fields that give it away, and its function from record to request fields."""
+
+    name: str
+    fields: frozenset[str]
+    read: Callable[[Record], Record]
+
+
+LAYOUTS = (
+    Layout("zsRE (MEND)", frozenset({"src", "alt"}), _from_zsre),
+    Layout("CounterFact (EasyEdit)", frozenset({"prompt", "target_new"}), _from_counterfact),
+    Layout("golden-layers JSONL", frozenset({"prompt", "new_answer"}), _from_own),
+)
+
+
+def load_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> list[EditRequest]:
+    """Read the edit requests of a file.
+
+    Args:
+        source: a JSONL file, a JSON file holding a list, or `demo`.
+        limit: take at most this many records.
+        offset: leave out this many records first; their contents are not checked.
+
+    Raises:
+        UserError: naming file and line or record, when there is no such file, it is empty or malformed, its
+            layout is unknown, a field is missing or of the wrong type, or two requests share an id.
+    """
+    path = DEMO_REQUESTS if str(source) == "demo" else Path(source)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"requests: {path}: {found}; expected a JSON or JSONL file, or `demo`")
+    requests: list[EditRequest] = []
+    seen: dict[str, str] = {}
+    total = 0
+    for number, (where, record) in enumerate(_records(path)):
+        total = number + 1
+        if number < offset:
+            continue
+        if limit is not None and len(requests) >= limit:
+            break
+        request = _read(record, number, where)
+        if request.id in seen:
+            raise UserError(f"{where}: id {request.id!r} was used before, at {seen[request.id]}")
+        seen[request.id] = where
+        requests.append(request)
+    if not total:
+        raise UserError(f"requests: {path}: holds no records")
+    if not requests:
+        raise UserError(f"offset: {offset} leaves nothing of the {total} records of {path}")
+    return requests
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each record of a JSON list or a JSONL file, with the words that say where it stands."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            start = file.read(1)
+            while start.isspace():
+                start = file.read(1)
+            file.seek(0)
+            if start == "[":
+                yield from ((f"{path}: record {i}", record) for i, record in enumerate(json.load(file)))
+                return
+            for line_number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}: line {line_number}", _parse_line(path, line_number, line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: malformed JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start}: not UTF-8 text") from None
+
+
+def _parse_line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {number}: malformed JSON: {error.msg}") from None
+
+
+def _read(record: Any, number: int, where: str) -> EditRequest:
+    """One record as an EditRequest, or a UserError that says where it stands and what is wrong."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object, found {type(record).__name__}")
+    layout = next((known for known in LAYOUTS if known.fields <= record.keys()), None)
+    if layout is None:
+        known = "; ".join(f"{' and '.join(sorted(one.fields))} ({one.name})" for one in LAYOUTS)
+        raise UserError(f"{where}: no prompt and new answer found; expected the fields {known}")
+    fields = layout.read(record)
+    fields["id"] = str(number) if fields.get("id") is None else str(fields["id"])
+    try:
+        return EditRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        exists = f"; there is {', '.join(EditRequest.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise UserError(f"{where}: field {name!r}: {first['msg']}{exists}") from None

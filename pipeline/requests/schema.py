@@ -1,0 +1,47 @@
+"""The edit request: what a user wants changed, and the probes that tell what the change did."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class Probe(BaseModel):
+    """A prompt with its right answer; `axis` names the kind of probe where a benchmark has several."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Text
+    answer: Text
+    axis: str | None = None
+
+
+class EditRequest(BaseModel):
+    """One fact to change. Our JSONL holds one such object a line, with these field names.
+
+    Attributes:
+        id: unique within a file; the record's number where the file gives none.
+        prompt: text that the answer follows after one space.
+        subject: what the fact is about, as it stands in the prompt.
+        new_answer: what the model shall answer.
+        old_answer: what it answers before; found by greedy generation where missing.
+        rephrases: the prompt in other words, to be answered alike.
+        locality: probes that must not change.
+        portability: probes whose answers follow from the new answer.
+        source: where the request comes from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: Text
+    prompt: Text
+    subject: Text | None = None
+    new_answer: Text
+    old_answer: Text | None = None
+    rephrases: tuple[Text, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    source: str | None = None
