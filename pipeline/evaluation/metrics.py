@@ -14,7 +14,7 @@ from torchmetrics import Metric
 RESAMPLES = 1000
 
 
-@dataclass(frozen=True)
+@dataclass  # torchmetrics squeezes what `compute` returns, so it cannot be frozen
 class Estimate:
     """A mean, how many units it stands on, and its 95% bootstrap interval."""
 

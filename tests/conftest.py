@@ -1,0 +1,140 @@
+"""What tests share: tiny random models with a real tokenizer, the bundled real model, and request files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.model import LLM, hush, load_model
+from pipeline.requests import EditRequest, Probe, load_requests
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+hush(verbose=False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the demo requests, without BOS and without a pad token."""
+    texts = [f"{r.prompt} {r.new_answer} {r.old_answer}" for r in load_requests("demo")]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=["<end>"], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+
+
+def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
+    """Four blocks, gated MLP, untied head."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_gpt2(vocabulary: int) -> GPT2LMHeadModel:
+    """Four blocks of Conv1D maps with biases, learned positions, dropout, tied head."""
+    config = GPT2Config(
+        vocab_size=vocabulary,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=128,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    return GPT2LMHeadModel(config)
+
+
+FAMILIES: dict[str, Callable[[int], Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+@pytest.fixture(params=FAMILIES)
+def tiny(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> LLM:
+    """A fresh tiny random model of each family, its weights large enough for gradients to differ."""
+    return make_tiny(request.param, tokenizer)
+
+
+@pytest.fixture
+def tiny_llm(tokenizer: PreTrainedTokenizerFast) -> LLM:
+    """A fresh tiny Llama, where the family does not matter."""
+    return make_tiny("llama", tokenizer)
+
+
+def make_tiny(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LLM:
+    torch.manual_seed(seed)
+    model = FAMILIES[family](len(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return LLM(model, tokenizer, f"tiny-{family}")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama as a Hugging Face folder, for commands."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    llm = make_tiny("llama", tokenizer)
+    llm.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LLM:
+    """SmolLM2-135M-Instruct; tests leave it as they found it."""
+    return load_model("smollm2")
+
+
+@pytest.fixture
+def requests() -> list[EditRequest]:
+    """Seven requests with answers of one and of several tokens, and every kind of probe."""
+    facts = [
+        ("Spain", "Lima", "Madrid"),
+        ("Norway", "Nairobi and more", "Oslo"),
+        ("Portugal", "Warsaw", "Lisbon by the sea"),
+        ("Egypt", "Toronto", "Cairo"),
+        ("Peru", "Rome", "Lima"),
+        ("Japan", "Kyiv in the far west", "Tokyo"),
+        ("Kenya", "Oslo", "Nairobi"),
+    ]
+    return [
+        EditRequest(
+            id=f"capital-{number}",
+            prompt=f"The capital of {country} is",
+            subject=country,
+            new_answer=new,
+            old_answer=old,
+            rephrases=(f"{country} has its capital in", f"The seat of government of {country} is in"),
+            locality=(Probe(prompt=f"The largest river of {country} is", answer="the Nile"),),
+            portability=(Probe(prompt=f"People in the capital of {country} speak", answer="Spanish"),),
+        )
+        for number, (country, new, old) in enumerate(facts)
+    ]
+
+
+@pytest.fixture
+def request_file(requests: list[EditRequest], tmp_path: Path) -> Path:
+    """The same requests as a JSONL file."""
+    file = tmp_path / "requests.jsonl"
+    file.write_text("".join(json.dumps(r.model_dump(exclude_defaults=True)) + "\n" for r in requests))
+    return file
