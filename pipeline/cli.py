@@ -6,6 +6,8 @@ Only jsonargparse and the option dataclasses are imported here; a command brings
 from __future__ import annotations
 
 import errno
+import json
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -13,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from pipeline.commands import COMMANDS
 from pipeline.errors import UserError
@@ -21,6 +23,15 @@ from pipeline.errors import UserError
 DEFAULT_COMMAND = "run"
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+
+KINDS = {
+    "list[int]": "a list of whole numbers",
+    "list[str]": "a list of texts",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+}
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -113,49 +124,49 @@ def parse(name: str, words: Sequence[str]) -> object:
     try:
         values = parser.parse_args(words)
         values.pop("config", None)
-        return COMMANDS[name].options(**dict(_built(parser, values).items()))
+        return COMMANDS[name].options(**parser.instantiate_classes(values).as_dict())
     except ArgumentError as error:
-        raise UsageError(_one_line(error)) from None
+        raise UsageError(_plain(parser, error)) from None
     except UserError as error:
         raise UsageError(str(error)) from None
 
 
-def _built(parser: ArgumentParser, values: Namespace) -> dict[str, object]:
-    """The parsed values with each nested group made into its dataclass."""
-    return dict(vars(parser.instantiate_classes(values)))
-
-
 def _normalized(parser: ArgumentParser, name: str, words: Sequence[str]) -> list[str]:
-    """Words with `--top-k` as `--top_k` and bare switches as `--overwrite=true`; unknown names are refused."""
+    """Words in the one form that the parser takes; unknown flags are refused.
+
+    `--top-k` becomes `--top_k`, a bare switch `--overwrite=true`, and words for a list one JSON list.
+    """
     flags = {flag: action for action in parser._actions for flag in action.option_strings}
     result: list[str] = []
-    for position, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--"):
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        given, equals, value = word.partition("=")
+        if not given.startswith("--"):
             result.append(word)
             continue
-        flag = flag.replace("-", "_").replace("__", "--", 1)
-        known = flag.removesuffix("+")
-        if known not in flags and known not in _paths(flags):
-            given = word.partition("=")[0]
+        flag = given.replace("-", "_").replace("__", "--", 1)
+        if flag not in flags and flag not in _paths(flags):
             raise UsageError(
                 f"flag {given} does not exist{_closest(flag, flags)}; `run.py {name} --help` lists them"
             )
-        follows = words[position + 1] if position + 1 < len(words) else "--"
-        switch = not equals and follows.startswith("--") and _is_switch(flags.get(known))
-        result.append(f"{flag}=true" if switch else flag + equals + value)
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
         if flag == "--config":
-            _check_keys(value if equals else follows, {one.removeprefix("--") for one in flags})
+            _check_keys(values[0] if values else "", {one.removeprefix("--") for one in flags})
+        kind = str(getattr(flags.get(flag), "_typehint", ""))
+        if "list[" in kind and values and not values[0].startswith("["):
+            values = [json.dumps([yaml.safe_load(one) if "int" in kind else one for one in values])]
+        if "bool" in kind and not values:
+            values = ["true"]
+        result.extend([f"{flag}={values[0]}", *values[1:]] if values else [flag])
     return result
 
 
 def _paths(flags: Iterable[str]) -> set[str]:
     """Names of option groups, such as --edit.finetune."""
     return {flag.rsplit(".", depth)[0] for flag in flags for depth in range(1, flag.count(".") + 1)}
-
-
-def _is_switch(action: object) -> bool:
-    return getattr(action, "_typehint", None) is bool or getattr(action, "type", None) is bool
 
 
 def _check_keys(file: str, known: set[str]) -> None:
@@ -194,5 +205,17 @@ def _closest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _plain(parser: ArgumentParser, error: ArgumentError) -> str:
+    """The parser's message in a user's words: the flag, what was given, and what it takes."""
+    text = " ".join(str(error).split())
+    if missing := re.search(r"arguments are required: (.*)", text):
+        return f"missing {', '.join('--' + name for name in missing.group(1).split(', '))}"
+    found = re.search(r'Parser key "([^"]+)".*(?:Got|Given) value: (.*)', text)
+    if not found:
+        return text
+    key, given = found.groups()
+    kind = next((str(getattr(a, "_typehint", "")) for a in parser._actions if a.dest == key), "")
+    for name, words in KINDS.items():
+        if name in kind:
+            return f"{key}: {given.removeprefix('a ')} is not {words}"
+    return text

@@ -79,7 +79,7 @@ def edit(options: EditCommand) -> None:
         requests = load_requests(options.requests, options.limit, options.offset)
         profile = GoldenProfile.load(options.profile) if options.profile else None
         if profile is None and not options.layers:
-            raise UserError("edit: where? give --profile FILE, which `run.py attribute` makes, or --layers [N]")
+            raise UserError("edit: where? give --profile FILE, which `run.py attribute` makes, or --layers N")
         llm = _load(options)
         choose_layers(llm, profile, options)
         _edit_and_prove(log, llm, requests, profile, options, options, options.evaluation)

@@ -227,7 +227,7 @@ class GenerateCommand(ModelOptions, RequestOptions, ComputeOptions):
     update: str | None = None
     """A folder that `edit` or `run` wrote; its answers stand beside the base model's."""
     prompt: list[str] | None = None
-    """One prompt or several (`--prompt A --prompt+ B`); default: the prompts of --requests."""
+    """One prompt or several; default: the prompts of --requests."""
     max_new_tokens: int = 16
     """Longest answer, in tokens."""
     batch_size: int = 16
