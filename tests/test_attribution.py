@@ -142,3 +142,11 @@ def test_reference_ranking_of_zsre(smollm2: LLM) -> None:
     profile = find_golden_layer(smollm2, load_requests(SHARED / "zsre_mend.json", limit=128))
     assert profile.excluded == [0, 2, 9, 11, 29]
     assert profile.ranking[:5] == [1, 28, 10, 20, 22]
+
+
+def test_magnitude_ranks_negative_scores_by_size() -> None:
+    scores = [-4.0, -9.0, -1.0, -5.0]
+    assert select(scores, fences=0).ranking == [2, 0, 3, 1]
+    assert select(scores, fences=0, order="magnitude").ranking == [1, 3, 0, 2]
+    positive = [4.0, 9.0, 1.0, 5.0]
+    assert select(positive, 1.0, "magnitude") == select(positive, 1.0, "signed")

@@ -63,7 +63,7 @@ def find_golden_layer(
         build_trainer(trainer, "Attribution", callbacks=[attribution]).predict(
             AttributionModule(llm), datamodule=data, return_predictions=False
         )
-    chosen = select(attribution.mean_scores, options.fences)
+    chosen = select(attribution.mean_scores, options.fences, options.order)
     if options.top_k > len(chosen.ranking):
         raise UserError(
             f"top_k: {options.top_k} golden layers asked for; {len(chosen.ranking)} lie inside the fences"
@@ -73,6 +73,7 @@ def find_golden_layer(
         fingerprint=llm.fingerprint,
         method=options.method,
         scope=options.scope,
+        order=options.order,
         scores=attribution.mean_scores,
         fences=(chosen.low, chosen.high) if options.fences > 0 else None,
         excluded=chosen.excluded,

@@ -18,6 +18,7 @@ class GoldenProfile(BaseModel):
     Attributes:
         model, fingerprint: the model it holds for.
         method, scope: how blocks were scored, and whose weights.
+        order: whether blocks rank by score (signed) or by absolute score (magnitude).
         scores: one a block: the mean over requests.
         fences: lower and upper fence; None: off.
         excluded: blocks outside the fences.
@@ -35,6 +36,7 @@ class GoldenProfile(BaseModel):
     fingerprint: str
     method: str
     scope: str
+    order: str = "signed"
     scores: list[float]
     fences: tuple[float, float] | None
     excluded: list[int]
@@ -44,6 +46,11 @@ class GoldenProfile(BaseModel):
     request_set: str
     requests: int
     seconds: float
+
+    @property
+    def is_inverted(self) -> bool:
+        """Whether most scores are negative, so that the signed order puts the block of least reach first."""
+        return self.order == "signed" and sum(score < 0 for score in self.scores) > len(self.scores) / 2
 
     def save(self, folder: Path) -> Path:
         """Write `golden_profile.json` into a folder, whole or not at all."""

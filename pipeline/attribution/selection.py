@@ -27,14 +27,21 @@ class Selection:
     raw_ranking: list[int]
 
 
-def select(scores: Sequence[float], fences: float = 1.0) -> Selection:
-    """Rank blocks by signed score, setting aside those outside [Q1 − f·IQR, Q3 + f·IQR].
+def select(scores: Sequence[float], fences: float = 1.0, order: str = "signed") -> Selection:
+    """Rank blocks, setting aside those outside [Q1 − f·IQR, Q3 + f·IQR].
+
+    A score is about r_old · K · r_new, where r are what the two losses want changed at the logits and K says
+    how far this block's weights reach them. Its sign is the same for nearly all blocks and says how well the
+    model knows the old answers: well enough, and it turns negative, so that the paper's signed order would put
+    the block of least reach first. Ranking by magnitude keeps the meaning, and agrees where scores are positive.
 
     Args:
         scores: one a block.
         fences: Tukey's factor f; 0 turns the fences off. Quartiles are interpolated linearly.
+        order: `signed` (the paper's) or `magnitude`.
     """
-    raw_ranking = sorted(range(len(scores)), key=lambda block: (-scores[block], block))
+    size = [abs(score) if order == "magnitude" else score for score in scores]
+    raw_ranking = sorted(range(len(scores)), key=lambda block: (-size[block], block))
     low, high = -math.inf, math.inf
     if fences > 0:
         first, third = np.percentile(scores, [25, 75])
