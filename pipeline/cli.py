@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(name, words)
         COMMANDS[name].function(options)
-    except SystemExit as leaving:  # --help and --print_config end here
-        return int(leaving.code or 0)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except (SystemExit, KeyboardInterrupt) as leaving:
+        if isinstance(leaving, SystemExit) and not isinstance(leaving.__context__, KeyboardInterrupt):
+            return int(leaving.code or 0)  # --help and --print_config end here
+        print("interrupted", file=sys.stderr)  # Lightning turns Ctrl-C into SystemExit
         return INTERRUPTED
     except Exception as error:
         line = user_line(error)

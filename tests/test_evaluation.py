@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,15 +23,20 @@ from pipeline.options import EvaluationOptions
 from pipeline.requests import EditRequest, Probe, load_requests
 
 TEXT = "The largest river of Egypt is the Nile. People in Japan speak of Tokyo, and Oslo is in Norway. " * 6
-SPANISH = Probe(prompt="The largest river of Peru is", answer="the Nile in the far west")
+RIVER = Probe(prompt="The largest river of Peru is", answer="the Nile in the far west")
+PLACE = Probe(prompt="Spain lies in", answer="the far west of Lima")
 
 
 @pytest.fixture
 def requests(requests: list[EditRequest]) -> list[EditRequest]:
-    """conftest's requests, the first with more rephrases and locality probes than the others."""
+    """conftest's requests, the first with more probes of every kind than the others."""
     first, *rest = requests
-    rephrases = (*first.rephrases, "The capital of Norway is", "Spain", "Kenya has its capital in")
-    return [first.model_copy(update={"rephrases": rephrases, "locality": (*first.locality, SPANISH)}), *rest]
+    more: dict[str, Any] = {
+        "rephrases": (*first.rephrases, "The capital of Norway is", "Spain", "Kenya has its capital in"),
+        "locality": (*first.locality, RIVER),
+        "portability": (*first.portability, PLACE),
+    }
+    return [first.model_copy(update=more), *rest]
 
 
 @pytest.fixture
@@ -44,9 +50,9 @@ def text_file(tmp_path: Path) -> Path:
 def taught(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest]) -> LLM:
     """A tiny model that has learned some of the new answers, so that no figure is all or nothing."""
     model = make_tiny(request.param, tokenizer).model.eval()
-    texts = [f"{r.prompt} {r.new_answer}." for r in requests[:4]]
-    texts += [f"{r.rephrases[0]} {r.new_answer}." for r in requests[:3]]
-    texts += [f"{p.prompt} {p.answer}." for r in requests[2:5] for p in r.portability]
+    texts = [f"{r.prompt} {r.new_answer}.\n" for r in requests[:4]]
+    texts += [f"{r.rephrases[0]} {r.new_answer}.\n" for r in requests[:3]]
+    texts += [f"{p.prompt} {p.answer}.\n" for r in requests[2:5] for p in r.portability]
     rows = [torch.tensor(ids) for ids in tokenizer(texts).input_ids]
     ids_BT, labels_BT = (pad_sequence(rows, batch_first=True, padding_value=value) for value in (0, -100))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
@@ -141,9 +147,8 @@ def test_figures_are_those_of_a_plain_loop(
     assert measured.after is not None
     assert means(measured.before.metrics) == pytest.approx(base, rel=1e-4)
     assert means(measured.after.metrics) == pytest.approx(edited, rel=1e-4)
-    print(base, edited)
     assert base["locality"] == 1 and 0 < edited["locality"] < 1
-    assert all(0 < base[name] < 1 for name in ("rewrite", "rephrase", "generation_exact_match"))
+    assert all(0 < base[name] < 1 for name in base if name not in ("locality", "perplexity"))
 
 
 def test_answers_come_in_the_requests_order(taught: LLM, requests: list[EditRequest], text_file: Path) -> None:
@@ -377,7 +382,7 @@ def test_the_bundled_model_knows_the_demos_old_answers(smollm2: LLM, text_file: 
 
 @pytest.mark.real_model
 def test_the_bundled_model_does_not_know_the_demos_new_answers(smollm2: LLM, text_file: Path) -> None:
-    requests = [r.model_copy(update={"rephrases": ()}) for r in load_requests("demo", limit=40)]
+    requests = [EditRequest(id=r.id, prompt=r.prompt, new_answer=r.new_answer) for r in load_requests("demo", 40)]
     options = EvaluationOptions(text=str(text_file), max_new_tokens=1)
     figures = means(evaluate(smollm2, requests, options=options).before.metrics)
     assert figures["rewrite"] < 0.2

@@ -23,6 +23,7 @@ def export_merged(llm: LLM, update: WeightUpdate, folder: Path) -> None:
             llm.model.save_pretrained(partial)
         llm.tokenizer.save_pretrained(partial)
         for file in sorted(partial.iterdir()):
+            file.chmod(0o644)  # safetensors files come readable by their owner only
             file.replace(folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
