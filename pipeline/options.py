@@ -128,14 +128,60 @@ class FinetuneOptions:
 
 
 @dataclass(kw_only=True)
+class LocateOptions:
+    """Locate-then-edit: memit, emmet, rome and alphaedit."""
+
+    text: str | None = None
+    """Plain text file for key statistics; default: text that the model itself writes."""
+    text_tokens: int = 40_000
+    """How much text the statistics are taken from, in tokens."""
+    cache: str | None = None
+    """Folder for statistics; default: golden-layers in the user's cache folder."""
+    contexts: int = 3
+    """Contexts that a prompt is learnt under, the bare prompt being the first."""
+    key_per_context: bool = True
+    """memit: each context's key is a column of its own; else a request has one, their mean."""
+    batch_size: int = 32
+    """Requests whose values are searched for together."""
+    steps: int = 25
+    """The most optimiser steps of a value."""
+    step: float = 0.1
+    """Adam's step size for a value, in units of the projection's output norm."""
+    bound: float = 4.0
+    """Largest change of a value, in units of the projection's output norm."""
+    learnt: float = 0.05
+    """A value is found when its mean loss (nats) is below this."""
+    kl: float = 0.0625
+    """Weight of keeping what the model says after `{subject} is`."""
+    decay: float = 0.01
+    """Weight of a value's squared change."""
+    strength: float = 1000.0
+    """memit: weight of ordinary text against the requests, free of the keys' scale."""
+    ridge: float = 1e-4
+    """emmet, rome: added to the diagonals of both systems, relative to their mean."""
+    threshold: float = 2e-3
+    """alphaedit: eigenvalues of the statistics below this, relative to the largest, count as free of text."""
+
+    def __post_init__(self) -> None:
+        for name in ("contexts", "batch_size", "steps", "text_tokens"):
+            check_at_least(f"locate.{name}", getattr(self, name), 1)
+        for name in ("step", "bound", "strength", "ridge", "threshold"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"locate.{name}: {getattr(self, name)} is not above 0")
+        for name in ("learnt", "kl", "decay"):
+            check_at_least(f"locate.{name}", getattr(self, name), 0)
+
+
+@dataclass(kw_only=True)
 class EditOptions:
     """How the golden layer is changed."""
 
     method: str = "finetune"
-    """finetune: mini-batches over epochs, everything but the golden layer frozen."""
+    """finetune: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form."""
     layers: list[int] | None = None
     """Blocks to edit, counted from 0, in place of the profile's golden layers."""
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+    locate: LocateOptions = field(default_factory=LocateOptions)
 
 
 @dataclass(kw_only=True)

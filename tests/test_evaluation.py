@@ -336,8 +336,8 @@ def test_the_interval_is_a_plain_bootstraps(per_unit: int) -> None:
     low, high = bootstrap(values, weights, units)
     assert estimate.mean == pytest.approx(np.average(values, weights=weights))
     assert estimate.count == 300
-    assert estimate.low == pytest.approx(low, abs=0.15 * (high - low))
-    assert estimate.high == pytest.approx(high, abs=0.15 * (high - low))
+    assert estimate.low == pytest.approx(low, abs=0.05 * (high - low))
+    assert estimate.high == pytest.approx(high, abs=0.05 * (high - low))
 
 
 def test_states_of_two_processes_add_up() -> None:

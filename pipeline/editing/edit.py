@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from lightning.pytorch.loggers import Logger
 
 from pipeline.attribution import GoldenProfile
 from pipeline.editing.finetune import FineTune
+from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
 from pipeline.model import LLM
@@ -30,7 +31,20 @@ class EditMethod(Protocol):
     ) -> None: ...
 
 
-METHODS: dict[str, type[EditMethod]] = {"finetune": FineTune}
+class Method(NamedTuple):
+    """A kind of edit, and the field of EditOptions that holds its options."""
+
+    make: type[EditMethod]
+    options: str
+
+
+METHODS = {
+    "finetune": Method(FineTune, "finetune"),
+    "memit": Method(LocateThenEdit, "locate"),
+    "emmet": Method(LocateThenEdit, "locate"),
+    "rome": Method(LocateThenEdit, "locate"),
+    "alphaedit": Method(LocateThenEdit, "locate"),
+}
 
 
 def edit(
@@ -59,7 +73,7 @@ def edit(
     options, trainer = options or EditOptions(), trainer or TrainerOptions()
     check_choice("method", options.method, METHODS)
     layers = choose_layers(llm, profile, options)
-    method = METHODS[options.method](llm, layers, options)
+    method = METHODS[options.method].make(llm, layers, options)
     parameters = dict(llm.model.named_parameters())
     base = {name: parameters[name].detach().clone() for name in method.weight_names}
     try:
@@ -77,7 +91,7 @@ def edit(
         layers=layers,
         tensors=changed,
         requests=list(requests),
-        options=asdict(getattr(options, options.method)),
+        options=asdict(getattr(options, METHODS[options.method].options)),
     )
 
 

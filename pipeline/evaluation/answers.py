@@ -6,8 +6,9 @@ import re
 import string
 
 OUTER = string.whitespace + string.punctuation + "“”‘’"
-ARTICLE = re.compile(r"(a|an|the)\s+")
-END = re.compile(r"[\"'”’)]*\s*($|\n|[.!?;]($|\s))")
+ARTICLE = re.compile(r"(a|an|the)[^\S\n]+(?=\S)")
+CLOSING = r"[\"'”’)*_`]*"
+END = re.compile(rf"{CLOSING}\s*($|\n|[.!?;]{CLOSING}($|\s))")
 
 
 def _bare(text: str) -> str:
@@ -21,5 +22,9 @@ def is_exact_answer(generated: str, answer: str) -> bool:
 
     The longest answer wins nothing: "Paris, France" is not "Paris", and "Romeo" is not "Rome".
     """
-    said, wanted = _bare(generated), _bare(answer).rstrip(OUTER)
-    return said.startswith(wanted) and END.match(said, len(wanted)) is not None
+    said, whole = _bare(generated), _bare(answer)
+    return any(
+        said.startswith(wanted) and END.match(said, len(wanted)) is not None
+        for wanted in (whole, whole.rstrip(OUTER))  # "C++" ends in what "Yahoo!" may lose
+        if wanted
+    )

@@ -1,6 +1,6 @@
 """The language model: loading, the map of its blocks, joining prompt and answer, target-only logits, generation."""
 
-from pipeline.model.blocks import Block, find_blocks
+from pipeline.model.blocks import Block, find_blocks, sizes
 from pipeline.model.generation import GreedyModule, first_statement, generate
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
@@ -28,6 +28,7 @@ __all__ = [
     "generate",
     "hush",
     "load_model",
+    "sizes",
     "target_logits",
     "target_losses",
     "weights_dtype",

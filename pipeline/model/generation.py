@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from transformers import GenerationConfig
 
+from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.model.targets import check_length, tokenize
 from pipeline.model.trainer import build_trainer, predict
@@ -40,6 +42,8 @@ def encode_prompts(llm: LLM, prompts: Sequence[str], max_new_tokens: int) -> lis
     """Token ids of prompts, shortest first; UserError when one leaves no room in the context."""
     rows = [PromptRow(ids, i) for i, ids in enumerate(tokenize(llm, [p.rstrip() for p in prompts]))]
     for row in rows:
+        if not row.token_ids:
+            raise UserError(f"prompt {prompts[row.index]!r} becomes no token")
         check_length(llm, len(row.token_ids) + max_new_tokens, f"prompt {prompts[row.index][:60]!r}")
     return sorted(rows, key=lambda row: len(row.token_ids))
 
@@ -54,17 +58,20 @@ def collate_prompts(rows: Sequence[PromptRow], pad_token_id: int) -> PromptBatch
 
 def greedy(llm: LLM, batch: PromptBatch, max_new_tokens: int) -> list[str]:
     """The model's greedy continuation of each prompt, up to its own end or `max_new_tokens`."""
-    tokens_BT = llm.model.generate(  # type: ignore[operator]
-        batch.input_ids_BT,
-        attention_mask=batch.mask_BT,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=llm.pad_token_id,
-    )
+    own = llm.model.generation_config
+    # generate() fills what it is not told from the model's own settings (repetition penalties, ...): set them aside
+    llm.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id if own else None)
+    try:
+        tokens_BT = llm.model.generate(  # type: ignore[operator]
+            batch.input_ids_BT,
+            attention_mask=batch.mask_BT,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=llm.pad_token_id,
+        )
+    finally:
+        llm.model.generation_config = own
     return llm.tokenizer.batch_decode(tokens_BT[:, batch.input_ids_BT.shape[1] :], skip_special_tokens=True)
 
 
@@ -94,6 +101,8 @@ def generate(
     Raises:
         UserError: when a prompt and its answer do not fit the model's context.
     """
+    if not prompts:
+        return []
     rows = encode_prompts(llm, prompts, max_new_tokens)
     data = ListDataModule((rows, lambda part: collate_prompts(part, llm.pad_token_id), batch_size))
     with llm.frozen():

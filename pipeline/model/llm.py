@@ -76,7 +76,7 @@ class LLM:
     @contextmanager
     def frozen(self, trainable: Collection[str] = ()) -> Iterator[None]:
         """Eval mode with every weight frozen but the named ones; the model's own state comes back after."""
-        training = self.model.training
+        training = {module: module.training for module in self.model.modules()}
         required = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         try:
             self.model.eval()
@@ -87,7 +87,8 @@ class LLM:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(required[name])
                 parameter.grad = None
-            self.model.train(training)
+            for module, mode in training.items():
+                module.training = mode
 
 
 @torch.no_grad()

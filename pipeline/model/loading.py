@@ -7,8 +7,10 @@ from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.errors import UserError
@@ -33,19 +35,24 @@ def load_model(name: str = BUNDLED, dtype: torch.dtype = torch.float32, verbose:
     try:
         with nullcontext() if verbose else redirect_stderr(StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=None if gguf_file else True,
+                output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"model: {name!r} cannot be loaded; expected {BUNDLED!r}, a Hugging Face name, a folder with "
             f"config.json, tokenizer and safetensors, or a GGUF file ({reason})"
         ) from error
+    model, found = loaded
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"model: {name!r} lacks {len(missing)} of its weights, such as {missing[0]}")
     if gguf_file:
         _forget_quantization(model)
     return LLM(model, tokenizer, name)

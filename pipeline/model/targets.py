@@ -90,7 +90,9 @@ def encode(
             min(len(before), len(ids)),
         )
         tag = tags[index] if tags is not None else None
-        if shared == len(ids):
+        if not before:
+            raise UserError(f"{what}: prompt {pairs[index][0]!r} becomes no token")
+        if shared == len(ids) or not pairs[index][1].strip():
             raise UserError(f"{what}: answer {pairs[index][1]!r} to {pairs[index][0]!r} becomes no token")
         check_length(llm, len(ids), f"{what}: {prompts[index][:60]!r}")
         rows.append(TargetRow(ids, max(shared, 1), tag))

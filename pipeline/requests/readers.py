@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from pipeline.errors import UserError
-from pipeline.requests.schema import EditRequest
+from pipeline.requests.schema import EditRequest, Probe
 
 DEMO_REQUESTS = Path(__file__).with_name("demo.jsonl")
 
@@ -61,7 +61,7 @@ def _from_zsre(record: Record) -> Record:
         "old_answer": _first(record.get("answers")) or None,
         "rephrases": [p for p in [_first(record.get("rephrase"))] if p],
         "locality": _probes(
-            str(record.get("loc") or "").removeprefix("nq question: "), _first(record.get("loc_ans")), "nq"
+            str(_first(record.get("loc")) or "").removeprefix("nq question: "), _first(record.get("loc_ans")), "nq"
         ),
         "source": "zsre",
     }
@@ -135,8 +135,17 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path}: line {line_number}", _parse_line(path, line_number, line)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: malformed JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: byte {_first_bad_byte(path)}: not UTF-8 text") from None
+
+
+def _first_bad_byte(path: Path) -> int:
+    """Where a file stops being UTF-8, from its start: a decoder that reads in pieces counts from the last one."""
+    try:
+        path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start}: not UTF-8 text") from None
+        return error.start
+    return 0
 
 
 def _parse_line(path: Path, number: int, line: str) -> Any:
@@ -161,5 +170,6 @@ def _read(record: Any, number: int, where: str) -> EditRequest:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        exists = f"; there is {', '.join(EditRequest.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        model = EditRequest if len(first["loc"]) == 1 else Probe
+        exists = f"; there is {', '.join(model.model_fields)}" if first["type"] == "extra_forbidden" else ""
         raise UserError(f"{where}: field {name!r}: {first['msg']}{exists}") from None

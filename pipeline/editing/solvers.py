@@ -1,0 +1,77 @@
+"""Closed-form solvers of locate-then-edit: from keys and wanted changes to a change of the weight.
+
+Every solver finds ΔW (O, I) so that ΔW k is close to r for the keys k and changes r of the requests, and small on
+ordinary text, whose keys have the second moment C. Shapes: O outputs, I inputs of the projection, n columns.
+All work is done in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+
+def memit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, strength: float) -> Tensor:
+    """ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ (MEMIT, arXiv 2210.07229): least squares on requests and text together.
+
+    Args:
+        key_In: keys of the requests.
+        change_On: wanted changes of the outputs.
+        moment_II: C = E[k kᵀ] over ordinary text.
+        strength: λ without the keys' scale: λ = strength · mean ‖k‖² of requests / mean ‖k‖² of text.
+    """
+    K, R, C = key_In.double(), change_On.double(), moment_II.double()
+    scale = (K.square().sum(0).mean() / C.trace()).item()
+    return _solve(strength * scale * C + K @ K.T, K @ R.T).T
+
+
+def emmet(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float) -> Tensor:
+    """ΔW = R (Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ (EMMET, arXiv 2403.14236): ΔW K = R exactly, least change on text.
+
+    ROME is this with one request. `ridge` (relative to the mean of the diagonal) keeps both systems sound when
+    keys nearly agree or text is short.
+    """
+    K, R, C = key_In.double(), change_On.double(), moment_II.double()
+    CinvK = _solve(_ridged(C, ridge), K)
+    return R @ _solve(_ridged(K.T @ CinvK, ridge), CinvK.T)
+
+
+def alphaedit(
+    key_In: Tensor, change_On: Tensor, moment_II: Tensor, threshold: float, earlier_Im: Tensor | None = None
+) -> Tensor:
+    """ΔW = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + s·1)⁻¹ (AlphaEdit, arXiv 2410.02355).
+
+    P projects onto the directions in which ordinary text has next to no keys: C's eigenvectors with eigenvalues
+    below `threshold` times the largest. s is a hundredth of the keys' mean squared norm inside them: the paper's 1
+    has the keys' scale in it.
+
+    Args:
+        key_In, change_On, moment_II: as in `memit`.
+        threshold: relative to C's largest eigenvalue.
+        earlier_Im: keys of earlier updates, whose outputs are to stay.
+    """
+    K, R = key_In.double(), change_On.double()
+    values, vectors = torch.linalg.eigh(moment_II.double())
+    free = vectors[:, values < threshold * values[-1]]
+    if not free.shape[1]:
+        raise UserError(f"alphaedit: no direction is free of text at threshold {threshold}; raise it")
+    P = free @ free.T
+    A = K @ K.T if earlier_Im is None else K @ K.T + earlier_Im.double() @ earlier_Im.double().T
+    s = 0.01 * (P @ K).square().sum(0).mean()
+    system = A @ P + s * torch.eye(len(P), dtype=P.dtype)
+    return torch.linalg.solve(system.T, (R @ K.T @ P).T).T
+
+
+def _ridged(matrix: Tensor, ridge: float) -> Tensor:
+    """The matrix with `ridge` times its mean diagonal added on the diagonal."""
+    return matrix + ridge * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solution of a symmetric positive definite system; UserError when it is singular."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed or not factor.isfinite().all():
+        raise UserError("edit: the closed-form system is singular; raise --locate.strength or --locate.ridge")
+    return torch.cholesky_solve(right, factor)

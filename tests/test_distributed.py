@@ -1,0 +1,138 @@
+"""Two processes give what one gives: scores, metrics and edits, from a number of requests that two do not divide.
+
+Commands run as `python run.py ... --trainer.strategy ddp --trainer.devices 2` on CPU, with gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.attribution import GoldenProfile
+from pipeline.cli import main
+
+pytestmark = pytest.mark.distributed
+
+RUN = Path(__file__).parent.parent / "run.py"
+CPU = ("--trainer.accelerator", "cpu")
+TWO = (*CPU, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+TIMEOUT = 180  # seconds: two processes that wait for each other wait for ever
+
+
+def two_processes(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command on two processes."""
+    return subprocess.run(
+        [sys.executable, str(RUN), *words, *TWO],
+        capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def in_both_ways(folder: Path, *words: str) -> tuple[Path, Path]:
+    """The output folders of a command that one process ran and that two ran."""
+    one, two = folder / "one", folder / "two"
+    assert main([*words, *CPU, "--output", str(one)]) == 0
+    told = two_processes(*words, "--output", str(two))
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("written to") == 1
+    assert kinds(two) == kinds(one)  # written once: no second events file, nothing of the second process
+    return one, two
+
+
+def kinds(folder: Path) -> list[str]:
+    return sorted(path.name.partition(".out.")[0] for path in folder.iterdir())
+
+
+def metrics(folder: Path) -> Any:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture
+def asked(tiny_folder: Path, request_file: Path) -> list[str]:
+    return ["--model", str(tiny_folder), "--requests", str(request_file)]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """Ordinary text of three windows, which two processes do not divide either."""
+    file = tmp_path / "text.txt"
+    file.write_text("The path along the marsh is best walked in the hour after sunrise. " * 12)
+    return str(file)
+
+
+def test_attribution(asked: list[str], tmp_path: Path) -> None:
+    one, two = in_both_ways(tmp_path, "attribute", *asked, "--batch_size", "2")
+    expected, found = GoldenProfile.load(one), GoldenProfile.load(two)
+    assert found.requests == 7
+    assert found.scores == pytest.approx(expected.scores, rel=1e-6)
+    assert (found.ranking, found.golden_layers) == (expected.ranking, expected.golden_layers)
+
+
+def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:
+    update = tmp_path / "update"
+    editing = ["--layers", "1", "--finetune.epochs", "40", "--finetune.learning_rate", "0.01", *CPU]
+    assert main(["edit", *asked, *editing, "--evaluation.text", text, "--output", str(update)]) == 0
+    words = ["--update", str(update), "--text", text, "--batch_size", "3"]
+    one, two = in_both_ways(tmp_path, "evaluate", *asked, *words)
+    assert metrics(one)["after"]["rewrite"]["mean"] > 0.5  # a figure that could go wrong
+    for side in ("before", "after"):
+        for name, expected in metrics(one)[side].items():
+            assert metrics(two)[side][name] == pytest.approx(expected, rel=1e-6), (side, name)
+
+
+EDITING = (
+    "--layers",
+    "1",
+    "--finetune.epochs",
+    "2",
+    "--finetune.stop_loss",
+    "0",
+    "--finetune.learning_rate",
+    "0.001",
+)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="finetune: a step takes batch_size requests on each device, in another order, one twice"
+)
+@pytest.mark.parametrize("batch_size", ["4", "1"])
+def test_an_edit_keeps_its_global_batch(batch_size: str, asked: list[str], text: str, tmp_path: Path) -> None:
+    words = [*EDITING, "--finetune.batch_size", batch_size, "--evaluation.text", text]
+    one, two = in_both_ways(tmp_path, "edit", *asked, *words)
+    expected, found = load_file(one / "update.safetensors"), load_file(two / "update.safetensors")
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < 1e-5, name  # Adam moves a weight by 1e-3 a step
+    assert json.loads((two / "update.json").read_text())["requests"][6]["id"] == "capital-6"
+
+
+@pytest.mark.xfail(strict=True, reason="generation: fewer prompts than devices end in Lightning's assertion")
+def test_one_old_answer_to_be_found(asked: list[str], request_file: Path, tmp_path: Path) -> None:
+    first, *others = [json.loads(line) for line in request_file.read_text().splitlines()]
+    del first["old_answer"]
+    request_file.write_text("".join(json.dumps(record) + "\n" for record in [first, *others]))
+    one, two = in_both_ways(tmp_path, "attribute", *asked)
+    assert GoldenProfile.load(two).scores == pytest.approx(GoldenProfile.load(one).scores, rel=1e-6)
+
+
+@pytest.mark.xfail(strict=True, reason="attribution: fewer requests than devices end in Lightning's assertion")
+def test_fewer_requests_than_devices(asked: list[str], tmp_path: Path) -> None:
+    told = two_processes("attribute", *asked, "--limit", "1", "--output", str(tmp_path / "out"))
+    assert told.returncode == 1
+    assert [line.partition(":")[0] for line in told.stderr.splitlines()] == ["error"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_path: Path) -> None:
+    broken = ["--layers", "1", "--finetune.learning_rate", "1e30", "--finetune.batch_size", "2"]
+    told = two_processes("edit", *asked, *broken, "--evaluation.text", text, "--output", str(tmp_path / "out"))
+    assert told.returncode == 1
+    assert "the loss is not a number in step 1, in the batch of requests capital-" in told.stderr
+    assert "Traceback" not in told.stderr
+    assert not (tmp_path / "out").exists()
