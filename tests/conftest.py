@@ -12,12 +12,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline import UserError
 from pipeline.model import LLM, hush, load_model
 from pipeline.requests import EditRequest, Probe, load_requests
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 hush(verbose=False)
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """The one line with which a call refuses."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_tiny
+from conftest import FAMILIES, make_tiny, refusal
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import UserError
 from pipeline.editing import WeightUpdate
 from pipeline.evaluation import BootstrapMean, Estimate, Evaluation, evaluate
 from pipeline.evaluation.answers import is_exact_answer
@@ -220,6 +219,10 @@ def test_the_model_is_the_same_afterwards(tiny: LLM, requests: list[EditRequest]
     assert tiny.model.training and [weight.requires_grad for weight in tiny.model.parameters()] == required
 
 
+def test_no_requests_are_refused(tiny_llm: LLM) -> None:
+    assert refusal(lambda: evaluate(tiny_llm, [])) == "requests: none to measure"
+
+
 def test_the_models_own_text_is_there(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     assert evaluate(tiny_llm, requests[:1]).before.metrics["perplexity"].count > 1000
 
@@ -239,10 +242,8 @@ def test_a_text_that_cannot_be_scored_is_refused(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        measure(tiny_llm, requests, None, tmp_path / name)
-    message = str(caught.value)
-    assert message.startswith(f"text: {tmp_path / name}: ") and words in message and "\n" not in message
+    message = refusal(lambda: measure(tiny_llm, requests, None, tmp_path / name))
+    assert message.startswith(f"text: {tmp_path / name}: ") and words in message
 
 
 # Exact answers
@@ -274,28 +275,17 @@ EXACT = [
     ("Anything", "?", False),
     ("", "Paris", False),
     ("\n", "Paris", False),
-]
-EXACT_NOT_YET = [
-    ("C++", "C++", True, "the answer's own last characters are cut off, the generation's are not"),
-    ("C#.", "C#", True, "the answer's own last characters are cut off, the generation's are not"),
-    ("100%.", "100%", True, "the answer's own last characters are cut off, the generation's are not"),
-    ('"Paris."', "Paris", True, "a quotation mark after the full stop"),
-    ("**Paris**", "Paris", True, "marks of emphasis end no statement"),
-    ("A\nQuestion", "A", True, "the answer itself is taken for an article"),
-    ("", "?", False, "an answer of punctuation alone is in every silence"),
+    ("C++", "C++", True),
+    ("C#.", "C#", True),
+    ("100%.", "100%", True),
+    ('"Paris."', "Paris", True),
+    ("**Paris**", "Paris", True),
+    ("A\nQuestion", "A", True),
+    ("", "?", False),
 ]
 
 
-@pytest.mark.parametrize(
-    ("generated", "answer", "exact"),
-    [
-        *EXACT,
-        *[
-            pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason=reason))
-            for *case, reason in EXACT_NOT_YET
-        ],
-    ],
-)
+@pytest.mark.parametrize(("generated", "answer", "exact"), EXACT)
 def test_an_exact_answer_says_that_and_no_more(generated: str, answer: str, exact: bool) -> None:
     assert is_exact_answer(generated, answer) is exact
 

@@ -9,13 +9,15 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import make_tiny, refusal
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -34,7 +36,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pipeline import UserError
 from pipeline.model import (
     LLM,
     TargetRow,
@@ -57,15 +58,6 @@ ANSWERS = [
     ("Egypt's river is", "the Nile, of course"),
     ("7 times 6 is", "42"),
 ]
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    """The one line with which a call refuses."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # The map of blocks
@@ -204,13 +196,7 @@ def test_nothing_encodes_to_nothing(tiny_llm: LLM) -> None:
     assert encode(tiny_llm, []) == []
 
 
-@pytest.mark.parametrize(
-    ("prompt", "answer"),
-    [
-        pytest.param("Peru is", "", marks=pytest.mark.xfail(strict=True, reason="the joining space is the target")),
-        pytest.param("", "Lima", marks=pytest.mark.xfail(strict=True, reason="the first token goes unscored")),
-    ],
-)
+@pytest.mark.parametrize(("prompt", "answer"), [("Peru is", ""), ("", "Lima")])
 def test_an_empty_prompt_or_answer_is_refused(tiny_llm: LLM, prompt: str, answer: str) -> None:
     assert "token" in refusal(lambda: encode(tiny_llm, [("Spain is", "Madrid"), (prompt, answer)]))
 
@@ -317,7 +303,6 @@ def test_frozen_gives_the_models_state_back(tiny: LLM, training: bool, error: ty
     assert not all(before[0].values())
 
 
-@pytest.mark.xfail(strict=True, reason="every module gets the whole model's mode")
 def test_frozen_gives_each_modules_mode_back(tiny_llm: LLM) -> None:
     tiny_llm.model.train()
     tiny_llm.model.model.layers[1].eval()
@@ -376,11 +361,61 @@ def test_weights_are_loaded_in_the_dtype_asked_for(tiny_folder: Path) -> None:
     assert load_model(str(tiny_folder), torch.float64).model.dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", ["smollm9", "nobody/nothing", "not/a/model", "no such: model?"])
-def test_an_unknown_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub refuses every connection, and whoever waits to ask it again fails."""
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}")
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waits for the hub"))
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("name", ["smollm9", "nobody/nothing", "no such: model?"])
+def test_an_unknown_name_is_refused_at_once(
+    name: str, offline: bool, no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     message = refusal(lambda: load_model(name))
     assert message.startswith(f"model: {name!r} cannot be loaded") and "'smollm2'" in message
+    assert ("Repo id" if " " in name else "(the hub cannot be reached") in message
+
+
+def test_a_model_in_the_cache_needs_no_network(
+    tiny_folder: Path, tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--somebody--tiny"
+    shutil.copytree(tiny_folder, cached / "snapshots" / "0123")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    assert load_model("somebody/tiny").fingerprint == load_model(str(tiny_folder)).fingerprint
+
+
+@pytest.mark.parametrize("status", [200, 401, 404, 503])
+def test_a_hub_that_answers_is_asked_for_the_model(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+    def from_pretrained(source: str, **_: Any) -> None:
+        raise OSError(f"{source} was asked for")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        url = f"http://127.0.0.1:{server.server_port}/{{repo_id}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        Thread(target=server.handle_request, daemon=True).start()
+        assert "(somebody/model was asked for)" in refusal(lambda: load_model("somebody/model"))
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "~/nothing", "not/a/model"])
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.model.loading._reachable", lambda _: pytest.fail("asks the hub"))
+    assert refusal(lambda: load_model(name)) == f"model: {name}: no such folder"
+
+
+def test_a_file_that_is_no_gguf_is_refused(tiny_folder: Path) -> None:
+    assert "a file; expected a folder" in refusal(lambda: load_model(str(tiny_folder / "model.safetensors")))
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
@@ -423,22 +458,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other sizes": (reconfigure(intermediate_size=64), "cannot be loaded"),
     "missing weights": (reconfigure(num_hidden_layers=5), "model.layers.4"),
 }
-NOT_YET = {
-    "cut weights": "SafetensorError is not turned into a UserError",
-    "other sizes": "the RuntimeError for sizes that differ is not turned into a UserError",
-    "missing weights": "weights that the folder lacks are made up at random without a word",
-}
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        pytest.param(
-            *case, id=name, marks=[pytest.mark.xfail(strict=True, reason=NOT_YET[name])] if name in NOT_YET else []
-        )
-        for name, case in DAMAGES.items()
-    ],
-)
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_folder_is_refused(
     tiny_folder: Path, tmp_path: Path, damage: Callable[[Path], Any], words: str
 ) -> None:
@@ -498,7 +520,6 @@ def test_generation_stops_at_the_models_own_end(tiny: LLM) -> None:
     assert generate(tiny, PROMPTS, max_new_tokens=12) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="what a model's generation_config.json sets beside sampling stays in force")
 @pytest.mark.parametrize(
     "setting", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 8}]
 )
@@ -516,12 +537,10 @@ def test_a_prompt_that_leaves_no_room_is_refused(tiny_llm: LLM) -> None:
     assert "prompt 'Peru'" in message and "129 tokens" in message
 
 
-@pytest.mark.xfail(strict=True, reason="a prompt without a token reaches the model, which fails on it")
 def test_an_empty_prompt_is_refused(tiny_llm: LLM) -> None:
     assert "prompt ''" in refusal(lambda: generate(tiny_llm, [""]))
 
 
-@pytest.mark.xfail(strict=True, reason="Lightning's list of outputs is taken to hold something")
 def test_no_prompts_give_no_answers(tiny_llm: LLM) -> None:
     assert generate(tiny_llm, []) == []
 

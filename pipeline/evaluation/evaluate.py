@@ -78,7 +78,8 @@ def evaluate(
         trainer: what it runs on.
 
     Raises:
-        UserError: for an update of another model, texts that do not fit the context, a text file too short.
+        UserError: for no requests, an update of another model, texts that do not fit the context, a text file
+            too short.
     """
     evaluator = Evaluator(llm, requests, options, trainer)
     before = evaluator.measure("Measuring base")
@@ -107,6 +108,8 @@ class Evaluator:
         options: EvaluationOptions | None = None,
         trainer: TrainerOptions | None = None,
     ) -> None:
+        if not requests:
+            raise UserError("requests: none to measure")
         self.llm = llm
         self.requests = list(requests)
         self.options = options or EvaluationOptions()

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -34,6 +36,8 @@ def load_model(name: str = BUNDLED, dtype: torch.dtype = torch.float32, verbose:
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         with nullcontext() if verbose else redirect_stderr(StringIO()):
+            if not Path(source).is_dir():
+                source = _reachable(source)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -71,9 +75,31 @@ def _locate(name: str) -> tuple[str, str | None]:
         if not path.is_file():
             raise UserError(f"model: {name}: no such file")
         return str(path.parent), path.name
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"model: {name}: the folder holds no config.json; expected a Hugging Face model")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model: {name}: the folder holds no config.json; expected a Hugging Face model")
+    elif path.is_file():
+        raise UserError(f"model: {name}: a file; expected a folder with config.json, or a GGUF file")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:  # the hub has no such names
+        raise UserError(f"model: {name}: no such folder")
     return name, None
+
+
+def _reachable(name: str) -> str:
+    """A hub name itself where the hub answers, else the folder that the model was once downloaded to.
+
+    One request without retries tells: those of the libraries take a minute on a machine without a network.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except HfHubHTTPError:
+        pass  # an answer too, if only that there is no such model
+    except Exception:  # no connection or offline mode: classes of whichever HTTP library the hub's own uses
+        try:
+            return str(Path(hf_hub_download(name, "config.json", local_files_only=True)).parent)
+        except LocalEntryNotFoundError:
+            raise OSError("the hub cannot be reached, and no such model was downloaded before") from None
+    return name
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

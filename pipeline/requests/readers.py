@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_at_least
 from pipeline.requests.schema import EditRequest, Probe
 
 DEMO_REQUESTS = Path(__file__).with_name("demo.jsonl")
@@ -67,6 +69,9 @@ def _from_zsre(record: Record) -> Record:
     }
 
 
+OWN = "golden-layers JSONL"
+
+
 class Layout(NamedTuple):
     """A layout's name, the fields that give it away, and its function from record to request fields."""
 
@@ -78,7 +83,7 @@ class Layout(NamedTuple):
 LAYOUTS = (
     Layout("zsRE (MEND)", frozenset({"src", "alt"}), _from_zsre),
     Layout("CounterFact (EasyEdit)", frozenset({"prompt", "target_new"}), _from_counterfact),
-    Layout("golden-layers JSONL", frozenset({"prompt", "new_answer"}), _from_own),
+    Layout(OWN, frozenset({"prompt", "new_answer"}), _from_own),
 )
 
 
@@ -87,13 +92,17 @@ def load_requests(source: str | Path, limit: int | None = None, offset: int = 0)
 
     Args:
         source: a JSONL file, a JSON file holding a list, or `demo`.
-        limit: take at most this many records.
+        limit: take at most this many records; lines after them are not read.
         offset: leave out this many records first; their contents are not checked.
 
     Raises:
         UserError: naming file and line or record, when there is no such file, it is empty or malformed, its
-            layout is unknown, a field is missing or of the wrong type, or two requests share an id.
+            layout is unknown, a field is missing or of the wrong type, or two requests share an id; or
+            naming limit or offset, when it is out of range.
     """
+    check_at_least("offset", offset, 0)
+    if limit is not None:
+        check_at_least("limit", limit, 1)
     path = DEMO_REQUESTS if str(source) == "demo" else Path(source)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
@@ -101,12 +110,10 @@ def load_requests(source: str | Path, limit: int | None = None, offset: int = 0)
     requests: list[EditRequest] = []
     seen: dict[str, str] = {}
     total = 0
-    for number, (where, record) in enumerate(_records(path)):
+    for number, (where, record) in enumerate(islice(_records(path), None if limit is None else offset + limit)):
         total = number + 1
         if number < offset:
             continue
-        if limit is not None and len(requests) >= limit:
-            break
         request = _read(record, number, where)
         if request.id in seen:
             raise UserError(f"{where}: id {request.id!r} was used before, at {seen[request.id]}")
@@ -122,7 +129,7 @@ def load_requests(source: str | Path, limit: int | None = None, offset: int = 0)
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Each record of a JSON list or a JSONL file, with the words that say where it stands."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # with or without a byte order mark
             start = file.read(1)
             while start.isspace():
                 start = file.read(1)
@@ -168,8 +175,17 @@ def _read(record: Any, number: int, where: str) -> EditRequest:
     try:
         return EditRequest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        model = EditRequest if len(first["loc"]) == 1 else Probe
-        exists = f"; there is {', '.join(model.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise UserError(f"{where}: field {name!r}: {first['msg']}{exists}") from None
+        read_as = "" if layout.name == OWN else f" (read as {layout.name})"  # its fields have other names
+        raise UserError(f"{where}: {_wrong_field(error.errors()[0])}{read_as}") from None
+
+
+def _wrong_field(error: ErrorDetails) -> str:
+    """Which field is wrong, in what, and what there is instead."""
+    name = ".".join(str(part) for part in error["loc"])
+    message = error["msg"]
+    if error["type"] == "tuple_type":
+        message = f"expected a list of {'texts' if name == 'rephrases' else 'probes'}"
+    elif error["type"] == "extra_forbidden":
+        model = EditRequest if len(error["loc"]) == 1 else Probe
+        message += f"; there is {', '.join(model.model_fields)}"
+    return f"field {name!r}: {message}"
