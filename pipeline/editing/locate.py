@@ -21,13 +21,19 @@ from torch.nn import functional as F
 from pipeline.editing import solvers
 from pipeline.editing.statistics import key_moment
 from pipeline.errors import UserError
-from pipeline.model import LLM, build_trainer, encode, first_statement, generate
+from pipeline.model import LLM, build_trainer, encode
 from pipeline.model.suffix import Suffixes, SuffixRow, SuffixRunner
 from pipeline.model.targets import tokenize
 from pipeline.options import EditOptions, LocateOptions, TrainerOptions
 from pipeline.requests import EditRequest, ListDataModule
 
-OPENINGS = ("The", "Therefore", "Because", "I", "You")  # the model goes on from these to give contexts
+CONTEXTS = (  # what may stand before a prompt, so that a value holds in more than one setting
+    "{}",
+    "This is worth knowing. {}",
+    "She looked it up and read aloud: {}",
+    "In short, and as many people have asked before, {}",
+    "The next question was an easy one. {}",
+)
 
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
@@ -74,10 +80,10 @@ class LocateThenEdit:
             )
         cache = Path(self.options.cache) if self.options.cache else None
         moment = key_moment(self.llm, self.layer, self.options.text, self.options.text_tokens, trainer, cache)
-        templates = contexts(self.llm, self.options.contexts, trainer)
-        located = [locate(self.llm, request, templates) for request in requests]
+        templates = CONTEXTS[: self.options.contexts]
+        located = sorted((locate(self.llm, request, templates) for request in requests), key=Located.width)
         search = ValueSearch(self.llm, self.layer, self.options)
-        data = ListDataModule((located, list, self.options.batch_size), seed=seed)
+        data = ListDataModule((located, list, self.options.batch_size), shuffle=False)
         build_trainer(trainer, "Finding values", logger, max_epochs=1, log_every_n_steps=1).fit(
             search, datamodule=data
         )
@@ -101,21 +107,15 @@ def columns(found: Sequence[tuple[Tensor, Tensor]], key_per_context: bool) -> tu
     return torch.cat(keys).T, torch.cat(changes).T
 
 
-def contexts(llm: LLM, count: int, trainer: TrainerOptions) -> list[str]:
-    """`count` templates for prompts: bare, then after short statements that the model itself makes."""
-    openings = list(OPENINGS[: count - 1])
-    if not openings:
-        return ["{}"]
-    told = generate(llm, openings, 10, trainer=trainer, title="Contexts")
-    said = [f"{opening} {first_statement(text)}. " for opening, text in zip(openings, told, strict=True)]
-    return ["{}"] + [text.replace("{", "").replace("}", "") + "{}" for text in said]
-
-
 class Located(NamedTuple):
     """A request with its rows: prompt and new answer under each context, and last `{subject} is`."""
 
     id: str
     rows: list[SuffixRow]
+
+    def width(self) -> int:
+        """The most tokens from the subject's last on: batches of like width hold little padding."""
+        return max(len(row.token_ids) - row.start for row in self.rows)
 
 
 def locate(llm: LLM, request: EditRequest, templates: Sequence[str]) -> Located:

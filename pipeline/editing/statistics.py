@@ -117,7 +117,7 @@ def _windows(llm: LLM, text: str | None, tokens: int, trainer: TrainerOptions) -
 
 
 def own_text(llm: LLM, tokens: int, trainer: TrainerOptions) -> list[str]:
-    """Text that the model itself writes, from the two words or so that it thinks likeliest after common openings."""
+    """Text that the model itself writes, from common openings and what it thinks likeliest after each."""
     seeds = _continuations(llm, -(-tokens // (WINDOW * len(OPENINGS))))
     return [
         seed + told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
@@ -109,4 +108,3 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     for leftover in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(model, leftover):
             delattr(model, leftover)
-    logging.getLogger(__name__).debug("dequantised %s", type(model).__name__)
