@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -75,6 +75,8 @@ def user_line(error: Exception) -> str | None:
         return f"no room left on the disk while writing {error.filename or 'the output'}"
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
     if "No space left on device" in str(error) or "File too large" in str(error):  # raised inside libraries
         return "no room left on the disk while writing the output"
     return None
@@ -137,6 +139,7 @@ def _normalized(parser: ArgumentParser, name: str, words: Sequence[str]) -> list
     `--top-k` becomes `--top_k`, a bare switch `--overwrite=true`, and words for a list one JSON list.
     """
     flags = {flag: action for action in parser._actions for flag in action.option_strings}
+    configs: list[str] = []  # put first, so that flags override them wherever they stand
     result: list[str] = []
     rest = list(words)
     while rest:
@@ -154,14 +157,15 @@ def _normalized(parser: ArgumentParser, name: str, words: Sequence[str]) -> list
         while not equals and rest and not rest[0].startswith("--"):
             values.append(rest.pop(0))
         if flag == "--config":
-            _check_keys(values[0] if values else "", {one.removeprefix("--") for one in flags})
+            _check_keys(values[0] if values else "", flags)
         kind = str(getattr(flags.get(flag), "_typehint", ""))
         if "list[" in kind and values and not values[0].startswith("["):
             values = [json.dumps([yaml.safe_load(one) if "int" in kind else one for one in values])]
         if "bool" in kind and not values:
             values = ["true"]
-        result.extend([f"{flag}={values[0]}", *values[1:]] if values else [flag])
-    return result
+        normalized = [f"{flag}={values[0]}", *values[1:]] if values else [flag]
+        (configs if flag == "--config" else result).extend(normalized)
+    return configs + result
 
 
 def _paths(flags: Iterable[str]) -> set[str]:
@@ -169,8 +173,10 @@ def _paths(flags: Iterable[str]) -> set[str]:
     return {flag.rsplit(".", depth)[0] for flag in flags for depth in range(1, flag.count(".") + 1)}
 
 
-def _check_keys(file: str, known: set[str]) -> None:
+def _check_keys(file: str, flags: Mapping[str, object]) -> None:
     """Refuse a YAML file with a key that is no option, naming the key and the closest option."""
+    known = {f.removeprefix("--") for f, a in flags.items() if hasattr(a, "_typehint") and not f.endswith("+")}
+    groups = _paths(known)
     path = Path(file)
     if not path.is_file():
         raise UsageError(f"config: {file}: no such file; expected a YAML file of options")
@@ -180,24 +186,30 @@ def _check_keys(file: str, known: set[str]) -> None:
         raise UsageError(f"config: {file}: malformed YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"config: {file}: expected a mapping of option names to values")
-    for key in _flat_keys(content):
-        if key not in known and key not in _paths(known):
+    for key, value in _flat(content):
+        if key in groups - known and not isinstance(value, dict):
+            there = sorted(one for one in known if one.startswith(f"{key}."))
+            raise UsageError(f"config: {file}: {key}: expected a mapping; there is {', '.join(there)}")
+        if key not in known | groups:
             group = key.rpartition(".")[0]
-            there = sorted(
-                one for one in known if one.rpartition(".")[0] == group and one not in ("help", "config")
-            )
+            there = sorted(one for one in known | groups if one.rpartition(".")[0] == group)
             raise UsageError(
                 f"config: {file}: key {key!r} does not exist{_closest(key, known)}; there is {', '.join(there)}"
             )
+        kind = str(getattr(flags.get(f"--{key}"), "_typehint", "None"))
+        if value is None and not re.search("None|Optional", kind):
+            raise UsageError(f"config: {file}: {key}: expected {KINDS.get(_name(kind), 'a value')}, found nothing")
 
 
-def _flat_keys(content: dict[str, object], prefix: str = "") -> list[str]:
-    keys = []
+def _name(kind: str) -> str:
+    return kind.removeprefix("<class '").removesuffix("'>")
+
+
+def _flat(content: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in content.items():
-        keys.append(f"{prefix}{key}")
+        yield f"{prefix}{key}", value
         if isinstance(value, dict):
-            keys.extend(_flat_keys(value, f"{prefix}{key}."))
-    return keys
+            yield from _flat(value, f"{prefix}{key}.")
 
 
 def _closest(name: str, known: Iterable[str]) -> str:

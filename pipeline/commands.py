@@ -126,6 +126,8 @@ def generate(options: GenerateCommand) -> None:
         request.prompt for request in load_requests(options.requests, options.limit, options.offset)
     ]
     llm = _load(options)
+    if update:
+        llm.check_made_for("update", update.model, update.fingerprint)
     settings: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "batch_size": options.batch_size,
@@ -198,9 +200,10 @@ def _edit_and_prove(
 ) -> None:
     """Stages two and three: edit, save the update, measure what was saved."""
     from pipeline.editing import edit
-    from pipeline.evaluation import evaluate
+    from pipeline.evaluation import Evaluator, evaluate
 
+    Evaluator(llm, requests, evaluation, compute.trainer)  # texts that do not fit are found before the edit
     update = edit(llm, requests, profile, edit_options, compute.trainer, log.tensorboard, compute.seed)
-    update.save(log.folder)
-    measured = evaluate(llm, requests, update, evaluation, compute.trainer)
+    with log.keeping(update):
+        measured = evaluate(llm, requests, update, evaluation, compute.trainer)
     log.keep_metrics(llm.name, requests, measured, update, profile)

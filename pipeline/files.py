@@ -58,6 +58,8 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise UserError(f"output: {folder}: holds something already; name another folder or pass --overwrite")
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise UserError(f"output: {folder}: the working folder lies in it; start from outside to replace it")
         if not (folder / OPTIONS_FILE).is_file():
             raise UserError(f"output: {folder}: was not written by this program; --overwrite leaves it alone")
 
@@ -67,38 +69,44 @@ class OutputFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.keep = False  # set once a finished result stands in it that is worth more than a clean disk
+        self.finished: set[str] = set()  # files that are whole and worth more than a clean disk
 
 
 @contextmanager
-def output_folder(path: Path, overwrite: bool, options: str) -> Iterator[OutputFolder]:
-    """The folder a command writes to, on rank zero; on an error it is as it was before, unless `keep` is set.
+def output_folder(output: OutputFolder, overwrite: bool, options: str) -> Iterator[None]:
+    """The folder a command writes to, on rank zero; on an error only what is `finished` stays in it.
 
     What an overwritten folder held comes back when the command fails, and goes when it succeeds.
 
     Args:
-        path: the folder, to be made with its parents.
+        output: the folder, to be made with its parents.
         overwrite: whether what an earlier command wrote may be replaced.
         options: the resolved options, saved first.
 
     Raises:
         UserError: when the folder holds something and may not be overwritten.
     """
-    output = OutputFolder(path)
+    path = output.path.resolve() if output.path.is_symlink() else output.path
     if getattr(rank_zero_only, "rank", 0) != 0:
-        yield output
+        yield
         return
     check_output(path, overwrite)
+    existed = path.is_dir()
     replaced = path.with_name(f".{path.name}.replaced") if path.is_dir() and any(path.iterdir()) else None
     if replaced:
+        if replaced.exists():
+            raise UserError(f"output: {replaced}: left by a command that was killed; move it back or remove it")
         path.rename(replaced)
     made = [parent for parent in [path, *path.parents] if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / OPTIONS_FILE, options)
-        yield output
+        yield
     except BaseException:
-        if output.keep and not replaced:
+        if output.finished and not replaced:
+            for file in path.iterdir():
+                if file.name not in output.finished | {OPTIONS_FILE}:
+                    file.unlink()
             raise
         shutil.rmtree(path, ignore_errors=True)
         for parent in made[1:]:
@@ -106,6 +114,8 @@ def output_folder(path: Path, overwrite: bool, options: str) -> Iterator[OutputF
                 parent.rmdir()
         if replaced:
             replaced.rename(path)
+        elif existed:
+            path.mkdir()
         raise
     if replaced:
         shutil.rmtree(replaced)

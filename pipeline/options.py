@@ -24,7 +24,7 @@ class TrainerOptions:
 
     accelerator: str = "auto"
     """cpu, gpu, auto, or any other accelerator of Lightning."""
-    devices: str = "auto"
+    devices: int | str = "auto"
     """How many devices, or which (`0,2`)."""
     num_nodes: int = 1
     """How many hosts."""
@@ -208,6 +208,10 @@ class ComputeOptions:
     """Seed of every random choice."""
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: {self.seed} is not between 0 and {2**32 - 1}")
+
 
 @dataclass(kw_only=True)
 class RunCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions):
@@ -222,7 +226,8 @@ class RunCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions):
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
         if not 0 < self.proxy_fraction < 1:
             raise UserError(f"proxy_fraction: {self.proxy_fraction} is not between 0 and 1")
 
@@ -233,6 +238,7 @@ class AttributeCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptio
 
     def __post_init__(self) -> None:
         RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
         AttributionOptions.__post_init__(self)
 
 
@@ -244,6 +250,10 @@ class EditCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, E
     """The golden profile to edit by: FILE of `attribute`, or its folder."""
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
+    def __post_init__(self) -> None:
+        RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
+
 
 @dataclass(kw_only=True)
 class EvaluateCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, EvaluationOptions):
@@ -254,6 +264,7 @@ class EvaluateCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOption
 
     def __post_init__(self) -> None:
         RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
         EvaluationOptions.__post_init__(self)
 
 
@@ -284,6 +295,7 @@ class GenerateCommand(ModelOptions, RequestOptions, ComputeOptions):
     """Prompts in a batch."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         check_at_least("batch_size", self.batch_size, 1)

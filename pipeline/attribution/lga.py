@@ -26,6 +26,7 @@ from pipeline.model import (
     generate,
     target_losses,
 )
+from pipeline.model.trainer import check_shares
 from pipeline.options import AttributionOptions, TrainerOptions
 from pipeline.requests import EditRequest, ListDataModule
 
@@ -60,9 +61,9 @@ def find_golden_layer(
     data = ListDataModule((pairs, partial(collate_pairs, pad_token_id=llm.pad_token_id), options.batch_size))
     attribution = GradientAttribution(llm.blocks, options.scope)
     with llm.frozen():
-        build_trainer(trainer, "Attribution", callbacks=[attribution]).predict(
-            AttributionModule(llm), datamodule=data, return_predictions=False
-        )
+        runner = build_trainer(trainer, "Attribution", callbacks=[attribution])
+        check_shares(runner, len(pairs))
+        runner.predict(AttributionModule(llm), datamodule=data, return_predictions=False)
     chosen = select(attribution.mean_scores, options.fences, options.order)
     if options.top_k > len(chosen.ranking):
         raise UserError(

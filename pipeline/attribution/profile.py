@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.files import write_text
@@ -42,7 +42,7 @@ class GoldenProfile(BaseModel):
     excluded: list[int]
     ranking: list[int]
     raw_ranking: list[int]
-    golden_layers: list[int]
+    golden_layers: list[int] = Field(min_length=1)
     request_set: str
     requests: int
     seconds: float

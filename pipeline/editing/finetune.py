@@ -7,7 +7,7 @@ Breadth-first mini-batches at one well-chosen layer are what makes plain fine-tu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from pipeline.model import LLM, TargetBatch, build_trainer, collate_targets, encode, target_logits
+from pipeline.model import LLM, TargetBatch, TargetRow, build_trainer, collate_targets, encode, target_logits
 from pipeline.options import EditOptions, TrainerOptions
 from pipeline.requests import EditRequest, ListDataModule
 
@@ -48,8 +48,7 @@ class FineTune(LightningModule):
     ) -> None:
         """Train until the options' epochs are over or the mean loss is low enough."""
         rows = encode(self.llm, [(r.prompt, r.new_answer) for r in requests], tags=[r.id for r in requests])
-        collate = partial(collate_targets, pad_token_id=self.llm.pad_token_id)
-        data = ListDataModule((rows, collate, self.options.batch_size), seed=seed)
+        data = ListDataModule((rows, self._share, self.options.batch_size), seed=seed)
         learnt = EarlyStopping(
             "edit/loss_epoch",
             stopping_threshold=self.options.stop_loss,
@@ -57,24 +56,41 @@ class FineTune(LightningModule):
             check_on_train_epoch_end=True,
         )
         build_trainer(
-            trainer, "Editing", logger, [learnt], max_epochs=self.options.epochs, log_every_n_steps=1
+            trainer,
+            "Editing",
+            logger,
+            [learnt],
+            max_epochs=self.options.epochs,
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
         ).fit(self, datamodule=data)
 
-    def training_step(self, batch: TargetBatch) -> Tensor:
-        """Mean over the batch's requests of ℓ(x, y_new)."""
+    def _share(self, rows: list[TargetRow]) -> tuple[TargetBatch, int]:
+        """This device's part of a batch over all devices, and the whole batch's size.
+
+        A device for which no row is left takes one along that counts nothing: all must take part in a step.
+        """
+        own = rows[self.trainer.global_rank :: self.trainer.world_size] or [replace(rows[0], tag=None)]
+        return collate_targets(own, self.llm.pad_token_id), len(rows)
+
+    def training_step(self, shared: tuple[TargetBatch, int]) -> Tensor:
+        """Mean over the requests of a batch, on all devices, of ℓ(x, y_new)."""
+        batch, size = shared
         logits_NV = target_logits(self.model, batch)
         losses_B = batch.row_means(F.cross_entropy(logits_NV, batch.target_N, reduction="none"))
         if not losses_B.isfinite().all():
             raise UserError(
                 f"edit: the loss is not a number in step {self.global_step}, in the batch of requests "
-                f"{', '.join(batch.tags)}; try a smaller --finetune.learning_rate"
+                f"{', '.join(filter(None, batch.tags))}; try a smaller --finetune.learning_rate"
             )
-        loss = losses_B.mean()
+        counts_B = losses_B.new_tensor([tag is not None for tag in batch.tags])
+        scale = self.trainer.world_size / size  # DDP takes the mean over devices
+        loss = (losses_B * counts_B).sum() * scale
         hits_B = batch.row_means((logits_NV.argmax(-1) == batch.target_N).float())
-        size = len(batch.tags)
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=size)
         self.log("edit/loss", loss.detach(), on_step=True, on_epoch=True, batch_size=size, sync_dist=True)
-        self.log("edit/accuracy", hits_B.mean(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        accuracy = (hits_B * counts_B).sum() * scale
+        self.log("edit/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

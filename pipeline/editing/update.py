@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -46,6 +46,8 @@ class WeightUpdate:
     method: str
     layers: list[int]
     tensors: dict[str, Tensor]
+    FILES: ClassVar = (TENSORS_FILE, UPDATE_FILE)
+
     requests: list[EditRequest] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 

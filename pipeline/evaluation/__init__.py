@@ -1,6 +1,6 @@
 """Did it work, what else moved: probes, generation and perplexity, before and after an edit."""
 
-from pipeline.evaluation.evaluate import Evaluation, evaluate
+from pipeline.evaluation.evaluate import Evaluation, Evaluator, evaluate
 from pipeline.evaluation.metrics import BootstrapMean, Estimate
 
-__all__ = ["BootstrapMean", "Estimate", "Evaluation", "evaluate"]
+__all__ = ["BootstrapMean", "Estimate", "Evaluation", "Evaluator", "evaluate"]

@@ -24,7 +24,7 @@ from pipeline.evaluation.metrics import BootstrapMean, Estimate
 from pipeline.model import LLM, TargetBatch, TargetRow, build_trainer, collate_targets, encode, target_logits
 from pipeline.model.generation import PromptBatch, collate_prompts, encode_prompts, greedy
 from pipeline.model.targets import tokenize
-from pipeline.model.trainer import predict
+from pipeline.model.trainer import check_shares, predict
 from pipeline.options import EvaluationOptions, TrainerOptions
 from pipeline.requests import EditRequest, ListDataModule
 
@@ -81,6 +81,8 @@ def evaluate(
         UserError: for no requests, an update of another model, texts that do not fit the context, a text file
             too short.
     """
+    if update:
+        llm.check_made_for("update", update.model, update.fingerprint)
     evaluator = Evaluator(llm, requests, options, trainer)
     before = evaluator.measure("Measuring base")
     if update is None:
@@ -131,7 +133,9 @@ class Evaluator:
         """Figures of the model as it is now."""
         module = EvaluationModule(self)
         with self.llm.frozen():
-            answers = dict(predict(build_trainer(self.trainer, title), module, self.data))
+            trainer = build_trainer(self.trainer, title)
+            check_shares(trainer, len(self.requests))
+            answers = dict(predict(trainer, module, self.data))
         return Measurement(module.metrics, [answers[index] for index in range(len(self.requests))])
 
 
@@ -188,6 +192,8 @@ class EvaluationModule(LightningModule):
 
     def _count_text(self, batch: TargetBatch, logits_NV: torch.Tensor) -> None:
         losses_B = batch.row_means(F.cross_entropy(logits_NV, batch.target_N, reduction="none"))
+        if not losses_B.isfinite().all():
+            raise UserError("evaluation: the model's loss on ordinary text is not a number: its weights are broken")
         tokens = torch.bincount(batch.row_N).tolist()
         self._mean("perplexity").update(losses_B.tolist(), tokens, batch.tags, tokens)
 

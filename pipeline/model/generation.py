@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,11 +105,11 @@ def generate(
     if not prompts:
         return []
     rows = encode_prompts(llm, prompts, max_new_tokens)
+    runner = build_trainer(trainer or TrainerOptions(), title)
+    rows *= math.ceil(runner.world_size / len(rows))  # every device needs one; the same prompt twice is harmless
     data = ListDataModule((rows, lambda part: collate_prompts(part, llm.pad_token_id), batch_size))
     with llm.frozen():
-        texts = dict(
-            predict(build_trainer(trainer or TrainerOptions(), title), GreedyModule(llm, max_new_tokens), data)
-        )
+        texts = dict(predict(runner, GreedyModule(llm, max_new_tokens), data))
     return [texts[index] for index in range(len(prompts))]
 
 

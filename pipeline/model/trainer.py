@@ -46,7 +46,7 @@ def build_trainer(
     try:
         return Trainer(
             accelerator=options.accelerator,
-            devices=int(options.devices) if options.devices.isdigit() else options.devices,
+            devices=int(options.devices) if str(options.devices).isdigit() else options.devices,
             num_nodes=options.num_nodes,
             strategy=options.strategy,
             precision=options.precision,  # type: ignore[arg-type]
@@ -57,9 +57,17 @@ def build_trainer(
             inference_mode=False,
             **settings,
         )
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"trainer: {reason}") from error
+
+
+def check_shares(trainer: Trainer, items: int) -> None:
+    """Raise UserError when a device would get no request."""
+    if items < trainer.world_size:
+        raise UserError(
+            f"trainer.devices: {trainer.world_size} devices for {items} requests; give at least one a device"
+        )
 
 
 def predict(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> list[Any]:

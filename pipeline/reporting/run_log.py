@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import yaml
@@ -14,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
 from pipeline.attribution import GoldenProfile
+from pipeline.attribution.profile import PROFILE_FILE
 from pipeline.editing import WeightUpdate
+from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation
 from pipeline.files import OutputFolder, default_output, output_folder, write_json, write_text, write_whole
 from pipeline.reporting.figures import metrics_figure, score_figure
@@ -22,17 +25,26 @@ from pipeline.reporting.report import answers_table, metrics_table, write_report
 from pipeline.reporting.terminal import say, show_metrics, show_profile
 from pipeline.requests import EditRequest
 
+CLOSING_SECONDS = 2  # a writer whose queue an interrupt has broken would never close
+
 
 @contextmanager
 def run_log(command: str, output: str | None, overwrite: bool, options: dict[str, Any]) -> Iterator[RunLog]:
     """Open a command's output folder; on an error nothing half-written stays (see `output_folder`)."""
     path = Path(output) if output else default_output(command)
-    with output_folder(path, overwrite, yaml.safe_dump(options, sort_keys=False)) as folder:
-        log = RunLog(folder, options)
-        try:
-            yield log
-        finally:
-            log.close()
+    folder = OutputFolder(path)
+    try:
+        with output_folder(folder, overwrite, yaml.safe_dump(options, sort_keys=False)):
+            log = RunLog(folder, options)
+            try:
+                yield log
+            finally:
+                log.close()
+    except BaseException:
+        kept = [name for name in sorted(folder.finished) if (path / name).is_file()] if not overwrite else []
+        if kept:
+            say(f"finished before it failed, and kept in {path}: {', '.join(kept)}")
+        raise
     say(f"written to {path}")
 
 
@@ -42,6 +54,12 @@ class EventsLogger(TensorBoardLogger):
     @rank_zero_only
     def save(self) -> None:
         self.experiment.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close after a success only: an interrupt may have broken the writer's queue, and closing waits for it."""
+        if status == "success":
+            super().finalize(status)
 
 
 class RunLog:
@@ -65,17 +83,30 @@ class RunLog:
     def close(self) -> None:
         """Flush TensorBoard's events, if there are any."""
         if self.tensorboard._experiment is not None:
-            self.tensorboard.experiment.close()
+            closing = Thread(target=self.tensorboard.experiment.close, daemon=True)
+            closing.start()
+            closing.join(CLOSING_SECONDS)
 
     @rank_zero_only
     def keep_profile(self, profile: GoldenProfile) -> None:
         """Write the profile, show it, and keep it even if a later stage fails."""
         profile.save(self.folder)
-        self.output.keep = True
+        self.output.finished |= {PROFILE_FILE, "scores.png"}
         for layer, score in enumerate(profile.scores):
             self.tensorboard.experiment.add_scalar("attribution/score_by_block", score, layer)
         self._figure("attribution/scores", "scores.png", score_figure(profile))
         show_profile(profile)
+
+    @contextmanager
+    def keeping(self, update: WeightUpdate) -> Iterator[None]:
+        """Save an update, and keep it whatever happens inside, unless that is a UserError: then it is broken."""
+        update.save(self.folder)
+        self.output.finished |= set(update.FILES)
+        try:
+            yield
+        except UserError:
+            self.output.finished -= set(update.FILES)
+            raise
 
     @rank_zero_only
     def keep_metrics(
@@ -105,6 +136,8 @@ class RunLog:
             _flat(self.options), {f"final/{name}": estimate.mean for name, estimate in final.metrics.items()}
         )
         if update:
+            if profile and not (self.folder / "scores.png").is_file():
+                self._figure("attribution/scores", "scores.png", score_figure(profile))
             report = write_report(requests, evaluation, update, profile, self.folder)
             write_text(self.folder / "report.md", report)
             board.add_text(
