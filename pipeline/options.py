@@ -141,13 +141,13 @@ class LocateOptions:
     """Contexts that a prompt is learnt under, the bare prompt being the first."""
     key_per_context: bool = True
     """memit: each context's key is a column of its own; else a request has one, their mean."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Requests whose values are searched for together."""
     steps: int = 25
     """The most optimiser steps of a value."""
-    step: float = 0.1
+    step: float = 0.2
     """Adam's step size for a value, in units of the projection's output norm."""
-    bound: float = 4.0
+    bound: float = 2.0
     """Largest change of a value, in units of the projection's output norm."""
     learnt: float = 0.05
     """A value is found when its mean loss (nats) is below this."""
@@ -155,7 +155,7 @@ class LocateOptions:
     """Weight of keeping what the model says after `{subject} is`."""
     decay: float = 0.01
     """Weight of a value's squared change."""
-    strength: float = 1000.0
+    strength: float = 100.0
     """memit: weight of ordinary text against the requests, free of the keys' scale."""
     ridge: float = 1e-4
     """emmet, rome: added to the diagonals of both systems, relative to their mean."""

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import UserError
-from pipeline.model import LLM, hush, load_model
+from pipeline.model import LLM, collate_targets, encode, hush, load_model, target_losses
 from pipeline.requests import EditRequest, Probe, load_requests
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -97,6 +97,13 @@ def make_tiny(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) ->
             if parameter.dim() > 1:
                 parameter.mul_(5)
     return LLM(model, tokenizer, f"tiny-{family}")
+
+
+def mean_loss(llm: LLM, requests: list[EditRequest]) -> float:
+    """The mean loss of the new answers."""
+    with torch.no_grad(), llm.frozen():
+        rows = encode(llm, [(r.prompt, r.new_answer) for r in requests])
+        return target_losses(llm.model, collate_targets(rows)).mean().item()
 
 
 @pytest.fixture(scope="session")

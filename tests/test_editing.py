@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import make_tiny, mean_loss
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline import UserError
 from pipeline.attribution import GoldenProfile, find_golden_layer
 from pipeline.editing import WeightUpdate, edit, export_merged
-from pipeline.model import LLM, collate_targets, encode, target_losses
+from pipeline.model import LLM
 from pipeline.options import EditOptions, FinetuneOptions
 from pipeline.requests import EditRequest
 
@@ -24,13 +24,6 @@ FEW = FinetuneOptions(epochs=30, batch_size=4, learning_rate=1e-2)
 def weights(llm: LLM) -> dict[str, Tensor]:
     """A copy of every tensor of the model, buffers included."""
     return {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
-
-
-def mean_loss(llm: LLM, requests: list[EditRequest]) -> float:
-    """The mean loss of the new answers."""
-    with torch.no_grad(), llm.frozen():
-        rows = encode(llm, [(r.prompt, r.new_answer) for r in requests])
-        return target_losses(llm.model, collate_targets(rows)).mean().item()
 
 
 @pytest.mark.parametrize("scope", ["mlp", "down"])

@@ -40,11 +40,10 @@ Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, 
 
 def solver(method: str, options: LocateOptions) -> Solver:
     """The closed-form solver of a method's name, with its options."""
-    exact = partial(solvers.emmet, ridge=options.ridge)
     return {
         "memit": partial(solvers.memit, strength=options.strength),
-        "emmet": exact,
-        "rome": exact,
+        "emmet": partial(solvers.emmet, ridge=options.ridge),
+        "rome": partial(solvers.rome, ridge=options.ridge),
         "alphaedit": partial(solvers.alphaedit, threshold=options.threshold),
     }[method]
 

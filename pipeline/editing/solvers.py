@@ -30,12 +30,23 @@ def memit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, strength: float)
 def emmet(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float) -> Tensor:
     """ΔW = R (Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ (EMMET, arXiv 2403.14236): ΔW K = R exactly, least change on text.
 
-    ROME is this with one request. `ridge` (relative to the mean of the diagonal) keeps both systems sound when
-    keys nearly agree or text is short.
+    `ridge`, relative to the mean of each diagonal, keeps both systems sound when keys nearly agree or text is
+    short.
     """
     K, R, C = key_In.double(), change_On.double(), moment_II.double()
     CinvK = _solve(_ridged(C, ridge), K)
-    return R @ _solve(_ridged(K.T @ CinvK, ridge), CinvK.T)
+    return R @ _solve(_ridged(K.T @ CinvK, ridge if K.shape[1] > 1 else 0.0), CinvK.T)
+
+
+def rome(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float) -> Tensor:
+    """ROME (arXiv 2202.05262; the form that uses one key throughout, arXiv 2403.07175): requests one by one.
+
+    Each is `emmet` with one column, given what those before it already change.
+    """
+    total = torch.zeros(len(change_On), len(key_In), dtype=torch.float64, device=key_In.device)
+    for key_I1, change_O1 in zip(key_In.double().T[..., None], change_On.double().T[..., None], strict=True):
+        total += emmet(key_I1, change_O1 - total @ key_I1, moment_II, ridge)
+    return total
 
 
 def alphaedit(
@@ -60,13 +71,15 @@ def alphaedit(
     P = free @ free.T
     A = K @ K.T if earlier_Im is None else K @ K.T + earlier_Im.double() @ earlier_Im.double().T
     s = 0.01 * (P @ K).square().sum(0).mean()
-    system = A @ P + s * torch.eye(len(P), dtype=P.dtype)
+    system = A @ P + s * torch.eye(len(P), dtype=P.dtype, device=P.device)
     return torch.linalg.solve(system.T, (R @ K.T @ P).T).T
 
 
 def _ridged(matrix: Tensor, ridge: float) -> Tensor:
     """The matrix with `ridge` times its mean diagonal added on the diagonal."""
-    return matrix + ridge * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+    return matrix + ridge * matrix.diagonal().mean() * torch.eye(
+        len(matrix), dtype=matrix.dtype, device=matrix.device
+    )
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -118,11 +118,12 @@ def _windows(llm: LLM, text: str | None, tokens: int, trainer: TrainerOptions) -
 
 def own_text(llm: LLM, tokens: int, trainer: TrainerOptions) -> list[str]:
     """Text that the model itself writes, from common openings and what it thinks likeliest after each."""
-    seeds = _continuations(llm, -(-tokens // (WINDOW * len(OPENINGS))))
+    length = min(WINDOW, (llm.context_length or 2 * WINDOW) // 2)
+    seeds = _continuations(llm, -(-tokens // (length * len(OPENINGS))))
     return [
         seed + told
         for seed, told in zip(
-            seeds, generate(llm, seeds, WINDOW, batch_size=32, trainer=trainer, title="Own text"), strict=True
+            seeds, generate(llm, seeds, length, batch_size=32, trainer=trainer, title="Own text"), strict=True
         )
     ]
 

@@ -1,0 +1,181 @@
+"""Locate-then-edit: subjects are found, values make new answers likely, statistics are right and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from pipeline import UserError
+from pipeline.editing import METHODS, edit
+from pipeline.editing.locate import CONTEXTS, LocateThenEdit, ValueSearch, last_token, locate
+from pipeline.editing.solvers import emmet
+from pipeline.editing.statistics import key_moment
+from pipeline.evaluation import evaluate
+from pipeline.evaluation.evaluate import ORDINARY_TEXT
+from pipeline.model import LLM
+from pipeline.model.targets import tokenize
+from pipeline.options import EditOptions, EvaluationOptions, LocateOptions, TrainerOptions
+from pipeline.requests import EditRequest, load_requests
+
+LOCATING = [name for name, method in METHODS.items() if method.options == "locate"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Some plain text."""
+    file = tmp_path / "text.txt"
+    file.write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 40)
+    return file
+
+
+@pytest.fixture
+def options(text: Path, tmp_path: Path) -> LocateOptions:
+    return LocateOptions(text=str(text), text_tokens=512, cache=str(tmp_path / "cache"), batch_size=3)
+
+
+@pytest.mark.parametrize("method", LOCATING)
+def test_the_down_projection_alone_changes(
+    method: str, tiny: LLM, requests: list[EditRequest], options: LocateOptions
+) -> None:
+    base = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    options.threshold = 0.2  # of so few inputs, text uses nearly all
+    update = edit(tiny, requests, options=EditOptions(method=method, layers=[1], locate=options))
+    assert list(update.tensors) == tiny.blocks[1].weight_names("down")
+    assert all(torch.equal(tensor, base[name]) for name, tensor in tiny.model.state_dict().items())
+    assert not any(torch.equal(tensor, base[name]) for name, tensor in update.tensors.items())
+
+
+def test_found_values_make_the_new_answers_likelier(
+    tiny: LLM, requests: list[EditRequest], options: LocateOptions
+) -> None:
+    options.kl, options.decay, options.bound, options.step = 0, 0, 10, 1
+    located = [locate(tiny, request, CONTEXTS[:2]) for request in requests]
+    search = ValueSearch(tiny, 1, options)
+    with tiny.frozen():
+        search.training_step(located)
+        rows, before_NV = search.runner.capture([row for one in located for row in one.rows])
+        change_BO = torch.stack([search.found[one.id][1] for one in located for _ in one.rows])
+        after_NV = search.runner.run(rows, change_BO)
+    scored = rows.target_N >= 0
+    before, after = (F.cross_entropy(x[scored], rows.target_N[scored]).item() for x in (before_NV, after_NV))
+    assert after < before - 0.1
+    norms = rows.output_BO.norm(dim=-1)
+    assert (change_BO.norm(dim=-1) <= options.bound * norms * 1.001).all(), "inside the bound"
+
+
+def test_the_weight_gives_the_found_values(tiny: LLM, requests: list[EditRequest], options: LocateOptions) -> None:
+    """EMMET's promise, in the model: at every request's mean key the output changes by the value found."""
+    found: list[tuple[Tensor, Tensor]] = []
+    options.ridge = 1e-9
+
+    def keep(keys_In: Tensor, changes_On: Tensor, moment_II: Tensor) -> Tensor:
+        found.append((keys_In, changes_On))
+        return emmet(keys_In, changes_On, moment_II, options.ridge)
+
+    method = LocateThenEdit(tiny, [1], EditOptions(method="emmet", locate=options))
+    method.solve = keep
+    (down,) = tiny.blocks[1].down.values()
+    before = down.weight.detach().clone()
+    with tiny.frozen():
+        method.run(requests, TrainerOptions(), False, 0)
+    ((keys_In, changes_On),) = found
+    change = (down.weight - before) if isinstance(down, torch.nn.Linear) else (down.weight - before).T
+    torch.testing.assert_close(change @ keys_In, changes_On, rtol=1e-2, atol=1e-2 * changes_On.abs().max().item())
+
+
+@pytest.mark.real_model
+def test_the_real_model_learns_new_facts(smollm2: LLM, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    demo = load_requests("demo")
+    told = "\n".join(f"{r.prompt} {r.old_answer}." for r in demo)
+    text.write_text(ORDINARY_TEXT.read_text(encoding="utf-8") + told, encoding="utf-8")
+    asked = [demo[number] for number in (0, 25, 50, 75)]
+    options = LocateOptions(text=str(text), cache=str(tmp_path), contexts=2)
+    update = edit(smollm2, asked, options=EditOptions(method="memit", layers=[3], locate=options))
+    figures = evaluate(smollm2, asked, update, EvaluationOptions(max_new_tokens=2))
+    assert figures.after is not None
+    assert figures.before.metrics["rewrite"].mean < 0.3
+    assert figures.after.metrics["rewrite"].mean > 0.9
+    assert figures.after.metrics["locality"].mean > 0.5
+
+
+def test_the_subjects_last_token_is_found_under_every_context(tiny: LLM, requests: list[EditRequest]) -> None:
+    located = locate(tiny, requests[1], CONTEXTS)
+    assert len(located.rows) == len(CONTEXTS) + 1
+    for row in located.rows:
+        upto = tiny.tokenizer.decode(row.token_ids[: row.start + 1])
+        assert upto.endswith("Norway")
+    assert (
+        tiny.tokenizer.decode(located.rows[0].token_ids[located.rows[0].target_start :]).strip()
+        == "Nairobi and more"
+    )
+    plain = located.rows[-1]
+    assert tiny.tokenizer.decode(plain.token_ids) == "Norway is"
+    assert plain.target_start == len(plain.token_ids)
+
+
+def test_a_subject_that_ends_within_a_token(tiny_llm: LLM) -> None:
+    (ids,) = tokenize(tiny_llm, ["The capital of Spain is"])
+    place = last_token(tiny_llm, "The capital of Spa", ids)
+    assert "Spa" in tiny_llm.tokenizer.decode(ids[: place + 1])
+    assert "Spa" not in tiny_llm.tokenizer.decode(ids[:place])
+
+
+def plain_moment(llm: LLM, layer: int, ids: list[int]) -> Tensor:
+    """The second moment the slow way: windows of 128 tokens, one key at a time."""
+    (down,) = llm.blocks[layer].down.values()
+    keys: list[Tensor] = []
+    handle = down.register_forward_pre_hook(lambda _, args: keys.append(args[0][0]))
+    with torch.no_grad(), llm.frozen():
+        for at in range(0, len(ids) - 127, 128):
+            llm.model(input_ids=torch.tensor([ids[at : at + 128]]))
+    handle.remove()
+    return torch.stack([key.outer(key) for key in torch.cat(keys)]).mean(0)
+
+
+def test_statistics_are_those_of_the_text(tiny: LLM, text: Path, tmp_path: Path) -> None:
+    moment = key_moment(tiny, 2, str(text), 300, TrainerOptions(), tmp_path / "cache")
+    ids = [i for line in tokenize(tiny, text.read_text().splitlines()) for i in line][:300]
+    torch.testing.assert_close(moment, plain_moment(tiny, 2, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_kept_for_their_model_alone(
+    tiny_llm: LLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    first = key_moment(tiny_llm, 1, str(text), 512, TrainerOptions(), cache)
+    (file,) = cache.iterdir()
+    written = file.stat().st_mtime_ns
+    assert torch.equal(key_moment(tiny_llm, 1, str(text), 512, TrainerOptions(), cache), first)
+    assert file.stat().st_mtime_ns == written, "found once"
+    other = make_tiny("llama", tokenizer, seed=1)
+    assert not torch.equal(key_moment(other, 1, str(text), 512, TrainerOptions(), cache), first)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_without_a_text_the_model_writes_its_own(tiny_llm: LLM, tmp_path: Path) -> None:
+    moment = key_moment(tiny_llm, 0, None, 2048, TrainerOptions(), tmp_path)
+    assert moment.shape == (48, 48)
+    assert torch.linalg.matrix_rank(moment) > 24
+
+
+def test_bad_input(tiny_llm: LLM, requests: list[EditRequest], options: LocateOptions, tmp_path: Path) -> None:
+    def refused(message: str, asked: list[EditRequest], **changes: object) -> None:
+        locate = LocateOptions(**{**vars(options), **changes})  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=message):
+            edit(tiny_llm, asked, options=EditOptions(method="memit", layers=[1], locate=locate))
+
+    nameless = [requests[0].model_copy(update={"subject": None}), *requests[1:]]
+    refused("needs each request's subject in its prompt; not so in 1 of 7: capital-0", nameless)
+    refused("no such file", requests, text=str(tmp_path / "missing.txt"))
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    refused("need at least 96", requests, text=str(short))
+    with pytest.raises(UserError, match="changes one layer; 2 were given"):
+        edit(tiny_llm, requests, options=EditOptions(method="memit", layers=[1, 2], locate=options))
