@@ -113,9 +113,9 @@ class FinetuneOptions:
     """The most passes over the requests."""
     batch_size: int = 8
     """Requests in an optimiser step, over all devices."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """Adam's step size."""
-    stop_loss: float = 0.05
+    stop_loss: float = 0.1
     """End when an epoch's mean loss (nats a request) is below this; 0: never."""
 
     def __post_init__(self) -> None:
