@@ -70,7 +70,7 @@ def test_attribution(asked: list[str], tmp_path: Path) -> None:
     one, two = in_both_ways(tmp_path, "attribute", *asked, "--batch_size", "2")
     expected, found = GoldenProfile.load(one), GoldenProfile.load(two)
     assert found.requests == 7
-    assert found.scores == pytest.approx(expected.scores, rel=1e-6)
+    assert found.scores == pytest.approx(expected.scores, rel=1e-5)
     assert (found.ranking, found.golden_layers) == (expected.ranking, expected.golden_layers)
 
 
@@ -83,7 +83,7 @@ def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:
     assert metrics(one)["after"]["rewrite"]["mean"] > 0.5  # a figure that could go wrong
     for side in ("before", "after"):
         for name, expected in metrics(one)[side].items():
-            assert metrics(two)[side][name] == pytest.approx(expected, rel=1e-6), (side, name)
+            assert metrics(two)[side][name] == pytest.approx(expected, rel=1e-5), (side, name)
 
 
 EDITING = (
@@ -114,7 +114,7 @@ def test_one_old_answer_to_be_found(asked: list[str], request_file: Path, tmp_pa
     del first["old_answer"]
     request_file.write_text("".join(json.dumps(record) + "\n" for record in [first, *others]))
     one, two = in_both_ways(tmp_path, "attribute", *asked)
-    assert GoldenProfile.load(two).scores == pytest.approx(GoldenProfile.load(one).scores, rel=1e-6)
+    assert GoldenProfile.load(two).scores == pytest.approx(GoldenProfile.load(one).scores, rel=1e-5)
 
 
 def test_fewer_requests_than_devices(asked: list[str], tmp_path: Path) -> None:
