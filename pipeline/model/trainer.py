@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pipeline.errors import UserError
+from pipeline.model.interrupts import StopBetweenBatches
 from pipeline.model.progress import StageProgressBar
 from pipeline.options import TrainerOptions
 
@@ -51,7 +52,7 @@ def build_trainer(
             strategy=options.strategy,
             precision=options.precision,  # type: ignore[arg-type]
             logger=logger,
-            callbacks=[StageProgressBar(title), *callbacks],
+            callbacks=[StageProgressBar(title), *callbacks, StopBetweenBatches()],
             enable_checkpointing=False,
             enable_model_summary=False,
             inference_mode=False,

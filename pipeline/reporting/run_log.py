@@ -53,7 +53,7 @@ class EventsLogger(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        self.experiment.flush()
+        """Nothing: the writer flushes by itself, and Lightning would wait for the disk after every step."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -76,7 +76,7 @@ class RunLog:
         self.folder = output.path
         self.options = options
         self.tensorboard = EventsLogger(
-            self.folder.parent, name=self.folder.name, version="", default_hp_metric=False
+            self.folder.parent, name=self.folder.name, version="", default_hp_metric=False, flush_secs=10
         )
 
     @rank_zero_only
