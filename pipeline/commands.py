@@ -26,6 +26,7 @@ from pipeline.options import (
 
 if TYPE_CHECKING:
     from pipeline.attribution import GoldenProfile
+    from pipeline.editing import WeightUpdate
     from pipeline.model import LLM
     from pipeline.reporting import RunLog
     from pipeline.requests import EditRequest
@@ -36,7 +37,7 @@ def run(options: RunCommand) -> None:
     from pipeline.attribution import METHODS as SELECTORS
     from pipeline.attribution import GoldenProfile, find_golden_layer
     from pipeline.editing import METHODS, choose_layers
-    from pipeline.requests import load_requests, split_by_subject
+    from pipeline.requests import load_requests, settle, split_by_subject
 
     check_choice("attribution.method", options.attribution.method, SELECTORS)
     check_choice("edit.method", options.edit.method, METHODS)
@@ -46,12 +47,15 @@ def run(options: RunCommand) -> None:
             profile, edits = GoldenProfile.load(options.profile), requests
         else:
             proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
+        edits = settle(edits, options.edit.last_wins)
         llm = _load(options)
         if options.profile:
             choose_layers(llm, profile, options.edit)
         else:
             llm.check_layers(options.edit.layers or [])
-            profile = find_golden_layer(llm, proxy, options.attribution, options.trainer, _request_set(options))
+            profile = log.profile_kept() or find_golden_layer(
+                llm, proxy, options.attribution, options.trainer, _request_set(options)
+            )
         log.keep_profile(profile)
         _edit_and_prove(log, llm, edits, profile, options, options.edit, options.evaluation)
 
@@ -71,18 +75,22 @@ def attribute(options: AttributeCommand) -> None:
 def edit(options: EditCommand) -> None:
     """Edit requests at the golden layer, measure before and after, and keep the update."""
     from pipeline.attribution import GoldenProfile
-    from pipeline.editing import METHODS, choose_layers
-    from pipeline.requests import load_requests
+    from pipeline.editing import METHODS, WeightUpdate, choose_layers
+    from pipeline.requests import load_requests, settle
 
     check_choice("method", options.method, METHODS)
     with _working(options, "edit") as log:
         requests = load_requests(options.requests, options.limit, options.offset)
+        requests = settle(requests, options.last_wins)
         profile = GoldenProfile.load(options.profile) if options.profile else None
+        after = WeightUpdate.load(options.after) if options.after else None
         if profile is None and not options.layers:
             raise UserError("edit: where? give --profile FILE, which `run.py attribute` makes, or --layers N")
         llm = _load(options)
         choose_layers(llm, profile, options)
-        _edit_and_prove(log, llm, requests, profile, options, options, options.evaluation)
+        if after:
+            llm.check_made_for("update", after.model, after.fingerprint)
+        _edit_and_prove(log, llm, requests, profile, options, options, options.evaluation, after)
 
 
 def evaluate(options: EvaluateCommand) -> None:
@@ -100,7 +108,7 @@ def evaluate(options: EvaluateCommand) -> None:
 
 
 def export(options: ExportCommand) -> None:
-    """Write the edited model as a plain Hugging Face folder, or the update alone."""
+    """Write the edited model as a plain Hugging Face folder, or the update alone, or its LoRA adapter."""
     from pipeline.editing import WeightUpdate, export_merged
 
     with _working(options, "export") as log:
@@ -109,6 +117,8 @@ def export(options: ExportCommand) -> None:
         llm.check_made_for("update", update.model, update.fingerprint)
         if options.kind == "merged":
             export_merged(llm, update, log.folder)
+        elif options.kind == "adapter":
+            update.save_adapter(log.folder)
         else:
             update.save(log.folder)
 
@@ -175,7 +185,8 @@ def _working(options: Any, command: str) -> Any:
     from pipeline.reporting import run_log
 
     _prepare(options)
-    return run_log(command, options.output, options.overwrite, asdict(options))
+    resume = getattr(options, "resume", False)
+    return run_log(command, options.output, options.overwrite, asdict(options), resume)
 
 
 def _load(options: ModelOptions) -> LLM:
@@ -197,13 +208,16 @@ def _edit_and_prove(
     compute: ComputeOptions,
     edit_options: EditOptions,
     evaluation: EvaluationOptions,
+    after: WeightUpdate | None = None,
 ) -> None:
     """Stages two and three: edit, save the update, measure what was saved."""
     from pipeline.editing import edit
     from pipeline.evaluation import Evaluator, evaluate
 
     Evaluator(llm, requests, evaluation, compute.trainer)  # texts that do not fit are found before the edit
-    update = edit(llm, requests, profile, edit_options, compute.trainer, log.tensorboard, compute.seed)
+    update = log.update_kept() or edit(
+        llm, requests, profile, edit_options, compute.trainer, log.tensorboard, compute.seed, after, log.work
+    )
     with log.keeping(update):
-        measured = evaluate(llm, requests, update, evaluation, compute.trainer)
-    log.keep_metrics(llm.name, requests, measured, update, profile)
+        measured = evaluate(llm, update.requests, update, evaluation, compute.trainer)
+    log.keep_metrics(llm.name, update.requests, measured, update, profile)

@@ -22,3 +22,15 @@ def check_at_least(what: str, value: float, least: float) -> None:
     """Raise UserError when `value` is below `least`."""
     if value < least:
         raise UserError(f"{what}: {value} is too small; the least is {least}")
+
+
+def check_at_most(what: str, value: float, most: float) -> None:
+    """Raise UserError when `value` is above `most`."""
+    if value > most:
+        raise UserError(f"{what}: {value} is too large; the most is {most}")
+
+
+def check_above(flag: str, value: float, bound: float) -> None:
+    """Raise UserError when a flag's value is not above the bound."""
+    if not value > bound:
+        raise UserError(f"{flag}: {value} is not above {bound}")

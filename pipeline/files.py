@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,11 +11,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.errors import UserError
 
 OPTIONS_FILE = "options.yaml"  # written first into every output folder: it marks the folder as ours
+NOT_RESUMED = {"output", "overwrite", "resume", "verbose"}  # options that a resumed command may change
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
@@ -47,8 +50,28 @@ def require_room(folder: Path, size: int) -> None:
 
 
 def default_output(command: str) -> Path:
-    """A new folder under runs/, named by command and time."""
-    return Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
+    """A new folder under runs/, named by command and time; processes started by this one name the same."""
+    started = os.environ.setdefault("GOLDEN_LAYERS_STARTED", f"{datetime.now():%Y%m%d-%H%M%S}")
+    return Path("runs") / f"{command}-{started}"
+
+
+def check_resumed(folder: Path, options: dict[str, Any]) -> None:
+    """Raise UserError unless `folder` holds what a command with these options left."""
+    if not (folder / OPTIONS_FILE).is_file():
+        raise UserError(f"resume: {folder}: holds no {OPTIONS_FILE}; expected an interrupted command's --output")
+    try:
+        started = yaml.safe_load((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        started = None
+    if not isinstance(started, dict):
+        raise UserError(f"resume: {folder / OPTIONS_FILE}: damaged")
+    changed = [
+        name
+        for name in sorted({*started, *options} - NOT_RESUMED)
+        if started.get(name) != yaml.safe_load(yaml.safe_dump(options.get(name)))
+    ]
+    if changed:
+        raise UserError(f"resume: {folder}: was started with another {', '.join(changed)}; give the same options")
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -65,16 +88,27 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 class OutputFolder:
-    """A command's output folder while it works: its path, and what to do with it on an error."""
+    """A command's output folder while it works: its path, and what to do with it on an error.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        path: the folder.
+        finished: files in it that are whole and worth more than a clean disk.
+        unfinished: a folder in it for work in progress, which an interrupted command leaves for `--resume`.
+        resumed: whether the command goes on with what one before it left.
+    """
+
+    def __init__(self, path: Path, resumed: bool = False) -> None:
         self.path = path
-        self.finished: set[str] = set()  # files that are whole and worth more than a clean disk
+        self.finished: set[str] = set()
+        self.unfinished = path / "unfinished"
+        self.resumed = resumed
 
 
 @contextmanager
-def output_folder(output: OutputFolder, overwrite: bool, options: str) -> Iterator[None]:
+def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]) -> Iterator[None]:
     """The folder a command writes to, on rank zero; on an error only what is `finished` stays in it.
+
+    An interrupt leaves the work in progress as well.
 
     What an overwritten folder held comes back when the command fails, and goes when it succeeds.
 
@@ -90,9 +124,14 @@ def output_folder(output: OutputFolder, overwrite: bool, options: str) -> Iterat
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield
         return
-    check_output(path, overwrite)
+    if output.resumed:
+        check_resumed(path, options)
+    else:
+        check_output(path, overwrite)
     existed = path.is_dir()
-    replaced = path.with_name(f".{path.name}.replaced") if path.is_dir() and any(path.iterdir()) else None
+    replaced = (
+        path.with_name(f".{path.name}.replaced") if existed and any(path.iterdir()) and not output.resumed else None
+    )
     if replaced:
         if replaced.exists():
             raise UserError(f"output: {replaced}: left by a command that was killed; move it back or remove it")
@@ -100,12 +139,16 @@ def output_folder(output: OutputFolder, overwrite: bool, options: str) -> Iterat
     made = [parent for parent in [path, *path.parents] if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / OPTIONS_FILE, options)
+        write_text(path / OPTIONS_FILE, yaml.safe_dump(options, sort_keys=False))
         yield
-    except BaseException:
-        if output.finished and not replaced:
+    except BaseException as error:
+        if isinstance(error, UserError):
+            shutil.rmtree(output.unfinished, ignore_errors=True)  # it led to the error
+        goes_on = output.unfinished.is_dir()
+        if (output.finished or goes_on) and not replaced:
             for file in path.iterdir():
-                if file.name not in output.finished | {OPTIONS_FILE}:
+                curves = goes_on and file.name.startswith("events.")
+                if file.is_file() and not curves and file.name not in output.finished | {OPTIONS_FILE}:
                     file.unlink()
             raise
         shutil.rmtree(path, ignore_errors=True)
@@ -117,5 +160,6 @@ def output_folder(output: OutputFolder, overwrite: bool, options: str) -> Iterat
         elif existed:
             path.mkdir()
         raise
+    shutil.rmtree(output.unfinished, ignore_errors=True)
     if replaced:
         shutil.rmtree(replaced)

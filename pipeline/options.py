@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.errors import UserError, check_at_least, check_choice
+from pipeline.errors import UserError, check_above, check_at_least, check_at_most, check_choice
 
 SCOPES = ("mlp", "down", "attention", "block")
 OLD_ANSWERS = ("dataset", "model")
 ORDERS = ("signed", "magnitude")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
-EXPORTS = ("merged", "update")
+EXPORTS = ("merged", "update", "adapter")
 
 
 @dataclass(kw_only=True)
@@ -104,27 +104,63 @@ class AttributionOptions:
 
 
 @dataclass(kw_only=True)
-class FinetuneOptions:
-    """Fine-tuning of the golden layer in mini-batches."""
+class TrainingOptions:
+    """What fine-tuning and LoRA have in common: mini-batches over epochs."""
 
     scope: str = "mlp"
-    """What is trained: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
+    """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
     epochs: int = 20
     """The most passes over the requests."""
     batch_size: int = 8
     """Requests in an optimiser step, over all devices."""
-    learning_rate: float = 1e-3
-    """Adam's step size."""
-    stop_loss: float = 0.1
-    """End when an epoch's mean loss (nats a request) is below this; 0: never."""
+    contexts: int = 4
+    """Contexts that a prompt is trained under, in turn, every second epoch; 0: the bare prompt alone."""
+    learnt: float = 0.1
+    """A row whose loss (nats) is below this counts no more; when all are, training ends."""
+    kl: float = 0.0
+    """Weight of answering as before after prompts about something else; 0: not asked for."""
+
+    def check(self, stage: str) -> None:
+        """Raise UserError for a value that cannot be, naming the flag."""
+        check_choice(f"{stage}.scope", self.scope, ("mlp", "down"))
+        for name in ("epochs", "batch_size"):
+            check_at_least(f"{stage}.{name}", getattr(self, name), 1)
+        for name in ("contexts", "learnt", "kl"):
+            check_at_least(f"{stage}.{name}", getattr(self, name), 0)
+        check_at_most(f"{stage}.contexts", self.contexts, 4)
+
+
+@dataclass(kw_only=True)
+class FinetuneOptions(TrainingOptions):
+    """Fine-tuning of the golden layer in mini-batches."""
+
+    learning_rate: float = 0.005
+    """Adam's step size, in units of a weight's root mean square."""
+    bound: float = 0.0
+    """Largest change of a weight's entry, in the same units; 0: none."""
 
     def __post_init__(self) -> None:
-        check_choice("finetune.scope", self.scope, ("mlp", "down"))
-        check_at_least("finetune.epochs", self.epochs, 1)
-        check_at_least("finetune.batch_size", self.batch_size, 1)
-        check_at_least("finetune.stop_loss", self.stop_loss, 0)
-        if not self.learning_rate > 0:
-            raise UserError(f"finetune.learning_rate: {self.learning_rate} is not above 0")
+        self.check("finetune")
+        check_above("finetune.learning_rate", self.learning_rate, 0)
+        check_at_least("finetune.bound", self.bound, 0)
+
+
+@dataclass(kw_only=True)
+class LoraOptions(TrainingOptions):
+    """LoRA on the golden layer in mini-batches."""
+
+    rank: int = 16
+    """Rank of the change; at most the smaller side of a projection."""
+    alpha: float = 32.0
+    """LoRA's scaling is alpha / rank."""
+    learning_rate: float = 5e-3
+    """Adam's step size."""
+
+    def __post_init__(self) -> None:
+        self.check("lora")
+        check_at_least("lora.rank", self.rank, 1)
+        check_above("lora.alpha", self.alpha, 0)
+        check_above("lora.learning_rate", self.learning_rate, 0)
 
 
 @dataclass(kw_only=True)
@@ -139,6 +175,8 @@ class LocateOptions:
     """Folder for statistics; default: golden-layers in the user's cache folder."""
     contexts: int = 3
     """Contexts that a prompt is learnt under, the bare prompt being the first."""
+    rounds: int = 2
+    """How often a layer is visited: a later round finds what requests still miss once all of them are in."""
     key_per_context: bool = True
     """memit: each context's key is a column of its own; else a request has one, their mean."""
     batch_size: int = 16
@@ -163,11 +201,10 @@ class LocateOptions:
     """alphaedit: eigenvalues of the statistics below this, relative to the largest, count as free of text."""
 
     def __post_init__(self) -> None:
-        for name in ("contexts", "batch_size", "steps", "text_tokens"):
+        for name in ("contexts", "rounds", "batch_size", "steps", "text_tokens"):
             check_at_least(f"locate.{name}", getattr(self, name), 1)
         for name in ("step", "bound", "strength", "ridge", "threshold"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"locate.{name}: {getattr(self, name)} is not above 0")
+            check_above(f"locate.{name}", getattr(self, name), 0)
         for name in ("learnt", "kl", "decay"):
             check_at_least(f"locate.{name}", getattr(self, name), 0)
 
@@ -177,10 +214,13 @@ class EditOptions:
     """How the golden layer is changed."""
 
     method: str = "finetune"
-    """finetune: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form."""
+    """finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form."""
     layers: list[int] | None = None
     """Blocks to edit, counted from 0, in place of the profile's golden layers."""
+    last_wins: bool = False
+    """Of requests that contradict each other (same subject and prompt) keep the last; else they are refused."""
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     locate: LocateOptions = field(default_factory=LocateOptions)
 
 
@@ -221,6 +261,8 @@ class RunCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions):
     """Share of the requests that finds the golden layer; the others are edited."""
     profile: str | None = None
     """A golden profile made before: stage one is left out, and every request is edited."""
+    resume: bool = False
+    """Go on with what an interrupted command with the same options left in --output."""
     attribution: AttributionOptions = field(default_factory=AttributionOptions)
     edit: EditOptions = field(default_factory=EditOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
@@ -248,6 +290,10 @@ class EditCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, E
 
     profile: str | None = None
     """The golden profile to edit by: FILE of `attribute`, or its folder."""
+    after: str | None = None
+    """A folder that an earlier `edit` or `run` wrote: edit on top of it; what is written holds both."""
+    resume: bool = False
+    """Go on with what an interrupted command with the same options left in --output."""
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
     def __post_init__(self) -> None:
@@ -275,7 +321,8 @@ class ExportCommand(ModelOptions, OutputOptions):
     update: str
     """A folder that `edit` or `run` wrote."""
     kind: str = "merged"
-    """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone."""
+    """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: the
+    LoRA adapter of `edit --method lora`, for PEFT."""
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, EXPORTS)

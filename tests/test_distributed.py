@@ -91,10 +91,8 @@ EDITING = (
     "1",
     "--finetune.epochs",
     "2",
-    "--finetune.stop_loss",
+    "--finetune.learnt",
     "0",
-    "--finetune.learning_rate",
-    "0.001",
 )
 
 

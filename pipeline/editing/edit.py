@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from pipeline.attribution import GoldenProfile
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.lora import Lora
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
+from pipeline.files import write_text
 from pipeline.model import LLM
 from pipeline.options import EditOptions, TrainerOptions
-from pipeline.requests import EditRequest
+from pipeline.requests import EditRequest, fact, settle
 
 
 class EditMethod(Protocol):
-    """A kind of edit: made for a model, layers and options, it changes the named weights in place."""
+    """A kind of edit: made for a model, layers and options, it changes the named weights in place.
+
+    Attributes:
+        weight_names: the weights it changes, by full name.
+        state: after `run`, what a later edit on top of this one goes on from, by name.
+        adapter: LoraConfig's arguments, when the change can also be had as an adapter.
+    """
 
     weight_names: list[str]
+    state: dict[str, Tensor]
 
-    def __init__(self, llm: LLM, layers: Sequence[int], options: EditOptions) -> None: ...
+    @property
+    def adapter(self) -> dict[str, Any] | None: ...
+
+    def __init__(
+        self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
+    ) -> None: ...
 
     def run(
-        self, requests: Sequence[EditRequest], trainer: TrainerOptions, logger: Logger | bool, seed: int
+        self,
+        requests: Sequence[EditRequest],
+        trainer: TrainerOptions,
+        logger: Logger | bool,
+        seed: int,
+        work: Path | None = None,
     ) -> None: ...
 
 
@@ -40,6 +63,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "finetune": Method(FineTune, "finetune"),
+    "lora": Method(Lora, "lora"),
     "memit": Method(LocateThenEdit, "locate"),
     "emmet": Method(LocateThenEdit, "locate"),
     "rome": Method(LocateThenEdit, "locate"),
@@ -55,6 +79,8 @@ def edit(
     trainer: TrainerOptions | None = None,
     logger: Logger | bool = False,
     seed: int = 0,
+    after: WeightUpdate | None = None,
+    work: Path | None = None,
 ) -> WeightUpdate:
     """Edit all requests in one batch at the golden layers; the model itself is the base again afterwards.
 
@@ -66,33 +92,67 @@ def edit(
         trainer: what it runs on.
         logger: where the curves go.
         seed: of the mini-batches' order.
+        after: an earlier update to edit on top of; the result holds both.
+        work: a folder for work in progress; an edit that finds its own there goes on from it.
 
     Raises:
-        UserError: for an unknown method or layer, a profile of another model, or a loss that is not a number.
+        UserError: for an unknown method or layer, a profile or earlier update of another model, requests that
+            contradict each other, or a loss that is not a number.
     """
     options, trainer = options or EditOptions(), trainer or TrainerOptions()
     check_choice("method", options.method, METHODS)
     layers = choose_layers(llm, profile, options)
-    method = METHODS[options.method].make(llm, layers, options)
+    requests = settle(requests, options.last_wins)
+    if after:
+        llm.check_made_for("update", after.model, after.fingerprint)
+    earlier = after or WeightUpdate(llm.name, llm.fingerprint, options.method, [], {})
+    method = METHODS[options.method].make(llm, layers, options, earlier.state)
+    if work:
+        _claim(work, [llm.fingerprint, layers, options, requests, seed, sorted(earlier.options.items())])
     parameters = dict(llm.model.named_parameters())
-    base = {name: parameters[name].detach().clone() for name in method.weight_names}
-    try:
-        with llm.frozen(trainable=method.weight_names):
-            method.run(requests, trainer, logger, seed)
-        changed = {name: parameters[name].detach().cpu().clone() for name in base}
-    finally:
-        with torch.no_grad():
-            for name, tensor in base.items():
-                parameters[name].copy_(tensor)
+    with earlier.applied(llm), _restored(llm, method.weight_names):
+        with llm.frozen():
+            method.run(requests, trainer, logger, seed, work)
+        changed = {name: parameters[name].detach().cpu().clone() for name in method.weight_names}
+    anew = {fact(request) for request in requests}
     return WeightUpdate(
         model=llm.name,
         fingerprint=llm.fingerprint,
         method=options.method,
-        layers=layers,
-        tensors=changed,
-        requests=list(requests),
+        layers=sorted({*earlier.layers, *layers}),
+        tensors={**earlier.tensors, **changed},
+        requests=[*(r for r in earlier.requests if fact(r) not in anew), *requests],
         options=asdict(getattr(options, METHODS[options.method].options)),
+        state={**earlier.state, **method.state},
+        adapter=method.adapter if after is None or after.adapter else None,  # else it holds a part of the change
     )
+
+
+def _claim(work: Path, edit: Sequence[object]) -> None:
+    """Mark the folder as this edit's, or find that it is.
+
+    Raises:
+        UserError: when it holds work of another edit.
+    """
+    mark = work / "edit.txt"
+    digest = hashlib.sha256(repr(edit).encode()).hexdigest()
+    if mark.is_file() and mark.read_text(encoding="utf-8") != digest:
+        raise UserError(f"edit: {work}: holds work of another edit (other requests or options); remove it")
+    work.mkdir(parents=True, exist_ok=True)
+    write_text(mark, digest)
+
+
+@contextmanager
+def _restored(llm: LLM, names: Sequence[str]) -> Iterator[None]:
+    """The named weights are after the `with` what they were before it, bit for bit."""
+    parameters = dict(llm.model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in names}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in before.items():
+                parameters[name].copy_(tensor)
 
 
 def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions) -> list[int]:

@@ -2,38 +2,36 @@
 
 One family (arXiv 2403.14236): a request's key k is what enters the down-projection at the subject's last token,
 its value is what should leave it there. `memit`, `emmet`, `rome` and `alphaedit` differ in the last step only,
-the closed-form solver. Values of a batch of requests are searched for together, under `Trainer.fit`.
+the closed-form solver. Values of a batch of requests are searched for together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import Logger
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.editing import solvers
+from pipeline.editing.columns import Columns, Found, owner
+from pipeline.editing.contexts import CONTEXTS
 from pipeline.editing.statistics import key_moment
 from pipeline.errors import UserError
+from pipeline.files import write_whole
 from pipeline.model import LLM, build_trainer, encode
+from pipeline.model.blocks import Projection
 from pipeline.model.suffix import Suffixes, SuffixRow, SuffixRunner
 from pipeline.model.targets import tokenize
+from pipeline.model.trainer import predict
 from pipeline.options import EditOptions, LocateOptions, TrainerOptions
 from pipeline.requests import EditRequest, ListDataModule
-
-CONTEXTS = (  # what may stand before a prompt, so that a value holds in more than one setting
-    "{}",
-    "This is worth knowing. {}",
-    "She looked it up and read aloud: {}",
-    "In short, and as many people have asked before, {}",
-    "The next question was an easy one. {}",
-)
 
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
@@ -49,28 +47,44 @@ def solver(method: str, options: LocateOptions) -> Solver:
 
 
 class LocateThenEdit:
-    """Changes the down-projection of the golden layer in closed form.
+    """Changes the down-projection of the golden layers in closed form.
+
+    With several layers, or rounds, each visit finds what the requests still miss in the model as it is by then,
+    so that a value found at one layer is carried forward to the next.
 
     Args:
-        llm: the model, whose weights the caller has frozen.
-        layers: the block to change; exactly one.
+        llm: the model, frozen by the caller.
+        layers: the blocks to change.
         options: `options.locate` is what counts here, and the solver's name in `options.method`.
+        earlier: keys and values in it are solved for again, together with the new ones.
+
+    Attributes:
+        weight_names: the down-projections' weights.
+        state: every layer's `Columns`.
     """
 
-    def __init__(self, llm: LLM, layers: Sequence[int], options: EditOptions) -> None:
-        if len(layers) != 1:
-            raise UserError(f"edit: {options.method} changes one layer; {len(layers)} were given")
+    adapter: dict[str, Any] | None = None
+
+    def __init__(
+        self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.llm = llm
-        self.layer = layers[0]
+        self.layers = list(layers)
         self.options = options.locate
         self.solve = solver(options.method, options.locate)
         self.key_per_context = options.locate.key_per_context and options.method == "memit"
-        self.weight_names = llm.blocks[self.layer].weight_names("down")
+        self.weight_names = [name for layer in layers for name in llm.blocks[layer].weight_names("down")]
+        self.state = dict(earlier or {})
 
     def run(
-        self, requests: Sequence[EditRequest], trainer: TrainerOptions, logger: Logger | bool, seed: int
+        self,
+        requests: Sequence[EditRequest],
+        trainer: TrainerOptions,
+        logger: Logger | bool,
+        seed: int,
+        work: Path | None = None,
     ) -> None:
-        """Search the values, gather the keys, solve, and change the weight in place."""
+        """At each layer in turn: search the values, gather the keys, solve, and change the weight in place."""
         missing = [r.id for r in requests if not r.subject or r.subject not in r.prompt]
         if missing:
             raise UserError(
@@ -78,37 +92,34 @@ class LocateThenEdit:
                 f"{len(requests)}: {', '.join(missing[:5])}"
             )
         cache = Path(self.options.cache) if self.options.cache else None
-        moment = key_moment(self.llm, self.layer, self.options.text, self.options.text_tokens, trainer, cache)
-        templates = CONTEXTS[: self.options.contexts]
-        located = sorted((locate(self.llm, request, templates) for request in requests), key=Located.width)
-        search = ValueSearch(self.llm, self.layer, self.options)
-        data = ListDataModule((located, list, self.options.batch_size), shuffle=False)
-        build_trainer(trainer, "Finding values", logger, max_epochs=1, log_every_n_steps=1).fit(
-            search, datamodule=data
-        )
-        keys_In, changes_On = columns([search.found[r.id] for r in requests], self.key_per_context)
-        self._change(self.solve(keys_In, changes_On, moment.to(keys_In.device)))
+        text = self.options.text, self.options.text_tokens
+        moments = {layer: key_moment(self.llm, layer, *text, trainer, cache) for layer in self.layers}
+        located = [
+            locate(self.llm, number, request, CONTEXTS[: self.options.contexts])
+            for number, request in enumerate(requests)
+        ]
+        owners = [owner(request) for request in requests]
+        visits = [layer for layer in self.layers for _ in range(self.options.rounds)]
+        for visit, layer in enumerate(visits):
+            search = ValueSearch(self.llm, layer, self.options, visit, work)
+            found = search.find(located, trainer, logger)
+            (down,) = self.llm.blocks[layer].down.values()
+            columns = Columns.of_state(self.state, layer, down).asked(owners, found, self.key_per_context)
+            solved_OI = self.solve(columns.key_In, columns.change_On, moments[layer].to(down.weight.device))
+            _change(down, solved_OI - columns.solved_OI)
+            self.state |= columns._replace(solved_OI=solved_OI.float()).to_state(layer)
 
-    @torch.no_grad()
-    def _change(self, change_OI: Tensor) -> None:
-        (down,) = self.llm.blocks[self.layer].down.values()
-        stored = change_OI if isinstance(down, torch.nn.Linear) else change_OI.T  # Conv1D stores (I, O)
-        down.weight += stored.to(down.weight)
 
-
-def columns(found: Sequence[tuple[Tensor, Tensor]], key_per_context: bool) -> tuple[Tensor, Tensor]:
-    """Keys (I, n) and changes (O, n) of all requests: a column a context, or one a request with the mean key."""
-    keys, changes = [], []
-    for key_CI, change_O in found:
-        chosen = key_CI if key_per_context else key_CI.mean(0, keepdim=True)
-        keys.append(chosen)
-        changes.append(change_O.expand(len(chosen), -1))
-    return torch.cat(keys).T, torch.cat(changes).T
+@torch.no_grad()
+def _change(down: Projection, change_OI: Tensor) -> None:
+    stored = change_OI if isinstance(down, torch.nn.Linear) else change_OI.T  # Conv1D stores (I, O)
+    down.weight += stored.to(down.weight)
 
 
 class Located(NamedTuple):
-    """A request with its rows: prompt and new answer under each context, and last `{subject} is`."""
+    """A request, by number and id, with its rows: prompt and new answer under each context, last `{subject} is`."""
 
+    number: int
     id: str
     rows: list[SuffixRow]
 
@@ -117,7 +128,7 @@ class Located(NamedTuple):
         return max(len(row.token_ids) - row.start for row in self.rows)
 
 
-def locate(llm: LLM, request: EditRequest, templates: Sequence[str]) -> Located:
+def locate(llm: LLM, number: int, request: EditRequest, templates: Sequence[str]) -> Located:
     """Encode a request under every template and find its subject's last token in each row."""
     subject = request.subject or ""
     prompts = [template.format(request.prompt) for template in templates]
@@ -128,7 +139,7 @@ def locate(llm: LLM, request: EditRequest, templates: Sequence[str]) -> Located:
         rows.append(SuffixRow(row.token_ids, min(start, row.target_start - 1), row.target_start))
     (plain,) = tokenize(llm, [f"{subject} is"])
     rows.append(SuffixRow(plain, last_token(llm, subject, plain), len(plain)))
-    return Located(request.id, rows)
+    return Located(number, request.id, rows)
 
 
 def last_token(llm: LLM, upto: str, token_ids: Sequence[int]) -> int:
@@ -146,27 +157,64 @@ class ValueSearch(LightningModule):
     units of the projection's own output norm, so that one setting serves models with and without a norm behind
     the projection. A request whose answer is learnt leaves the batch.
 
-    Attributes:
-        found: request id → its keys (contexts, I) and its change (O,).
+    Args:
+        llm: the model, frozen by the caller.
+        layer: the block whose down-projection's output changes.
+        options: how to search.
+        visit: counts the searches of an edit.
+        work: where found values are kept, batch by batch; a search goes on from what is there.
     """
 
-    def __init__(self, llm: LLM, layer: int, options: LocateOptions) -> None:
+    def __init__(
+        self, llm: LLM, layer: int, options: LocateOptions, visit: int = 0, work: Path | None = None
+    ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         self.options = options
+        self.visit = visit
+        self.work = work
         self.runner = SuffixRunner(llm, layer)
-        self.found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def training_step(self, batch: list[Located]) -> None:
+    def find(self, located: Sequence[Located], trainer: TrainerOptions, logger: Logger | bool) -> list[Found]:
+        """Every request's keys and change, in the requests' order.
+
+        Runs under `Trainer.predict`: requests are searched for apart, so that processes need not keep step.
+        """
+        found = self._kept()
+        left = sorted((each for each in located if each.number not in found), key=Located.width)
+        if left:
+            data = ListDataModule((left, list, self.options.batch_size))
+            found |= dict(predict(build_trainer(trainer, "Finding values", logger), self, data))
+        return [found[each.number] for each in located]
+
+    @torch.enable_grad()
+    def predict_step(self, batch: list[Located]) -> list[tuple[int, Found]]:
         """Search the values of one batch of requests to the end."""
         each = len(batch[0].rows)
         rows, base_logits_NV = self.runner.capture([row for located in batch for row in located.rows])
         base_GV = base_logits_NV[rows.target_N < 0].log_softmax(-1)
         scale_G = rows.output_BO[::each].norm(dim=-1)
         change_GO = self._search(batch, rows, base_GV, scale_G, each)
-        for group, located in enumerate(batch):
-            keys = rows.key_BI[each * group : each * (group + 1) - 1]
-            self.found[located.id] = (keys.clone(), change_GO[group])
+        key_GCI = rows.key_BI.view(len(batch), each, -1)[:, :-1]
+        found = {
+            located.number: Found(key_CI.float().cpu().clone(), change_O.float().cpu())
+            for located, key_CI, change_O in zip(batch, key_GCI, change_GO, strict=True)
+        }
+        self._keep(found)
+        return list(found.items())
+
+    def _keep(self, found: dict[int, Found]) -> None:
+        if self.work:
+            self.work.mkdir(parents=True, exist_ok=True)
+            file = self.work / f"values-{self.visit}-{next(iter(found))}.safetensors"
+            tensors = {f"{n} {name}": t for n, each in found.items() for name, t in each._asdict().items()}
+            write_whole(file, lambda partial: save_file(tensors, partial))
+
+    def _kept(self) -> dict[int, Found]:
+        """What an interrupted search of this visit has found, by request number."""
+        files = sorted(self.work.glob(f"values-{self.visit}-*.safetensors")) if self.work else []
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        numbers = {int(name.split()[0]) for name in tensors}
+        return {n: Found(tensors[f"{n} key_CI"], tensors[f"{n} change_O"]) for n in numbers}
 
     def _search(self, batch: list[Located], rows: Suffixes, base_GV: Tensor, scale_G: Tensor, each: int) -> Tensor:
         """Adam on all requests' changes at once; shape (G, O)."""
@@ -221,6 +269,3 @@ class ValueSearch(LightningModule):
     def _show(self, step: int, nll_G: Tensor) -> None:
         if self.logger:
             self.logger.log_metrics({"edit/value_loss": nll_G.mean().item()}, step)
-
-    def configure_optimizers(self) -> None:
-        """None: each batch of requests has its own, in its step."""

@@ -49,29 +49,25 @@ def rome(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float) -> 
     return total
 
 
-def alphaedit(
-    key_In: Tensor, change_On: Tensor, moment_II: Tensor, threshold: float, earlier_Im: Tensor | None = None
-) -> Tensor:
-    """ΔW = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + s·1)⁻¹ (AlphaEdit, arXiv 2410.02355).
+def alphaedit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, threshold: float) -> Tensor:
+    """ΔW = R Kᵀ P (K Kᵀ P + s·1)⁻¹ (AlphaEdit, arXiv 2410.02355).
 
     P projects onto the directions in which ordinary text has next to no keys: C's eigenvectors with eigenvalues
     below `threshold` times the largest. s is a hundredth of the keys' mean squared norm inside them: the paper's 1
-    has the keys' scale in it.
+    has the keys' scale in it. Keys of earlier updates stand among the columns, with what they were given.
 
     Args:
         key_In, change_On, moment_II: as in `memit`.
         threshold: relative to C's largest eigenvalue.
-        earlier_Im: keys of earlier updates, whose outputs are to stay.
     """
     K, R = key_In.double(), change_On.double()
     values, vectors = torch.linalg.eigh(moment_II.double())
     free = vectors[:, values < threshold * values[-1]]
     if not free.shape[1]:
-        raise UserError(f"alphaedit: no direction is free of text at threshold {threshold}; raise it")
+        raise UserError(f"alphaedit: no direction is free of text; raise --locate.threshold above {threshold}")
     P = free @ free.T
-    A = K @ K.T if earlier_Im is None else K @ K.T + earlier_Im.double() @ earlier_Im.double().T
     s = 0.01 * (P @ K).square().sum(0).mean()
-    system = A @ P + s * torch.eye(len(P), dtype=P.dtype, device=P.device)
+    system = K @ K.T @ P + s * torch.eye(len(P), dtype=P.dtype, device=P.device)
     return torch.linalg.solve(system.T, (R @ K.T @ P).T).T
 
 

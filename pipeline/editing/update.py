@@ -22,7 +22,8 @@ from pipeline.files import require_room, write_json, write_whole
 from pipeline.model import LLM
 from pipeline.requests import EditRequest
 
-UPDATE_FILE, TENSORS_FILE = "update.json", "update.safetensors"
+ADAPTER_PREFIX = "lora."  # of an adapter's tensors in an update's state
+UPDATE_FILE, TENSORS_FILE, STATE_FILE = "update.json", "update.safetensors", "state.safetensors"
 
 
 @dataclass
@@ -37,8 +38,10 @@ class WeightUpdate:
         method: the kind of edit.
         layers: the blocks it changed.
         tensors: full tensors by name.
-        requests: what was edited.
+        requests: everything that the edited model has learnt beyond the base, in the order it was learnt.
         options: the method's options.
+        state: what a later edit on top of this one goes on from (keys, running statistics), by name.
+        adapter: LoraConfig's arguments, when the whole change is that of one LoRA adapter.
     """
 
     model: str
@@ -46,10 +49,12 @@ class WeightUpdate:
     method: str
     layers: list[int]
     tensors: dict[str, Tensor]
-    FILES: ClassVar = (TENSORS_FILE, UPDATE_FILE)
+    FILES: ClassVar = (STATE_FILE, TENSORS_FILE, UPDATE_FILE)
 
     requests: list[EditRequest] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    adapter: dict[str, Any] | None = None
 
     @contextmanager
     def applied(self, llm: LLM) -> Iterator[LLM]:
@@ -76,14 +81,16 @@ class WeightUpdate:
 
     @rank_zero_only
     def save(self, folder: Path) -> None:
-        """Write `update.safetensors` and then `update.json`, which holds its SHA-256.
+        """Write `update.safetensors` and `state.safetensors`, then `update.json`, which holds their SHA-256.
 
         Raises:
             UserError: when the disk has no room for it.
         """
-        require_room(folder, sum(tensor.nbytes for tensor in self.tensors.values()))
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        file = write_whole(folder / TENSORS_FILE, lambda partial: partial.write_bytes(tensors_to_bytes(tensors)))
+        contents = {TENSORS_FILE: _portable(self.tensors), STATE_FILE: _portable(self.state)}
+        if self.adapter:
+            self.save_adapter(folder / "adapter")
+        require_room(folder, sum(tensor.nbytes for tensors in contents.values() for tensor in tensors.values()))
+        digests = {name: _write(folder / name, tensors) for name, tensors in contents.items() if tensors}
         write_json(
             folder / UPDATE_FILE,
             {
@@ -92,11 +99,33 @@ class WeightUpdate:
                 "method": self.method,
                 "layers": self.layers,
                 "options": self.options,
-                "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-                "sha256": _sha256(file),
+                "adapter": self.adapter,
+                "tensors": {name: list(tensor.shape) for name, tensor in self.tensors.items()},
+                "sha256": digests,
                 "requests": [request.model_dump(exclude_defaults=True) for request in self.requests],
             },
         )
+
+    @rank_zero_only
+    def save_adapter(self, folder: Path) -> None:
+        """Write the change as an adapter in PEFT's own layout.
+
+        Raises:
+            UserError: when it is not a LoRA adapter's.
+        """
+        from peft import LoraConfig
+
+        if not self.adapter:
+            raise UserError(f"update: made by {self.method}; only a change by LoRA alone can be had as an adapter")
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = ADAPTER_PREFIX
+        tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in _portable(self.state).items()
+            if name.startswith(prefix) and tensor.dim()
+        }
+        _write(folder / "adapter_model.safetensors", tensors)
+        LoraConfig(**self.adapter, inference_mode=True).save_pretrained(str(folder))
 
     @classmethod
     def load(cls, folder: str | Path) -> WeightUpdate:
@@ -111,8 +140,9 @@ class WeightUpdate:
                 raise UserError(f"update: {folder}: holds no {name}; expected a folder that `run.py edit` wrote")
         try:
             described = json.loads((folder / UPDATE_FILE).read_text(encoding="utf-8"))
-            if _sha256(folder / TENSORS_FILE) != described["sha256"]:
-                raise UserError(f"update: {folder / TENSORS_FILE}: changed since it was written (SHA-256 differs)")
+            for name, digest in described["sha256"].items():
+                if not (folder / name).is_file() or _sha256(folder / name) != digest:
+                    raise UserError(f"update: {folder / name}: changed since it was written (SHA-256 differs)")
             return cls(
                 model=described["model"],
                 fingerprint=described["fingerprint"],
@@ -121,12 +151,23 @@ class WeightUpdate:
                 tensors=load_file(folder / TENSORS_FILE),
                 requests=[EditRequest.model_validate(request) for request in described["requests"]],
                 options=described["options"],
+                state=load_file(folder / STATE_FILE) if STATE_FILE in described["sha256"] else {},
+                adapter=described["adapter"],
             )
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"update: {folder}: damaged: {type(error).__name__}: {reason}") from None
+
+
+def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors, whole or not at all; the file's SHA-256."""
+    return _sha256(write_whole(path, lambda partial: partial.write_bytes(tensors_to_bytes(tensors))))
 
 
 def _sha256(path: Path) -> str:

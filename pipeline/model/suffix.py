@@ -10,10 +10,9 @@ that are read, V vocabulary, I inputs and O outputs of the down-projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers import DynamicCache
 
 from pipeline.model.llm import LLM
 from pipeline.model.targets import head_reads_only
+from pipeline.model.upper import handing_on, reading_enter
 
 
 class SuffixRow(NamedTuple):
@@ -131,18 +131,16 @@ class SuffixRunner:
         )
         seen: dict[str, Tensor] = {}
 
-        def enter(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            seen["enter"] = args[0] if args else kwargs["hidden_states"]
-
         def leave(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen["key"], seen["output"] = args[0][:, 0], output[:, 0]
 
-        with ExitStack() as hooks:
-            block = self.llm.model.get_submodule(self.llm.blocks[self.layer].name)
-            hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            hooks.callback(self.down.register_forward_hook(leave).remove)
-            logits_NV = self._forward(kept)
-        kept = replace(kept, enter_BSD=seen["enter"], key_BI=seen["key"], output_BO=seen["output"])
+        handle = self.down.register_forward_hook(leave)
+        try:
+            with reading_enter(self.llm, self.layer) as entering:
+                logits_NV = self._forward(kept)
+        finally:
+            handle.remove()
+        kept = replace(kept, enter_BSD=entering[0], key_BI=seen["key"], output_BO=seen["output"])
         return kept, logits_NV
 
     def run(self, rows: Suffixes, change_BO: Tensor) -> Tensor:
@@ -154,7 +152,7 @@ class SuffixRunner:
 
         handle = self.down.register_forward_hook(add)
         try:
-            with self._lower_blocks_hand_on(rows.enter_BSD):
+            with handing_on(self.llm, self.layer, rows.enter_BSD):
                 return self._forward(rows)
         finally:
             handle.remove()
@@ -169,15 +167,3 @@ class SuffixRunner:
                 use_cache=True,
             ).logits
         return logits.squeeze(0).to(torch.promote_types(logits.dtype, torch.float32))
-
-    @contextmanager
-    def _lower_blocks_hand_on(self, enter_BSD: Tensor) -> Iterator[None]:
-        """Blocks below l do not run: they hand on what enters block l."""
-        blocks = [self.llm.model.get_submodule(block.name) for block in self.llm.blocks[: self.layer]]
-        try:
-            for block in blocks:
-                block.forward = lambda *_args, **_kwargs: enter_BSD
-            yield
-        finally:
-            for block in blocks:
-                del block.forward

@@ -53,10 +53,9 @@ def build_trainer(
             precision=options.precision,  # type: ignore[arg-type]
             logger=logger,
             callbacks=[StageProgressBar(title), *callbacks, StopBetweenBatches()],
-            enable_checkpointing=False,
             enable_model_summary=False,
             inference_mode=False,
-            **settings,
+            **{"enable_checkpointing": False, **settings},
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())

@@ -9,7 +9,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from pipeline.attribution import GoldenProfile
 from pipeline.attribution.profile import PROFILE_FILE
 from pipeline.editing import WeightUpdate
+from pipeline.editing.update import UPDATE_FILE
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation
 from pipeline.files import OutputFolder, default_output, output_folder, write_json, write_text, write_whole
@@ -29,12 +29,16 @@ CLOSING_SECONDS = 2  # a writer whose queue an interrupt has broken would never 
 
 
 @contextmanager
-def run_log(command: str, output: str | None, overwrite: bool, options: dict[str, Any]) -> Iterator[RunLog]:
+def run_log(
+    command: str, output: str | None, overwrite: bool, options: dict[str, Any], resume: bool = False
+) -> Iterator[RunLog]:
     """Open a command's output folder; on an error nothing half-written stays (see `output_folder`)."""
+    if resume and not output:
+        raise UserError("resume: which? name the interrupted command's folder with --output")
     path = Path(output) if output else default_output(command)
-    folder = OutputFolder(path)
+    folder = OutputFolder(path, resume)
     try:
-        with output_folder(folder, overwrite, yaml.safe_dump(options, sort_keys=False)):
+        with output_folder(folder, overwrite, options):
             log = RunLog(folder, options)
             try:
                 yield log
@@ -44,6 +48,8 @@ def run_log(command: str, output: str | None, overwrite: bool, options: dict[str
         kept = [name for name in sorted(folder.finished) if (path / name).is_file()] if not overwrite else []
         if kept:
             say(f"finished before it failed, and kept in {path}: {', '.join(kept)}")
+        if folder.unfinished.is_dir():
+            say(f"work in progress is kept in {path}: the same command with --output {path} --resume goes on")
         raise
     say(f"written to {path}")
 
@@ -69,11 +75,13 @@ class RunLog:
         folder: where everything is written.
         tensorboard: the logger to hand to a Trainer; its events lie in the folder itself, so that
             `tensorboard --logdir runs` shows a run a folder.
+        work: a folder for work in progress.
     """
 
     def __init__(self, output: OutputFolder, options: dict[str, Any]) -> None:
         self.output = output
         self.folder = output.path
+        self.work = output.unfinished
         self.options = options
         self.tensorboard = EventsLogger(
             self.folder.parent, name=self.folder.name, version="", default_hp_metric=False, flush_secs=10
@@ -96,6 +104,17 @@ class RunLog:
             self.tensorboard.experiment.add_scalar("attribution/score_by_block", score, layer)
         self._figure("attribution/scores", "scores.png", score_figure(profile))
         show_profile(profile)
+
+    def profile_kept(self) -> GoldenProfile | None:
+        """The profile that the resumed command had found."""
+        return GoldenProfile.load(self.folder) if self._kept(PROFILE_FILE) else None
+
+    def update_kept(self) -> WeightUpdate | None:
+        """The update that the resumed command had finished."""
+        return WeightUpdate.load(self.folder) if self._kept(UPDATE_FILE) else None
+
+    def _kept(self, file: str) -> bool:
+        return self.output.resumed and (self.folder / file).is_file()
 
     @contextmanager
     def keeping(self, update: WeightUpdate) -> Iterator[None]:

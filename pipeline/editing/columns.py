@@ -1,0 +1,87 @@
+"""What one layer's down-projection is asked for: keys and wanted changes, of this edit and of those before it.
+
+Kept in the update's state, so that a later edit solves for all of them anew: ten updates come out as one batch.
+Shapes: I inputs and O outputs of the projection, n columns, C contexts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.model import sizes
+from pipeline.model.blocks import Projection
+from pipeline.requests import EditRequest, fact
+
+
+class Found(NamedTuple):
+    """A request's keys (C, I), one a context, and the change (O,) of the output at them."""
+
+    key_CI: Tensor
+    change_O: Tensor
+
+
+class Columns(NamedTuple):
+    """All that a projection is asked for, and the change of its weight that gave it.
+
+    Attributes:
+        key_In: inputs at which the output is to change.
+        change_On: the change wanted there, against the weight without `solved_OI`.
+        owner_n: which fact a column is for (see `owner`).
+        solved_OI: the change of the weight that the last solve came to.
+    """
+
+    key_In: Tensor
+    change_On: Tensor
+    owner_n: Tensor
+    solved_OI: Tensor
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor], layer: int, down: Projection) -> Columns:
+        """What an update's state holds for a layer, on the projection's device; no columns where it holds none."""
+        inputs, outputs = sizes(down)
+        none = cls(
+            key_In=torch.empty(inputs, 0),
+            change_On=torch.empty(outputs, 0),
+            owner_n=torch.empty(0, dtype=torch.int64),
+            solved_OI=torch.zeros(outputs, inputs),
+        )
+        held = {name: state.get(f"locate.{layer}.{name}", tensor) for name, tensor in none._asdict().items()}
+        return cls(**{name: tensor.to(down.weight.device) for name, tensor in held.items()})
+
+    def to_state(self, layer: int) -> dict[str, Tensor]:
+        """The entries of an update's state."""
+        return {f"locate.{layer}.{name}": tensor.cpu() for name, tensor in self._asdict().items()}
+
+    def asked(self, owners: Sequence[int], found: Sequence[Found], key_per_context: bool) -> Columns:
+        """With the requests' columns in place of what was asked for the same facts before.
+
+        `found` changes come on top of what the weight puts out now. For a fact that was asked for with as many
+        keys before, as in an earlier round, they come on top of what was asked: a least-squares solve falls a
+        little short of that, and is to keep falling short of the same.
+        """
+        keys = [each.key_CI if key_per_context else each.key_CI.mean(0, keepdim=True) for each in found]
+        counts = torch.tensor([len(key) for key in keys], device=self.owner_n.device)
+        owner_n = torch.tensor(owners, device=self.owner_n.device).repeat_interleave(counts)
+        key_In = torch.cat(keys).T.to(self.key_In)
+        change_On = torch.stack([each.change_O for each in found]).T.to(self.change_On)
+        change_On = change_On.repeat_interleave(counts, dim=1)
+        again_n = torch.isin(self.owner_n, owner_n)
+        same = torch.equal(self.owner_n[again_n], owner_n)
+        change_On = change_On + (self.change_On[:, again_n] if same else self.solved_OI @ key_In)
+        return Columns(
+            key_In=torch.cat([self.key_In[:, ~again_n], key_In], dim=1),
+            change_On=torch.cat([self.change_On[:, ~again_n], change_On], dim=1),
+            owner_n=torch.cat([self.owner_n[~again_n], owner_n]),
+            solved_OI=self.solved_OI,
+        )
+
+
+def owner(request: EditRequest) -> int:
+    """A number for what a request is about, the same in every process and update."""
+    digest = hashlib.blake2b("\n".join(fact(request)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)

@@ -1,0 +1,62 @@
+"""Running the upper blocks only: what the frozen blocks below put out is kept, and handed on instead of them.
+
+While weights of block l and above alone change, what enters block l does not. It is read once; every further
+pass runs blocks l…L. The model's own forward does it, block by block, so that masks, rotary tables and whatever
+else a family chooses by a block's index stay each block's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.model.blocks import Block
+from pipeline.model.llm import LLM
+
+
+@contextmanager
+def handing_on(llm: LLM, layer: int, enter_BTD: Tensor) -> Iterator[None]:
+    """Inside the `with`, blocks below `layer` do not run: they hand on what enters that block."""
+    with _instead(llm, llm.blocks[:layer], lambda *_args, **_kwargs: enter_BTD):
+        yield
+
+
+@contextmanager
+def passing_through(llm: LLM, layer: int) -> Iterator[None]:
+    """Inside the `with`, block `layer` and those above do not run: they put out what they get."""
+    with _instead(llm, llm.blocks[layer:], lambda hidden_states, *_args, **_kwargs: hidden_states):
+        yield
+
+
+@contextmanager
+def reading_enter(llm: LLM, layer: int) -> Iterator[list[Tensor]]:
+    """Inside the `with`, every pass appends what enters block `layer`, shape (B, T, D)."""
+    seen: list[Tensor] = []
+
+    def enter(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    block = llm.model.get_submodule(llm.blocks[layer].name)
+    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _instead(llm: LLM, blocks: Sequence[Block], forward: Callable[..., Tensor]) -> Iterator[None]:
+    modules = [llm.model.get_submodule(block.name) for block in blocks]
+    own = [vars(module).get("forward") for module in modules]  # libraries wrap a module's forward like this, too
+    try:
+        for module in modules:
+            module.forward = forward
+        yield
+    finally:
+        for module, before in zip(modules, own, strict=True):
+            vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before
