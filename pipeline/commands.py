@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline.errors import UserError, check_choice
 from pipeline.options import (
     AttributeCommand,
+    BenchmarkCommand,
     ComputeOptions,
     EditCommand,
     EditOptions,
@@ -150,11 +151,24 @@ def generate(options: GenerateCommand) -> None:
     show_answers(prompts, answers)
 
 
+def benchmark(options: BenchmarkCommand) -> None:
+    """Measure the editing methods against what is asked of them, as a table and benchmark.json."""
+    from pipeline.files import write_json
+    from pipeline.reporting import show_benchmark
+    from pipeline.study import benchmark_editing
+
+    with _working(options, "benchmark") as log:
+        results = benchmark_editing(_load(options), options, log.work)
+        write_json(log.folder / "benchmark.json", results)
+        show_benchmark(results)
+
+
 class Command(NamedTuple):
-    """A command's function, its options, and the line that `--help` shows of it."""
+    """A command's function, its options, the line that `--help` shows of it, and the flag of a bare word."""
 
     function: Callable[[Any], None]
     options: type
+    word: str | None = None
 
     @property
     def help(self) -> str:
@@ -168,6 +182,7 @@ COMMANDS = {
     "evaluate": Command(evaluate, EvaluateCommand),
     "export": Command(export, ExportCommand),
     "generate": Command(generate, GenerateCommand),
+    "benchmark": Command(benchmark, BenchmarkCommand, word="what"),
 }
 
 

@@ -15,6 +15,7 @@ SCOPES = ("mlp", "down", "attention", "block")
 OLD_ANSWERS = ("dataset", "model")
 ORDERS = ("signed", "magnitude")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
+BENCHMARKS = ("editing",)
 EXPORTS = ("merged", "update", "adapter")
 
 
@@ -119,6 +120,8 @@ class TrainingOptions:
     """A row whose loss (nats) is below this counts no more; when all are, training ends."""
     kl: float = 0.0
     """Weight of answering as before after prompts about something else; 0: not asked for."""
+    reuse: bool = True
+    """Run the frozen blocks below the golden layer once, and keep what they put out; false saves that memory."""
 
     def check(self, stage: str) -> None:
         """Raise UserError for a value that cannot be, naming the flag."""
@@ -326,6 +329,22 @@ class ExportCommand(ModelOptions, OutputOptions):
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, EXPORTS)
+
+
+@dataclass(kw_only=True)
+class BenchmarkCommand(ModelOptions, OutputOptions, ComputeOptions):
+    """Options of `benchmark`."""
+
+    what: str = "editing"
+    """editing: every method, alone, in batches and one update after another."""
+    data: str = "../shared/data"
+    """Folder with counterfact_easyedit.json and, for key statistics, enwiki_plain.txt."""
+    resume: bool = False
+    """Go on with what an interrupted benchmark with the same options left in --output."""
+
+    def __post_init__(self) -> None:
+        ComputeOptions.__post_init__(self)
+        check_choice("what", self.what, BENCHMARKS)
 
 
 @dataclass(kw_only=True)

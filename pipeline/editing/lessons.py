@@ -79,7 +79,7 @@ def read_rows(
     subjects = {(r.subject or "").casefold() for r in requests}
     prompts = [neighbour(r, n, subjects) for n, r in enumerate(requests[:UNRELATED])] if options.kl else []
     others = [TargetRow([*ids, ids[-1]], len(ids)) for ids in (tokenize(llm, prompts) if prompts else [])]
-    read = _read(llm, layer, taught, others, trainer)
+    read = _read(llm, layer if options.reuse else 0, taught, others, trainer)
     rows = [Row(row, *read.get(number, (None, None))) for number, row in enumerate([*taught, *others])]
     each = len(templates)
     return [rows[at : at + each] for at in range(0, len(taught), each)], rows[len(taught) :]

@@ -123,7 +123,6 @@ def adapter_config(llm: LLM, layers: Sequence[int], options: LoraOptions) -> dic
     pattern, projection = block.name.split(".")[-2], next(iter(block.mlp.values()))
     return {
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": llm.name,
         "r": options.rank,
         "lora_alpha": options.alpha,
         "target_modules": [name if ends.count(name.split(".")[-1]) > 1 else name.split(".")[-1] for name in inner],

@@ -125,7 +125,8 @@ class WeightUpdate:
             if name.startswith(prefix) and tensor.dim()
         }
         _write(folder / "adapter_model.safetensors", tensors)
-        LoraConfig(**self.adapter, inference_mode=True).save_pretrained(str(folder))
+        config = LoraConfig(**self.adapter, inference_mode=True, base_model_name_or_path=self.model)
+        config.save_pretrained(str(folder))
 
     @classmethod
     def load(cls, folder: str | Path) -> WeightUpdate:

@@ -7,11 +7,11 @@ for generation and windows of ordinary text are two more. One `Trainer.predict` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -31,7 +31,8 @@ from pipeline.requests import EditRequest, ListDataModule
 ORDINARY_TEXT = Path(__file__).with_name("ordinary_text.txt")
 WINDOW = 256  # tokens of ordinary text scored at a time
 PROBE_METRICS = ("rewrite", "rephrase", "locality", "portability")
-METRICS = (*PROBE_METRICS, "generation_exact_match", "perplexity")
+OTHER_METRICS = {"generation": "generation_exact_match", "text": "perplexity"}
+KINDS = ("probes", *OTHER_METRICS)  # what a measurement can consist of
 
 Metrics = dict[str, Estimate]
 
@@ -109,6 +110,7 @@ class Evaluator:
         requests: Sequence[EditRequest],
         options: EvaluationOptions | None = None,
         trainer: TrainerOptions | None = None,
+        kinds: Sequence[str] = KINDS,
     ) -> None:
         if not requests:
             raise UserError("requests: none to measure")
@@ -118,16 +120,18 @@ class Evaluator:
         self.trainer = trainer or TrainerOptions()
         self.first_choices: dict[int, torch.Tensor] = {}  # of locality rows, in the first measurement
         pad = partial(collate_targets, pad_token_id=llm.pad_token_id)
-        prompts = encode_prompts(llm, [r.prompt for r in self.requests], self.options.max_new_tokens)
-        self.data = ListDataModule(
-            (encode_probes(llm, self.requests), pad, self.options.batch_size),
-            (
-                prompts,
+        self.kinds = tuple(kinds)
+        size = self.options.batch_size
+        streams: dict[str, Callable[[], Any]] = {
+            "probes": lambda: (encode_probes(llm, self.requests), pad, size),
+            "generation": lambda: (
+                encode_prompts(llm, [r.prompt for r in self.requests], self.options.max_new_tokens),
                 lambda rows: collate_prompts(rows, llm.pad_token_id),
-                self.options.batch_size,
+                size,
             ),
-            (encode_text(llm, self.options.text), pad, 1),
-        )
+            "text": lambda: (encode_text(llm, self.options.text), pad, 1),
+        }
+        self.data = ListDataModule(*(streams[kind]() for kind in self.kinds))
 
     def measure(self, title: str) -> Measurement:
         """Figures of the model as it is now."""
@@ -136,7 +140,7 @@ class Evaluator:
             trainer = build_trainer(self.trainer, title)
             check_shares(trainer, len(self.requests))
             answers = dict(predict(trainer, module, self.data))
-        return Measurement(module.metrics, [answers[index] for index in range(len(self.requests))])
+        return Measurement(module.metrics, [answers.get(index, "") for index in range(len(self.requests))])
 
 
 class EvaluationModule(LightningModule):
@@ -147,7 +151,8 @@ class EvaluationModule(LightningModule):
         self.model = evaluator.llm.model
         self.evaluator = evaluator
         counted = {name for request in evaluator.requests for name, texts in probe_texts(request).items() if texts}
-        names = [name for name in METRICS if name in counted or name not in PROBE_METRICS]
+        names = [name for name in PROBE_METRICS if name in counted and "probes" in evaluator.kinds]
+        names += [metric for kind, metric in OTHER_METRICS.items() if kind in evaluator.kinds]
         self.means = torch.nn.ModuleDict({name: BootstrapMean() for name in names})
         self.metrics: Metrics = {}
 
@@ -205,10 +210,10 @@ class EvaluationModule(LightningModule):
     def on_predict_end(self) -> None:
         """The figures over all ranks; perplexity is the exponential of the mean loss."""
         self.metrics = {name: self._mean(name).compute() for name in self.means}
-        loss = self.metrics["perplexity"]
-        self.metrics["perplexity"] = Estimate(
-            math.exp(loss.mean), loss.count, math.exp(loss.low), math.exp(loss.high)
-        )
+        if loss := self.metrics.get("perplexity"):
+            self.metrics["perplexity"] = Estimate(
+                math.exp(loss.mean), loss.count, math.exp(loss.low), math.exp(loss.high)
+            )
 
 
 def probe_texts(request: EditRequest) -> dict[str, list[tuple[str, str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -70,3 +71,14 @@ def show_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -
 def say(text: str) -> None:
     """One plain line."""
     Console(soft_wrap=True).print(text, highlight=False, markup=False)
+
+
+@rank_zero_only
+def show_benchmark(results: Sequence[Mapping[str, Any]]) -> None:
+    """What was measured, what was asked for, and whether it was met."""
+    table = Table("measured", "value", "bound", "met", box=None, header_style="bold", pad_edge=False)
+    for result in results:
+        bound = "" if result["bound"] is None else f"{result['bound']:g}"
+        met = {None: "", True: "yes", False: "NO"}[result["met"]]
+        table.add_row(escape(result["name"]), f"{result['value']:.4g}", bound, met)
+    Console().print(table)

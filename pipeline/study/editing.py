@@ -1,0 +1,196 @@
+"""`run.py benchmark editing`: how well every method edits, alone, in batches and one update after another.
+
+Requests are CounterFact's, measured teacher-forced as in EasyEdit. Every figure is kept as soon as it is found, so
+that an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+
+from pipeline.attribution import find_golden_layer
+from pipeline.editing import WeightUpdate, edit
+from pipeline.errors import UserError
+from pipeline.evaluation import Evaluator
+from pipeline.files import write_json
+from pipeline.model import LLM, collate_targets, encode, target_logits
+from pipeline.options import AttributionOptions, BenchmarkCommand, EditOptions, FinetuneOptions
+from pipeline.requests import EditRequest, load_requests
+
+COUNTERFACT, TEXT = "counterfact_easyedit.json", "enwiki_plain.txt"
+PROXY = slice(1000, 1128)  # records that name the golden layer
+BATCH, ALONE, MANY = slice(0, 100), slice(0, 20), slice(0, 1000)
+HIGH, TURNS = 2, 3  # fine-tuned at two thirds of the height, so many times each way
+UPDATES, EACH = 10, 50  # one update after another
+BEST = "memit"
+OTHERS = ("finetune", "lora", "one_pass", "emmet", "rome", "alphaedit")
+
+Figures = dict[str, float]
+
+BOUNDS: dict[str, Figures] = {  # what a figure is to reach: at least, or for costs and perplexity at most
+    f"batch of 100, {BEST}": {"rewrite": 0.95, "rephrase": 0.30, "locality": 0.85, "cost": 80},
+    "batch of 100, finetune": {"rewrite": 0.95, "rephrase": 0.30, "locality": 0.50, "cost": 60},
+    "batch of 100, lora": {"rewrite": 0.95, "rephrase": 0.25, "locality": 0.45},
+    "batch of 100, one_pass": {"cost": 4},
+    f"20 requests, each alone, {BEST}": {"rewrite": 1.00, "rephrase": 0.40, "locality": 0.90},
+    f"batch of 1000, {BEST}": {"rewrite": 0.80, "locality": 0.55, "perplexity ratio": 1.20},
+    f"ten updates of 50, {BEST}": {"rewrite": 0.80, "locality": 0.60, "perplexity ratio": 1.15},
+    "upper blocks alone, fine-tuning": {"speed-up": 1.5, "largest difference": 1e-5},
+}
+AT_MOST = ("cost", "perplexity ratio", "largest difference")
+
+
+def benchmark_editing(llm: LLM, options: BenchmarkCommand, folder: Path) -> list[dict[str, Any]]:
+    """Measure everything that `BOUNDS` names and the methods beside it; what is in `folder` is not done again.
+
+    Args:
+        llm: the model.
+        options: where the data lies, and what it runs on.
+        folder: takes a file a measurement.
+
+    Returns:
+        a list of {"name", "value", "bound", "met"}; bound and met are None where nothing is asked for.
+    """
+    bench = Bench(llm, options, folder)
+    results = []
+    for name, measure in bench.measurements():
+        for figure, value in bench.kept(name, measure).items():
+            bound = BOUNDS.get(name, {}).get(figure)
+            met = None if bound is None else (value <= bound if figure in AT_MOST else value >= bound)
+            results.append({"name": f"{name}: {figure}", "value": round(value, 4), "bound": bound, "met": met})
+    return results
+
+
+class Bench:
+    """The model, the records, the golden layer, and one method a measurement."""
+
+    def __init__(self, llm: LLM, options: BenchmarkCommand, folder: Path) -> None:
+        self.llm = llm
+        self.options = options
+        self.folder = folder
+        self.trainer = options.trainer
+        data = Path(options.data)
+        if not (data / COUNTERFACT).is_file():
+            raise UserError(f"data: {data}: holds no {COUNTERFACT}; expected CounterFact in EasyEdit's layout")
+        self.records = load_requests(str(data / COUNTERFACT))
+        if len(self.records) < PROXY.stop:
+            raise UserError(f"data: {data / COUNTERFACT}: {len(self.records)} records; {PROXY.stop} are needed")
+        self.text = str(data / TEXT) if (data / TEXT).is_file() else None
+
+    def kept(self, name: str, measure: Callable[[], Figures]) -> Figures:
+        """The figures of a measurement, found now or before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{name.replace(' ', '-').replace(',', '')}.json"
+        if not file.is_file():
+            write_json(file, measure())
+        figures: Figures = json.loads(file.read_text(encoding="utf-8"))
+        return figures
+
+    def measurements(self) -> Iterator[tuple[str, Callable[[], Figures]]]:
+        """Name and function of each, the quickest first."""
+        yield "golden layer by LGA", self.golden
+        for method in (BEST, *OTHERS):
+            yield f"batch of 100, {method}", partial(self.batch, method, BATCH)
+        yield f"20 requests, each alone, {BEST}", self.alone
+        yield "upper blocks alone, fine-tuning", self.upper_blocks
+        yield f"ten updates of 50, {BEST}", self.updates
+        yield f"batch of 1000, {BEST}", partial(self.batch, BEST, MANY)
+
+    def golden(self) -> Figures:
+        """The golden layer that LGA names from records which no figure is measured on."""
+        profile = find_golden_layer(self.llm, self.records[PROXY], AttributionOptions(), self.trainer)
+        return {"block": profile.golden_layers[0]}
+
+    def edit(self, requests: Sequence[EditRequest], method: str, after: WeightUpdate | None = None) -> WeightUpdate:
+        """An edit with the project's defaults at the golden layer."""
+        options = EditOptions(method=method, layers=[int(self.kept("golden layer by LGA", self.golden)["block"])])
+        options.locate = replace(options.locate, text=self.text)
+        return edit(self.llm, requests, None, options, self.trainer, seed=self.options.seed, after=after)
+
+    def batch(self, method: str, records: slice) -> Figures:
+        """All requests in one update."""
+        requests = self.records[records]
+        evaluator = self._evaluator(requests)
+        base = evaluator.measure("Measuring base").metrics
+        passes = [self._pass_seconds(requests[:100])]
+        self.edit(requests[:1], method)  # statistics are there, and code is warm
+        started = time.perf_counter()
+        update = self.edit(requests, method)
+        seconds = time.perf_counter() - started
+        passes.append(self._pass_seconds(requests[:100]))
+        figures = self._figures(evaluator, base["perplexity"].mean, update)
+        return figures | {
+            "cost": seconds / len(requests) / median(passes),
+            "seconds a request": seconds / len(requests),
+        }
+
+    def alone(self) -> Figures:
+        """Every request in an update of its own, from the fresh model."""
+        found = []
+        for request in self.records[ALONE]:
+            evaluator = Evaluator(self.llm, [request], trainer=self.trainer, kinds=("probes",))
+            evaluator.measure("Measuring base")
+            with self.edit([request], BEST).applied(self.llm):
+                found.append(evaluator.measure("Measuring edited").metrics)
+        return {name: sum(each[name].mean for each in found) / len(found) for name in found[0]}
+
+    def updates(self) -> Figures:
+        """One update on top of another; measured at the end, on all of them."""
+        requests = self.records[: UPDATES * EACH]
+        evaluator = self._evaluator(requests)
+        base = evaluator.measure("Measuring base").metrics
+        update = None
+        for start in range(0, len(requests), EACH):
+            update = self.edit(requests[start : start + EACH], BEST, after=update)
+        assert update is not None
+        return self._figures(evaluator, base["perplexity"].mean, update)
+
+    def upper_blocks(self) -> Figures:
+        """Fine-tuning far up, with the blocks below run once and with all of them run every time, in turns."""
+        requests = self.records[BATCH]
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        weights: dict[bool, dict[str, torch.Tensor]] = {}
+        for _ in range(TURNS):
+            for reuse in (True, False):
+                finetune = FinetuneOptions(epochs=2, learnt=0.0, reuse=reuse)
+                options = EditOptions(layers=[HIGH * len(self.llm.blocks) // 3], finetune=finetune)
+                started = time.perf_counter()
+                weights[reuse] = edit(self.llm, requests, None, options, self.trainer).tensors
+                seconds[reuse].append(time.perf_counter() - started)
+        difference = max((weights[True][name] - weights[False][name]).abs().max().item() for name in weights[True])
+        return {"speed-up": median(seconds[False]) / median(seconds[True]), "largest difference": difference}
+
+    def _evaluator(self, requests: Sequence[EditRequest]) -> Evaluator:
+        return Evaluator(self.llm, requests, trainer=self.trainer, kinds=("probes", "text"))
+
+    def _figures(self, evaluator: Evaluator, perplexity: float, update: WeightUpdate) -> Figures:
+        with update.applied(self.llm):
+            metrics = evaluator.measure("Measuring edited").metrics
+        ratio = metrics.pop("perplexity").mean / perplexity
+        return {name: estimate.mean for name, estimate in metrics.items()} | {"perplexity ratio": ratio}
+
+    @torch.no_grad()
+    def _pass_seconds(self, requests: Sequence[EditRequest]) -> float:
+        """A plain forward pass of prompt and new answer, in batches, in seconds a request; median of five."""
+        rows = encode(self.llm, [(r.prompt, r.new_answer) for r in requests])
+        rows.sort(key=lambda row: len(row.token_ids))
+        batches = [collate_targets(rows[at : at + 16], self.llm.pad_token_id) for at in range(0, len(rows), 16)]
+        device = next(self.llm.model.parameters()).device
+        took = []
+        with self.llm.frozen():
+            for _ in range(5):
+                started = time.perf_counter()
+                for batch in batches:
+                    target_logits(self.llm.model, move_data_to_device(batch, device))[0, 0].item()
+                took.append((time.perf_counter() - started) / len(rows))
+        return median(took)

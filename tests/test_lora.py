@@ -1,0 +1,82 @@
+"""LoRA: a standard adapter at the golden layer alone, which plain PEFT loads, and the same change merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny, mean_loss, refusal
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.editing import WeightUpdate, edit
+from pipeline.model import LLM
+from pipeline.options import EditOptions, LoraOptions
+from pipeline.requests import EditRequest
+
+FEW = LoraOptions(rank=4, epochs=30, batch_size=4, learning_rate=0.05, learnt=0.0)
+
+
+@pytest.mark.parametrize("scope", ["mlp", "down"])
+def test_plain_peft_loads_the_adapter(
+    scope: str, tiny: LLM, tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest], tmp_path: Path
+) -> None:
+    base = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    before = mean_loss(tiny, requests)
+    options = EditOptions(method="lora", layers=[1, 2], lora=LoraOptions(**{**vars(FEW), "scope": scope}))
+    update = edit(tiny, requests, options=options)
+    assert {n: t for n, t in tiny.model.state_dict().items() if not torch.equal(t, base[n])} == {}, "left its mark"
+    assert list(tiny.model.state_dict()) == list(base), "no adapter stays in the model"
+    update.save(tmp_path)
+    plain = make_tiny(tiny.name.removeprefix("tiny-"), tokenizer).model
+    adapted = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    ids = torch.tensor([tokenizer(requests[0].prompt).input_ids])
+    with WeightUpdate.load(tmp_path).applied(tiny), tiny.frozen(), torch.no_grad():
+        assert mean_loss(tiny, requests) < 0.95 * before
+        merged = tiny.model(ids).logits
+        torch.testing.assert_close(adapted(ids).logits, merged, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), adapted.disable_adapter():
+        assert (adapted(ids).logits - merged).abs().max() > 1e-2, "the adapter must matter for this to say anything"
+
+
+def test_the_change_is_of_low_rank(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    base = {name: tensor.clone() for name, tensor in tiny_llm.model.state_dict().items()}
+    update = edit(tiny_llm, requests, options=EditOptions(method="lora", layers=[1], lora=FEW))
+    for name, tensor in update.tensors.items():
+        singular = torch.linalg.svdvals(tensor - base[name])
+        assert singular[FEW.rank - 1] > 1e-3 > singular[FEW.rank], name
+
+
+def test_an_adapter_on_an_adapter_holds_both(
+    tiny: LLM, tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest], tmp_path: Path
+) -> None:
+    options = EditOptions(method="lora", layers=[1], lora=FEW)
+    first = edit(tiny, requests[:3], options=options)
+    both = edit(tiny, requests[3:], options=options, after=first)
+    both.save(tmp_path)
+    plain = make_tiny(tiny.name.removeprefix("tiny-"), tokenizer).model
+    adapted = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    ids = torch.tensor([tokenizer(requests[0].prompt).input_ids])
+    with both.applied(tiny), tiny.frozen(), torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, tiny.model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_on_another_kind_of_edit_is_not_passed_off_as_the_whole(
+    tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path
+) -> None:
+    first = edit(tiny_llm, requests[:3], options=EditOptions(layers=[1]))
+    second = edit(tiny_llm, requests[3:], options=EditOptions(method="lora", layers=[1], lora=FEW), after=first)
+    second.save(tmp_path)
+    assert not (tmp_path / "adapter").exists()
+    assert "only a change by LoRA alone" in refusal(lambda: second.save_adapter(tmp_path))
+
+
+def test_bad_ranks(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    wide = EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=33))
+    assert "lora.rank: 33; expected 1 to 32" in refusal(lambda: edit(tiny_llm, requests, options=wide))
+    first = edit(tiny_llm, requests, options=EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=2)))
+    other = EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=3))
+    assert "has other layers, scope, rank or alpha" in refusal(
+        lambda: edit(tiny_llm, requests, options=other, after=first)
+    )
