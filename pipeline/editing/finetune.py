@@ -149,7 +149,7 @@ class FineTune(LightningModule):
             now_KV = logits_NV[-len(lesson.base_KV) :].log_softmax(-1)
             divergence = F.kl_div(now_KV, lesson.base_KV, log_target=True, reduction="sum")
             loss = loss + self.options.kl * divergence * devices / lesson.others
-        hits_B = batch.row_means((logits_NV.argmax(-1) == batch.target_N).float())
+        hits_B = batch.row_means((logits_NV.argmax(-1) == batch.target_N).to(losses_B))
         share = devices / lesson.rows
         self.log("loss", (losses_B.detach() @ counts_B) * share, prog_bar=True, logger=False, batch_size=1)
         self._follow("edit/loss", (losses_B.detach() @ counts_B) * share, lesson.rows)

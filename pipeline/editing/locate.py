@@ -187,7 +187,7 @@ class ValueSearch(LightningModule):
         return [found[each.number] for each in located]
 
     @torch.enable_grad()
-    def predict_step(self, batch: list[Located]) -> list[tuple[int, Found]]:
+    def predict_step(self, batch: list[Located], batch_idx: int = 0) -> list[tuple[int, Found]]:
         """Search the values of one batch of requests to the end."""
         each = len(batch[0].rows)
         rows, base_logits_NV = self.runner.capture([row for located in batch for row in located.rows])

@@ -11,38 +11,34 @@ from torch.utils.data import DataLoader
 
 
 class ListDataModule(LightningDataModule):
-    """Batches of items that are in memory: for `fit` shuffled unless told otherwise, for `predict` in order.
+    """Batches of items that are in memory: for `fit` shuffled anew each epoch, for `predict` in order.
 
     Sort the items by length before, so that little is padded.
 
     Args:
         streams: for `predict`, one or several (items, collate, batch size); for `fit`, exactly one.
         seed: seed of the shuffling.
-        shuffle: whether `fit` sees the items in another order each epoch.
     """
 
     def __init__(
         self,
         *streams: tuple[Sequence[Any], Callable[[list[Any]], Any], int],
         seed: int = 0,
-        shuffle: bool = True,
     ) -> None:
         super().__init__()
-        self.shuffle = shuffle
         self.streams = streams
         self.seed = seed
 
     def train_dataloader(self) -> DataLoader:
         ((items, collate, batch_size),) = self.streams
-        order = torch.Generator().manual_seed(self.seed)
-        loader: DataLoader[Any] = DataLoader(
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        order = torch.Generator().manual_seed(self.seed + epoch)  # so that a resumed epoch has the order it had
+        return DataLoader(
             items,  # type: ignore[arg-type]
             batch_size=batch_size,
-            shuffle=self.shuffle,
+            sampler=torch.randperm(len(items), generator=order).tolist(),
             collate_fn=collate,
-            generator=order,
         )
-        return loader
 
     def predict_dataloader(self) -> list[DataLoader]:
         return [DataLoader(items, batch_size=size, collate_fn=collate) for items, collate, size in self.streams]  # type: ignore[arg-type]
