@@ -105,6 +105,21 @@ class AttributionOptions:
 
 
 @dataclass(kw_only=True)
+class StatisticsOptions:
+    """Key statistics: what ordinary text sends into a layer, found once a model and layer, and kept."""
+
+    text: str | None = None
+    """Plain text file; default: text that the model itself writes."""
+    tokens: int = 40_000
+    """How much text is read, in tokens."""
+    cache: str | None = None
+    """Folder for statistics; default: golden-layers in the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        check_at_least("statistics.tokens", self.tokens, 1)
+
+
+@dataclass(kw_only=True)
 class TrainingOptions:
     """What fine-tuning and LoRA have in common: mini-batches over epochs."""
 
@@ -120,6 +135,8 @@ class TrainingOptions:
     """A row whose loss (nats) is below this counts no more; when all are, training ends."""
     kl: float = 0.0
     """Weight of answering as before after prompts about something else; 0: not asked for."""
+    whiten: float = 0.01
+    """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
     reuse: bool = True
     """Run the frozen blocks below the golden layer once, and keep what they put out; false saves that memory."""
 
@@ -128,7 +145,7 @@ class TrainingOptions:
         check_choice(f"{stage}.scope", self.scope, ("mlp", "down"))
         for name in ("epochs", "batch_size"):
             check_at_least(f"{stage}.{name}", getattr(self, name), 1)
-        for name in ("contexts", "learnt", "kl"):
+        for name in ("contexts", "learnt", "kl", "whiten"):
             check_at_least(f"{stage}.{name}", getattr(self, name), 0)
         check_at_most(f"{stage}.contexts", self.contexts, 4)
 
@@ -170,12 +187,6 @@ class LoraOptions(TrainingOptions):
 class LocateOptions:
     """Locate-then-edit: memit, emmet, rome and alphaedit."""
 
-    text: str | None = None
-    """Plain text file for key statistics; default: text that the model itself writes."""
-    text_tokens: int = 40_000
-    """How much text the statistics are taken from, in tokens."""
-    cache: str | None = None
-    """Folder for statistics; default: golden-layers in the user's cache folder."""
     contexts: int = 3
     """Contexts that a prompt is learnt under, the bare prompt being the first."""
     rounds: int = 2
@@ -204,7 +215,7 @@ class LocateOptions:
     """alphaedit: eigenvalues of the statistics below this, relative to the largest, count as free of text."""
 
     def __post_init__(self) -> None:
-        for name in ("contexts", "rounds", "batch_size", "steps", "text_tokens"):
+        for name in ("contexts", "rounds", "batch_size", "steps"):
             check_at_least(f"locate.{name}", getattr(self, name), 1)
         for name in ("step", "bound", "strength", "ridge", "threshold"):
             check_above(f"locate.{name}", getattr(self, name), 0)
@@ -222,6 +233,7 @@ class EditOptions:
     """Blocks to edit, counted from 0, in place of the profile's golden layers."""
     last_wins: bool = False
     """Of requests that contradict each other (same subject and prompt) keep the last; else they are refused."""
+    statistics: StatisticsOptions = field(default_factory=StatisticsOptions)
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     locate: LocateOptions = field(default_factory=LocateOptions)

@@ -18,7 +18,7 @@ from pipeline.model import LLM
 from pipeline.options import EditOptions, FinetuneOptions
 from pipeline.requests import EditRequest
 
-FEW = FinetuneOptions(epochs=30, batch_size=4, learning_rate=0.2, learnt=0.0)
+FEW = FinetuneOptions(epochs=30, batch_size=4, learning_rate=0.2, learnt=0.0, whiten=0.0)
 
 
 def weights(llm: LLM) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_edit(tiny_llm: LLM, requests: list[EditReq
 def test_training_ends_when_the_loss_is_low(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     losses = []
     for learnt in (0.0, 4.5):
-        options = FinetuneOptions(epochs=100, batch_size=7, learning_rate=0.03, learnt=learnt)
+        options = FinetuneOptions(epochs=100, batch_size=7, learning_rate=0.03, learnt=learnt, whiten=0.0)
         update = edit(tiny_llm, requests, options=EditOptions(layers=[1], finetune=options))
         with update.applied(tiny_llm):
             losses.append(mean_loss(tiny_llm, requests))
@@ -81,7 +81,7 @@ def test_training_ends_when_the_loss_is_low(tiny_llm: LLM, requests: list[EditRe
 
 def test_a_loss_that_is_not_a_number_names_the_requests(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     base = weights(tiny_llm)
-    wild = FinetuneOptions(epochs=5, batch_size=7, learning_rate=1e30)
+    wild = FinetuneOptions(epochs=5, batch_size=7, learning_rate=1e30, whiten=0.0)
     with pytest.raises(UserError, match=r"not a number.*capital-0"):
         edit(tiny_llm, requests, options=EditOptions(layers=[1], finetune=wild))
     assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tiny_llm).items())

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import make_tiny, mean_loss, refusal
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import UserError
-from pipeline.editing import METHODS, edit
+from pipeline.editing import METHODS, WeightUpdate, edit
 from pipeline.editing.contexts import CONTEXTS
 from pipeline.editing.locate import LocateThenEdit, ValueSearch, last_token, locate
 from pipeline.editing.solvers import emmet
-from pipeline.editing.statistics import key_moment
+from pipeline.editing.statistics import key_moments
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.evaluate import ORDINARY_TEXT
 from pipeline.model import LLM
 from pipeline.model.targets import tokenize
-from pipeline.options import EditOptions, EvaluationOptions, LocateOptions, TrainerOptions
+from pipeline.options import EditOptions, EvaluationOptions, LocateOptions, StatisticsOptions, TrainerOptions
 from pipeline.requests import EditRequest, load_requests
 
 LOCATING = [name for name, method in METHODS.items() if method.options == "locate"]
@@ -36,26 +36,30 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def options(text: Path, tmp_path: Path) -> LocateOptions:
-    return LocateOptions(text=str(text), text_tokens=512, cache=str(tmp_path / "cache"), batch_size=3)
+def statistics(text: Path, tmp_path: Path) -> StatisticsOptions:
+    return StatisticsOptions(text=str(text), tokens=512, cache=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def options(statistics: StatisticsOptions) -> EditOptions:
+    locating = LocateOptions(batch_size=3, threshold=0.2)  # of so few inputs, text uses nearly all
+    return EditOptions(method="memit", layers=[1], locate=locating, statistics=statistics)
 
 
 @pytest.mark.parametrize("method", LOCATING)
 def test_the_down_projection_alone_changes(
-    method: str, tiny: LLM, requests: list[EditRequest], options: LocateOptions
+    method: str, tiny: LLM, requests: list[EditRequest], options: EditOptions
 ) -> None:
     base = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
-    options.threshold = 0.2  # of so few inputs, text uses nearly all
-    update = edit(tiny, requests, options=EditOptions(method=method, layers=[1], locate=options))
+    options.method = method
+    update = edit(tiny, requests, options=options)
     assert list(update.tensors) == tiny.blocks[1].weight_names("down")
     assert all(torch.equal(tensor, base[name]) for name, tensor in tiny.model.state_dict().items())
     assert not any(torch.equal(tensor, base[name]) for name, tensor in update.tensors.items())
 
 
-def test_found_values_make_the_new_answers_likelier(
-    tiny: LLM, requests: list[EditRequest], options: LocateOptions
-) -> None:
-    options.kl, options.decay, options.bound, options.step = 0, 0, 10, 1
+def test_found_values_make_the_new_answers_likelier(tiny: LLM, requests: list[EditRequest]) -> None:
+    options = LocateOptions(kl=0, decay=0, bound=10, step=1)
     located = [locate(tiny, number, request, CONTEXTS[:2]) for number, request in enumerate(requests)]
     search = ValueSearch(tiny, 1, options)
     with tiny.frozen():
@@ -71,16 +75,16 @@ def test_found_values_make_the_new_answers_likelier(
     assert (change_BO[bare].norm(dim=-1) <= bounds * 1.001).all(), "inside the bound"
 
 
-def test_the_weight_gives_the_found_values(tiny: LLM, requests: list[EditRequest], options: LocateOptions) -> None:
+def test_the_weight_gives_the_found_values(tiny: LLM, requests: list[EditRequest], options: EditOptions) -> None:
     """EMMET's promise, in the model: at every request's mean key the output changes by the value found."""
     found: list[tuple[Tensor, Tensor]] = []
-    options.ridge, options.rounds = 1e-9, 1
+    options.method, options.locate.ridge, options.locate.rounds = "emmet", 1e-9, 1
 
     def keep(keys_In: Tensor, changes_On: Tensor, moment_II: Tensor) -> Tensor:
         found.append((keys_In, changes_On))
-        return emmet(keys_In, changes_On, moment_II, options.ridge)
+        return emmet(keys_In, changes_On, moment_II, options.locate.ridge)
 
-    method = LocateThenEdit(tiny, [1], EditOptions(method="emmet", locate=options))
+    method = LocateThenEdit(tiny, [1], options)
     method.solve = keep
     (down,) = tiny.blocks[1].down.values()
     before = down.weight.detach().clone()
@@ -98,8 +102,16 @@ def test_the_real_model_learns_new_facts(smollm2: LLM, tmp_path: Path) -> None:
     told = "\n".join(f"{r.prompt} {r.old_answer}." for r in demo)
     text.write_text(ORDINARY_TEXT.read_text(encoding="utf-8") + told, encoding="utf-8")
     asked = [demo[number] for number in (0, 25, 50, 75)]
-    options = LocateOptions(text=str(text), cache=str(tmp_path), contexts=2)
-    update = edit(smollm2, asked, options=EditOptions(method="memit", layers=[3], locate=options))
+    statistics = StatisticsOptions(text=str(text), cache=str(tmp_path))
+    options = EditOptions(method="memit", layers=[3], statistics=statistics)
+    once = replace(options, locate=LocateOptions(strength=3000, rounds=1))
+    twice = replace(options, locate=LocateOptions(strength=3000, rounds=2))
+    losses = []
+    for asked_for in (once, twice):
+        with edit(smollm2, asked, options=asked_for).applied(smollm2):
+            losses.append(mean_loss(smollm2, asked))
+    assert losses[1] < losses[0], "a second round finds what was missed"
+    update = edit(smollm2, asked, options=options)
     figures = evaluate(smollm2, asked, update, EvaluationOptions(max_new_tokens=2))
     assert figures.after is not None
     assert figures.before.metrics["rewrite"].mean < 0.3
@@ -142,40 +154,103 @@ def plain_moment(llm: LLM, layer: int, ids: list[int]) -> Tensor:
 
 
 def test_statistics_are_those_of_the_text(tiny: LLM, text: Path, tmp_path: Path) -> None:
-    moment = key_moment(tiny, 2, str(text), 300, TrainerOptions(), tmp_path / "cache")
+    (moment,) = moments(tiny, [2], StatisticsOptions(text=str(text), tokens=300, cache=str(tmp_path / "cache")))
     ids = [i for line in tokenize(tiny, text.read_text().splitlines()) for i in line][:300]
     torch.testing.assert_close(moment, plain_moment(tiny, 2, ids), rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_are_kept_for_their_model_alone(
-    tiny_llm: LLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+    tiny_llm: LLM, tokenizer: PreTrainedTokenizerFast, statistics: StatisticsOptions
 ) -> None:
-    cache = tmp_path / "cache"
-    first = key_moment(tiny_llm, 1, str(text), 512, TrainerOptions(), cache)
+    (first,) = moments(tiny_llm, [1], statistics)
+    cache = Path(statistics.cache or "")
     (file,) = cache.iterdir()
     written = file.stat().st_mtime_ns
-    assert torch.equal(key_moment(tiny_llm, 1, str(text), 512, TrainerOptions(), cache), first)
+    assert torch.equal(moments(tiny_llm, [1], statistics)[0], first)
     assert file.stat().st_mtime_ns == written, "found once"
     other = make_tiny("llama", tokenizer, seed=1)
-    assert not torch.equal(key_moment(other, 1, str(text), 512, TrainerOptions(), cache), first)
+    assert not torch.equal(moments(other, [1], statistics)[0], first)
     assert len(list(cache.iterdir())) == 2
+    _, deeper = moments(tiny_llm, [1, 3], statistics)
+    assert not torch.equal(deeper, first)
+    assert len(list(cache.iterdir())) == 3, "only what was missing was found"
+
+
+def test_foreign_and_damaged_statistics_are_refused(
+    tiny_llm: LLM, tokenizer: PreTrainedTokenizerFast, statistics: StatisticsOptions
+) -> None:
+    moments(tiny_llm, [1], statistics)
+    (own,) = Path(statistics.cache or "").iterdir()
+    moments(make_tiny("llama", tokenizer, seed=1), [1], statistics)
+    (foreign,) = set(Path(statistics.cache or "").iterdir()) - {own}
+    for content in (foreign.read_bytes(), b"damaged"):
+        own.write_bytes(content)
+        assert f"{own}: damaged, or of another model" in refusal(lambda: moments(tiny_llm, [1], statistics))
+
+
+def moments(llm: LLM, layers: list[int], statistics: StatisticsOptions) -> list[Tensor]:
+    """Moments of the keys of some blocks' down-projections."""
+    names = [name for layer in layers for name in llm.blocks[layer].down]
+    found = key_moments(llm, names, statistics, TrainerOptions())
+    return [found[name] for name in names]
 
 
 def test_without_a_text_the_model_writes_its_own(tiny_llm: LLM, tmp_path: Path) -> None:
-    moment = key_moment(tiny_llm, 0, None, 2048, TrainerOptions(), tmp_path)
+    (moment,) = moments(tiny_llm, [0], StatisticsOptions(tokens=2048, cache=str(tmp_path)))
     assert moment.shape == (48, 48)
     assert torch.linalg.matrix_rank(moment) > 24
 
 
-def test_bad_input(tiny_llm: LLM, requests: list[EditRequest], options: LocateOptions, tmp_path: Path) -> None:
-    def refused(message: str, asked: list[EditRequest], **changes: object) -> None:
-        locate = LocateOptions(**{**vars(options), **changes})  # type: ignore[arg-type]
-        with pytest.raises(UserError, match=message):
-            edit(tiny_llm, asked, options=EditOptions(method="memit", layers=[1], locate=locate))
-
+def test_bad_input(tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, tmp_path: Path) -> None:
     nameless = [requests[0].model_copy(update={"subject": None}), *requests[1:]]
-    refused("needs each request's subject in its prompt; not so in 1 of 7: capital-0", nameless)
-    refused("no such file", requests, text=str(tmp_path / "missing.txt"))
-    short = tmp_path / "short.txt"
-    short.write_text("Too short.")
-    refused("need at least 96", requests, text=str(short))
+    message = refusal(lambda: edit(tiny_llm, nameless, options=options))
+    assert "needs each request's subject in its prompt; not so in 1 of 7: capital-0" in message
+    options.statistics.text = str(tmp_path / "missing.txt")
+    assert "no such file" in refusal(lambda: edit(tiny_llm, requests, options=options))
+    (tmp_path / "missing.txt").write_text("Too short.")
+    assert "need at least 96" in refusal(lambda: edit(tiny_llm, requests, options=options))
+
+
+def outputs(llm: LLM, update: WeightUpdate, layer: int, keys_In: Tensor) -> Tensor:
+    """What an update adds to a down-projection's output at keys."""
+    ((name, down),) = llm.blocks[layer].down.items()
+    change = update.tensors[f"{name}.weight"] - down.weight.detach()
+    return (change if isinstance(down, torch.nn.Linear) else change.T) @ keys_In
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in LOCATING if name != "rome"]
+)  # ROME's order is that of requests
+def test_a_later_edit_keeps_what_an_earlier_one_learnt(
+    method: str, tiny: LLM, requests: list[EditRequest], options: EditOptions, tmp_path: Path
+) -> None:
+    options.method, options.locate.rounds = method, 1
+    first = edit(tiny, requests[:3], options=options)
+    first.save(tmp_path)
+    second = edit(tiny, requests[3:], options=options, after=WeightUpdate.load(tmp_path))
+    assert second.requests == requests
+    key_In = first.state["locate.1.key_In"]
+    assert torch.equal(second.state["locate.1.key_In"][:, : key_In.shape[1]], key_In), "keys travel"
+    before, after = (outputs(tiny, update, 1, key_In) for update in (first, second))
+    alone = edit(tiny, requests[3:], options=options)
+    forgotten = before - (before + outputs(tiny, alone, 1, key_In))  # what simply adding both would have moved
+    assert (after - before).norm() < 0.9 * forgotten.norm()
+
+
+def test_a_fact_that_changes_again_leaves_nothing_of_its_first_change(
+    tiny_llm: LLM, requests: list[EditRequest], options: EditOptions
+) -> None:
+    first = edit(tiny_llm, requests, options=options)
+    again = [requests[2].model_copy(update={"new_answer": "Rome", "id": "again"})]
+    second = edit(tiny_llm, again, options=options, after=first)
+    assert [r.id for r in second.requests] == [r.id for r in requests if r is not requests[2]] + ["again"]
+    assert second.state["locate.1.owner_n"].unique().numel() == len(requests)
+    assert len(second.state["locate.1.owner_n"]) == len(first.state["locate.1.owner_n"])
+
+
+def test_several_layers(tiny: LLM, requests: list[EditRequest], options: EditOptions) -> None:
+    options.layers = [1, 2]
+    update = edit(tiny, requests, options=options)
+    assert list(update.tensors) == [name for layer in (1, 2) for name in tiny.blocks[layer].weight_names("down")]
+    base = dict(tiny.model.named_parameters())
+    assert not any(torch.equal(tensor, base[name]) for name, tensor in update.tensors.items())

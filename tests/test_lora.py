@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing import WeightUpdate, edit
 from pipeline.model import LLM
-from pipeline.options import EditOptions, LoraOptions
+from pipeline.options import EditOptions, FinetuneOptions, LoraOptions
 from pipeline.requests import EditRequest
 
-FEW = LoraOptions(rank=4, epochs=30, batch_size=4, learning_rate=0.05, learnt=0.0)
+FEW = LoraOptions(rank=4, epochs=30, batch_size=4, learning_rate=0.05, learnt=0.0, whiten=0.0)
 
 
 @pytest.mark.parametrize("scope", ["mlp", "down"])
@@ -65,7 +65,7 @@ def test_an_adapter_on_an_adapter_holds_both(
 def test_an_adapter_on_another_kind_of_edit_is_not_passed_off_as_the_whole(
     tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path
 ) -> None:
-    first = edit(tiny_llm, requests[:3], options=EditOptions(layers=[1]))
+    first = edit(tiny_llm, requests[:3], options=EditOptions(layers=[1], finetune=FinetuneOptions(whiten=0.0)))
     second = edit(tiny_llm, requests[3:], options=EditOptions(method="lora", layers=[1], lora=FEW), after=first)
     second.save(tmp_path)
     assert not (tmp_path / "adapter").exists()
@@ -75,8 +75,10 @@ def test_an_adapter_on_another_kind_of_edit_is_not_passed_off_as_the_whole(
 def test_bad_ranks(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     wide = EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=33))
     assert "lora.rank: 33; expected 1 to 32" in refusal(lambda: edit(tiny_llm, requests, options=wide))
-    first = edit(tiny_llm, requests, options=EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=2)))
-    other = EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=3))
+    first = edit(
+        tiny_llm, requests, options=EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=2, whiten=0.0))
+    )
+    other = EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=3, whiten=0.0))
     assert "has other layers, scope, rank or alpha" in refusal(
         lambda: edit(tiny_llm, requests, options=other, after=first)
     )

@@ -15,7 +15,7 @@ from pipeline.editing import METHODS, edit
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.locate import ValueSearch
 from pipeline.model import LLM
-from pipeline.options import EditOptions
+from pipeline.options import EditOptions, StatisticsOptions
 from pipeline.requests import EditRequest
 
 
@@ -26,8 +26,8 @@ def options(tmp_path: Path) -> EditOptions:
     options = EditOptions(layers=[1])
     for training in (options.finetune, options.lora):
         training.epochs, training.batch_size, training.learnt = 5, 3, 0.0
-    options.locate.text, options.locate.cache, options.locate.threshold = str(text), str(tmp_path / "cache"), 0.2
-    options.locate.batch_size, options.locate.text_tokens = 2, 512
+    options.locate.batch_size, options.locate.threshold = 2, 0.2
+    options.statistics = StatisticsOptions(text=str(text), tokens=512, cache=str(tmp_path / "cache"))
     return options
 
 

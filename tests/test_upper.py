@@ -78,7 +78,7 @@ def test_training_is_the_same_either_way(method: str, any_tiny: LLM, requests: l
     for reuse in (True, False):
         options = EditOptions(method=method, layers=[2, 3])
         for training in (options.finetune, options.lora):
-            training.epochs, training.kl, training.learnt, training.reuse = 4, 0.5, 0.0, reuse
+            training.epochs, training.kl, training.learnt, training.whiten, training.reuse = 4, 0.5, 0.0, 0.0, reuse
         changed.append(edit(llm, requests, options=options).tensors)
     base = dict(llm.model.named_parameters())
     for name, tensor in changed[0].items():
@@ -91,6 +91,6 @@ def test_no_gradient_is_formed_that_nobody_reads(tiny_llm: LLM, requests: list[E
     for name, weight in tiny_llm.model.named_parameters():
         weight.requires_grad_(True)
         weight.register_post_accumulate_grad_hook(lambda _, name=name: formed.add(name))
-    options = FinetuneOptions(epochs=1, scope="down")
+    options = FinetuneOptions(epochs=1, scope="down", whiten=0.0)
     update = edit(tiny_llm, requests, options=EditOptions(layers=[1], finetune=options))
     assert formed == set(update.tensors)

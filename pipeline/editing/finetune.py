@@ -18,8 +18,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing.lessons import Lesson, Row, collate, read_rows
+from pipeline.editing.statistics import key_moments
+from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model import LLM, build_trainer, target_logits
 from pipeline.model.upper import handing_on
@@ -58,6 +61,7 @@ class FineTune(LightningModule):
         self.model = llm.model
         self.layers = list(layers)
         self.options: TrainingOptions = getattr(options, self.name)
+        self.statistics = options.statistics
         self.bound: float = getattr(self.options, "bound", 0.0)
         self.state: dict[str, Tensor] = {}
         self.weight_names = [
@@ -73,20 +77,28 @@ class FineTune(LightningModule):
         work: Path | None = None,
     ) -> None:
         """Train until every request is learnt or the options' epochs are over."""
+        self.prepare(requests, trainer)
         for name in self.weight_names:
             self.model.get_parameter(name).requires_grad_(True)
-        self.fit(requests, trainer, logger, seed, work)
+        self.fit(trainer, logger, seed, work)
+
+    def prepare(self, requests: Sequence[EditRequest], trainer: TrainerOptions) -> None:
+        """Find and read what training leaves as it is."""
+        names = [name.removesuffix(".weight") for name in self.weight_names] if self.options.whiten else []
+        self.whiteners = {
+            name: whitener(moment, self.options.whiten)
+            for name, moment in key_moments(self.llm, names, self.statistics, trainer).items()
+        }
+        self.taught, self.others = read_rows(self.llm, min(self.layers), requests, self.options, trainer)
 
     def fit(
         self,
-        requests: Sequence[EditRequest],
         trainer: TrainerOptions,
         logger: Logger | bool,
         seed: int,
         work: Path | None,
     ) -> None:
         """Train what requires a gradient; with a work folder, on from the last epoch that it holds."""
-        self.taught, self.others = read_rows(self.llm, min(self.layers), requests, self.options, trainer)
         self.start = {name: weight.detach().clone() for name, weight in self._trained()} if self.bound else {}
         learnt = EarlyStopping(
             "edit/unlearnt",
@@ -110,7 +122,7 @@ class FineTune(LightningModule):
             reload_dataloaders_every_n_epochs=1,  # so that an epoch's order hangs on its number alone
         ).fit(
             self,
-            datamodule=ListDataModule((range(len(requests)), self._share, self.options.batch_size), seed=seed),
+            datamodule=ListDataModule((range(len(self.taught)), self._share, self.options.batch_size), seed=seed),
             ckpt_path=checkpoint if checkpoint and checkpoint.is_file() else None,
             weights_only=True,
         )
@@ -179,7 +191,20 @@ class FineTune(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, its step in units of a weight's own root mean square, so that one rate serves every family."""
-        return torch.optim.Adam([{"params": [w], "lr": self.step_of(w)} for _, w in self._trained()])
+        trained = self._trained()
+        found = {weight: self.whitening(name) for name, weight in trained}
+        return WhitenedAdam(
+            [{"params": [weight], "lr": self.step_of(weight)} for _, weight in trained],
+            {weight: whitening for weight, whitening in found.items() if whitening},
+        )
+
+    def whitening(self, name: str) -> tuple[Tensor, int] | None:
+        """A trained weight's whitener, and the weight's dimension that it acts on."""
+        projection = name.removeprefix("model.").removesuffix(".weight")
+        if projection not in self.whiteners:
+            return None
+        conv = isinstance(self.model.get_submodule(projection), Conv1D)
+        return self.whiteners[projection].to(self.device), 0 if conv else 1
 
     def step_of(self, weight: nn.Parameter) -> float:
         """Adam's step size for a weight."""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, Found, owner
 from pipeline.editing.contexts import CONTEXTS
-from pipeline.editing.statistics import key_moment
+from pipeline.editing.statistics import key_moments
 from pipeline.errors import UserError
 from pipeline.files import write_whole
 from pipeline.model import LLM, build_trainer, encode
@@ -71,6 +71,7 @@ class LocateThenEdit:
         self.llm = llm
         self.layers = list(layers)
         self.options = options.locate
+        self.statistics = options.statistics
         self.solve = solver(options.method, options.locate)
         self.key_per_context = options.locate.key_per_context and options.method == "memit"
         self.weight_names = [name for layer in layers for name in llm.blocks[layer].weight_names("down")]
@@ -91,9 +92,8 @@ class LocateThenEdit:
                 f"edit: locate-then-edit needs each request's subject in its prompt; not so in {len(missing)} of "
                 f"{len(requests)}: {', '.join(missing[:5])}"
             )
-        cache = Path(self.options.cache) if self.options.cache else None
-        text = self.options.text, self.options.text_tokens
-        moments = {layer: key_moment(self.llm, layer, *text, trainer, cache) for layer in self.layers}
+        names = [name for layer in self.layers for name in self.llm.blocks[layer].down]
+        moments = key_moments(self.llm, names, self.statistics, trainer)
         located = [
             locate(self.llm, number, request, CONTEXTS[: self.options.contexts])
             for number, request in enumerate(requests)
@@ -103,9 +103,9 @@ class LocateThenEdit:
         for visit, layer in enumerate(visits):
             search = ValueSearch(self.llm, layer, self.options, visit, work)
             found = search.find(located, trainer, logger)
-            (down,) = self.llm.blocks[layer].down.values()
+            ((name, down),) = self.llm.blocks[layer].down.items()
             columns = Columns.of_state(self.state, layer, down).asked(owners, found, self.key_per_context)
-            solved_OI = self.solve(columns.key_In, columns.change_On, moments[layer].to(down.weight.device))
+            solved_OI = self.solve(columns.key_In, columns.change_On, moments[name].to(down.weight.device))
             _change(down, solved_OI - columns.solved_OI)
             self.state |= columns._replace(solved_OI=solved_OI.float()).to_state(layer)
 

@@ -66,8 +66,9 @@ class Lora(FineTune):
         work: Path | None = None,
     ) -> None:
         """Train the adapter, and merge it into the weights."""
+        self.prepare(requests, trainer)
         with self._adapted(seed) as adapted:
-            self.fit(requests, trainer, logger, seed, work)
+            self.fit(trainer, logger, seed, work)
             self.state = {
                 ADAPTER_PREFIX + k: v.cpu().clone() for k, v in get_peft_model_state_dict(adapted).items()
             }
@@ -81,6 +82,9 @@ class Lora(FineTune):
             torch.manual_seed(seed)
             adapted = get_peft_model(self.model, LoraConfig(**self.adapter))
         try:
+            for name, weight in self.model.named_parameters():
+                if whitening := self.whitening(f"model.{name}"):
+                    weight.data = weight.data @ whitening[0].to(weight)
             if self.earlier:
                 self._take_up(adapted)
             for name, weight in self.model.named_parameters():
@@ -101,6 +105,11 @@ class Lora(FineTune):
             )
         set_peft_model_state_dict(adapted, self.earlier)
         _merge(adapted, -1)
+
+    def whitening(self, name: str) -> tuple[Tensor, int] | None:
+        """Of a factor that reads inputs, the whitener of the projection that it stands beside."""
+        projection, _, factor = name.removeprefix("model.").partition(".lora_A")
+        return (self.whiteners[projection].to(self.device), 1) if factor and self.whiteners else None
 
     def step_of(self, weight: nn.Parameter) -> float:
         """Adam's step size as it is: an adapter's factors have no scale of the model's."""

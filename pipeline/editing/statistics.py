@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from safetensors import safe_open
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -19,7 +20,8 @@ from pipeline.errors import UserError
 from pipeline.files import write_whole
 from pipeline.model import LLM, TargetRow, build_trainer, generate, sizes
 from pipeline.model.targets import tokenize
-from pipeline.options import TrainerOptions
+from pipeline.model.upper import passing_through
+from pipeline.options import StatisticsOptions, TrainerOptions
 from pipeline.requests import ListDataModule
 
 WINDOW = 128  # tokens of text that are read together
@@ -43,60 +45,66 @@ OPENINGS = (
 )
 
 
-def key_moment(
-    llm: LLM,
-    layer: int,
-    text: str | None,
-    tokens: int,
-    trainer: TrainerOptions,
-    cache: Path | None = None,
-) -> Tensor:
-    """C = E[k kᵀ] of the keys that enter a block's down-projection over ordinary text, shape (I, I), float32.
+def key_moments(
+    llm: LLM, names: Sequence[str], options: StatisticsOptions, trainer: TrainerOptions
+) -> dict[str, Tensor]:
+    """C = E[k kᵀ] of the keys that enter projections over ordinary text, each (I, I), float32, by name.
 
     Args:
         llm: the model.
-        layer: the block.
-        text: a plain text file; None: text that the model itself writes.
-        tokens: how much text to read.
+        names: full names of projections.
+        options: which text, how much of it, and where statistics are kept. A file is named by the model's
+            fingerprint, the projection and the text, so that nothing of another model can be taken for it.
         trainer: what it runs on.
-        cache: folder for statistics; None: the user's cache folder. A file is named by the model's fingerprint,
-            the block and the text, so that nothing of another model can be taken for it.
 
     Raises:
         UserError: when the text cannot be read or is too short for the keys' dimension.
     """
-    (down,) = llm.blocks[layer].down.values()
-    inputs, _ = sizes(down)
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "golden-layers"
+    text = options.text
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = Path(options.cache) if options.cache else home / "golden-layers"
     source = Path(text).read_bytes() if text and Path(text).is_file() else b"the model's own text"
-    name = hashlib.sha256(b"%s %d %d " % (llm.fingerprint.encode(), layer, tokens) + source).hexdigest()[:24]
-    file = folder / f"moment-{name}.safetensors"
-    if file.is_file():
-        return _read(file, llm, layer)
-    windows = _windows(llm, text, tokens, trainer)
+    files = {name: folder / f"moment-{_digest(llm, name, options.tokens, source)}.safetensors" for name in names}
+    missing = [name for name in names if not files[name].is_file()]
+    found = {name: _read(file, llm, name) for name, file in files.items() if name not in missing}
+    if not missing:
+        return found
+    windows = _windows(llm, text, options.tokens, trainer)
     read = sum(len(window.token_ids) for window in windows)
-    if read < 2 * inputs:
+    module = KeyMoments(llm, missing)
+    most = max(module.inputs)
+    if read < 2 * most:
         raise UserError(
-            f"locate.text: {text or 'the model itself'} gives {read} tokens; statistics of {inputs} inputs "
-            f"need at least {2 * inputs}"
+            f"statistics.text: {text or 'the model itself'} gives {read} tokens; statistics of {most} inputs "
+            f"need at least {2 * most}"
         )
-    module = KeyMoments(llm, layer)
-    data = ListDataModule((windows, _collate, 8))
     with llm.frozen():
+        data = ListDataModule((windows, _collate, 8))
         build_trainer(trainer, "Key statistics").predict(module, datamodule=data, return_predictions=False)
-    moment = module.moment
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"fingerprint": llm.fingerprint, "layer": str(layer)}
-    write_whole(file, lambda partial: save_file({"moment": moment}, partial, about))
-    return moment
+    for name, moment in module.moments.items():
+        _write(files[name], {"moment": moment}, {"fingerprint": llm.fingerprint, "projection": name})
+    return found | module.moments
 
 
-def _read(file: Path, llm: LLM, layer: int) -> Tensor:
-    with safe_open(file, "pt") as opened:
-        about = opened.metadata()
-        if (about["fingerprint"], about["layer"]) != (llm.fingerprint, str(layer)):
-            raise UserError(f"statistics: {file}: of another model or layer; delete it")
-        return opened.get_tensor("moment")
+def _digest(llm: LLM, name: str, tokens: int, source: bytes) -> str:
+    return hashlib.sha256(f"{llm.fingerprint} {name} {tokens} ".encode() + source).hexdigest()[:24]
+
+
+@rank_zero_only
+def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    write_whole(file, lambda partial: save_file(tensors, partial, about))
+
+
+def _read(file: Path, llm: LLM, name: str) -> Tensor:
+    try:
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata()
+            if (about["fingerprint"], about["projection"]) == (llm.fingerprint, name):
+                return opened.get_tensor("moment")
+    except (SafetensorError, KeyError, TypeError):
+        pass
+    raise UserError(f"statistics: {file}: damaged, or of another model or layer; delete it")
 
 
 def _windows(llm: LLM, text: str | None, tokens: int, trainer: TrainerOptions) -> list[TargetRow]:
@@ -104,11 +112,11 @@ def _windows(llm: LLM, text: str | None, tokens: int, trainer: TrainerOptions) -
     if text:
         path = Path(text)
         if not path.is_file():
-            raise UserError(f"locate.text: {path}: no such file; expected plain UTF-8 text")
+            raise UserError(f"statistics.text: {path}: no such file; expected plain UTF-8 text")
         try:
             ids = [i for line in tokenize(llm, path.read_text(encoding="utf-8").splitlines()) for i in line]
         except UnicodeDecodeError as error:
-            raise UserError(f"locate.text: {path}: byte {error.start}: not UTF-8 text") from None
+            raise UserError(f"statistics.text: {path}: byte {error.start}: not UTF-8 text") from None
     else:
         ids = [i for told in own_text(llm, tokens, trainer) for i in tokenize(llm, [told])[0]]
     ids = ids[:tokens]
@@ -168,32 +176,32 @@ class SecondMoment(Metric):
         return (self.total / self.count).float()
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: the pass has gone far enough
-    pass
-
-
 class KeyMoments(LightningModule):
-    """Runs the model up to one block's down-projection and sums the second moment of what enters it."""
+    """Runs the model up to the last of some projections and sums the second moments of what enters each."""
 
-    def __init__(self, llm: LLM, layer: int) -> None:
+    def __init__(self, llm: LLM, names: Sequence[str]) -> None:
         super().__init__()
+        self.llm = llm
         self.model = llm.model
-        (self.down,) = llm.blocks[layer].down.values()
-        self.sums = SecondMoment(sizes(self.down)[0])
-        self.moment = torch.empty(0)
+        self.names = list(names)
+        self.above = 1 + max(b.index for b in llm.blocks if any(name.startswith(f"{b.name}.") for name in names))
+        found = {
+            name: projection for block in llm.blocks for name, projection in block.projections("block").items()
+        }
+        self.inputs = [sizes(found[name])[0] for name in names]
+        self.sums = nn.ModuleList(SecondMoment(inputs) for inputs in self.inputs)
+        self.moments: dict[str, Tensor] = {}
 
     def predict_step(self, input_ids_BT: Tensor) -> None:
-        def count(_: nn.Module, args: tuple[Tensor, ...]) -> Any:
-            self.sums.update(args[0])
-            raise _Reached
-
-        handle = self.down.register_forward_pre_hook(count)
-        try:
-            self.model(input_ids=input_ids_BT, use_cache=False)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
+        with ExitStack() as hooks:
+            for name, sums in zip(self.names, self.sums, strict=True):
+                projection = self.model.get_submodule(name)
+                handle = projection.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0]))
+                hooks.callback(handle.remove)
+            hooks.enter_context(passing_through(self.llm, self.above))
+            self.model(input_ids=input_ids_BT, use_cache=False, logits_to_keep=1)
 
     def on_predict_end(self) -> None:
-        self.moment = self.sums.compute().cpu()
+        for name, sums in zip(self.names, self.sums, strict=True):
+            assert isinstance(sums, SecondMoment)
+            self.moments[name] = sums.compute().cpu()

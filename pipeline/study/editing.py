@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import Evaluator
 from pipeline.files import write_json
 from pipeline.model import LLM, collate_targets, encode, target_logits
-from pipeline.options import AttributionOptions, BenchmarkCommand, EditOptions, FinetuneOptions
+from pipeline.options import AttributionOptions, BenchmarkCommand, EditOptions, FinetuneOptions, StatisticsOptions
 from pipeline.requests import EditRequest, load_requests
 
 COUNTERFACT, TEXT = "counterfact_easyedit.json", "enwiki_plain.txt"
@@ -114,7 +113,7 @@ class Bench:
     def edit(self, requests: Sequence[EditRequest], method: str, after: WeightUpdate | None = None) -> WeightUpdate:
         """An edit with the project's defaults at the golden layer."""
         options = EditOptions(method=method, layers=[int(self.kept("golden layer by LGA", self.golden)["block"])])
-        options.locate = replace(options.locate, text=self.text)
+        options.statistics = StatisticsOptions(text=self.text)
         return edit(self.llm, requests, None, options, self.trainer, seed=self.options.seed, after=after)
 
     def batch(self, method: str, records: slice) -> Figures:

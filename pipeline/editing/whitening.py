@@ -1,0 +1,63 @@
+"""Adam in whitened coordinates: a step moves what ordinary text uses little, and what it leaves free much.
+
+With C the second moment of what text sends into a weight W, training V in W + V·P, P = (C + ridge)^(-1/2), by Adam
+is the same as giving Adam the gradient G·P and putting its step u into W as u·P. Nothing but W is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def whitener(moment_II: Tensor, ridge: float) -> Tensor:
+    """P (I, I) for inputs of second moment C: symmetric, and text's inputs keep their mean squared norm under it.
+
+    Args:
+        moment_II: C.
+        ridge: added to C's eigenvalues, relative to their mean; the larger, the closer P is to the identity.
+    """
+    values, vectors = torch.linalg.eigh(moment_II.double())
+    values = values.clamp(min=0) / values.mean()
+    scales = (values + ridge).rsqrt()
+    scales *= (len(values) / (scales.square() * values).sum()).sqrt()
+    return ((vectors * scales) @ vectors.T).float()
+
+
+class WhitenedAdam(torch.optim.Adam):
+    """Adam some of whose weights step in whitened coordinates.
+
+    Args:
+        groups: as for Adam.
+        whiteners: P by weight, and the weight's dimension that its inputs lie on.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], whiteners: Mapping[nn.Parameter, tuple[Tensor, int]]
+    ) -> None:
+        super().__init__(groups)
+        self.whiteners = whiteners
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; a closure runs first, as Lightning's does forward and backward in it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            before = {}
+            for weight in self.whiteners:
+                if weight.grad is not None:
+                    before[weight] = weight.clone()
+                    weight.grad = self._whitened(weight.grad, weight)
+            super().step()
+            for weight, old in before.items():
+                weight.copy_(old + self._whitened(weight - old, weight))
+        return loss
+
+    def _whitened(self, tensor: Tensor, weight: nn.Parameter) -> Tensor:
+        P, inputs = self.whiteners[weight]
+        return tensor @ P.to(tensor) if inputs == 1 else P.to(tensor) @ tensor
