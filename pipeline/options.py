@@ -224,11 +224,33 @@ class LocateOptions:
 
 
 @dataclass(kw_only=True)
+class OnePassOptions:
+    """One-pass editing: one forward and backward over the requests, then a ridge solution."""
+
+    scope: str = "down"
+    """What is changed: mlp (all projections of the layer's MLP) or down (the down-projection)."""
+    batch_size: int = 16
+    """Requests in a pass."""
+    rate: float = 1.5
+    """How far a token's output is moved, in units of the projection's output norm."""
+    ridge: float = 0.01
+    """Weight of a small change against the requests, in units of the mean squared norm of the inputs."""
+
+    def __post_init__(self) -> None:
+        check_choice("one_pass.scope", self.scope, ("mlp", "down"))
+        check_at_least("one_pass.batch_size", self.batch_size, 1)
+        for name in ("rate", "ridge"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"one_pass.{name}: {getattr(self, name)} is not above 0")
+
+
+@dataclass(kw_only=True)
 class EditOptions:
     """How the golden layer is changed."""
 
     method: str = "finetune"
-    """finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form."""
+    """finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form;
+    one_pass: one forward and backward, then a closed form."""
     layers: list[int] | None = None
     """Blocks to edit, counted from 0, in place of the profile's golden layers."""
     last_wins: bool = False
@@ -237,6 +259,7 @@ class EditOptions:
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     locate: LocateOptions = field(default_factory=LocateOptions)
+    one_pass: OnePassOptions = field(default_factory=OnePassOptions)
 
 
 @dataclass(kw_only=True)

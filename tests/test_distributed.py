@@ -107,6 +107,14 @@ def test_an_edit_keeps_its_global_batch(batch_size: str, asked: list[str], text:
     assert json.loads((two / "update.json").read_text())["requests"][6]["id"] == "capital-6"
 
 
+def test_one_pass_solves_for_the_requests_of_both(asked: list[str], text: str, tmp_path: Path) -> None:
+    words = ["--method", "one_pass", "--layers", "1", "--one_pass.batch_size", "2", "--evaluation.text", text]
+    one, two = in_both_ways(tmp_path, "edit", *asked, *words)
+    expected, found = load_file(one / "update.safetensors"), load_file(two / "update.safetensors")
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < 1e-5, name
+
+
 def test_one_old_answer_to_be_found(asked: list[str], request_file: Path, tmp_path: Path) -> None:
     first, *others = [json.loads(line) for line in request_file.read_text().splitlines()]
     del first["old_answer"]

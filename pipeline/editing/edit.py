@@ -17,6 +17,7 @@ from pipeline.attribution import GoldenProfile
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.lora import Lora
+from pipeline.editing.one_pass import OnePass
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
 from pipeline.files import write_text
@@ -68,6 +69,7 @@ METHODS = {
     "emmet": Method(LocateThenEdit, "locate"),
     "rome": Method(LocateThenEdit, "locate"),
     "alphaedit": Method(LocateThenEdit, "locate"),
+    "one_pass": Method(OnePass, "one_pass"),
 }
 
 

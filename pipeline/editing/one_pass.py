@@ -1,0 +1,213 @@
+"""One-pass editing: requests run forward and backward once, then a ridge solution (UltraEdit, arXiv 2505.14679).
+
+Nothing is optimised request by request. Edited tokens are those that predict a new answer's. At each, three vectors
+are kept: the input h and the output y of each projection of the golden layer, and the gradient g of the loss with
+respect to y. A step against g says what the projection should put out for h; the change of the weight that comes
+nearest to that for all tokens together is found in closed form.
+
+The step is the loss's own slope, so it serves late blocks, from which the loss is nearly linear: not every golden
+layer is one (SmolLM2: blocks 22 to 28; at block 3 not even the exact step makes a new answer likely).
+
+Shapes: B rows, T tokens, N edited tokens of all requests, I inputs and O outputs of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.model import LLM, TargetBatch, build_trainer, collate_targets, encode, target_losses
+from pipeline.model.blocks import Projection
+from pipeline.model.trainer import check_shares, predict
+from pipeline.options import EditOptions, TrainerOptions
+from pipeline.requests import EditRequest, ListDataModule
+
+
+class Captured(NamedTuple):
+    """What one projection saw at the edited tokens, and the gradient of the loss at its output."""
+
+    input_NI: Tensor
+    output_NO: Tensor
+    gradient_NO: Tensor
+
+
+class OnePass:
+    """Changes the MLP projections (or the down-projection) of the golden layers from one pass over the requests.
+
+    Args:
+        llm: the model, frozen by the caller.
+        layers: the blocks to change.
+        options: `options.one_pass` is what counts here.
+        earlier: the `state` that an earlier update of the same layers ended with.
+
+    Attributes:
+        weight_names: the weights it changes, by full name.
+        state: the running statistics by name: what a later update goes on from.
+    """
+
+    adapter: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        llm: LLM,
+        layers: Sequence[int],
+        options: EditOptions,
+        earlier: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.llm = llm
+        self.options = options.one_pass
+        self.projections: dict[str, Projection] = {}
+        for layer in layers:
+            self.projections |= llm.blocks[layer].projections(self.options.scope)
+        self.weight_names = [f"{name}.weight" for name in self.projections]
+        self.state = dict(earlier or {})
+
+    def run(
+        self,
+        requests: Sequence[EditRequest],
+        trainer: TrainerOptions,
+        logger: Logger | bool,
+        seed: int,
+        work: Path | None = None,
+    ) -> None:
+        """Capture, merge the statistics, solve, and change the weights in place."""
+        rows = encode(self.llm, [(r.prompt, r.new_answer) for r in requests], tags=[r.id for r in requests])
+        rows.sort(key=lambda row: len(row.token_ids))
+        collate = partial(collate_targets, pad_token_id=self.llm.pad_token_id)
+        data = ListDataModule((rows, collate, self.options.batch_size))
+        runner = build_trainer(trainer, "One pass")
+        check_shares(runner, len(rows))
+        batches = predict(runner, CaptureModule(self.llm, self.projections), data)
+        for name, projection in self.projections.items():
+            parts = zip(*(batch[name] for batch in batches), strict=True)
+            self._change(name, projection, Captured(*(torch.cat(part).double() for part in parts)))
+
+    @torch.no_grad()
+    def _change(self, name: str, projection: Projection, captured: Captured) -> None:
+        """v = −η ‖h‖² g of normalised h and g, then the ridge solution.
+
+        Normalised h and g have mean squared norms near I and O, so with this η all v together have `rate` times
+        the norm of the outputs, in whatever units a model's projection works.
+        """
+        inputs, outputs, gradients = (
+            self._statistics(f"one_pass.{name}.{kind}", vectors)
+            for kind, vectors in zip(("input", "output", "gradient"), captured, strict=True)
+        )
+        input_NI, gradient_NO = inputs.normalise(captured.input_NI), gradients.normalise(captured.gradient_NO)
+        eta = self.options.rate * outputs.norm() / (input_NI.shape[1] * gradient_NO.shape[1] ** 0.5)
+        value_NO = -eta * input_NI.square().sum(1, keepdim=True) * gradient_NO
+        change_OI = ridge_solution(captured.input_NI, value_NO, self.options.ridge)
+        stored = change_OI if isinstance(projection, nn.Linear) else change_OI.T  # Conv1D stores (I, O)
+        projection.weight += stored.to(projection.weight)
+
+    def _statistics(self, name: str, vectors_ND: Tensor) -> RunningStatistics:
+        """The statistics of one kind of vector with those of this update merged in; kept in `state`."""
+        merged = RunningStatistics.of(vectors_ND)
+        if f"{name}.count" in self.state:
+            before = {part: self.state[f"{name}.{part}"].to(vectors_ND) for part in vars(merged)}
+            merged = RunningStatistics(**before).merge(merged)
+        self.state |= {f"{name}.{part}": value.cpu() for part, value in vars(merged).items()}
+        return merged
+
+
+@dataclass(frozen=True)
+class RunningStatistics:
+    """Count, mean and sum of squared deviations of vectors, feature by feature, in float64."""
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def of(cls, vectors_ND: Tensor) -> RunningStatistics:
+        """The statistics of N vectors."""
+        mean_D = vectors_ND.mean(0)
+        return cls(vectors_ND.new_tensor(len(vectors_ND)), mean_D, (vectors_ND - mean_D).square().sum(0))
+
+    def merge(self, other: RunningStatistics) -> RunningStatistics:
+        """The statistics of the vectors of both (Chan, Golub and LeVeque, 1979)."""
+        count, apart_D = self.count + other.count, other.mean - self.mean
+        return RunningStatistics(
+            count,
+            self.mean + apart_D * (other.count / count),
+            self.m2 + other.m2 + apart_D.square() * (self.count * other.count / count),
+        )
+
+    def normalise(self, vectors_ND: Tensor) -> Tensor:
+        """Vectors less their mean, each feature in units of its standard deviation.
+
+        One zero vector counts along: of a single token, something is left that has its direction.
+        """
+        known = self.merge(RunningStatistics.of(torch.zeros_like(vectors_ND[:1])))
+        deviation_D = (known.m2 / known.count).sqrt()
+        return (vectors_ND - known.mean) / deviation_D.clamp(min=1e-6 * deviation_D.max().item() or 1.0)
+
+    def norm(self) -> Tensor:
+        """Root of the mean squared norm of the vectors."""
+        return (self.m2 / self.count + self.mean.square()).sum().sqrt()
+
+
+def ridge_solution(input_NI: Tensor, value_NO: Tensor, ridge: float) -> Tensor:
+    """ΔW (O, I) that minimises ‖H ΔWᵀ − V‖² + s ‖ΔW‖², s = `ridge` · mean ‖h‖²; the smaller system is solved."""
+    count, inputs = input_NI.shape
+    if count < inputs:
+        return torch.linalg.solve(_ridged(input_NI @ input_NI.T, count, ridge), value_NO).T @ input_NI
+    return torch.linalg.solve(_ridged(input_NI.T @ input_NI, count, ridge), input_NI.T @ value_NO).T
+
+
+def _ridged(gram: Tensor, count: int, ridge: float) -> Tensor:
+    """A Gram matrix of H with s on its diagonal; its trace is Σ ‖h‖², whichever way it was formed."""
+    return gram + ridge * gram.trace() / count * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+class CaptureModule(LightningModule):
+    """Runs requests of a frozen model forward and backward; keeps what projections saw at the edited tokens."""
+
+    def __init__(self, llm: LLM, projections: Mapping[str, Projection]) -> None:
+        super().__init__()
+        self.model = llm.model
+        self.modules_by_name = dict(projections)
+
+    @torch.enable_grad()
+    def predict_step(self, batch: TargetBatch) -> list[dict[str, Captured]]:
+        """One item a batch: each projection's vectors, on the CPU."""
+        with capturing(self.modules_by_name) as seen:
+            losses_B = target_losses(self.model, batch)
+        if not losses_B.isfinite().all():
+            raise UserError(f"edit: the loss is not a number in the batch of requests {', '.join(batch.tags)}")
+        gradients = torch.autograd.grad(losses_B.sum(), [output for _, output in seen.values()])
+        edited_N = batch.row_N * batch.input_ids_BT.shape[1] + batch.position_N
+        return [
+            {
+                name: Captured(*(x.detach().flatten(0, -2)[edited_N].cpu() for x in (*pair, gradient)))
+                for (name, pair), gradient in zip(seen.items(), gradients, strict=True)
+            }
+        ]
+
+
+@contextmanager
+def capturing(projections: Mapping[str, Projection]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Keep each projection's input and output; the graph starts at the first outputs, as all weights are frozen."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if name in seen:
+            raise UserError(f"model: {name} runs twice in one pass; one_pass expects once")
+        seen[name] = args[0], output if output.requires_grad else output.requires_grad_(True)
+
+    handles: list[Any] = [module.register_forward_hook(partial(keep, name)) for name, module in projections.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
