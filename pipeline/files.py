@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pipeline.errors import UserError
 
 OPTIONS_FILE = "options.yaml"  # written first into every output folder: it marks the folder as ours
+WORK_MARK = "edit.txt"  # says whose the work in progress is
 NOT_RESUMED = {"output", "overwrite", "resume", "verbose"}  # options that a resumed command may change
 
 
@@ -103,6 +104,16 @@ class OutputFolder:
         self.unfinished = path / "unfinished"
         self.resumed = resumed
 
+    @rank_zero_only
+    def drop_unfinished(self) -> None:
+        """What was in progress is finished."""
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is work in progress worth keeping: more than the mark of whose it is."""
+        return self.unfinished.is_dir() and any(file.name != WORK_MARK for file in self.unfinished.iterdir())
+
 
 @contextmanager
 def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]) -> Iterator[None]:
@@ -142,9 +153,9 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
         write_text(path / OPTIONS_FILE, yaml.safe_dump(options, sort_keys=False))
         yield
     except BaseException as error:
-        if isinstance(error, UserError):
-            shutil.rmtree(output.unfinished, ignore_errors=True)  # it led to the error
-        goes_on = output.unfinished.is_dir()
+        if isinstance(error, UserError) or not output.goes_on:
+            output.drop_unfinished()  # it led to the error, or is none
+        goes_on = output.goes_on
         if (output.finished or goes_on) and not replaced:
             for file in path.iterdir():
                 curves = goes_on and file.name.startswith("events.")
@@ -160,6 +171,6 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
         elif existed:
             path.mkdir()
         raise
-    shutil.rmtree(output.unfinished, ignore_errors=True)
+    output.drop_unfinished()
     if replaced:
         shutil.rmtree(replaced)

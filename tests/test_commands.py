@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,8 @@ ROOT = Path(__file__).parent.parent
 CPU = ("--trainer.accelerator", "cpu")
 METRICS = ("rewrite", "rephrase", "locality", "portability", "generation_exact_match", "perplexity")
 PNG = b"\x89PNG\r\n\x1a\n"
+FINETUNE = ("--method", "finetune", "--finetune.whiten", "0", "--finetune.epochs")
+RUN_FINETUNE = ("--edit.method", "finetune", "--edit.finetune.whiten", "0", "--edit.finetune.epochs")
 TEXT = "The path along the marsh is best walked in the hour after sunrise. " * 8
 
 
@@ -74,7 +77,7 @@ def made(tiny_folder: Path, text_file: str, tmp_path_factory: pytest.TempPathFac
     common = ["--model", str(tiny_folder), "--limit", "6", *CPU]
     profile, edited = place / "profile", place / "edited"
     assert main(["attribute", *common, "--output", str(profile)]) == 0
-    by = ["--profile", str(profile), "--finetune.epochs", "3", "--finetune.learning_rate", "0.01"]
+    by = ["--profile", str(profile), *FINETUNE, "3", "--finetune.learning_rate", "0.2"]
     assert main(["edit", *common, *by, "--evaluation.text", text_file, "--output", str(edited)]) == 0
     return SimpleNamespace(profile=profile, edited=edited)
 
@@ -93,7 +96,7 @@ def asked(model: list[str], request_file: Path) -> list[str]:
 @pytest.fixture
 def editing(asked: list[str], text_file: str) -> list[str]:
     """`edit` of one block in one epoch, but for its output."""
-    return ["edit", *asked, "--layers", "1", "--finetune.epochs", "1", "--evaluation.text", text_file]
+    return ["edit", *asked, "--layers", "1", *FINETUNE, "1", "--evaluation.text", text_file]
 
 
 @pytest.fixture
@@ -236,7 +239,7 @@ def test_edit_shows_curves_and_answers_in_tensorboard(made: SimpleNamespace) -> 
 
 
 def test_run_finds_edits_and_proves(asked: list[str], text_file: str, elsewhere: Path) -> None:
-    words = [*asked, "--edit.finetune.epochs", "1", "--evaluation.text", text_file, "--output", "out"]
+    words = [*asked, *RUN_FINETUNE, "1", "--evaluation.text", text_file, "--output", "out"]
     assert main(words) == 0  # no command: `run`
     out = elsewhere / "out"
     expected = {"golden_profile.json", "scores.png", "update.safetensors", "update.json"}
@@ -250,7 +253,7 @@ def test_run_finds_edits_and_proves(asked: list[str], text_file: str, elsewhere:
 def test_run_with_a_profile_edits_every_request(
     asked: list[str], made: SimpleNamespace, text_file: str, elsewhere: Path
 ) -> None:
-    words = ["--profile", str(made.profile), "--edit.finetune.epochs", "1", "--evaluation.text", text_file]
+    words = ["--profile", str(made.profile), *RUN_FINETUNE, "1", "--evaluation.text", text_file]
     assert main(["run", *asked, *words, "--output", "out"]) == 0
     assert len(WeightUpdate.load(elsewhere / "out").requests) == 7
     assert GoldenProfile.load(elsewhere / "out") == GoldenProfile.load(made.profile)
@@ -261,7 +264,7 @@ def test_a_profile_found_once_serves_later_edits(
     name: str, asked: list[str], made: SimpleNamespace, text_file: str, elsewhere: Path
 ) -> None:
     profile = made.profile if name == "folder" else made.profile / "golden_profile.json"
-    words = ["--profile", str(profile), "--finetune.epochs", "1", "--evaluation.text", text_file]
+    words = ["--profile", str(profile), *FINETUNE, "1", "--evaluation.text", text_file]
     assert main(["edit", *asked, *words, "--output", "out"]) == 0
     assert WeightUpdate.load(elsewhere / "out").layers == GoldenProfile.load(made.profile).golden_layers
 
@@ -583,7 +586,7 @@ def test_what_evaluation_cannot_do_is_found_before_the_edit(
 
 
 def test_a_loss_that_is_no_number(editing: list[str], refused: Callable[..., str]) -> None:
-    words = ["--finetune.epochs", "3", "--finetune.learning_rate", "1e30", "--finetune.batch_size", "2"]
+    words = [*FINETUNE, "3", "--finetune.learning_rate", "1e30", "--finetune.batch_size", "2"]
     line = refused(*editing, *words, "--output", "out")
     assert "not a number in step 1" in line and "--finetune.learning_rate" in line
     assert line.count("capital-") == 2
@@ -738,7 +741,7 @@ def test_an_interrupt_while_measuring_keeps_the_finished_update(
 
 
 def test_ctrl_c_in_the_middle_of_an_edit(editing: list[str], elsewhere: Path) -> None:
-    words = [*editing, "--finetune.epochs", "1000000", "--output", "out"]
+    words = [*editing, *FINETUNE, "1000000", "--output", "out"]
     command = [sys.executable, str(ROOT / "run.py"), *words]
     with subprocess.Popen(
         command, cwd=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -755,7 +758,7 @@ def test_ctrl_c_in_the_middle_of_an_edit(editing: list[str], elsewhere: Path) ->
     assert process.returncode == 130
     assert shown.splitlines()[-1] == "interrupted"
     assert "Traceback" not in shown
-    assert not list(elsewhere.iterdir())
+    assert names_in(elsewhere / "out") == {"options.yaml", "events", "unfinished"}, "to go on from"
 
 
 @pytest.mark.usefixtures("keeps_interrupts")
@@ -766,7 +769,85 @@ def test_an_interrupted_run_keeps_its_profile(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(FineTune, "training_step", interrupt)
-    assert main(["run", *asked, "--output", "out"]) == 130
+    assert main(["run", *asked, *RUN_FINETUNE, "1", "--output", "out"]) == 130
     assert GoldenProfile.load(elsewhere / "out").requests
     assert {"golden_profile.json", "options.yaml", "scores.png"} <= names_in(elsewhere / "out")
     assert not {"update.json", "update.safetensors", "metrics.json"} & names_in(elsewhere / "out")
+
+
+@pytest.mark.usefixtures("keeps_interrupts")
+@pytest.mark.parametrize("command", ["edit", "run"])
+def test_resume_goes_on_where_it_stopped(
+    command: str, asked: list[str], text_file: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = {
+        "edit": ["edit", *asked, "--layers", "1", *FINETUNE, "4"],
+        "run": ["run", *asked, *RUN_FINETUNE, "4"],
+    }[command] + ["--evaluation.text", text_file, "--output"]
+    step, left = FineTune.training_step, iter(range(2))
+
+    @wraps(step)
+    def stopping(self: FineTune, lesson: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return step(self, lesson)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FineTune, "training_step", stopping)
+        assert main([*words, "out"]) == 130
+    assert "the same command with --output out --resume goes on" in " ".join(capsys.readouterr().out.split())
+    assert "unfinished" in names_in(elsewhere / "out")
+    assert main([*words, "out", "--resume"]) == 0
+    assert main([*words, "whole"]) == 0
+    assert names_in(elsewhere / "out") == names_in(elsewhere / "whole")
+    for name in ("update.safetensors", "metrics.json"):
+        assert (elsewhere / "out" / name).read_bytes() == (elsewhere / "whole" / name).read_bytes()
+
+
+def test_resume_needs_what_was_interrupted(
+    editing: list[str], made: SimpleNamespace, elsewhere: Path, refused: Callable[..., str]
+) -> None:
+    assert "name the interrupted command's folder with --output" in refused(*editing, "--resume")
+    assert "holds no options.yaml" in refused(*editing, "--resume", "--output", "none")
+    shutil.copytree(made.edited, elsewhere / "other")
+    message = refused(*editing, "--resume", "--output", "other")
+    assert "was started with another finetune, layers, limit, profile, requests" in message
+
+
+def test_edits_stack(editing: list[str], asked: list[str], text_file: str, elsewhere: Path) -> None:
+    assert main([*editing, "--limit", "3", "--output", "first"]) == 0
+    assert main([*editing, "--offset", "3", "--after", "first", "--output", "both"]) == 0
+    both = WeightUpdate.load(elsewhere / "both")
+    assert [request.id for request in both.requests] == [f"capital-{number}" for number in range(7)]
+    assert read_json(elsewhere / "both" / "metrics.json")["requests"] == 7
+
+
+def test_an_earlier_update_of_another_model(
+    editing: list[str], made: SimpleNamespace, other_folder: Path, refused: Callable[..., str]
+) -> None:
+    words = [*editing, "--model", str(other_folder), "--after", str(made.edited)]
+    assert "update: made for model" in refused(*words)
+
+
+def test_requests_that_contradict_each_other(
+    editing: list[str], request_file: Path, refused: Callable[..., str], elsewhere: Path
+) -> None:
+    lines = request_file.read_text().splitlines()
+    other = json.loads(lines[1]) | {"id": "other", "new_answer": "Quito"}
+    request_file.write_text("\n".join([*lines, json.dumps(other)]) + "\n")
+    message = refused(*editing)
+    assert "capital-1 ('Nairobi and more') and other ('Quito')" in message
+    assert "--last_wins" in message
+    assert main([*editing, "--last_wins", "--output", "out"]) == 0
+    learnt = [request.id for request in WeightUpdate.load(elsewhere / "out").requests]
+    assert learnt == ["capital-0", *(f"capital-{number}" for number in range(2, 7)), "other"]
+
+
+def test_export_adapter(editing: list[str], elsewhere: Path, refused: Callable[..., str], model: list[str]) -> None:
+    assert main([*editing, "--method", "lora", "--lora.whiten", "0", "--lora.epochs", "1", "--output", "one"]) == 0
+    assert main(["export", *model, "--update", "one", "--kind", "adapter", "--output", "adapter"]) == 0
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= names_in(elsewhere / "adapter")
+    assert main([*editing, "--output", "two"]) == 0
+    message = refused("export", *model, "--update", "two", "--kind", "adapter", "--output", "none")
+    assert "made by finetune; only a change by LoRA alone" in message

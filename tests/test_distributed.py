@@ -62,7 +62,7 @@ def asked(tiny_folder: Path, request_file: Path) -> list[str]:
 def text(tmp_path: Path) -> str:
     """Ordinary text of three windows, which two processes do not divide either."""
     file = tmp_path / "text.txt"
-    file.write_text("The path along the marsh is best walked in the hour after sunrise. " * 12)
+    file.write_text("The path along the marsh is best walked in the hour after sunrise. " * 24)
     return str(file)
 
 
@@ -89,6 +89,10 @@ def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:
 EDITING = (
     "--layers",
     "1",
+    "--method",
+    "finetune",
+    "--finetune.whiten",
+    "0",
     "--finetune.epochs",
     "2",
     "--finetune.learnt",
@@ -107,8 +111,20 @@ def test_an_edit_keeps_its_global_batch(batch_size: str, asked: list[str], text:
     assert json.loads((two / "update.json").read_text())["requests"][6]["id"] == "capital-6"
 
 
-def test_one_pass_solves_for_the_requests_of_both(asked: list[str], text: str, tmp_path: Path) -> None:
-    words = ["--method", "one_pass", "--layers", "1", "--one_pass.batch_size", "2", "--evaluation.text", text]
+@pytest.mark.parametrize("method", ["memit", "lora", "one_pass"])
+def test_every_kind_of_edit(method: str, asked: list[str], text: str, tmp_path: Path) -> None:
+    group = "locate" if method == "memit" else method
+    words = ["--method", method, "--layers", "1", f"--{group}.batch_size", "2", "--evaluation.text", text]
+    words += [
+        "--statistics.text",
+        text,
+        "--statistics.tokens",
+        "256",
+        "--statistics.cache",
+        str(tmp_path / "cache"),
+    ]
+    if method == "lora":
+        words += ["--lora.epochs", "2", "--lora.learnt", "0"]
     one, two = in_both_ways(tmp_path, "edit", *asked, *words)
     expected, found = load_file(one / "update.safetensors"), load_file(two / "update.safetensors")
     for name, tensor in expected.items():
@@ -131,7 +147,18 @@ def test_fewer_requests_than_devices(asked: list[str], tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_path: Path) -> None:
-    broken = ["--layers", "1", "--finetune.learning_rate", "1e30", "--finetune.batch_size", "2"]
+    broken = [
+        "--layers",
+        "1",
+        "--method",
+        "finetune",
+        "--finetune.whiten",
+        "0",
+        "--finetune.learning_rate",
+        "1e30",
+        "--finetune.batch_size",
+        "2",
+    ]
     told = two_processes("edit", *asked, *broken, "--evaluation.text", text, "--output", str(tmp_path / "out"))
     assert told.returncode == 1
     assert "the loss is not a number in step 1, in the batch of requests capital-" in told.stderr

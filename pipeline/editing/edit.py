@@ -20,7 +20,7 @@ from pipeline.editing.lora import Lora
 from pipeline.editing.one_pass import OnePass
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
-from pipeline.files import write_text
+from pipeline.files import WORK_MARK, write_text
 from pipeline.model import LLM
 from pipeline.options import EditOptions, TrainerOptions
 from pipeline.requests import EditRequest, fact, settle
@@ -110,7 +110,11 @@ def edit(
     earlier = after or WeightUpdate(llm.name, llm.fingerprint, options.method, [], {})
     method = METHODS[options.method].make(llm, layers, options, earlier.state)
     if work:
-        _claim(work, [llm.fingerprint, layers, options, requests, seed, sorted(earlier.options.items())])
+        own = getattr(options, METHODS[options.method].options)
+        _claim(
+            work,
+            [llm.fingerprint, options.method, layers, own, options.statistics, requests, seed, earlier.requests],
+        )
     parameters = dict(llm.model.named_parameters())
     with earlier.applied(llm), _restored(llm, method.weight_names):
         with llm.frozen():
@@ -136,7 +140,7 @@ def _claim(work: Path, edit: Sequence[object]) -> None:
     Raises:
         UserError: when it holds work of another edit.
     """
-    mark = work / "edit.txt"
+    mark = work / WORK_MARK
     digest = hashlib.sha256(repr(edit).encode()).hexdigest()
     if mark.is_file() and mark.read_text(encoding="utf-8") != digest:
         raise UserError(f"edit: {work}: holds work of another edit (other requests or options); remove it")

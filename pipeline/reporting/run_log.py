@@ -48,7 +48,7 @@ def run_log(
         kept = [name for name in sorted(folder.finished) if (path / name).is_file()] if not overwrite else []
         if kept:
             say(f"finished before it failed, and kept in {path}: {', '.join(kept)}")
-        if folder.unfinished.is_dir():
+        if folder.goes_on:
             say(f"work in progress is kept in {path}: the same command with --output {path} --resume goes on")
         raise
     say(f"written to {path}")
@@ -121,6 +121,7 @@ class RunLog:
         """Save an update, and keep it whatever happens inside, unless that is a UserError: then it is broken."""
         update.save(self.folder)
         self.output.finished |= set(update.FILES)
+        self.output.drop_unfinished()
         try:
             yield
         except UserError:
