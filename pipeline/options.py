@@ -187,8 +187,16 @@ class LoraOptions(TrainingOptions):
 class LocateOptions:
     """Locate-then-edit: memit, emmet, rome and alphaedit."""
 
-    contexts: int = 3
-    """Contexts that a prompt is learnt under, the bare prompt being the first."""
+    contexts: int = 2
+    """Contexts that a value is searched under, the bare prompt being the first; at most 9."""
+    rewordings: int = 2
+    """Rewordings, with the subject in another place, that it is searched under as well; at most 2."""
+    key_contexts: int = 9
+    """Contexts that a subject's keys are taken under; at most 9."""
+    neighbours: int = 10
+    """Other names in each prompt, whose outputs are to stay; 0: none."""
+    neighbour_weight: float = 1.0
+    """Weight of such names against ordinary text."""
     rounds: int = 2
     """How often a layer is visited: a later round finds what requests still miss once all of them are in."""
     key_per_context: bool = True
@@ -207,20 +215,22 @@ class LocateOptions:
     """Weight of keeping what the model says after `{subject} is`."""
     decay: float = 0.01
     """Weight of a value's squared change."""
-    strength: float = 100.0
-    """memit: weight of ordinary text against the requests, free of the keys' scale."""
+    strength: float = 200.0
+    """memit: weight of what is to stay against the requests, free of the keys' scale."""
     ridge: float = 1e-4
     """emmet, rome: added to the diagonals of both systems, relative to their mean."""
     threshold: float = 2e-3
     """alphaedit: eigenvalues of the statistics below this, relative to the largest, count as free of text."""
 
     def __post_init__(self) -> None:
-        for name in ("contexts", "rounds", "batch_size", "steps"):
+        for name in ("contexts", "key_contexts", "rounds", "batch_size", "steps"):
             check_at_least(f"locate.{name}", getattr(self, name), 1)
         for name in ("step", "bound", "strength", "ridge", "threshold"):
             check_above(f"locate.{name}", getattr(self, name), 0)
-        for name in ("learnt", "kl", "decay"):
+        for name in ("learnt", "kl", "decay", "rewordings", "neighbours", "neighbour_weight"):
             check_at_least(f"locate.{name}", getattr(self, name), 0)
+        for name, most in {"contexts": 9, "key_contexts": 9, "rewordings": 2}.items():
+            check_at_most(f"locate.{name}", getattr(self, name), most)
 
 
 @dataclass(kw_only=True)

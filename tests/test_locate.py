@@ -65,7 +65,7 @@ def test_found_values_make_the_new_answers_likelier(tiny: LLM, requests: list[Ed
     with tiny.frozen():
         found = dict(search.predict_step(located))
         rows, before_NV = search.runner.capture([row for one in located for row in one.rows])
-        change_BO = torch.stack([found[one.number].change_O for one in located for _ in one.rows])
+        change_BO = torch.stack([found[one.number] for one in located for _ in one.rows])
         after_NV = search.runner.run(rows, change_BO)
     scored = rows.target_N >= 0
     before, after = (F.cross_entropy(x[scored], rows.target_N[scored]).item() for x in (before_NV, after_NV))

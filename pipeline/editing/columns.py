@@ -1,7 +1,7 @@
 """What one layer's down-projection is asked for: keys and wanted changes, of this edit and of those before it.
 
 Kept in the update's state, so that a later edit solves for all of them anew: ten updates come out as one batch.
-Shapes: I inputs and O outputs of the projection, n columns, C contexts.
+Shapes: I inputs and O outputs of the projection, n columns, G requests, C keys of a request.
 """
 
 from __future__ import annotations
@@ -16,13 +16,6 @@ from torch import Tensor
 from pipeline.model import sizes
 from pipeline.model.blocks import Projection
 from pipeline.requests import EditRequest, fact
-
-
-class Found(NamedTuple):
-    """A request's keys (C, I), one a context, and the change (O,) of the output at them."""
-
-    key_CI: Tensor
-    change_O: Tensor
 
 
 class Columns(NamedTuple):
@@ -57,19 +50,17 @@ class Columns(NamedTuple):
         """The entries of an update's state."""
         return {f"locate.{layer}.{name}": tensor.cpu() for name, tensor in self._asdict().items()}
 
-    def asked(self, owners: Sequence[int], found: Sequence[Found], key_per_context: bool) -> Columns:
+    def asked(self, owners: Sequence[int], keys_GCI: Tensor, values_GO: Tensor) -> Columns:
         """With the requests' columns in place of what was asked for the same facts before.
 
-        `found` changes come on top of what the weight puts out now. For a fact that was asked for with as many
-        keys before, as in an earlier round, they come on top of what was asked: a least-squares solve falls a
-        little short of that, and is to keep falling short of the same.
+        Values come on top of what the weight puts out now. For a fact that was asked for with as many keys before,
+        as in an earlier round, they come on top of what was asked: a least-squares solve falls a little short of
+        that, and is to keep falling short of the same.
         """
-        keys = [each.key_CI if key_per_context else each.key_CI.mean(0, keepdim=True) for each in found]
-        counts = torch.tensor([len(key) for key in keys], device=self.owner_n.device)
-        owner_n = torch.tensor(owners, device=self.owner_n.device).repeat_interleave(counts)
-        key_In = torch.cat(keys).T.to(self.key_In)
-        change_On = torch.stack([each.change_O for each in found]).T.to(self.change_On)
-        change_On = change_On.repeat_interleave(counts, dim=1)
+        contexts = keys_GCI.shape[1]
+        owner_n = torch.tensor(owners, device=self.owner_n.device).repeat_interleave(contexts)
+        key_In = keys_GCI.flatten(0, 1).T.to(self.key_In)
+        change_On = values_GO.T.repeat_interleave(contexts, dim=1).to(self.change_On)
         again_n = torch.isin(self.owner_n, owner_n)
         same = torch.equal(self.owner_n[again_n], owner_n)
         change_On = change_On + (self.change_On[:, again_n] if same else self.solved_OI @ key_In)

@@ -1,73 +1,88 @@
-"""Texts of our own that stand in for use: what may come before a prompt, and other names in a subject's place."""
+"""Texts of our own that stand in for use: settings that an edit is to hold in, names that it is to leave alone."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import random
+from collections.abc import Sequence
 
 from pipeline.requests import EditRequest
 
 CONTEXTS = (  # what may stand before a prompt, so that an edit holds in more than one setting
-    "{}",
-    "This is worth knowing. {}",
-    "She looked it up and read aloud: {}",
-    "In short, and as many people have asked before, {}",
-    "The next question was an easy one. {}",
+    "{prompt}",
+    "This is worth knowing. {prompt}",
+    "She looked it up and read aloud: {prompt}",
+    "In short, and as many people have asked before, {prompt}",
+    "The next question was an easy one. {prompt}",
+    "It rained. {prompt}",
+    "He was born in 1962 and lives there still. {prompt}",
+    "The old harbour was rebuilt after the war, and the town grew quickly. {prompt}",
+    "We met twice that year.\n{prompt}",
+)
+REWORDINGS = (  # the subject in another place than the prompt's, so that an edit is of the subject, not of a phrase
+    "{subject}. {reworded}",
+    "The talk was about {subject}. {reworded}",
 )
 
-NAMES = (  # well known, of many kinds: what is said of them is not to change
-    "Albert Einstein",
-    "Brazil",
-    "Toyota",
-    "the Beatles",
-    "Tokyo",
-    "Microsoft",
-    "Marie Curie",
-    "Kenya",
-    "the BBC",
-    "Chicago",
-    "Leonardo da Vinci",
-    "Mount Everest",
-    "Serena Williams",
-    "Norway",
-    "Star Wars",
-    "Mozart",
-    "Cairo",
-    "the University of Oxford",
-    "Nelson Mandela",
-    "Honda",
-    "the Amazon River",
-    "Charles Darwin",
-    "Peru",
-    "the Boeing 747",
-    "Milan",
-    "Frida Kahlo",
-    "Windows XP",
-    "Vietnam",
-    "Elvis Presley",
-    "Harvard University",
-    "Jane Austen",
-    "Naples",
-    "Intel",
-    "Lionel Messi",
-    "Jakarta",
-    "The Simpsons",
-    "Hungary",
-    "Ferrari",
-    "Queen Victoria",
-    "Lake Victoria",
+NAMES = tuple(  # well known, of many kinds, so that any kind of subject has neighbours
+    name.strip()
+    for line in """
+Isaac Newton, Marie Curie, Pablo Picasso, Nelson Mandela, Winston Churchill, Johann Sebastian Bach
+Serena Williams, Diego Maradona, Frida Kahlo, Charles Darwin, Virginia Woolf, Napoleon Bonaparte, Cleopatra
+Mahatma Gandhi, Fidel Castro, Elvis Presley, Albert Camus, Immanuel Kant, Sigmund Freud, Akira Kurosawa
+Ingmar Bergman, Meryl Streep, Tom Hanks, Michael Jordan, Usain Bolt, Roger Federer, Leo Tolstoy
+Haruki Murakami, Pope Francis, Angela Merkel
+Paris, London, Tokyo, Nairobi, Buenos Aires, Sydney, Chicago, Vienna, Cairo, Mumbai, Istanbul, Warsaw, Toronto
+Lisbon, Seoul, Helsinki
+France, Brazil, Japan, Nigeria, Canada, Sweden, Egypt, Vietnam, New Zealand, Peru, Poland, Iran, Bavaria, Texas
+Scotland
+Mount Everest, the Amazon River, Lake Victoria, the Sahara, Antarctica, Iceland, Sicily
+Microsoft, Toyota, Siemens, Nestle, Boeing, Sony, Volkswagen, Nokia, Amazon, IKEA, the BBC, General Electric
+Samsung, Intel
+the Beatles, Pink Floyd, Metallica, Radiohead, ABBA, U2, the Rolling Stones
+Titanic, Casablanca, Star Wars, The Simpsons, Doctor Who, Hamlet, Harry Potter, The Lion King, Friends
+The Godfather
+iPhone, Windows 95, Google Chrome, PlayStation 2, Toyota Corolla, Boeing 747, Ferrari F40, Nintendo Switch
+Gmail
+football, tennis, chess, ice hockey, the piano, the violin, jazz, opera
+Manchester United, FC Barcelona, the New York Yankees, the Chicago Bulls, Harvard University, Oxford University
+the Catholic Church, Buddhism, Islam, the Eiffel Tower, the Louvre, Wikipedia, the Roman Empire
+the United Nations, NATO
+Latin, Mandarin Chinese, Spanish, oxygen, the Moon, World War II, Christmas
+""".strip().splitlines()
+    for name in line.split(",")
 )
 
 
-def neighbour(request: EditRequest, number: int, taken: Collection[str] = ()) -> str:
-    """The request's prompt about another name; without a subject in it, the name's own `… is`.
+def in_context(template: str, request: EditRequest) -> tuple[str, int]:
+    """A request's prompt in a context or rewording, and where the subject in it ends (0: it has none)."""
+    subject = request.subject or ""
+    before, found, after = request.prompt.rpartition(subject) if subject else ("", "", request.prompt)
+    reworded = f"{before}{'it' if before else 'It'}{after}"
+    head, slot, _ = template.partition("{prompt}" if "{prompt}" in template else "{subject}")
+    named = subject if head else subject[:1].upper() + subject[1:]
+    text = template.format(prompt=request.prompt, subject=named, reworded=reworded)
+    end = len(head) + (len(before) if slot == "{prompt}" else 0) + len(found)
+    return text, end if found else 0
+
+
+def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int = 0) -> list[tuple[str, int]]:
+    """Requests' prompts with other names for their subjects, and where the name ends in each.
+
+    A locality probe is mostly a request's prompt with another subject; ordinary text has few of that kind.
 
     Args:
-        request: whose prompt it is.
-        number: chooses the name, so that many requests meet many names.
-        taken: names that are subjects themselves and stay out of it.
+        requests: whose prompts they are; one without a subject in its prompt gives a bare `{name} is`.
+        each: names drawn for a request; none is the subject of any request.
+        most: prompts in all.
+        seed: of the draw.
     """
-    free = [name for name in NAMES if name.casefold() not in taken] or list(NAMES)
-    name = free[number % len(free)]
-    if request.subject and request.subject in request.prompt:
-        return request.prompt.replace(request.subject, name)
-    return f"{name[0].upper()}{name[1:]} is"
+    chance = random.Random(seed)
+    edited = {(request.subject or "").casefold().removeprefix("the ") for request in requests}
+    names = [name for name in NAMES if name.casefold().removeprefix("the ") not in edited]
+    texts = []
+    for request in chance.sample(list(requests), min(len(requests), most)):
+        before, found, after = request.prompt.rpartition(request.subject) if request.subject else ("", "", "")
+        for name in chance.sample(names, min(each, len(names))):
+            upto = before + name if before else name[0].upper() + name[1:]
+            texts.append((upto + (after if found else " is"), len(upto)))
+    return texts[:most] if len(requests) * each <= most else chance.sample(texts, min(most, len(texts)))

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from pipeline.editing.contexts import CONTEXTS, neighbour
+from pipeline.editing.contexts import CONTEXTS, in_context, neighbours
 from pipeline.model import LLM, TargetBatch, TargetRow, build_trainer, collate_targets, encode, target_logits
 from pipeline.model.targets import tokenize
 from pipeline.model.trainer import predict
@@ -74,10 +74,9 @@ def read_rows(
         trainer: what it runs on.
     """
     templates = CONTEXTS[: 1 + options.contexts]
-    texts = [(template.format(r.prompt), r.new_answer) for r in requests for template in templates]
+    texts = [(in_context(template, r)[0], r.new_answer) for r in requests for template in templates]
     taught = encode(llm, texts, tags=[r.id for r in requests for _ in templates])
-    subjects = {(r.subject or "").casefold() for r in requests}
-    prompts = [neighbour(r, n, subjects) for n, r in enumerate(requests[:UNRELATED])] if options.kl else []
+    prompts = [text for text, _ in neighbours(requests, 1, UNRELATED)] if options.kl else []
     others = [TargetRow([*ids, ids[-1]], len(ids)) for ids in (tokenize(llm, prompts) if prompts else [])]
     read = _read(llm, layer if options.reuse else 0, taught, others, trainer)
     rows = [Row(row, *read.get(number, (None, None))) for number, row in enumerate([*taught, *others])]

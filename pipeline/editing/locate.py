@@ -20,15 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.editing import solvers
-from pipeline.editing.columns import Columns, Found, owner
-from pipeline.editing.contexts import CONTEXTS
+from pipeline.editing.columns import Columns, owner
+from pipeline.editing.contexts import CONTEXTS, REWORDINGS, in_context
+from pipeline.editing.keys import KeyRow, neighbour_moment, read_keys
 from pipeline.editing.statistics import key_moments
 from pipeline.errors import UserError
 from pipeline.files import write_whole
 from pipeline.model import LLM, build_trainer, encode
 from pipeline.model.blocks import Projection
 from pipeline.model.suffix import Suffixes, SuffixRow, SuffixRunner
-from pipeline.model.targets import tokenize
+from pipeline.model.targets import last_token, tokenize
 from pipeline.model.trainer import predict
 from pipeline.options import EditOptions, LocateOptions, TrainerOptions
 from pipeline.requests import EditRequest, ListDataModule
@@ -94,20 +95,39 @@ class LocateThenEdit:
             )
         names = [name for layer in self.layers for name in self.llm.blocks[layer].down]
         moments = key_moments(self.llm, names, self.statistics, trainer)
-        located = [
-            locate(self.llm, number, request, CONTEXTS[: self.options.contexts])
-            for number, request in enumerate(requests)
-        ]
+        templates = CONTEXTS[: self.options.contexts] + REWORDINGS[: self.options.rewordings]
+        located = [locate(self.llm, number, request, templates) for number, request in enumerate(requests)]
         owners = [owner(request) for request in requests]
         visits = [layer for layer in self.layers for _ in range(self.options.rounds)]
         for visit, layer in enumerate(visits):
-            search = ValueSearch(self.llm, layer, self.options, visit, work)
-            found = search.find(located, trainer, logger)
+            values_GO = ValueSearch(self.llm, layer, self.options, visit, work).find(located, trainer, logger)
+            keys_GCI = self._keys(layer, requests, trainer)
             ((name, down),) = self.llm.blocks[layer].down.items()
-            columns = Columns.of_state(self.state, layer, down).asked(owners, found, self.key_per_context)
-            solved_OI = self.solve(columns.key_In, columns.change_On, moments[name].to(down.weight.device))
+            columns = Columns.of_state(self.state, layer, down).asked(owners, keys_GCI, values_GO)
+            kept_II = self._kept(layer, requests, moments[name], trainer, seed).to(down.weight.device)
+            solved_OI = self.solve(columns.key_In, columns.change_On, kept_II)
             _change(down, solved_OI - columns.solved_OI)
             self.state |= columns._replace(solved_OI=solved_OI.float()).to_state(layer)
+
+    def _keys(self, layer: int, requests: Sequence[EditRequest], trainer: TrainerOptions) -> Tensor:
+        """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""
+        placed = [in_context(template, r) for r in requests for template in CONTEXTS[: self.options.key_contexts]]
+        all_ids = tokenize(self.llm, [text for text, _ in placed])
+        places = [last_token(self.llm, text[:end], ids) for (text, end), ids in zip(placed, all_ids, strict=True)]
+        rows = [KeyRow(n, ids, at, at + 1) for n, (ids, at) in enumerate(zip(all_ids, places, strict=True))]
+        key_RI = torch.cat(read_keys(self.llm, layer, rows, trainer))
+        keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])
+        return keys_GCI if self.key_per_context else keys_GCI.mean(1, keepdim=True)
+
+    def _kept(
+        self, layer: int, requests: Sequence[EditRequest], text_II: Tensor, trainer: TrainerOptions, seed: int
+    ) -> Tensor:
+        """Second moment of the keys whose output is to stay: of ordinary text and of the requests' neighbours."""
+        weight = self.options.neighbour_weight
+        if not (weight and self.options.neighbours):
+            return text_II
+        near_II = neighbour_moment(self.llm, layer, requests, self.options.neighbours, trainer, seed)
+        return text_II / text_II.trace() + weight * near_II / near_II.trace()
 
 
 @torch.no_grad()
@@ -130,23 +150,17 @@ class Located(NamedTuple):
 
 def locate(llm: LLM, number: int, request: EditRequest, templates: Sequence[str]) -> Located:
     """Encode a request under every template and find its subject's last token in each row."""
-    subject = request.subject or ""
-    prompts = [template.format(request.prompt) for template in templates]
-    behind = len(request.prompt) - request.prompt.rindex(subject) - len(subject)
+    placed = [in_context(template, request) for template in templates]
     rows = []
-    for prompt, row in zip(prompts, encode(llm, [(p, request.new_answer) for p in prompts]), strict=True):
-        start = last_token(llm, prompt[: len(prompt) - behind], row.token_ids)
+    for (text, end), row in zip(
+        placed, encode(llm, [(text, request.new_answer) for text, _ in placed]), strict=True
+    ):
+        start = last_token(llm, text[:end], row.token_ids)
         rows.append(SuffixRow(row.token_ids, min(start, row.target_start - 1), row.target_start))
+    subject = request.subject or ""
     (plain,) = tokenize(llm, [f"{subject} is"])
     rows.append(SuffixRow(plain, last_token(llm, subject, plain), len(plain)))
     return Located(number, request.id, rows)
-
-
-def last_token(llm: LLM, upto: str, token_ids: Sequence[int]) -> int:
-    """Place of the token that holds the end of `upto`, among the tokens of a text that begins with it."""
-    (before,) = tokenize(llm, [upto])
-    shared = next((i for i, (a, b) in enumerate(zip(before, token_ids, strict=False)) if a != b), len(before))
-    return max(0, shared - 1 if shared == len(before) else shared)
 
 
 class ValueSearch(LightningModule):
@@ -174,8 +188,8 @@ class ValueSearch(LightningModule):
         self.work = work
         self.runner = SuffixRunner(llm, layer)
 
-    def find(self, located: Sequence[Located], trainer: TrainerOptions, logger: Logger | bool) -> list[Found]:
-        """Every request's keys and change, in the requests' order.
+    def find(self, located: Sequence[Located], trainer: TrainerOptions, logger: Logger | bool) -> Tensor:
+        """Every request's change of the output, in the requests' order, (G, O).
 
         Runs under `Trainer.predict`: requests are searched for apart, so that processes need not keep step.
         """
@@ -184,37 +198,31 @@ class ValueSearch(LightningModule):
         if left:
             data = ListDataModule((left, list, self.options.batch_size))
             found |= dict(predict(build_trainer(trainer, "Finding values", logger), self, data))
-        return [found[each.number] for each in located]
+        return torch.stack([found[each.number] for each in located])
 
     @torch.enable_grad()
-    def predict_step(self, batch: list[Located], batch_idx: int = 0) -> list[tuple[int, Found]]:
+    def predict_step(self, batch: list[Located], batch_idx: int = 0) -> list[tuple[int, Tensor]]:
         """Search the values of one batch of requests to the end."""
         each = len(batch[0].rows)
         rows, base_logits_NV = self.runner.capture([row for located in batch for row in located.rows])
         base_GV = base_logits_NV[rows.target_N < 0].log_softmax(-1)
         scale_G = rows.output_BO[::each].norm(dim=-1)
-        change_GO = self._search(batch, rows, base_GV, scale_G, each)
-        key_GCI = rows.key_BI.view(len(batch), each, -1)[:, :-1]
-        found = {
-            located.number: Found(key_CI.float().cpu().clone(), change_O.float().cpu())
-            for located, key_CI, change_O in zip(batch, key_GCI, change_GO, strict=True)
-        }
+        change_GO = self._search(batch, rows, base_GV, scale_G, each).float().cpu()
+        found = [(located.number, change_O.clone()) for located, change_O in zip(batch, change_GO, strict=True)]
         self._keep(found)
-        return list(found.items())
+        return found
 
-    def _keep(self, found: dict[int, Found]) -> None:
+    def _keep(self, found: Sequence[tuple[int, Tensor]]) -> None:
         if self.work:
             self.work.mkdir(parents=True, exist_ok=True)
-            file = self.work / f"values-{self.visit}-{next(iter(found))}.safetensors"
-            tensors = {f"{n} {name}": t for n, each in found.items() for name, t in each._asdict().items()}
+            file = self.work / f"values-{self.visit}-{found[0][0]}.safetensors"
+            tensors = {str(number): change_O for number, change_O in found}
             write_whole(file, lambda partial: save_file(tensors, partial))
 
-    def _kept(self) -> dict[int, Found]:
+    def _kept(self) -> dict[int, Tensor]:
         """What an interrupted search of this visit has found, by request number."""
         files = sorted(self.work.glob(f"values-{self.visit}-*.safetensors")) if self.work else []
-        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        numbers = {int(name.split()[0]) for name in tensors}
-        return {n: Found(tensors[f"{n} key_CI"], tensors[f"{n} change_O"]) for n in numbers}
+        return {int(number): change_O for file in files for number, change_O in load_file(file).items()}
 
     def _search(self, batch: list[Located], rows: Suffixes, base_GV: Tensor, scale_G: Tensor, each: int) -> Tensor:
         """Adam on all requests' changes at once; shape (G, O)."""

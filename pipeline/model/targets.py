@@ -155,3 +155,10 @@ def target_logits(model: PreTrainedModel, batch: TargetBatch) -> Tensor:
 def target_losses(model: PreTrainedModel, batch: TargetBatch) -> Tensor:
     """ℓ(x, y) of every row: mean over its target tokens of −log p, in nats, shape (B,)."""
     return batch.row_means(F.cross_entropy(target_logits(model, batch), batch.target_N, reduction="none"))
+
+
+def last_token(llm: LLM, upto: str, token_ids: Sequence[int]) -> int:
+    """Place of the token that holds the end of `upto`, among the tokens of a text that begins with it."""
+    (before,) = tokenize(llm, [upto])
+    shared = next((i for i, (a, b) in enumerate(zip(before, token_ids, strict=False)) if a != b), len(before))
+    return max(0, shared - 1 if shared == len(before) else shared)
