@@ -187,17 +187,18 @@ class LoraOptions(TrainingOptions):
 class LocateOptions:
     """Locate-then-edit: memit, emmet, rome and alphaedit."""
 
-    contexts: int = 2
+    contexts: int = 3
     """Contexts that a value is searched under, the bare prompt being the first; at most 9."""
-    rewordings: int = 2
-    """Rewordings, with the subject in another place, that it is searched under as well; at most 2."""
+    rewordings: int | None = None
+    """Rewordings, with the subject in another place, that it is searched under as well; at most 2. Default: 2 for
+    up to 10 requests, none for more, whose values then stay nearer to their own prompts."""
     key_contexts: int = 9
     """Contexts that a subject's keys are taken under; at most 9."""
     neighbours: int = 10
-    """Other names in each prompt, whose outputs are to stay; 0: none."""
+    """memit: other names in each prompt, whose outputs are to stay; 0: none."""
     neighbour_weight: float = 1.0
-    """Weight of such names against ordinary text."""
-    rounds: int = 2
+    """memit: weight of such names against ordinary text."""
+    rounds: int = 1
     """How often a layer is visited: a later round finds what requests still miss once all of them are in."""
     key_per_context: bool = True
     """memit: each context's key is a column of its own; else a request has one, their mean."""
@@ -227,10 +228,13 @@ class LocateOptions:
             check_at_least(f"locate.{name}", getattr(self, name), 1)
         for name in ("step", "bound", "strength", "ridge", "threshold"):
             check_above(f"locate.{name}", getattr(self, name), 0)
-        for name in ("learnt", "kl", "decay", "rewordings", "neighbours", "neighbour_weight"):
+        for name in ("learnt", "kl", "decay", "neighbours", "neighbour_weight"):
             check_at_least(f"locate.{name}", getattr(self, name), 0)
-        for name, most in {"contexts": 9, "key_contexts": 9, "rewordings": 2}.items():
-            check_at_most(f"locate.{name}", getattr(self, name), most)
+        for name in ("contexts", "key_contexts"):
+            check_at_most(f"locate.{name}", getattr(self, name), 9)
+        if self.rewordings is not None:
+            check_at_least("locate.rewordings", self.rewordings, 0)
+            check_at_most("locate.rewordings", self.rewordings, 2)
 
 
 @dataclass(kw_only=True)

@@ -34,6 +34,8 @@ from pipeline.model.trainer import predict
 from pipeline.options import EditOptions, LocateOptions, TrainerOptions
 from pipeline.requests import EditRequest, ListDataModule
 
+FEW = 10  # requests whose values may reach far: few get in each other's way
+
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
 
@@ -75,6 +77,7 @@ class LocateThenEdit:
         self.statistics = options.statistics
         self.solve = solver(options.method, options.locate)
         self.key_per_context = options.locate.key_per_context and options.method == "memit"
+        self.near = options.locate.neighbours if options.method == "memit" else 0
         self.weight_names = [name for layer in layers for name in llm.blocks[layer].weight_names("down")]
         self.state = dict(earlier or {})
 
@@ -95,7 +98,10 @@ class LocateThenEdit:
             )
         names = [name for layer in self.layers for name in self.llm.blocks[layer].down]
         moments = key_moments(self.llm, names, self.statistics, trainer)
-        templates = CONTEXTS[: self.options.contexts] + REWORDINGS[: self.options.rewordings]
+        rewordings = self.options.rewordings
+        if rewordings is None:
+            rewordings = len(REWORDINGS) if len(requests) <= FEW else 0
+        templates = CONTEXTS[: self.options.contexts] + REWORDINGS[:rewordings]
         located = [locate(self.llm, number, request, templates) for number, request in enumerate(requests)]
         owners = [owner(request) for request in requests]
         visits = [layer for layer in self.layers for _ in range(self.options.rounds)]
@@ -124,9 +130,9 @@ class LocateThenEdit:
     ) -> Tensor:
         """Second moment of the keys whose output is to stay: of ordinary text and of the requests' neighbours."""
         weight = self.options.neighbour_weight
-        if not (weight and self.options.neighbours):
+        if not (self.near and weight):
             return text_II
-        near_II = neighbour_moment(self.llm, layer, requests, self.options.neighbours, trainer, seed)
+        near_II = neighbour_moment(self.llm, layer, requests, self.near, trainer, seed)
         return text_II / text_II.trace() + weight * near_II / near_II.trace()
 
 

@@ -1,0 +1,73 @@
+"""Settings that an edit is to hold in, names that it leaves alone, and the keys of both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.editing.contexts import CONTEXTS, NAMES, REWORDINGS, in_context, neighbours
+from pipeline.editing.keys import KeyRow, neighbour_moment, read_keys
+from pipeline.model import LLM
+from pipeline.model.targets import tokenize
+from pipeline.options import TrainerOptions
+from pipeline.requests import EditRequest
+
+
+@pytest.mark.parametrize("template", CONTEXTS + REWORDINGS)
+def test_the_subject_ends_where_it_is_said_to(template: str, requests: list[EditRequest]) -> None:
+    for request in requests:
+        text, end = in_context(template, request)
+        assert text[:end].endswith(request.subject or "")
+        assert (request.prompt in text) == (template in CONTEXTS)
+
+
+def test_rewordings_say_the_same_of_it() -> None:
+    request = EditRequest(id="1", prompt="The river of Spain is", subject="Spain", new_answer="x")
+    assert in_context("{subject}. {reworded}", request) == ("Spain. The river of it is", 5)
+    first = EditRequest(id="2", prompt="iron is used for", subject="iron", new_answer="x")
+    assert in_context("{subject}. {reworded}", first)[0] == "Iron. It is used for"
+    assert in_context("About {subject}. {reworded}", first) == ("About iron. It is used for", 10)
+    nameless = EditRequest(id="3", prompt="The sky is", new_answer="green")
+    assert in_context("Well. {prompt}", nameless) == ("Well. The sky is", 0)
+
+
+def test_neighbours_are_other_names_in_the_requests_own_prompts(requests: list[EditRequest]) -> None:
+    known = [requests[0].model_copy(update={"subject": "France", "prompt": "The capital of France is"}), *requests]
+    texts = neighbours(known, each=len(NAMES), most=10_000)
+    assert len(texts) == len(known) * (
+        len(NAMES) - len({"France", "Norway", "Egypt", "Peru", "Japan"} & set(NAMES))
+    )
+    for text, end in texts:
+        name = text.removeprefix("The capital of ").removesuffix(" is")
+        assert name in NAMES
+        assert name not in {request.subject for request in known}
+        assert text[:end].endswith(name)
+    assert neighbours(known, 3, 5, seed=1) == neighbours(known, 3, 5, seed=1) != neighbours(known, 3, 5, seed=2)
+    assert len(neighbours(known, 3, 5)) == 5
+
+
+def test_keys_are_what_enters_the_projection(tiny: LLM, requests: list[EditRequest]) -> None:
+    all_ids = tokenize(tiny, [request.prompt for request in requests])
+    rows = [KeyRow(n, ids, n % 3, len(ids) - n % 2) for n, ids in enumerate(all_ids)]
+    (down,) = tiny.blocks[2].down.values()
+    with tiny.frozen(), torch.no_grad():
+        found = read_keys(tiny, 2, rows, TrainerOptions())
+        for row, keys in zip(rows, found, strict=True):
+            seen: list[torch.Tensor] = []
+            handle = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            tiny.model(input_ids=torch.tensor([row.token_ids]))
+            handle.remove()
+            torch.testing.assert_close(keys, seen[0][0, row.first : row.end], rtol=1e-4, atol=1e-5)
+
+
+def test_the_moment_of_neighbours(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    with tiny_llm.frozen():
+        moment = neighbour_moment(tiny_llm, 1, requests, 2, TrainerOptions(), 0)
+        texts = neighbours(requests, 2, 1000, 0)
+        rows = []
+        for text, end in texts:
+            (ids,) = tokenize(tiny_llm, [text])
+            upto = next(n for n in range(len(ids)) if len(tiny_llm.tokenizer.decode(ids[: n + 1])) >= end)
+            rows.append(KeyRow(len(rows), ids, upto, len(ids)))
+        keys = torch.cat(read_keys(tiny_llm, 1, rows, TrainerOptions()))
+    torch.testing.assert_close(moment, keys.T @ keys / len(keys), rtol=1e-4, atol=1e-5)
