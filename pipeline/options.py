@@ -125,7 +125,7 @@ class TrainingOptions:
 
     scope: str = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: int = 20
+    epochs: int = 16
     """The most passes over the requests."""
     batch_size: int = 8
     """Requests in an optimiser step, over all devices."""
@@ -133,7 +133,7 @@ class TrainingOptions:
     """Contexts that a prompt is trained under, in turn, every second epoch; 0: the bare prompt alone."""
     learnt: float = 0.1
     """A row whose loss (nats) is below this counts no more; when all are, training ends."""
-    kl: float = 0.0
+    kl: float = 1.0
     """Weight of answering as before after prompts about something else; 0: not asked for."""
     whiten: float = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
@@ -154,7 +154,7 @@ class TrainingOptions:
 class FinetuneOptions(TrainingOptions):
     """Fine-tuning of the golden layer in mini-batches."""
 
-    learning_rate: float = 0.005
+    learning_rate: float = 0.01
     """Adam's step size, in units of a weight's root mean square."""
     bound: float = 0.0
     """Largest change of a weight's entry, in the same units; 0: none."""
@@ -173,7 +173,7 @@ class LoraOptions(TrainingOptions):
     """Rank of the change; at most the smaller side of a projection."""
     alpha: float = 32.0
     """LoRA's scaling is alpha / rank."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-3
     """Adam's step size."""
 
     def __post_init__(self) -> None:
@@ -262,7 +262,7 @@ class OnePassOptions:
 class EditOptions:
     """How the golden layer is changed."""
 
-    method: str = "finetune"
+    method: str = "memit"
     """finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form;
     one_pass: one forward and backward, then a closed form."""
     layers: list[int] | None = None

@@ -29,7 +29,7 @@ def weights(llm: LLM) -> dict[str, Tensor]:
 @pytest.mark.parametrize("scope", ["mlp", "down"])
 def test_only_the_golden_layer_changes_and_learns(tiny: LLM, requests: list[EditRequest], scope: str) -> None:
     base, before = weights(tiny), mean_loss(tiny, requests)
-    options = EditOptions(layers=[2], finetune=FinetuneOptions(**{**vars(FEW), "scope": scope}))
+    options = EditOptions(method="finetune", layers=[2], finetune=FinetuneOptions(**{**vars(FEW), "scope": scope}))
     update = edit(tiny, requests, options=options)
     assert set(update.tensors) == set(tiny.blocks[2].weight_names(scope))
     assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tiny).items()), "edit left its mark"
@@ -44,14 +44,14 @@ def test_only_the_golden_layer_changes_and_learns(tiny: LLM, requests: list[Edit
 
 def test_undo_is_exact(tiny: LLM, requests: list[EditRequest]) -> None:
     base = weights(tiny)
-    update = edit(tiny, requests, options=EditOptions(layers=[0, 3], finetune=FEW))
+    update = edit(tiny, requests, options=EditOptions(method="finetune", layers=[0, 3], finetune=FEW))
     undo = update.apply(tiny)
     undo.apply(tiny)
     assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tiny).items())
 
 
 def test_a_saved_update_gives_the_measured_model(tiny: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    update = edit(tiny, requests, options=EditOptions(layers=[1], finetune=FEW))
+    update = edit(tiny, requests, options=EditOptions(method="finetune", layers=[1], finetune=FEW))
     update.save(tmp_path)
     loaded = WeightUpdate.load(tmp_path)
     assert (loaded.method, loaded.layers, loaded.requests) == ("finetune", [1], requests)
@@ -62,7 +62,7 @@ def test_a_saved_update_gives_the_measured_model(tiny: LLM, requests: list[EditR
 
 
 def test_the_same_seed_gives_the_same_edit(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    options = EditOptions(layers=[1], finetune=FEW)
+    options = EditOptions(method="finetune", layers=[1], finetune=FEW)
     first, again, other = (edit(tiny_llm, requests, options=options, seed=seed).tensors for seed in (1, 1, 2))
     name = next(iter(first))
     assert torch.equal(first[name], again[name])
@@ -73,7 +73,7 @@ def test_training_ends_when_the_loss_is_low(tiny_llm: LLM, requests: list[EditRe
     losses = []
     for learnt in (0.0, 4.5):
         options = FinetuneOptions(epochs=100, batch_size=7, learning_rate=0.03, learnt=learnt, whiten=0.0)
-        update = edit(tiny_llm, requests, options=EditOptions(layers=[1], finetune=options))
+        update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], finetune=options))
         with update.applied(tiny_llm):
             losses.append(mean_loss(tiny_llm, requests))
     assert losses[0] < 4.2 < losses[1] < 4.7
@@ -83,14 +83,14 @@ def test_a_loss_that_is_not_a_number_names_the_requests(tiny_llm: LLM, requests:
     base = weights(tiny_llm)
     wild = FinetuneOptions(epochs=5, batch_size=7, learning_rate=1e30, whiten=0.0)
     with pytest.raises(UserError, match=r"not a number.*capital-0"):
-        edit(tiny_llm, requests, options=EditOptions(layers=[1], finetune=wild))
+        edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], finetune=wild))
     assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tiny_llm).items())
     assert not any(p.grad is not None for p in tiny_llm.model.parameters())
 
 
 def test_the_profile_says_where(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     profile = find_golden_layer(tiny_llm, requests).model_copy(update={"golden_layers": [2]})
-    assert edit(tiny_llm, requests, profile, EditOptions(finetune=FEW)).layers == [2]
+    assert edit(tiny_llm, requests, profile, EditOptions(method="finetune", finetune=FEW)).layers == [2]
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_another_models_profile_and_update_are_refused(
     profile: GoldenProfile = find_golden_layer(other, requests)
     with pytest.raises(UserError, match="profile: made for model"):
         edit(tiny_llm, requests, profile)
-    update = edit(other, requests, options=EditOptions(layers=[0], finetune=FEW))
+    update = edit(other, requests, options=EditOptions(method="finetune", layers=[0], finetune=FEW))
     with pytest.raises(UserError, match="update: made for model"):
         update.apply(tiny_llm)
 
 
 def test_a_damaged_update_is_found(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    edit(tiny_llm, requests, options=EditOptions(layers=[0], finetune=FEW)).save(tmp_path)
+    edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[0], finetune=FEW)).save(tmp_path)
     file = tmp_path / "update.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -135,7 +135,7 @@ def test_a_damaged_update_is_found(tiny_llm: LLM, requests: list[EditRequest], t
 
 
 def test_an_export_is_a_plain_model(tiny: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    update = edit(tiny, requests, options=EditOptions(layers=[1], finetune=FEW))
+    update = edit(tiny, requests, options=EditOptions(method="finetune", layers=[1], finetune=FEW))
     export_merged(tiny, update, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)(requests[0].prompt).input_ids])

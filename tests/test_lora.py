@@ -65,7 +65,11 @@ def test_an_adapter_on_an_adapter_holds_both(
 def test_an_adapter_on_another_kind_of_edit_is_not_passed_off_as_the_whole(
     tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path
 ) -> None:
-    first = edit(tiny_llm, requests[:3], options=EditOptions(layers=[1], finetune=FinetuneOptions(whiten=0.0)))
+    first = edit(
+        tiny_llm,
+        requests[:3],
+        options=EditOptions(method="finetune", layers=[1], finetune=FinetuneOptions(whiten=0.0)),
+    )
     second = edit(tiny_llm, requests[3:], options=EditOptions(method="lora", layers=[1], lora=FEW), after=first)
     second.save(tmp_path)
     assert not (tmp_path / "adapter").exists()

@@ -92,5 +92,5 @@ def test_no_gradient_is_formed_that_nobody_reads(tiny_llm: LLM, requests: list[E
         weight.requires_grad_(True)
         weight.register_post_accumulate_grad_hook(lambda _, name=name: formed.add(name))
     options = FinetuneOptions(epochs=1, scope="down", whiten=0.0)
-    update = edit(tiny_llm, requests, options=EditOptions(layers=[1], finetune=options))
+    update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], finetune=options))
     assert formed == set(update.tensors)

@@ -94,7 +94,7 @@ class LocateThenEdit:
         if missing:
             raise UserError(
                 f"edit: locate-then-edit needs each request's subject in its prompt; not so in {len(missing)} of "
-                f"{len(requests)}: {', '.join(missing[:5])}"
+                f"{len(requests)}: {', '.join(missing[:5])}; --method finetune does without"
             )
         names = [name for layer in self.layers for name in self.llm.blocks[layer].down]
         moments = key_moments(self.llm, names, self.statistics, trainer)
