@@ -125,7 +125,7 @@ class TrainingOptions:
 
     scope: str = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: int = 16
+    epochs: int = 14
     """The most passes over the requests."""
     batch_size: int = 8
     """Requests in an optimiser step, over all devices."""
@@ -133,7 +133,7 @@ class TrainingOptions:
     """Contexts that a prompt is trained under, in turn, every second epoch; 0: the bare prompt alone."""
     learnt: float = 0.1
     """A row whose loss (nats) is below this counts no more; when all are, training ends."""
-    kl: float = 1.0
+    kl: float = 0.5
     """Weight of answering as before after prompts about something else; 0: not asked for."""
     whiten: float = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
@@ -154,7 +154,7 @@ class TrainingOptions:
 class FinetuneOptions(TrainingOptions):
     """Fine-tuning of the golden layer in mini-batches."""
 
-    learning_rate: float = 0.01
+    learning_rate: float = 0.015
     """Adam's step size, in units of a weight's root mean square."""
     bound: float = 0.0
     """Largest change of a weight's entry, in the same units; 0: none."""
@@ -173,8 +173,10 @@ class LoraOptions(TrainingOptions):
     """Rank of the change; at most the smaller side of a projection."""
     alpha: float = 32.0
     """LoRA's scaling is alpha / rank."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-3
     """Adam's step size."""
+    kl: float = 2.0
+    """Weight of answering as before after prompts about something else; 0: not asked for."""
 
     def __post_init__(self) -> None:
         self.check("lora")
