@@ -125,7 +125,7 @@ class TrainingOptions:
 
     scope: str = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: int = 14
+    epochs: int = 15
     """The most passes over the requests."""
     batch_size: int = 8
     """Requests in an optimiser step, over all devices."""
@@ -133,7 +133,7 @@ class TrainingOptions:
     """Contexts that a prompt is trained under, in turn, every second epoch; 0: the bare prompt alone."""
     learnt: float = 0.1
     """A row whose loss (nats) is below this counts no more; when all are, training ends."""
-    kl: float = 0.5
+    kl: float = 0.3
     """Weight of answering as before after prompts about something else; 0: not asked for."""
     whiten: float = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
