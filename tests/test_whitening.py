@@ -1,0 +1,113 @@
+"""Whitened Adam is Adam in other coordinates, and spares what ordinary text uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.editing import edit
+from pipeline.editing.whitening import WhitenedAdam, whitener
+from pipeline.model import LLM
+from pipeline.options import EditOptions, FinetuneOptions, LoraOptions, StatisticsOptions
+from pipeline.requests import EditRequest
+
+
+@pytest.fixture
+def moment() -> torch.Tensor:
+    torch.manual_seed(0)
+    inputs = torch.randn(500, 6) * torch.tensor([10.0, 3.0, 1.0, 1.0, 0.3, 0.1])
+    return inputs.T @ inputs / 500
+
+
+def test_the_whitener_evens_out_and_keeps_the_mean_square(moment: torch.Tensor) -> None:
+    whitened = whitener(moment, 1e-9) @ moment @ whitener(moment, 1e-9)
+    torch.testing.assert_close(whitened, torch.eye(6) * moment.trace() / 6, rtol=1e-2, atol=1e-2)
+    ridged = whitener(moment, 0.1)
+    mean = moment / moment.diagonal().mean()
+    assert (ridged @ mean @ ridged).trace().item() == pytest.approx(6, rel=1e-3)
+    torch.testing.assert_close(whitener(moment, 1e9), torch.eye(6), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("inputs", [0, 1])
+def test_it_is_adam_on_v_in_w_plus_v_p(moment: torch.Tensor, inputs: int) -> None:
+    P = whitener(moment, 0.01)
+    shape = (4, 6) if inputs == 1 else (6, 4)
+    start, target = torch.randn(shape), torch.randn(shape)
+    weight, v = nn.Parameter(start.clone()), nn.Parameter(torch.zeros(shape))
+    whitened = WhitenedAdam([{"params": [weight], "lr": 0.1}], {weight: (P, inputs)})
+    plain = torch.optim.Adam([v], lr=0.1)
+    for _ in range(10):
+        whitened.zero_grad()
+
+        def closure() -> torch.Tensor:
+            loss = (weight - target).pow(4).sum()
+            loss.backward()
+            return loss
+
+        whitened.step(closure)
+        plain.zero_grad()
+        changed = start + (v @ P if inputs == 1 else P @ v)
+        (changed - target).pow(4).sum().backward()
+        plain.step()
+    expected = start + (v @ P if inputs == 1 else P @ v)
+    torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora"])
+def test_training_moves_text_less_for_as_large_a_change(
+    method: str, tiny: LLM, requests: list[EditRequest], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 60)
+    statistics = StatisticsOptions(text=str(text), tokens=1024, cache=str(tmp_path))
+    ids = tiny.tokenizer(text.read_text()).input_ids[:100]
+    with tiny.frozen(), torch.no_grad():
+        before = tiny.model(torch.tensor([ids])).logits
+    moved = []
+    for whiten in (0.0, 1e-3):
+        common = {"scope": "down", "epochs": 8, "learnt": 0.0, "kl": 0.0, "whiten": whiten}
+        options = EditOptions(
+            method=method,
+            layers=[2],
+            statistics=statistics,
+            finetune=FinetuneOptions(**common),  # type: ignore[arg-type]
+            lora=LoraOptions(**common, rank=4, learning_rate=0.02),  # type: ignore[arg-type]
+        )
+        update = edit(tiny, requests, options=options)
+        ((name, tensor),) = update.tensors.items()
+        size = (tensor - tiny.model.get_parameter(name)).norm().item()
+        with update.applied(tiny), tiny.frozen(), torch.no_grad():
+            moved.append((tiny.model(torch.tensor([ids])).logits - before).norm().item() / size)
+    assert moved[1] < 0.8 * moved[0]
+
+
+def test_kl_keeps_answers_about_something_else(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    from pipeline.editing.contexts import neighbours
+    from pipeline.model.targets import tokenize
+
+    texts = tokenize(tiny_llm, [text for text, _ in neighbours(requests, 1, 256)])
+    moved = []
+    for kl in (0.0, 20.0):
+        options = FinetuneOptions(epochs=20, learnt=0.0, learning_rate=0.1, kl=kl, whiten=0.0)
+        update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], finetune=options))
+        divergence = 0.0
+        for ids in texts:
+            with tiny_llm.frozen(), torch.no_grad():
+                before = tiny_llm.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                with update.applied(tiny_llm):
+                    after = tiny_llm.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            divergence += (before.exp() * (before - after)).sum().item()
+        moved.append(divergence)
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_a_bound_holds_every_entry(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    options = FinetuneOptions(epochs=10, learnt=0.0, learning_rate=0.1, bound=0.05, whiten=0.0, kl=0.0)
+    update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], finetune=options))
+    for name, tensor in update.tensors.items():
+        base = tiny_llm.model.get_parameter(name).detach()
+        most = 0.05 * base.square().mean().sqrt()
+        assert 0.99 * most < (tensor - base).abs().max() <= 1.001 * most
