@@ -104,16 +104,21 @@ class LocateThenEdit:
         templates = CONTEXTS[: self.options.contexts] + REWORDINGS[:rewordings]
         located = [locate(self.llm, number, request, templates) for number, request in enumerate(requests)]
         owners = [owner(request) for request in requests]
-        visits = [layer for layer in self.layers for _ in range(self.options.rounds)]
-        for visit, layer in enumerate(visits):
+        visits = [(layer, turn) for layer in self.layers for turn in range(self.options.rounds)]
+        for visit, (layer, turn) in enumerate(visits):
+            ((name, down),) = self.llm.blocks[layer].down.items()
+            columns = Columns.of_state(self.state, layer, down)
+            if turn == 0:  # values of all updates are found without each other, and solved for together
+                _change(down, -columns.solved_OI)
             values_GO = ValueSearch(self.llm, layer, self.options, visit, work).find(located, trainer, logger)
             keys_GCI = self._keys(layer, requests, trainer)
-            ((name, down),) = self.llm.blocks[layer].down.items()
-            columns = Columns.of_state(self.state, layer, down).asked(owners, keys_GCI, values_GO)
+            if turn > 0:
+                _change(down, -columns.solved_OI)
+            columns = columns.asked(owners, keys_GCI, values_GO, again=turn > 0)
             kept_II = self._kept(layer, requests, moments[name], trainer, seed).to(down.weight.device)
-            solved_OI = self.solve(columns.key_In, columns.change_On, kept_II)
-            _change(down, solved_OI - columns.solved_OI)
-            self.state |= columns._replace(solved_OI=solved_OI.float()).to_state(layer)
+            solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
+            _change(down, solved_OI)
+            self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
 
     def _keys(self, layer: int, requests: Sequence[EditRequest], trainer: TrainerOptions) -> Tensor:
         """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""
