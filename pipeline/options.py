@@ -169,13 +169,15 @@ class FinetuneOptions(TrainingOptions):
 class LoraOptions(TrainingOptions):
     """LoRA on the golden layer in mini-batches."""
 
+    epochs: int = 20
+    """The most passes over the requests."""
     rank: int = 16
     """Rank of the change; at most the smaller side of a projection."""
     alpha: float = 32.0
     """LoRA's scaling is alpha / rank."""
     learning_rate: float = 5e-3
     """Adam's step size."""
-    kl: float = 2.0
+    kl: float = 0.4
     """Weight of answering as before after prompts about something else; 0: not asked for."""
 
     def __post_init__(self) -> None:
