@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pipeline.attribution import GoldenProfile
 from pipeline.cli import main
@@ -101,18 +102,19 @@ EDITING = (
 
 
 @pytest.mark.parametrize("batch_size", ["4", "1"])
-def test_an_edit_keeps_its_global_batch(batch_size: str, asked: list[str], text: str, tmp_path: Path) -> None:
+def test_an_edit_keeps_its_global_batch(
+    batch_size: str, asked: list[str], text: str, tiny_folder: Path, tmp_path: Path
+) -> None:
     words = [*EDITING, "--finetune.batch_size", batch_size, "--evaluation.text", text]
     one, two = in_both_ways(tmp_path, "edit", *asked, *words)
     expected, found = load_file(one / "update.safetensors"), load_file(two / "update.safetensors")
     assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() < 1e-5, name  # Adam moves a weight by 1e-3 a step
+    assert apart(expected, found, tiny_folder) < 1e-4
     assert json.loads((two / "update.json").read_text())["requests"][6]["id"] == "capital-6"
 
 
 @pytest.mark.parametrize("method", ["memit", "lora", "one_pass"])
-def test_every_kind_of_edit(method: str, asked: list[str], text: str, tmp_path: Path) -> None:
+def test_every_kind_of_edit(method: str, asked: list[str], text: str, tiny_folder: Path, tmp_path: Path) -> None:
     group = "locate" if method == "memit" else method
     words = ["--method", method, "--layers", "1", f"--{group}.batch_size", "2", "--evaluation.text", text]
     words += [
@@ -127,8 +129,14 @@ def test_every_kind_of_edit(method: str, asked: list[str], text: str, tmp_path: 
         words += ["--lora.epochs", "2", "--lora.learnt", "0"]
     one, two = in_both_ways(tmp_path, "edit", *asked, *words)
     expected, found = load_file(one / "update.safetensors"), load_file(two / "update.safetensors")
-    for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() < 1e-5, name
+    assert apart(expected, found, tiny_folder) < 1e-4
+
+
+def apart(expected: dict[str, Tensor], found: dict[str, Tensor], base: Path) -> float:
+    """How far two edits' changes lie apart, as a share of the change; other padding alone gives some 1e-5."""
+    weights = load_file(base / "model.safetensors")
+    shares = [(found[n] - tensor).norm() / (tensor - weights[n]).norm() for n, tensor in expected.items()]
+    return max(share.item() for share in shares)
 
 
 def test_one_old_answer_to_be_found(asked: list[str], request_file: Path, tmp_path: Path) -> None:
