@@ -77,7 +77,9 @@ def test_attribution(asked: list[str], tmp_path: Path) -> None:
 
 def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:
     update = tmp_path / "update"
-    editing = ["--layers", "1", "--finetune.epochs", "40", "--finetune.learning_rate", "0.01", *CPU]
+    alone = ["--finetune.whiten", "0", "--finetune.kl", "0", "--finetune.contexts", "0", "--finetune.learnt", "0"]
+    steps = ["--finetune.epochs", "40", "--finetune.learning_rate", "0.1"]
+    editing = ["--method", "finetune", "--layers", "1", *alone, *steps, *CPU]
     assert main(["edit", *asked, *editing, "--evaluation.text", text, "--output", str(update)]) == 0
     words = ["--update", str(update), "--text", text, "--batch_size", "3"]
     one, two = in_both_ways(tmp_path, "evaluate", *asked, *words)
