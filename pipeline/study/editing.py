@@ -164,7 +164,9 @@ class Bench:
         for _ in range(TURNS):
             for reuse in (True, False):
                 finetune = FinetuneOptions(epochs=2, learnt=0.0, kl=0.0, whiten=0.0, reuse=reuse)
-                options = EditOptions(layers=[HIGH * len(self.llm.blocks) // 3], finetune=finetune)
+                options = EditOptions(
+                    method="finetune", layers=[HIGH * len(self.llm.blocks) // 3], finetune=finetune
+                )
                 started = time.perf_counter()
                 weights[reuse] = edit(self.llm, requests, None, options, self.trainer).tensors
                 seconds[reuse].append(time.perf_counter() - started)
