@@ -163,7 +163,7 @@ class Bench:
         weights: dict[bool, dict[str, torch.Tensor]] = {}
         for _ in range(TURNS):
             for reuse in (True, False):
-                finetune = FinetuneOptions(epochs=2, learnt=0.0, kl=0.0, whiten=0.0, reuse=reuse)
+                finetune = FinetuneOptions(epochs=10, contexts=0, learnt=0.0, kl=0.0, whiten=0.0, reuse=reuse)
                 options = EditOptions(
                     method="finetune", layers=[HIGH * len(self.llm.blocks) // 3], finetune=finetune
                 )
