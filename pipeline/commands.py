@@ -37,8 +37,8 @@ def run(options: RunCommand) -> None:
     """Find the golden layer with one part of the requests, edit the other part there, and prove it."""
     from pipeline.attribution import METHODS as SELECTORS
     from pipeline.attribution import GoldenProfile, find_golden_layer
-    from pipeline.editing import METHODS, choose_layers
-    from pipeline.requests import load_requests, settle, split_by_subject
+    from pipeline.editing import METHODS, accept, choose_layers
+    from pipeline.requests import load_requests, split_by_subject
 
     check_choice("attribution.method", options.attribution.method, SELECTORS)
     check_choice("edit.method", options.edit.method, METHODS)
@@ -48,7 +48,7 @@ def run(options: RunCommand) -> None:
             profile, edits = GoldenProfile.load(options.profile), requests
         else:
             proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
-        edits = settle(edits, options.edit.last_wins)
+        edits = accept(edits, options.edit)
         llm = _load(options)
         if options.profile:
             choose_layers(llm, profile, options.edit)
@@ -76,13 +76,12 @@ def attribute(options: AttributeCommand) -> None:
 def edit(options: EditCommand) -> None:
     """Edit requests at the golden layer, measure before and after, and keep the update."""
     from pipeline.attribution import GoldenProfile
-    from pipeline.editing import METHODS, WeightUpdate, choose_layers
-    from pipeline.requests import load_requests, settle
+    from pipeline.editing import METHODS, WeightUpdate, accept, choose_layers
+    from pipeline.requests import load_requests
 
     check_choice("method", options.method, METHODS)
     with _working(options, "edit") as log:
-        requests = load_requests(options.requests, options.limit, options.offset)
-        requests = settle(requests, options.last_wins)
+        requests = accept(load_requests(options.requests, options.limit, options.offset), options)
         profile = GoldenProfile.load(options.profile) if options.profile else None
         after = WeightUpdate.load(options.after) if options.after else None
         if profile is None and not options.layers:

@@ -258,8 +258,7 @@ class OnePassOptions:
         check_choice("one_pass.scope", self.scope, ("mlp", "down"))
         check_at_least("one_pass.batch_size", self.batch_size, 1)
         for name in ("rate", "ridge"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"one_pass.{name}: {getattr(self, name)} is not above 0")
+            check_above(f"one_pass.{name}", getattr(self, name), 0)
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,15 @@ import matplotlib
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline import UserError
 from pipeline.model import LLM, collate_targets, encode, hush, load_model, target_losses
@@ -84,10 +92,30 @@ def tiny_gpt2(vocabulary: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-FAMILIES: dict[str, Callable[[int], Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+def tiny_gemma3(vocabulary: int) -> Gemma3ForCausalLM:
+    """Sliding and full attention in turns, each with its own mask and rotary table; norms behind the MLP."""
+    config = Gemma3TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        max_position_embeddings=128,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    return Gemma3ForCausalLM(config)
 
 
-@pytest.fixture(params=FAMILIES)
+FAMILIES: dict[str, Callable[[int], Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2, "gemma3": tiny_gemma3}
+
+
+@pytest.fixture(params=["llama", "gpt2"])
 def tiny(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> LLM:
     """A fresh tiny random model of each family, its weights large enough for gradients to differ."""
     return make_tiny(request.param, tokenizer)

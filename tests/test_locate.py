@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing import METHODS, WeightUpdate, edit
 from pipeline.editing.contexts import CONTEXTS
-from pipeline.editing.locate import LocateThenEdit, ValueSearch, last_token, locate
+from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.method import Runtime
 from pipeline.editing.solvers import emmet
 from pipeline.editing.statistics import key_moments
+from pipeline.editing.values import ValueSearch, last_token, locate
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.evaluate import ORDINARY_TEXT
 from pipeline.model import LLM
@@ -89,7 +91,7 @@ def test_the_weight_gives_the_found_values(tiny: LLM, requests: list[EditRequest
     (down,) = tiny.blocks[1].down.values()
     before = down.weight.detach().clone()
     with tiny.frozen():
-        method.run(requests, TrainerOptions(), False, 0)
+        method.run(requests, Runtime(TrainerOptions()))
     ((keys_In, changes_On),) = found
     change = (down.weight - before) if isinstance(down, torch.nn.Linear) else (down.weight - before).T
     torch.testing.assert_close(change @ keys_In, changes_On, rtol=1e-2, atol=1e-2 * changes_On.abs().max().item())

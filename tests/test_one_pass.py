@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.editing import edit
+from pipeline.editing.method import Runtime
 from pipeline.editing.one_pass import CaptureModule, OnePass, RunningStatistics, capturing, ridge_solution
 from pipeline.model import LLM, collate_targets, encode, sizes, target_losses
 from pipeline.options import EditOptions, OnePassOptions, TrainerOptions
@@ -29,7 +30,7 @@ def run(
     """Edit in place, as `edit` does before it undoes it."""
     method = OnePass(llm, options.layers or [], options, earlier)
     with llm.frozen(trainable=method.weight_names):
-        method.run(requests, TrainerOptions(accelerator="cpu"), logger=False, seed=0)
+        method.run(requests, Runtime(TrainerOptions(accelerator="cpu")))
     return method
 
 

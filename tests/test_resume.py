@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 
 from pipeline.editing import METHODS, edit
 from pipeline.editing.finetune import FineTune
-from pipeline.editing.locate import ValueSearch
+from pipeline.editing.values import ValueSearch
 from pipeline.model import LLM
 from pipeline.options import EditOptions, StatisticsOptions
 from pipeline.requests import EditRequest

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_tiny
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from conftest import FAMILIES, make_tiny
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing import edit
 from pipeline.model import LLM, collate_targets, encode, target_logits
@@ -14,35 +14,9 @@ from pipeline.options import EditOptions, FinetuneOptions
 from pipeline.requests import EditRequest
 
 
-def tiny_gemma3(tokenizer: PreTrainedTokenizerFast) -> LLM:
-    """Sliding and full attention in turns, each with its own mask and rotary table; norms behind the MLP."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=3,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-        max_position_embeddings=128,
-        eos_token_id=0,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    model = Gemma3ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return LLM(model, tokenizer, "tiny-gemma3")
-
-
-@pytest.fixture(params=["llama", "gpt2", "gemma3"])
+@pytest.fixture(params=FAMILIES)
 def any_tiny(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> LLM:
-    return tiny_gemma3(tokenizer) if request.param == "gemma3" else make_tiny(request.param, tokenizer)
+    return make_tiny(request.param, tokenizer)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])

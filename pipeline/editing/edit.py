@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
 
 from pipeline.attribution import GoldenProfile
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.lora import Lora
+from pipeline.editing.method import EditMethod, Runtime
 from pipeline.editing.one_pass import OnePass
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
@@ -24,35 +24,6 @@ from pipeline.files import WORK_MARK, write_text
 from pipeline.model import LLM
 from pipeline.options import EditOptions, TrainerOptions
 from pipeline.requests import EditRequest, fact, settle
-
-
-class EditMethod(Protocol):
-    """A kind of edit: made for a model, layers and options, it changes the named weights in place.
-
-    Attributes:
-        weight_names: the weights it changes, by full name.
-        state: after `run`, what a later edit on top of this one goes on from, by name.
-        adapter: LoraConfig's arguments, when the change can also be had as an adapter.
-    """
-
-    weight_names: list[str]
-    state: dict[str, Tensor]
-
-    @property
-    def adapter(self) -> dict[str, Any] | None: ...
-
-    def __init__(
-        self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
-    ) -> None: ...
-
-    def run(
-        self,
-        requests: Sequence[EditRequest],
-        trainer: TrainerOptions,
-        logger: Logger | bool,
-        seed: int,
-        work: Path | None = None,
-    ) -> None: ...
 
 
 class Method(NamedTuple):
@@ -98,19 +69,19 @@ def edit(
         work: a folder for work in progress; an edit that finds its own there goes on from it.
 
     Raises:
-        UserError: for an unknown method or layer, a profile or earlier update of another model, requests that
-            contradict each other, or a loss that is not a number.
+        UserError: for requests that the method cannot take (see `accept`), an unknown layer, a profile or earlier
+            update of another model, or a loss that is not a number.
     """
-    options, trainer = options or EditOptions(), trainer or TrainerOptions()
-    check_choice("method", options.method, METHODS)
+    options, runtime = options or EditOptions(), Runtime(trainer or TrainerOptions(), logger, seed, work)
+    requests = accept(requests, options)
     layers = choose_layers(llm, profile, options)
-    requests = settle(requests, options.last_wins)
     if after:
         llm.check_made_for("update", after.model, after.fingerprint)
     earlier = after or WeightUpdate(llm.name, llm.fingerprint, options.method, [], {})
-    method = METHODS[options.method].make(llm, layers, options, earlier.state)
+    kind = METHODS[options.method]
+    own = getattr(options, kind.options)
+    method = kind.make(llm, layers, options, earlier.state)
     if work:
-        own = getattr(options, METHODS[options.method].options)
         _claim(
             work,
             [llm.fingerprint, options.method, layers, own, options.statistics, requests, seed, earlier.requests],
@@ -118,7 +89,7 @@ def edit(
     parameters = dict(llm.model.named_parameters())
     with earlier.applied(llm), _restored(llm, method.weight_names):
         with llm.frozen():
-            method.run(requests, trainer, logger, seed, work)
+            method.run(requests, runtime)
         changed = {name: parameters[name].detach().cpu().clone() for name in method.weight_names}
     anew = {fact(request) for request in requests}
     return WeightUpdate(
@@ -128,10 +99,27 @@ def edit(
         layers=sorted({*earlier.layers, *layers}),
         tensors={**earlier.tensors, **changed},
         requests=[*(r for r in earlier.requests if fact(r) not in anew), *requests],
-        options=asdict(getattr(options, METHODS[options.method].options)),
+        options=asdict(own),
         state={**earlier.state, **method.state},
         adapter=method.adapter if after is None or after.adapter else None,  # else it holds a part of the change
     )
+
+
+def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRequest]:
+    """The requests that an edit will make, all that can be known before the model is loaded being checked.
+
+    Raises:
+        UserError: for an unknown method, requests that contradict each other, or that lack a subject it needs.
+    """
+    check_choice("method", options.method, METHODS)
+    settled = settle(requests, options.last_wins)
+    missing = [r.id for r in settled if not r.subject or r.subject not in r.prompt]
+    if missing and METHODS[options.method].make.needs_subject:
+        raise UserError(
+            f"edit: {options.method} needs each request's subject in its prompt; not so in {len(missing)} of "
+            f"{len(settled)}: {', '.join(missing[:5])}; the method finetune does without"
+        )
+    return settled
 
 
 def _claim(work: Path, edit: Sequence[object]) -> None:

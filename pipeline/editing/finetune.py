@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing.lessons import Lesson, Row, collate, read_rows
+from pipeline.editing.method import Runtime
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
@@ -50,6 +49,7 @@ class FineTune(LightningModule):
     """
 
     name = "finetune"
+    needs_subject = False
     adapter: dict[str, Any] | None = None
 
     def __init__(
@@ -68,19 +68,12 @@ class FineTune(LightningModule):
             name for layer in layers for name in llm.blocks[layer].weight_names(self.options.scope)
         ]
 
-    def run(
-        self,
-        requests: Sequence[EditRequest],
-        trainer: TrainerOptions,
-        logger: Logger | bool,
-        seed: int,
-        work: Path | None = None,
-    ) -> None:
+    def run(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
         """Train until every request is learnt or the options' epochs are over."""
-        self.prepare(requests, trainer)
+        self.prepare(requests, runtime.trainer)
         for name in self.weight_names:
             self.model.get_parameter(name).requires_grad_(True)
-        self.fit(trainer, logger, seed, work)
+        self.fit(runtime)
 
     def prepare(self, requests: Sequence[EditRequest], trainer: TrainerOptions) -> None:
         """Find and read what training leaves as it is."""
@@ -91,13 +84,7 @@ class FineTune(LightningModule):
         }
         self.taught, self.others = read_rows(self.llm, min(self.layers), requests, self.options, trainer)
 
-    def fit(
-        self,
-        trainer: TrainerOptions,
-        logger: Logger | bool,
-        seed: int,
-        work: Path | None,
-    ) -> None:
+    def fit(self, runtime: Runtime) -> None:
         """Train what requires a gradient; with a work folder, on from the last epoch that it holds."""
         self.start = {name: weight.detach().clone() for name, weight in self._trained()} if self.bound else {}
         learnt = EarlyStopping(
@@ -107,22 +94,23 @@ class FineTune(LightningModule):
             check_on_train_epoch_end=True,
         )
         callbacks: list[Callback] = [learnt]
-        if work:
-            callbacks.append(ModelCheckpoint(work, CHECKPOINT, enable_version_counter=False))
-        checkpoint = work / f"{CHECKPOINT}.ckpt" if work else None
+        if runtime.work:
+            callbacks.append(ModelCheckpoint(runtime.work, CHECKPOINT, enable_version_counter=False))
+        checkpoint = runtime.work / f"{CHECKPOINT}.ckpt" if runtime.work else None
+        data = ListDataModule((range(len(self.taught)), self._share, self.options.batch_size), seed=runtime.seed)
         build_trainer(
-            trainer,
+            runtime.trainer,
             "Editing",
-            logger,
+            runtime.logger,
             callbacks,
             max_epochs=self.options.epochs,
             log_every_n_steps=1,
             use_distributed_sampler=False,
-            enable_checkpointing=work is not None,
+            enable_checkpointing=checkpoint is not None,
             reload_dataloaders_every_n_epochs=1,  # so that an epoch's order hangs on its number alone
         ).fit(
             self,
-            datamodule=ListDataModule((range(len(self.taught)), self._share, self.options.batch_size), seed=seed),
+            datamodule=data,
             ckpt_path=checkpoint if checkpoint and checkpoint.is_file() else None,
             weights_only=True,
         )

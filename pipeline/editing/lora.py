@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import Logger
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing.finetune import FineTune
+from pipeline.editing.method import Runtime
 from pipeline.editing.update import ADAPTER_PREFIX
 from pipeline.errors import UserError
 from pipeline.model import LLM, sizes
-from pipeline.options import EditOptions, LoraOptions, TrainerOptions
+from pipeline.options import EditOptions, LoraOptions
 from pipeline.requests import EditRequest
 
 
@@ -57,18 +56,11 @@ class Lora(FineTune):
             k.removeprefix(ADAPTER_PREFIX): v for k, v in (earlier or {}).items() if k.startswith(ADAPTER_PREFIX)
         }
 
-    def run(
-        self,
-        requests: Sequence[EditRequest],
-        trainer: TrainerOptions,
-        logger: Logger | bool,
-        seed: int,
-        work: Path | None = None,
-    ) -> None:
+    def run(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
         """Train the adapter, and merge it into the weights."""
-        self.prepare(requests, trainer)
-        with self._adapted(seed) as adapted:
-            self.fit(trainer, logger, seed, work)
+        self.prepare(requests, runtime.trainer)
+        with self._adapted(runtime.seed) as adapted:
+            self.fit(runtime)
             self.state = {
                 ADAPTER_PREFIX + k: v.cpu().clone() for k, v in get_peft_model_state_dict(adapted).items()
             }

@@ -17,19 +17,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
+from pipeline.editing.method import Runtime
 from pipeline.errors import UserError
 from pipeline.model import LLM, TargetBatch, build_trainer, collate_targets, encode, target_losses
 from pipeline.model.blocks import Projection
 from pipeline.model.trainer import check_shares, predict
-from pipeline.options import EditOptions, TrainerOptions
+from pipeline.options import EditOptions
 from pipeline.requests import EditRequest, ListDataModule
 
 
@@ -55,6 +54,7 @@ class OnePass:
         state: the running statistics by name: what a later update goes on from.
     """
 
+    needs_subject = False
     adapter: dict[str, Any] | None = None
 
     def __init__(
@@ -72,20 +72,13 @@ class OnePass:
         self.weight_names = [f"{name}.weight" for name in self.projections]
         self.state = dict(earlier or {})
 
-    def run(
-        self,
-        requests: Sequence[EditRequest],
-        trainer: TrainerOptions,
-        logger: Logger | bool,
-        seed: int,
-        work: Path | None = None,
-    ) -> None:
+    def run(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
         """Capture, merge the statistics, solve, and change the weights in place."""
         rows = encode(self.llm, [(r.prompt, r.new_answer) for r in requests], tags=[r.id for r in requests])
         rows.sort(key=lambda row: len(row.token_ids))
         collate = partial(collate_targets, pad_token_id=self.llm.pad_token_id)
         data = ListDataModule((rows, collate, self.options.batch_size))
-        runner = build_trainer(trainer, "One pass")
+        runner = build_trainer(runtime.trainer, "One pass")
         check_shares(runner, len(rows))
         batches = predict(runner, CaptureModule(self.llm, self.projections), data)
         for name, projection in self.projections.items():

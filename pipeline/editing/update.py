@@ -87,9 +87,9 @@ class WeightUpdate:
             UserError: when the disk has no room for it.
         """
         contents = {TENSORS_FILE: _portable(self.tensors), STATE_FILE: _portable(self.state)}
+        require_room(folder, sum(tensor.nbytes for tensors in contents.values() for tensor in tensors.values()))
         if self.adapter:
             self.save_adapter(folder / "adapter")
-        require_room(folder, sum(tensor.nbytes for tensors in contents.values() for tensor in tensors.values()))
         digests = {name: _write(folder / name, tensors) for name, tensors in contents.items() if tensors}
         write_json(
             folder / UPDATE_FILE,

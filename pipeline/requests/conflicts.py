@@ -36,7 +36,7 @@ def settle(requests: Sequence[EditRequest], last_wins: bool = False) -> list[Edi
         more = f", and {len(named) - NAMED} more pairs" if len(named) > NAMED else ""
         raise UserError(
             f"requests: contradict each other, same subject and prompt: {'; '.join(named[:NAMED])}{more}; "
-            "correct them, or pass --last_wins to keep the last of each"
+            "correct them, or keep the last of each with --last_wins (`run`: --edit.last_wins)"
         )
     return [request for request in requests if not losers or request.new_answer == last[fact(request)].new_answer]
 

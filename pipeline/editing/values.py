@@ -1,0 +1,170 @@
+"""Values: what a block's down-projection should put out at a subject's last token, found for many requests at once.
+
+A batch of requests is searched together, each with its own change of the output; only what a change can reach is
+computed (see `pipeline.model.suffix`), and a request whose answer is learnt leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.editing.contexts import in_context
+from pipeline.editing.method import Runtime
+from pipeline.errors import UserError
+from pipeline.files import write_whole
+from pipeline.model import LLM, build_trainer, encode
+from pipeline.model.suffix import Suffixes, SuffixRow, SuffixRunner
+from pipeline.model.targets import last_token, tokenize
+from pipeline.model.trainer import predict
+from pipeline.options import LocateOptions
+from pipeline.requests import EditRequest, ListDataModule
+
+
+class Located(NamedTuple):
+    """A request, by number and id, with its rows: prompt and new answer under each context, last `{subject} is`."""
+
+    number: int
+    id: str
+    rows: list[SuffixRow]
+
+    def width(self) -> int:
+        """The most tokens from the subject's last on: batches of like width hold little padding."""
+        return max(len(row.token_ids) - row.start for row in self.rows)
+
+
+def locate(llm: LLM, number: int, request: EditRequest, templates: Sequence[str]) -> Located:
+    """Encode a request under every template and find its subject's last token in each row."""
+    placed = [in_context(template, request) for template in templates]
+    rows = []
+    for (text, end), row in zip(
+        placed, encode(llm, [(text, request.new_answer) for text, _ in placed]), strict=True
+    ):
+        start = last_token(llm, text[:end], row.token_ids)
+        rows.append(SuffixRow(row.token_ids, min(start, row.target_start - 1), row.target_start))
+    subject = request.subject or ""
+    (plain,) = tokenize(llm, [f"{subject} is"])
+    rows.append(SuffixRow(plain, last_token(llm, subject, plain), len(plain)))
+    return Located(number, request.id, rows)
+
+
+class ValueSearch(LightningModule):
+    """Finds, for each request, the change r of the down-projection's output that makes the new answer likely.
+
+    Loss of a request (ROME, arXiv 2202.05262, eq. 4, for a batch): mean over contexts of ℓ(x, y_new), plus
+    `kl` · KL(base ‖ changed) after "{subject} is", plus `decay` · ‖r‖² / ‖output‖². Step and bound of r are in
+    units of the projection's own output norm, so that one setting serves models with and without a norm behind
+    the projection. A request whose answer is learnt leaves the batch.
+
+    Args:
+        llm: the model, frozen by the caller.
+        layer: the block whose down-projection's output changes.
+        options: how to search.
+        visit: counts the searches of an edit.
+    """
+
+    def __init__(self, llm: LLM, layer: int, options: LocateOptions, visit: int = 0) -> None:
+        super().__init__()
+        self.options = options
+        self.visit = visit
+        self.work: Path | None = None
+        self.runner = SuffixRunner(llm, layer)
+
+    def find(self, located: Sequence[Located], runtime: Runtime) -> Tensor:
+        """Every request's change of the output, in the requests' order, (G, O).
+
+        With a work folder, found values are kept there batch by batch, and a search goes on from what is there.
+        Runs under `Trainer.predict`: requests are searched for apart, so that processes need not keep step.
+        """
+        self.work = runtime.work
+        found = self._kept()
+        left = sorted((each for each in located if each.number not in found), key=Located.width)
+        if left:
+            data = ListDataModule((left, list, self.options.batch_size))
+            found |= dict(predict(build_trainer(runtime.trainer, "Finding values", runtime.logger), self, data))
+        return torch.stack([found[each.number] for each in located])
+
+    @torch.enable_grad()
+    def predict_step(self, batch: list[Located], batch_idx: int = 0) -> list[tuple[int, Tensor]]:
+        """Search the values of one batch of requests to the end."""
+        each = len(batch[0].rows)
+        rows, base_logits_NV = self.runner.capture([row for located in batch for row in located.rows])
+        base_GV = base_logits_NV[rows.target_N < 0].log_softmax(-1)
+        scale_G = rows.output_BO[::each].norm(dim=-1)
+        change_GO = self._search(batch, rows, base_GV, scale_G, each).float().cpu()
+        found = [(located.number, change_O.clone()) for located, change_O in zip(batch, change_GO, strict=True)]
+        self._keep(found)
+        return found
+
+    def _keep(self, found: Sequence[tuple[int, Tensor]]) -> None:
+        if self.work:
+            self.work.mkdir(parents=True, exist_ok=True)
+            file = self.work / f"values-{self.visit}-{found[0][0]}.safetensors"
+            tensors = {str(number): change_O for number, change_O in found}
+            write_whole(file, lambda partial: save_file(tensors, partial))
+
+    def _kept(self) -> dict[int, Tensor]:
+        """What an interrupted search of this visit has found, by request number."""
+        files = sorted(self.work.glob(f"values-{self.visit}-*.safetensors")) if self.work else []
+        return {int(number): change_O for file in files for number, change_O in load_file(file).items()}
+
+    def _search(self, batch: list[Located], rows: Suffixes, base_GV: Tensor, scale_G: Tensor, each: int) -> Tensor:
+        """Adam on all requests' changes at once; shape (G, O)."""
+        options = self.options
+        unit_GO = torch.zeros_like(rows.output_BO[::each]).requires_grad_(True)  # changes over scale
+        learnt_GO = torch.zeros_like(unit_GO)
+        adam = torch.optim.Adam([unit_GO], lr=options.step)
+        alive = torch.arange(len(batch), device=unit_GO.device)
+        running, part = alive, rows
+        for step in range(options.steps + 1):
+            change_BO = (unit_GO * scale_G[:, None])[running].repeat_interleave(each, dim=0)
+            nll_G, kl_G = self._losses(part, self.runner.run(part, change_BO), base_GV[running], each)
+            if not nll_G.isfinite().all():
+                ids = ", ".join(located.id for located in batch)
+                raise UserError(
+                    f"edit: the loss is not a number in step {step}, in the batch of requests {ids}; "
+                    "try a smaller --locate.step"
+                )
+            learnt_GO[running] = unit_GO.detach()[running]
+            self._show(step, nll_G)
+            going = nll_G > options.learnt
+            if step == options.steps or not going.any():
+                break
+            loss = nll_G + options.kl * kl_G + options.decay * unit_GO[running].square().sum(-1)
+            adam.zero_grad()
+            loss[going].sum().backward()
+            adam.step()
+            with torch.no_grad():
+                unit_GO *= options.bound / unit_GO.norm(dim=-1, keepdim=True).clamp(min=options.bound)
+            running = running[going]
+            part = part.subset(self._rows_of(going, each)) if not going.all() else part
+        return learnt_GO * scale_G[:, None]
+
+    @staticmethod
+    def _rows_of(groups: Tensor, each: int) -> Tensor:
+        """Numbers of the rows of the groups that a mask names."""
+        return groups.repeat_interleave(each).nonzero().squeeze(1)
+
+    @staticmethod
+    def _losses(rows: Suffixes, logits_NV: Tensor, base_GV: Tensor, each: int) -> tuple[Tensor, Tensor]:
+        """Each group's mean loss over its contexts, and its divergence after "{subject} is"; both (G,)."""
+        plain = rows.target_N < 0
+        scored = ~plain
+        losses = F.cross_entropy(logits_NV[scored], rows.target_N[scored], reduction="none")
+        row_N, count = rows.row_N[scored], len(rows.ids_BS)
+        sums = losses.new_zeros(count).index_add(0, row_N, losses)
+        means_B = sums / torch.bincount(row_N, minlength=count).clamp(min=1)
+        nll_G = means_B.view(-1, each)[:, :-1].mean(1)
+        kl_G = F.kl_div(logits_NV[plain].log_softmax(-1), base_GV, log_target=True, reduction="none").sum(-1)
+        return nll_G, kl_G
+
+    def _show(self, step: int, nll_G: Tensor) -> None:
+        if self.logger:
+            self.logger.log_metrics({"edit/value_loss": nll_G.mean().item()}, step)
