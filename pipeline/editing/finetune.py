@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -177,14 +178,19 @@ class FineTune(LightningModule):
                 most = self.bound * start.float().square().mean().sqrt().item()
                 weight.copy_(torch.clamp(weight, start - most, start + most))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, its step in units of a weight's own root mean square, so that one rate serves every family."""
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Adam, its step in units of a weight's own root mean square, so that one rate serves every family.
+
+        The step falls evenly to a tenth over the epochs: what late steps take from earlier ones stays small.
+        """
         trained = self._trained()
         found = {weight: self.whitening(name) for name, weight in trained}
-        return WhitenedAdam(
+        adam = WhitenedAdam(
             [{"params": [weight], "lr": self.step_of(weight)} for _, weight in trained],
             {weight: whitening for weight, whitening in found.items() if whitening},
         )
+        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.1, total_iters=self.options.epochs)
+        return {"optimizer": adam, "lr_scheduler": falling}
 
     def whitening(self, name: str) -> tuple[Tensor, int] | None:
         """A trained weight's whitener, and the weight's dimension that it acts on."""
