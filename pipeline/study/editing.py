@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,8 @@ from pipeline.editing import WeightUpdate, edit
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluator
 from pipeline.files import write_json
-from pipeline.model import LLM, collate_targets, encode, target_logits
+from pipeline.model import LLM, collate_targets, encode, target_logits, target_losses
+from pipeline.model.upper import handing_on, reading_enter
 from pipeline.options import AttributionOptions, BenchmarkCommand, EditOptions, FinetuneOptions, StatisticsOptions
 from pipeline.requests import EditRequest, load_requests
 
@@ -44,9 +45,9 @@ BOUNDS: dict[str, Figures] = {  # what a figure is to reach: at least, or for co
     f"20 requests, each alone, {BEST}": {"rewrite": 1.00, "rephrase": 0.40, "locality": 0.90},
     f"batch of 1000, {BEST}": {"rewrite": 0.80, "locality": 0.55, "perplexity ratio": 1.20},
     f"ten updates of 50, {BEST}": {"rewrite": 0.80, "locality": 0.60, "perplexity ratio": 1.15},
-    "upper blocks alone, fine-tuning": {"speed-up": 1.5, "largest difference": 1e-5},
+    "upper blocks alone, fine-tuning": {"speed-up": 1.5, "difference of the gradient": 1e-5},
 }
-AT_MOST = ("cost", "perplexity ratio", "largest difference")
+AT_MOST = ("cost", "perplexity ratio", "difference of the gradient")
 
 
 def benchmark_editing(llm: LLM, options: BenchmarkCommand, folder: Path) -> list[dict[str, Any]]:
@@ -84,6 +85,7 @@ class Bench:
         self.records = load_requests(str(data / COUNTERFACT))
         if len(self.records) < PROXY.stop:
             raise UserError(f"data: {data / COUNTERFACT}: {len(self.records)} records; {PROXY.stop} are needed")
+        self._device = next(llm.model.parameters()).device
         self.text = str(data / TEXT) if (data / TEXT).is_file() else None
 
     def kept(self, name: str, measure: Callable[[], Figures]) -> Figures:
@@ -158,20 +160,35 @@ class Bench:
 
     def upper_blocks(self) -> Figures:
         """Fine-tuning far up, with the blocks below run once and with all of them run every time, in turns."""
-        requests = self.records[BATCH]
+        requests, layer = self.records[BATCH], HIGH * len(self.llm.blocks) // 3
         seconds: dict[bool, list[float]] = {True: [], False: []}
         weights: dict[bool, dict[str, torch.Tensor]] = {}
         for _ in range(TURNS):
             for reuse in (True, False):
                 finetune = FinetuneOptions(epochs=10, contexts=0, learnt=0.0, kl=0.0, whiten=0.0, reuse=reuse)
-                options = EditOptions(
-                    method="finetune", layers=[HIGH * len(self.llm.blocks) // 3], finetune=finetune
-                )
+                options = EditOptions(method="finetune", layers=[layer], finetune=finetune)
                 started = time.perf_counter()
                 weights[reuse] = edit(self.llm, requests, None, options, self.trainer).tensors
                 seconds[reuse].append(time.perf_counter() - started)
-        difference = max((weights[True][name] - weights[False][name]).abs().max().item() for name in weights[True])
-        return {"speed-up": median(seconds[False]) / median(seconds[True]), "largest difference": difference}
+        base = {name: self.llm.model.get_parameter(name).detach().cpu() for name in weights[True]}
+        upper, every = ({name: weights[way][name] - base[name] for name in base} for way in (True, False))
+        return {
+            "speed-up": median(seconds[False]) / median(seconds[True]),
+            "difference of the gradient": self._upper_gradient(layer, requests),
+            "difference of the change": relative_difference(upper, every),
+        }
+
+    def _upper_gradient(self, layer: int, requests: Sequence[EditRequest]) -> float:
+        """How far gradients over the requests are, without the blocks below, from those with them."""
+        rows = encode(self.llm, [(r.prompt, r.new_answer) for r in requests])
+        batch = move_data_to_device(collate_targets(rows, self.llm.pad_token_id), self._device)
+        names = self.llm.blocks[layer].weight_names("mlp")
+        weights = [self.llm.model.get_parameter(name) for name in names]
+        with self.llm.frozen(trainable=names), reading_enter(self.llm, layer) as entering:
+            every = torch.autograd.grad(target_losses(self.llm.model, batch).mean(), weights)
+            with handing_on(self.llm, layer, entering[0].detach()):
+                upper = torch.autograd.grad(target_losses(self.llm.model, batch).mean(), weights)
+        return relative_difference(dict(zip(names, upper, strict=True)), dict(zip(names, every, strict=True)))
 
     def _evaluator(self, requests: Sequence[EditRequest]) -> Evaluator:
         return Evaluator(self.llm, requests, trainer=self.trainer, kinds=("probes", "text"))
@@ -188,12 +205,16 @@ class Bench:
         rows = encode(self.llm, [(r.prompt, r.new_answer) for r in requests])
         rows.sort(key=lambda row: len(row.token_ids))
         batches = [collate_targets(rows[at : at + 16], self.llm.pad_token_id) for at in range(0, len(rows), 16)]
-        device = next(self.llm.model.parameters()).device
         took = []
         with self.llm.frozen():
             for _ in range(5):
                 started = time.perf_counter()
                 for batch in batches:
-                    target_logits(self.llm.model, move_data_to_device(batch, device))[0, 0].item()
+                    target_logits(self.llm.model, move_data_to_device(batch, self._device))[0, 0].item()
                 took.append((time.perf_counter() - started) / len(rows))
         return median(took)
+
+
+def relative_difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """The largest of ‖found − expected‖ / ‖expected‖ over tensors, as Frobenius norms."""
+    return max(((found[name] - tensor).norm() / tensor.norm()).item() for name, tensor in expected.items())
