@@ -177,7 +177,7 @@ class LoraOptions(TrainingOptions):
     """LoRA's scaling is alpha / rank."""
     learning_rate: float = 5e-3
     """Adam's step size."""
-    kl: float = 0.4
+    kl: float = 0.2
     """Weight of answering as before after prompts about something else; 0: not asked for."""
 
     def __post_init__(self) -> None:
@@ -191,12 +191,11 @@ class LoraOptions(TrainingOptions):
 class LocateOptions:
     """Locate-then-edit: memit, emmet, rome and alphaedit."""
 
-    contexts: int = 3
+    contexts: int = 1
     """Contexts that a value is searched under, the bare prompt being the first; at most 9."""
-    rewordings: int | None = None
-    """Rewordings, with the subject in another place, that it is searched under as well; at most 2. Default: 2 for
-    up to 10 requests, none for more, whose values then stay nearer to their own prompts."""
-    key_contexts: int = 9
+    associations: int = 2
+    """Openings that call for what goes with a subject, which it is searched under as well; at most 2."""
+    key_contexts: int = 5
     """Contexts that a subject's keys are taken under; at most 9."""
     neighbours: int = 10
     """memit: other names in each prompt, whose outputs are to stay; 0: none."""
@@ -208,7 +207,7 @@ class LocateOptions:
     """memit: each context's key is a column of its own; else a request has one, their mean."""
     batch_size: int = 16
     """Requests whose values are searched for together."""
-    steps: int = 25
+    steps: int = 40
     """The most optimiser steps of a value."""
     step: float = 0.2
     """Adam's step size for a value, in units of the projection's output norm."""
@@ -220,7 +219,7 @@ class LocateOptions:
     """Weight of keeping what the model says after `{subject} is`."""
     decay: float = 0.01
     """Weight of a value's squared change."""
-    strength: float = 200.0
+    strength: float = 80.0
     """memit: weight of what is to stay against the requests, free of the keys' scale."""
     ridge: float = 1e-4
     """emmet, rome: added to the diagonals of both systems, relative to their mean."""
@@ -232,13 +231,11 @@ class LocateOptions:
             check_at_least(f"locate.{name}", getattr(self, name), 1)
         for name in ("step", "bound", "strength", "ridge", "threshold"):
             check_above(f"locate.{name}", getattr(self, name), 0)
-        for name in ("learnt", "kl", "decay", "neighbours", "neighbour_weight"):
+        for name in ("associations", "learnt", "kl", "decay", "neighbours", "neighbour_weight"):
             check_at_least(f"locate.{name}", getattr(self, name), 0)
         for name in ("contexts", "key_contexts"):
             check_at_most(f"locate.{name}", getattr(self, name), 9)
-        if self.rewordings is not None:
-            check_at_least("locate.rewordings", self.rewordings, 0)
-            check_at_most("locate.rewordings", self.rewordings, 2)
+        check_at_most("locate.associations", self.associations, 2)
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.editing.contexts import CONTEXTS, NAMES, REWORDINGS, in_context, neighbours
+from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, NAMES, in_context, neighbours
 from pipeline.editing.keys import KeyRow, neighbour_moment, read_keys
 from pipeline.model import LLM
 from pipeline.model.targets import tokenize
@@ -13,7 +13,7 @@ from pipeline.options import TrainerOptions
 from pipeline.requests import EditRequest
 
 
-@pytest.mark.parametrize("template", CONTEXTS + REWORDINGS)
+@pytest.mark.parametrize("template", CONTEXTS + ASSOCIATIONS)
 def test_the_subject_ends_where_it_is_said_to(template: str, requests: list[EditRequest]) -> None:
     for request in requests:
         text, end = in_context(template, request)
@@ -21,12 +21,9 @@ def test_the_subject_ends_where_it_is_said_to(template: str, requests: list[Edit
         assert (request.prompt in text) == (template in CONTEXTS)
 
 
-def test_rewordings_say_the_same_of_it() -> None:
+def test_an_association_is_of_the_subject_alone() -> None:
     request = EditRequest(id="1", prompt="The river of Spain is", subject="Spain", new_answer="x")
-    assert in_context("{subject}. {reworded}", request) == ("Spain. The river of it is", 5)
-    first = EditRequest(id="2", prompt="iron is used for", subject="iron", new_answer="x")
-    assert in_context("{subject}. {reworded}", first)[0] == "Iron. It is used for"
-    assert in_context("About {subject}. {reworded}", first) == ("About iron. It is used for", 10)
+    assert in_context("Think of {subject} and", request) == ("Think of Spain and", 14)
     nameless = EditRequest(id="3", prompt="The sky is", new_answer="green")
     assert in_context("Well. {prompt}", nameless) == ("Well. The sky is", 0)
 

@@ -18,9 +18,9 @@ CONTEXTS = (  # what may stand before a prompt, so that an edit holds in more th
     "The old harbour was rebuilt after the war, and the town grew quickly. {prompt}",
     "We met twice that year.\n{prompt}",
 )
-REWORDINGS = (  # the subject in another place than the prompt's, so that an edit is of the subject, not of a phrase
-    "{subject}. {reworded}",
-    "The talk was about {subject}. {reworded}",
+ASSOCIATIONS = (  # openings that call for what goes with a subject, so that an edit is of it, not of a phrase
+    "People who hear of {subject} think of",
+    "The first thing that comes to mind about {subject} is",
 )
 
 NAMES = tuple(  # well known, of many kinds, so that any kind of subject has neighbours
@@ -54,15 +54,15 @@ Latin, Mandarin Chinese, Spanish, oxygen, the Moon, World War II, Christmas
 
 
 def in_context(template: str, request: EditRequest) -> tuple[str, int]:
-    """A request's prompt in a context or rewording, and where the subject in it ends (0: it has none)."""
+    """A request's prompt in a context, or its subject in an association, and where the subject in it ends.
+
+    The end is 0 for a request without a subject in its prompt.
+    """
     subject = request.subject or ""
-    before, found, after = request.prompt.rpartition(subject) if subject else ("", "", request.prompt)
-    reworded = f"{before}{'it' if before else 'It'}{after}"
+    before, found, _ = request.prompt.rpartition(subject) if subject else ("", "", request.prompt)
     head, slot, _ = template.partition("{prompt}" if "{prompt}" in template else "{subject}")
-    named = subject if head else subject[:1].upper() + subject[1:]
-    text = template.format(prompt=request.prompt, subject=named, reworded=reworded)
     end = len(head) + (len(before) if slot == "{prompt}" else 0) + len(found)
-    return text, end if found else 0
+    return template.format(prompt=request.prompt, subject=subject), end if found else 0
 
 
 def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int = 0) -> list[tuple[str, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, owner
-from pipeline.editing.contexts import CONTEXTS, REWORDINGS, in_context
+from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, in_context
 from pipeline.editing.keys import KeyRow, neighbour_moment, read_keys
 from pipeline.editing.method import Runtime
 from pipeline.editing.statistics import key_moments
@@ -26,8 +26,6 @@ from pipeline.model.blocks import Projection
 from pipeline.model.targets import last_token, tokenize
 from pipeline.options import EditOptions, LocateOptions
 from pipeline.requests import EditRequest
-
-FEW = 10  # requests whose values may reach far: few get in each other's way
 
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
@@ -79,10 +77,7 @@ class LocateThenEdit:
         """At each layer in turn: search the values, gather the keys, solve, and change the weight in place."""
         names = [name for layer in self.layers for name in self.llm.blocks[layer].down]
         moments = key_moments(self.llm, names, self.statistics, runtime.trainer)
-        rewordings = self.options.rewordings
-        if rewordings is None:
-            rewordings = len(REWORDINGS) if len(requests) <= FEW else 0
-        templates = CONTEXTS[: self.options.contexts] + REWORDINGS[:rewordings]
+        templates = CONTEXTS[: self.options.contexts] + ASSOCIATIONS[: self.options.associations]
         located = [locate(self.llm, number, request, templates) for number, request in enumerate(requests)]
         owners = [owner(request) for request in requests]
         visits = [(layer, turn) for layer in self.layers for turn in range(self.options.rounds)]
