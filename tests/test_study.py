@@ -1,0 +1,66 @@
+"""The benchmark of editing: every figure that is asked for is there, and found once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import SHARED
+
+from pipeline.model import LLM
+from pipeline.options import BenchmarkCommand, EditOptions, FinetuneOptions, LocateOptions
+from pipeline.study import editing
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few records and steps in place of hundreds."""
+    for name, value in {
+        "PROXY": slice(1000, 1003),
+        "BATCH": slice(0, 3),
+        "ALONE": slice(0, 1),
+        "MANY": slice(0, 4),
+        "UPDATES": 2,
+        "EACH": 2,
+        "TURNS": 1,
+        "FURTHER": ("emmet",),
+    }.items():
+        monkeypatch.setattr(editing, name, value)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
+@pytest.mark.usefixtures("small")
+def test_every_figure_is_found_once(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = BenchmarkCommand(data=str(SHARED))
+    results = editing.benchmark_editing(tiny_llm, options, tmp_path)
+    assert all(set(result) == {"name", "value", "bound", "met"} for result in results)
+    asked = {f"{name}: {figure}" for name, figures in editing.BOUNDS.items() for figure in figures}
+    assert asked == {result["name"] for result in results if result["bound"] is not None}
+    by_name = {result["name"]: result for result in results}
+    gradient = by_name["upper blocks alone, fine-tuning: difference of the gradient"]
+    assert gradient["met"], "exact on any model"
+    assert 0 < gradient["value"] + 1e-12 < 1e-4
+    costs = [result for result in results if result["name"].endswith("cost") and result["bound"]]
+    assert all(result["met"] == (result["value"] <= result["bound"]) for result in costs)
+
+    def again(*_: Any) -> Callable[[], Any]:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(editing.Bench, "edit", again)
+    monkeypatch.setattr(editing, "find_golden_layer", again)
+    assert editing.benchmark_editing(tiny_llm, options, tmp_path) == results
+    assert all(json.loads(file.read_text(encoding="utf-8")) for file in tmp_path.glob("*.json"))
+
+
+def test_the_config_for_many_requests_is_what_is_measured() -> None:
+    settings = yaml.safe_load((ROOT / "configs" / "many.yaml").read_text(encoding="utf-8"))["edit"]
+    assert LocateOptions(**settings["locate"]) == editing.SMALL
+    assert FinetuneOptions(**settings["finetune"]) == editing.FINISH
+    assert settings["method"] == editing.BEST
+    assert EditOptions().method == editing.BEST
