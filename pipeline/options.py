@@ -131,6 +131,8 @@ class TrainingOptions:
     """Requests in an optimiser step, over all devices."""
     contexts: int = 4
     """Contexts that a prompt is trained under, in turn, every second epoch; 0: the bare prompt alone."""
+    last_step: float = 1.0
+    """The last epoch's step size, in units of the first's."""
     learnt: float = 0.1
     """A row whose loss (nats) is below this counts no more; when all are, training ends."""
     kl: float = 0.3
@@ -147,6 +149,8 @@ class TrainingOptions:
             check_at_least(f"{stage}.{name}", getattr(self, name), 1)
         for name in ("contexts", "learnt", "kl", "whiten"):
             check_at_least(f"{stage}.{name}", getattr(self, name), 0)
+        check_above(f"{stage}.last_step", self.last_step, 0)
+        check_at_most(f"{stage}.last_step", self.last_step, 1)
         check_at_most(f"{stage}.contexts", self.contexts, 4)
 
 
@@ -177,6 +181,8 @@ class LoraOptions(TrainingOptions):
     """LoRA's scaling is alpha / rank."""
     learning_rate: float = 5e-3
     """Adam's step size."""
+    last_step: float = 0.1
+    """The last epoch's step size, in units of the first's."""
     kl: float = 0.2
     """Weight of answering as before after prompts about something else; 0: not asked for."""
 

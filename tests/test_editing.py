@@ -18,7 +18,7 @@ from pipeline.model import LLM
 from pipeline.options import EditOptions, FinetuneOptions
 from pipeline.requests import EditRequest
 
-FEW = FinetuneOptions(epochs=55, batch_size=4, learning_rate=0.2, learnt=0.0, whiten=0.0)
+FEW = FinetuneOptions(epochs=30, batch_size=4, learning_rate=0.2, learnt=0.0, whiten=0.0)
 
 
 def weights(llm: LLM) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_edit(tiny_llm: LLM, requests: list[EditReq
 def test_training_ends_when_the_loss_is_low(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     losses = []
     for learnt in (0.0, 4.5):
-        options = FinetuneOptions(epochs=200, batch_size=7, learning_rate=0.03, learnt=learnt, whiten=0.0)
+        options = FinetuneOptions(epochs=100, batch_size=7, learning_rate=0.03, learnt=learnt, whiten=0.0)
         update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], finetune=options))
         with update.applied(tiny_llm):
             losses.append(mean_loss(tiny_llm, requests))

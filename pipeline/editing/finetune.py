@@ -181,7 +181,7 @@ class FineTune(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam, its step in units of a weight's own root mean square, so that one rate serves every family.
 
-        The step falls evenly to a tenth over the epochs: what late steps take from earlier ones stays small.
+        Over the epochs it goes evenly to `last_step` times that: small late steps take little from earlier ones.
         """
         trained = self._trained()
         found = {weight: self.whitening(name) for name, weight in trained}
@@ -189,7 +189,9 @@ class FineTune(LightningModule):
             [{"params": [weight], "lr": self.step_of(weight)} for _, weight in trained],
             {weight: whitening for weight, whitening in found.items() if whitening},
         )
-        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.1, total_iters=self.options.epochs)
+        falling = torch.optim.lr_scheduler.LinearLR(
+            adam, 1.0, self.options.last_step, total_iters=self.options.epochs
+        )
         return {"optimizer": adam, "lr_scheduler": falling}
 
     def whitening(self, name: str) -> tuple[Tensor, int] | None:

@@ -44,7 +44,7 @@ BEST = "memit"
 SMALL = LocateOptions(
     bound=1.3, step=0.13, strength=40.0, key_contexts=3, neighbour_weight=0.2
 )  # configs/many.yaml
-FINISH = FinetuneOptions(epochs=4, kl=1.0, learnt=0.3)  # on top of memit, for what it missed
+FINISH = FinetuneOptions(epochs=4, last_step=0.1, kl=1.0, learnt=0.3)  # on top of memit, for what it missed
 OTHERS, FURTHER = ("finetune", "lora", "one_pass"), ("emmet", "rome", "alphaedit")
 
 Figures = dict[str, float]
