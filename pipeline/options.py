@@ -213,11 +213,11 @@ class LocateOptions:
     """memit: each context's key is a column of its own; else a request has one, their mean."""
     batch_size: int = 16
     """Requests whose values are searched for together."""
-    steps: int = 40
+    steps: int = 25
     """The most optimiser steps of a value."""
-    step: float = 0.2
+    step: float = 0.16
     """Adam's step size for a value, in units of the projection's output norm."""
-    bound: float = 2.0
+    bound: float = 1.6
     """Largest change of a value, in units of the projection's output norm."""
     learnt: float = 0.05
     """A value is found when its mean loss (nats) is below this."""
