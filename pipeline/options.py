@@ -125,7 +125,7 @@ class TrainingOptions:
 
     scope: str = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: int = 15
+    epochs: int = 13
     """The most passes over the requests."""
     batch_size: int = 8
     """Requests in an optimiser step, over all devices."""
@@ -213,7 +213,7 @@ class LocateOptions:
     """memit: each context's key is a column of its own; else a request has one, their mean."""
     batch_size: int = 16
     """Requests whose values are searched for together."""
-    steps: int = 25
+    steps: int = 22
     """The most optimiser steps of a value."""
     step: float = 0.16
     """Adam's step size for a value, in units of the projection's output norm."""

@@ -122,16 +122,16 @@ class FineTune(LightningModule):
         A device for which no row is left takes one along that counts nothing: all must take part in a step.
         """
         epoch, rank, devices = self.current_epoch, self.trainer.global_rank, self.trainer.world_size
-        rows = [self._variant(self.taught[number], epoch + number) for number in picked]
+        rows = [self._variant(self.taught[number], epoch, number) for number in picked]
         others = [self.others[(number + epoch) % len(self.others)] for number in picked[::2] if self.others]
         idle = replace(rows[0], target=replace(rows[0].target, tag=None))
         own = rows[rank::devices] or [idle]
         return collate(own, others[rank::devices], len(rows), len(others), self.llm.pad_token_id)
 
     @staticmethod
-    def _variant(rows: Sequence[Row], turn: int) -> Row:
-        """The bare prompt in even turns, a context in odd ones."""
-        return rows[0] if turn % 2 == 0 or len(rows) == 1 else rows[1 + turn // 2 % (len(rows) - 1)]
+    def _variant(rows: Sequence[Row], epoch: int, number: int) -> Row:
+        """The bare prompt in even epochs, contexts in turn in odd ones: rows of a batch are of like length."""
+        return rows[0] if epoch % 2 == 0 or len(rows) == 1 else rows[1 + (epoch // 2 + number) % (len(rows) - 1)]
 
     def training_step(self, lesson: Lesson) -> Tensor:
         """This device's part of the loss, such that DDP's mean over devices is the mean over all rows."""
