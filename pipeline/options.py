@@ -125,7 +125,7 @@ class TrainingOptions:
 
     scope: str = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: int = 13
+    epochs: int = 14
     """The most passes over the requests."""
     batch_size: int = 8
     """Requests in an optimiser step, over all devices."""
@@ -158,7 +158,7 @@ class TrainingOptions:
 class FinetuneOptions(TrainingOptions):
     """Fine-tuning of the golden layer in mini-batches."""
 
-    learning_rate: float = 0.015
+    learning_rate: float = 0.02
     """Adam's step size, in units of a weight's root mean square."""
     bound: float = 0.0
     """Largest change of a weight's entry, in the same units; 0: none."""
