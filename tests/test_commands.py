@@ -564,7 +564,8 @@ def test_a_prompt_longer_than_the_context(
     words: list[str], model: list[str], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     file = tmp_path / "long.jsonl"
-    file.write_text(json.dumps({"prompt": "Spain " * 200 + "is", "new_answer": "Lima", "old_answer": "Rome"}))
+    record = {"prompt": "Spain " * 200 + "is", "subject": "Spain", "new_answer": "Lima", "old_answer": "Rome"}
+    file.write_text(json.dumps(record))
     output = [] if words[0] == "generate" else ["--output", "out"]
     line = refused(*words, *model, "--requests", str(file), *output)
     assert "Spain Spain" in line and "tokens" in line and "128" in line
