@@ -213,12 +213,13 @@ class LocateOptions:
     """memit: each context's key is a column of its own; else a request has one, their mean."""
     batch_size: int = 16
     """Requests whose values are searched for together."""
-    steps: int = 22
-    """The most optimiser steps of a value."""
+    steps: int | None = None
+    """The most optimiser steps of a value; default: 40 for up to 10 requests, 22 for more."""
     step: float = 0.16
     """Adam's step size for a value, in units of the projection's output norm."""
-    bound: float = 1.6
-    """Largest change of a value, in units of the projection's output norm."""
+    bound: float | None = None
+    """Largest change of a value, in units of the projection's output norm; default: 2 for up to 10 requests, which
+    seldom get in each other's way, 1.6 for more."""
     learnt: float = 0.05
     """A value is found when its mean loss (nats) is below this."""
     kl: float = 0.0625
@@ -233,10 +234,14 @@ class LocateOptions:
     """alphaedit: eigenvalues of the statistics below this, relative to the largest, count as free of text."""
 
     def __post_init__(self) -> None:
-        for name in ("contexts", "key_contexts", "rounds", "batch_size", "steps"):
+        for name in ("contexts", "key_contexts", "rounds", "batch_size"):
             check_at_least(f"locate.{name}", getattr(self, name), 1)
-        for name in ("step", "bound", "strength", "ridge", "threshold"):
+        for name in ("step", "strength", "ridge", "threshold"):
             check_above(f"locate.{name}", getattr(self, name), 0)
+        if self.steps is not None:
+            check_at_least("locate.steps", self.steps, 1)
+        if self.bound is not None:
+            check_above("locate.bound", self.bound, 0)
         for name in ("associations", "learnt", "kl", "decay", "neighbours", "neighbour_weight"):
             check_at_least(f"locate.{name}", getattr(self, name), 0)
         for name in ("contexts", "key_contexts"):

@@ -61,7 +61,7 @@ def test_the_down_projection_alone_changes(
 
 
 def test_found_values_make_the_new_answers_likelier(tiny: LLM, requests: list[EditRequest]) -> None:
-    options = LocateOptions(kl=0, decay=0, bound=10, step=1)
+    options = LocateOptions(kl=0, decay=0, bound=10, step=1, steps=25)
     located = [locate(tiny, number, request, CONTEXTS[:2]) for number, request in enumerate(requests)]
     search = ValueSearch(tiny, 1, options)
     with tiny.frozen():

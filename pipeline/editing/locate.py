@@ -8,6 +8,7 @@ the closed-form solver. Values of a batch of requests are searched for together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,8 @@ from pipeline.model.targets import last_token, tokenize
 from pipeline.options import EditOptions, LocateOptions
 from pipeline.requests import EditRequest
 
+FEW = 10  # requests
+
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
 
@@ -38,6 +41,12 @@ def solver(method: str, options: LocateOptions) -> Solver:
         "rome": partial(solvers.rome, ridge=options.ridge),
         "alphaedit": partial(solvers.alphaedit, threshold=options.threshold),
     }[method]
+
+
+def reach(options: LocateOptions, requests: int) -> LocateOptions:
+    """The options, with how far a value may go chosen by the number of requests where nothing is asked for."""
+    bound, steps = (2.0, 40) if requests <= FEW else (1.6, 22)
+    return replace(options, bound=options.bound or bound, steps=options.steps or steps)
 
 
 class LocateThenEdit:
@@ -80,13 +89,14 @@ class LocateThenEdit:
         templates = CONTEXTS[: self.options.contexts] + ASSOCIATIONS[: self.options.associations]
         located = [locate(self.llm, number, request, templates) for number, request in enumerate(requests)]
         owners = [owner(request) for request in requests]
+        options = reach(self.options, len(requests))
         visits = [(layer, turn) for layer in self.layers for turn in range(self.options.rounds)]
         for visit, (layer, turn) in enumerate(visits):
             ((name, down),) = self.llm.blocks[layer].down.items()
             columns = Columns.of_state(self.state, layer, down)
             if turn == 0:  # values of all updates are found without each other, and solved for together
                 _change(down, -columns.solved_OI)
-            values_GO = ValueSearch(self.llm, layer, self.options, visit).find(located, runtime)
+            values_GO = ValueSearch(self.llm, layer, options, visit).find(located, runtime)
             keys_GCI = self._keys(layer, requests, runtime)
             if turn > 0:
                 _change(down, -columns.solved_OI)

@@ -66,7 +66,7 @@ class ValueSearch(LightningModule):
     Args:
         llm: the model, frozen by the caller.
         layer: the block whose down-projection's output changes.
-        options: how to search.
+        options: how to search, bound and steps included.
         visit: counts the searches of an edit.
     """
 
@@ -118,6 +118,7 @@ class ValueSearch(LightningModule):
     def _search(self, batch: list[Located], rows: Suffixes, base_GV: Tensor, scale_G: Tensor, each: int) -> Tensor:
         """Adam on all requests' changes at once; shape (G, O)."""
         options = self.options
+        assert options.bound and options.steps
         unit_GO = torch.zeros_like(rows.output_BO[::each]).requires_grad_(True)  # changes over scale
         learnt_GO = torch.zeros_like(unit_GO)
         adam = torch.optim.Adam([unit_GO], lr=options.step)
