@@ -230,7 +230,7 @@ class LocateOptions:
     """memit: weight of what is to stay against the requests, free of the keys' scale."""
     ridge: float = 1e-4
     """emmet, rome: added to the diagonals of both systems, relative to their mean."""
-    threshold: float = 2e-3
+    threshold: float = 0.02
     """alphaedit: eigenvalues of the statistics below this, relative to the largest, count as free of text."""
 
     def __post_init__(self) -> None:
