@@ -62,18 +62,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
 
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
+
+
 def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
     """Four blocks, gated MLP, untied head."""
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=0,
-        bos_token_id=None,
+        **SIZES,
     )
     return LlamaForCausalLM(config)
 
@@ -96,17 +101,10 @@ def tiny_gemma3(vocabulary: int) -> Gemma3ForCausalLM:
     """Sliding and full attention in turns, each with its own mask and rotary table; norms behind the MLP."""
     config = Gemma3TextConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SIZES,
         head_dim=8,
         sliding_window=3,
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-        max_position_embeddings=128,
-        eos_token_id=0,
-        bos_token_id=None,
         pad_token_id=0,
     )
     return Gemma3ForCausalLM(config)

@@ -45,7 +45,6 @@ def test_every_figure_is_found_once(tiny_llm: LLM, tmp_path: Path, monkeypatch: 
     by_name = {result["name"]: result for result in results}
     gradient = by_name["upper blocks alone, fine-tuning: difference of the gradient"]
     assert gradient["met"], "exact on any model"
-    assert 0 < gradient["value"] + 1e-12 < 1e-4
     costs = [result for result in results if result["name"].endswith("cost") and result["bound"]]
     assert all(result["met"] == (result["value"] <= result["bound"]) for result in costs)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -41,9 +40,7 @@ BATCH, ALONE, MANY = slice(0, 100), slice(0, 20), slice(0, 1000)
 HIGH, TURNS = 2, 3  # fine-tuned at two thirds of the height, so many times each way
 UPDATES, EACH = 10, 50  # one update after another
 BEST = "memit"
-SMALL = LocateOptions(
-    bound=1.3, step=0.13, strength=40.0, key_contexts=3, neighbour_weight=0.2
-)  # configs/many.yaml
+SMALL = LocateOptions(bound=1.3, step=0.13, steps=25, key_contexts=3, neighbour_weight=0.2)  # configs/many.yaml
 FINISH = FinetuneOptions(epochs=4, last_step=0.1, kl=1.0, learnt=0.3)  # on top of memit, for what it missed
 OTHERS, FURTHER = ("finetune", "lora", "one_pass"), ("emmet", "rome", "alphaedit")
 
@@ -174,7 +171,7 @@ class Bench:
     def many(self) -> Figures:
         """All requests in one batch: most by the best method, the rest by fine-tuning on top."""
         requests = self.records[MANY]
-        update = self.edit(requests, BEST, locate=replace(SMALL, strength=200.0))
+        update = self.edit(requests, BEST, locate=SMALL)
         return self._held(requests, self.edit(requests, "finetune", update, finetune=FINISH))
 
     def upper_blocks(self) -> Figures:
