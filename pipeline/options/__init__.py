@@ -1,0 +1,53 @@
+"""Every option of every command, as dataclasses checked as they are made.
+
+This package imports neither torch nor lightning, so that `--help` answers at once. A field's docstring is
+its help text; a flag's name is the path to its field (`--edit.finetune.epochs`). Options of one stage are
+one class, and a command's options are the stages' classes joined. Annotations in here are the types themselves, not
+their names: the parser looks names up in the module of the joined class, which does not know them.
+"""
+
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.commands import (
+    AttributeCommand,
+    BenchmarkCommand,
+    EditCommand,
+    EvaluateCommand,
+    ExportCommand,
+    GenerateCommand,
+    RunCommand,
+)
+from pipeline.options.editing import (
+    EditOptions,
+    FinetuneOptions,
+    LocateOptions,
+    LoraOptions,
+    OnePassOptions,
+    StatisticsOptions,
+    TrainingOptions,
+)
+from pipeline.options.evaluation import EvaluationOptions
+from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions, TrainerOptions
+
+__all__ = [
+    "AttributeCommand",
+    "AttributionOptions",
+    "BenchmarkCommand",
+    "ComputeOptions",
+    "EditCommand",
+    "EditOptions",
+    "EvaluateCommand",
+    "EvaluationOptions",
+    "ExportCommand",
+    "FinetuneOptions",
+    "GenerateCommand",
+    "LocateOptions",
+    "LoraOptions",
+    "ModelOptions",
+    "OnePassOptions",
+    "OutputOptions",
+    "RequestOptions",
+    "RunCommand",
+    "StatisticsOptions",
+    "TrainerOptions",
+    "TrainingOptions",
+]

@@ -1,0 +1,37 @@
+"""How the golden layer is found."""
+
+from dataclasses import dataclass
+
+from pipeline.errors import check_at_least, check_choice
+
+SCOPES = ("mlp", "down", "attention", "block")
+OLD_ANSWERS = ("dataset", "model")
+ORDERS = ("signed", "magnitude")
+
+
+@dataclass(kw_only=True)
+class AttributionOptions:
+    """How the golden layer is found."""
+
+    method: str = "lga"
+    """lga: layer gradient analysis."""
+    scope: str = "mlp"
+    """Whose weights are scored: mlp, down (the MLP's down-projection), attention or block (both)."""
+    fences: float = 1.0
+    """Tukey's factor: blocks with scores outside [Q1 - f*IQR, Q3 + f*IQR] are set aside; 0: none are."""
+    old_answers: str = "dataset"
+    """dataset: the requests' old answers (the model's greedy answer where one is missing); model: always that."""
+    order: str = "signed"
+    """signed: the paper's ranking, by score; magnitude: by absolute score, for facts the model knows well."""
+    top_k: int = 1
+    """How many golden layers to name."""
+    batch_size: int = 16
+    """Requests in a batch."""
+
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, SCOPES)
+        check_choice("old_answers", self.old_answers, OLD_ANSWERS)
+        check_choice("order", self.order, ORDERS)
+        check_at_least("fences", self.fences, 0)
+        check_at_least("top_k", self.top_k, 1)
+        check_at_least("batch_size", self.batch_size, 1)

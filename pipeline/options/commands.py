@@ -1,0 +1,123 @@
+"""The options of each command: those of the stages that it runs, joined, and its own."""
+
+from dataclasses import dataclass, field
+
+from pipeline.errors import UserError, check_at_least, check_choice
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.editing import EditOptions
+from pipeline.options.evaluation import EvaluationOptions
+from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions
+
+BENCHMARKS = ("editing",)
+EXPORTS = ("merged", "update", "adapter")
+
+
+@dataclass(kw_only=True)
+class RunCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions):
+    """Options of `run`."""
+
+    proxy_fraction: float = 0.5
+    """Share of the requests that finds the golden layer; the others are edited."""
+    profile: str | None = None
+    """A golden profile made before: stage one is left out, and every request is edited."""
+    resume: bool = False
+    """Go on with what an interrupted command with the same options left in --output."""
+    attribution: AttributionOptions = field(default_factory=AttributionOptions)
+    edit: EditOptions = field(default_factory=EditOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    def __post_init__(self) -> None:
+        RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
+        if not 0 < self.proxy_fraction < 1:
+            raise UserError(f"proxy_fraction: {self.proxy_fraction} is not between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class AttributeCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, AttributionOptions):
+    """Options of `attribute`."""
+
+    def __post_init__(self) -> None:
+        RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
+        AttributionOptions.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class EditCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, EditOptions):
+    """Options of `edit`."""
+
+    profile: str | None = None
+    """The golden profile to edit by: FILE of `attribute`, or its folder."""
+    after: str | None = None
+    """A folder that an earlier `edit` or `run` wrote: edit on top of it; what is written holds both."""
+    resume: bool = False
+    """Go on with what an interrupted command with the same options left in --output."""
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    def __post_init__(self) -> None:
+        RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class EvaluateCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, EvaluationOptions):
+    """Options of `evaluate`."""
+
+    update: str | None = None
+    """A folder that `edit` or `run` wrote; without it the model is measured as it is."""
+
+    def __post_init__(self) -> None:
+        RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
+        EvaluationOptions.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class ExportCommand(ModelOptions, OutputOptions):
+    """Options of `export`."""
+
+    update: str
+    """A folder that `edit` or `run` wrote."""
+    kind: str = "merged"
+    """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: the
+    LoRA adapter of `edit --method lora`, for PEFT."""
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, EXPORTS)
+
+
+@dataclass(kw_only=True)
+class BenchmarkCommand(ModelOptions, OutputOptions, ComputeOptions):
+    """Options of `benchmark`."""
+
+    what: str = "editing"
+    """editing: every method, alone, in batches and one update after another."""
+    data: str = "../shared/data"
+    """Folder with counterfact_easyedit.json and, for key statistics, enwiki_plain.txt."""
+    resume: bool = False
+    """Go on with what an interrupted benchmark with the same options left in --output."""
+
+    def __post_init__(self) -> None:
+        ComputeOptions.__post_init__(self)
+        check_choice("what", self.what, BENCHMARKS)
+
+
+@dataclass(kw_only=True)
+class GenerateCommand(ModelOptions, RequestOptions, ComputeOptions):
+    """Options of `generate`."""
+
+    update: str | None = None
+    """A folder that `edit` or `run` wrote; its answers stand beside the base model's."""
+    prompt: list[str] | None = None
+    """One prompt or several; default: the prompts of --requests."""
+    max_new_tokens: int = 16
+    """Longest answer, in tokens."""
+    batch_size: int = 16
+    """Prompts in a batch."""
+
+    def __post_init__(self) -> None:
+        RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_at_least("batch_size", self.batch_size, 1)

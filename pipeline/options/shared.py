@@ -1,0 +1,77 @@
+"""What every command has in common: the model, the requests, the output folder, what it runs on."""
+
+from dataclasses import dataclass, field
+
+from pipeline.errors import UserError, check_at_least, check_choice
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
+
+
+@dataclass(kw_only=True)
+class TrainerOptions:
+    """What Lightning's Trainer runs on."""
+
+    accelerator: str = "auto"
+    """cpu, gpu, auto, or any other accelerator of Lightning."""
+    devices: int | str = "auto"
+    """How many devices, or which (`0,2`)."""
+    num_nodes: int = 1
+    """How many hosts."""
+    strategy: str = "auto"
+    """auto, ddp, or any other strategy of Lightning."""
+    precision: str = "32-true"
+    """32-true, 64-true, bf16-mixed, bf16-true or 16-mixed."""
+
+    def __post_init__(self) -> None:
+        check_at_least("trainer.num_nodes", self.num_nodes, 1)
+        check_choice("trainer.precision", self.precision, PRECISIONS)
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Which language model."""
+
+    model: str = "smollm2"
+    """`smollm2` (the bundled SmolLM2-135M-Instruct), a Hugging Face name, a folder, or a GGUF file."""
+    verbose: bool = False
+    """Show the libraries' own messages, and tracebacks."""
+
+
+@dataclass(kw_only=True)
+class RequestOptions:
+    """Which edit requests."""
+
+    requests: str = "demo"
+    """A file of edit requests (JSONL or JSON), or `demo` for the ones that come with the project."""
+    limit: int | None = None
+    """Take at most this many requests."""
+    offset: int = 0
+    """Leave out this many requests from the file's start."""
+
+    def __post_init__(self) -> None:
+        check_at_least("offset", self.offset, 0)
+        if self.limit is not None:
+            check_at_least("limit", self.limit, 1)
+
+
+@dataclass(kw_only=True)
+class OutputOptions:
+    """Where results are written."""
+
+    output: str | None = None
+    """The folder to write; default: a new one under runs/, named by command and time."""
+    overwrite: bool = False
+    """Replace what an earlier command wrote into the output folder."""
+
+
+@dataclass(kw_only=True)
+class ComputeOptions:
+    """How it is computed."""
+
+    seed: int = 0
+    """Seed of every random choice."""
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: {self.seed} is not between 0 and {2**32 - 1}")
