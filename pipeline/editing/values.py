@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_whole
 from pipeline.model import LLM, build_trainer, encode
 from pipeline.model.suffix import Suffixes, SuffixRow, SuffixRunner
-from pipeline.model.targets import last_token, tokenize
+from pipeline.model.targets import last_token, row_means, tokenize
 from pipeline.model.trainer import predict
 from pipeline.options import LocateOptions
 from pipeline.requests import EditRequest, ListDataModule
@@ -93,12 +93,14 @@ class ValueSearch(LightningModule):
 
     @torch.enable_grad()
     def predict_step(self, batch: list[Located], batch_idx: int = 0) -> list[tuple[int, Tensor]]:
-        """Search the values of one batch of requests to the end."""
-        each = len(batch[0].rows)
-        rows, base_logits_NV = self.runner.capture([row for located in batch for row in located.rows])
-        base_GV = base_logits_NV[rows.target_N < 0].log_softmax(-1)
-        scale_G = rows.output_BO[::each].norm(dim=-1)
-        change_GO = self._search(batch, rows, base_GV, scale_G, each).float().cpu()
+        """Search the values of one batch of requests to the end.
+
+        Rows of a kind (under one context, or `{subject} is`) are of like length, and run as one batch.
+        """
+        kinds = zip(*(located.rows for located in batch), strict=True)
+        parts, logits = zip(*(self.runner.capture(rows) for rows in kinds), strict=True)
+        scale_G = parts[0].output_BO.norm(dim=-1)
+        change_GO = self._search(batch, parts, logits[-1].log_softmax(-1), scale_G).float().cpu()
         found = [(located.number, change_O.clone()) for located, change_O in zip(batch, change_GO, strict=True)]
         self._keep(found)
         return found
@@ -115,18 +117,18 @@ class ValueSearch(LightningModule):
         files = sorted(self.work.glob(f"values-{self.visit}-*.safetensors")) if self.work else []
         return {int(number): change_O for file in files for number, change_O in load_file(file).items()}
 
-    def _search(self, batch: list[Located], rows: Suffixes, base_GV: Tensor, scale_G: Tensor, each: int) -> Tensor:
+    def _search(
+        self, batch: list[Located], parts: Sequence[Suffixes], base_GV: Tensor, scale_G: Tensor
+    ) -> Tensor:
         """Adam on all requests' changes at once; shape (G, O)."""
         options = self.options
         assert options.bound and options.steps
-        unit_GO = torch.zeros_like(rows.output_BO[::each]).requires_grad_(True)  # changes over scale
+        unit_GO = torch.zeros_like(parts[0].output_BO).requires_grad_(True)  # changes over scale
         learnt_GO = torch.zeros_like(unit_GO)
         adam = torch.optim.Adam([unit_GO], lr=options.step)
-        alive = torch.arange(len(batch), device=unit_GO.device)
-        running, part = alive, rows
+        running = torch.arange(len(batch), device=unit_GO.device)
         for step in range(options.steps + 1):
-            change_BO = (unit_GO * scale_G[:, None])[running].repeat_interleave(each, dim=0)
-            nll_G, kl_G = self._losses(part, self.runner.run(part, change_BO), base_GV[running], each)
+            nll_G, kl_G = self._losses(parts, (unit_GO * scale_G[:, None])[running], base_GV[running])
             if not nll_G.isfinite().all():
                 ids = ", ".join(located.id for located in batch)
                 raise UserError(
@@ -145,26 +147,22 @@ class ValueSearch(LightningModule):
             with torch.no_grad():
                 unit_GO *= options.bound / unit_GO.norm(dim=-1, keepdim=True).clamp(min=options.bound)
             running = running[going]
-            part = part.subset(self._rows_of(going, each)) if not going.all() else part
+            if not going.all():
+                parts = [part.subset(going.nonzero().squeeze(1)) for part in parts]
         return learnt_GO * scale_G[:, None]
 
-    @staticmethod
-    def _rows_of(groups: Tensor, each: int) -> Tensor:
-        """Numbers of the rows of the groups that a mask names."""
-        return groups.repeat_interleave(each).nonzero().squeeze(1)
+    def _losses(self, parts: Sequence[Suffixes], change_GO: Tensor, base_GV: Tensor) -> tuple[Tensor, Tensor]:
+        """Each request's mean loss over its contexts, and its divergence after "{subject} is"; both (G,)."""
+        *contexts, plain = parts
+        nll_G = torch.stack([self._nll(part, self.runner.run(part, change_GO)) for part in contexts]).mean(0)
+        now_GV = self.runner.run(plain, change_GO).log_softmax(-1)
+        return nll_G, F.kl_div(now_GV, base_GV, log_target=True, reduction="none").sum(-1)
 
     @staticmethod
-    def _losses(rows: Suffixes, logits_NV: Tensor, base_GV: Tensor, each: int) -> tuple[Tensor, Tensor]:
-        """Each group's mean loss over its contexts, and its divergence after "{subject} is"; both (G,)."""
-        plain = rows.target_N < 0
-        scored = ~plain
-        losses = F.cross_entropy(logits_NV[scored], rows.target_N[scored], reduction="none")
-        row_N, count = rows.row_N[scored], len(rows.ids_BS)
-        sums = losses.new_zeros(count).index_add(0, row_N, losses)
-        means_B = sums / torch.bincount(row_N, minlength=count).clamp(min=1)
-        nll_G = means_B.view(-1, each)[:, :-1].mean(1)
-        kl_G = F.kl_div(logits_NV[plain].log_softmax(-1), base_GV, log_target=True, reduction="none").sum(-1)
-        return nll_G, kl_G
+    def _nll(part: Suffixes, logits_NV: Tensor) -> Tensor:
+        """Mean over each row's target tokens of −log p, (G,)."""
+        losses_N = F.cross_entropy(logits_NV, part.target_N, reduction="none")
+        return row_means(losses_N, part.row_N, len(part.ids_BS))
 
     def _show(self, step: int, nll_G: Tensor) -> None:
         if self.logger:

@@ -33,6 +33,11 @@ class SuffixRow(NamedTuple):
     start: int
     target_start: int
 
+    @property
+    def end(self) -> int:
+        """Up to where the row is run: nothing is read behind a target's last token."""
+        return max(self.target_start, len(self.token_ids) - 1)
+
 
 @dataclass(frozen=True)
 class Suffixes:
@@ -97,11 +102,11 @@ class SuffixRunner:
         device = next(self.llm.model.parameters()).device
         pad = self.llm.pad_token_id
         width = max(1, *(row.start for row in rows))
-        length = max(len(row.token_ids) - row.start for row in rows)
         prefix = [[pad] * (width - row.start) + row.token_ids[: row.start] for row in rows]
-        suffix = [row.token_ids[row.start :] + [pad] * (length + row.start - len(row.token_ids)) for row in rows]
+        suffix = [row.token_ids[row.start : row.end] for row in rows]
+        length = max(map(len, suffix))
         start_B = torch.tensor([row.start for row in rows], device=device)
-        ids_BS = torch.tensor(suffix, device=device)
+        ids_BS = torch.tensor([ids + [pad] * (length - len(ids)) for ids in suffix], device=device)
         mask_BP = (torch.arange(width, device=device) >= (width - start_B)[:, None]).long()
         read = [
             (number, place - 1, row.token_ids[place] if place < len(row.token_ids) else -1)

@@ -55,9 +55,13 @@ class TargetBatch:
 
     def row_means(self, values_N: Tensor) -> Tensor:
         """Mean of a value over each row's target tokens, shape (B,)."""
-        rows = len(self.input_ids_BT)
-        sums = values_N.new_zeros(rows).index_add(0, self.row_N, values_N)
-        return sums / torch.bincount(self.row_N, minlength=rows)
+        return row_means(values_N, self.row_N, len(self.input_ids_BT))
+
+
+def row_means(values_N: Tensor, row_N: Tensor, rows: int) -> Tensor:
+    """Mean of the values of each of `rows` rows, shape (rows,), where `row_N` says which row a value belongs to."""
+    sums = values_N.new_zeros(rows).index_add(0, row_N, values_N)
+    return sums / torch.bincount(row_N, minlength=rows)
 
 
 def encode(

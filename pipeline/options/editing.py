@@ -112,7 +112,7 @@ class LocateOptions:
     """How often a layer is visited: a later round finds what requests still miss once all of them are in."""
     key_per_context: bool = True
     """memit: each context's key is a column of its own; else a request has one, their mean."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Requests whose values are searched for together."""
     steps: int | None = None
     """The most optimiser steps of a value; default: 40 for up to 10 requests, 22 for more."""
