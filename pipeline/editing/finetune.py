@@ -90,7 +90,7 @@ class FineTune(LightningModule):
         self.start = {name: weight.detach().clone() for name, weight in self._trained()} if self.bound else {}
         learnt = EarlyStopping(
             "edit/unlearnt",
-            stopping_threshold=0.5,  # a share of a row: none
+            stopping_threshold=0.5 / len(self.taught),  # the share that half a row is: none is left
             patience=self.options.epochs,
             check_on_train_epoch_end=True,
         )
