@@ -117,9 +117,7 @@ class ValueSearch(LightningModule):
         files = sorted(self.work.glob(f"values-{self.visit}-*.safetensors")) if self.work else []
         return {int(number): change_O for file in files for number, change_O in load_file(file).items()}
 
-    def _search(
-        self, batch: list[Located], parts: Sequence[Suffixes], base_GV: Tensor, scale_G: Tensor
-    ) -> Tensor:
+    def _search(self, batch: list[Located], parts: Sequence[Suffixes], base_GV: Tensor, scale_G: Tensor) -> Tensor:
         """Adam on all requests' changes at once; shape (G, O)."""
         options = self.options
         assert options.bound and options.steps

@@ -124,13 +124,24 @@ class Bench:
         return {"block": profile.golden_layers[0]}
 
     def edit(
-        self, requests: Sequence[EditRequest], method: str, after: WeightUpdate | None = None, **changed: Any
+        self,
+        requests: Sequence[EditRequest],
+        method: str,
+        after: WeightUpdate | None = None,
+        work: str | None = None,
+        **changed: Any,
     ) -> WeightUpdate:
-        """An edit at the golden layer, with the project's defaults but for the groups of options named."""
+        """An edit at the golden layer, with the project's defaults but for the groups of options named.
+
+        A long one, whose time is not measured, keeps its work in a folder named `work`, and goes on from it.
+        """
         layer = int(self.kept("golden layer by LGA", self.golden)["block"])
         statistics = StatisticsOptions(text=self.text)
         options = EditOptions(method=method, layers=[layer], statistics=statistics, **changed)
-        return edit(self.llm, requests, None, options, self.trainer, seed=self.options.seed, after=after)
+        place = self.folder / work if work else None
+        return edit(
+            self.llm, requests, None, options, self.trainer, seed=self.options.seed, after=after, work=place
+        )
 
     def batch(self, method: str, records: slice) -> Figures:
         """All requests in one update."""
@@ -162,17 +173,19 @@ class Bench:
     def updates(self) -> Figures:
         """One update on top of another, measured on all of them; then all are taught what they miss by then."""
         requests = self.records[: UPDATES * EACH]
-        update = self.edit(requests[:EACH], BEST, locate=SMALL)
-        for start in range(EACH, len(requests), EACH):
-            update = self.edit(requests[start : start + EACH], BEST, update, locate=SMALL)
+        update = None
+        for start in range(0, len(requests), EACH):
+            update = self.edit(requests[start : start + EACH], BEST, update, f"update-{start}", locate=SMALL)
+        assert update
         before = {f"{name} before finetune": value for name, value in self._held(requests, update).items()}
         return self._held(requests, self.edit(requests, "finetune", update, finetune=FINISH)) | before
 
     def many(self) -> Figures:
         """All requests in one batch: most by the best method, the rest by fine-tuning on top."""
         requests = self.records[MANY]
-        update = self.edit(requests, BEST, locate=SMALL)
-        return self._held(requests, self.edit(requests, "finetune", update, finetune=FINISH))
+        update = self.edit(requests, BEST, work="many", locate=SMALL)
+        before = {f"{name} before finetune": value for name, value in self._held(requests, update).items()}
+        return self._held(requests, self.edit(requests, "finetune", update, finetune=FINISH)) | before
 
     def upper_blocks(self) -> Figures:
         """Fine-tuning far up, with the blocks below run once and with all of them run every time, in turns."""
