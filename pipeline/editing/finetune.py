@@ -123,7 +123,8 @@ class FineTune(LightningModule):
         """
         epoch, rank, devices = self.current_epoch, self.trainer.global_rank, self.trainer.world_size
         rows = [self._variant(self.taught[number], epoch, number) for number in picked]
-        others = [self.others[(number + epoch) % len(self.others)] for number in picked[::2] if self.others]
+        turn = epoch * len(self.taught)  # so that every epoch brings other names
+        others = [self.others[(number + turn) % len(self.others)] for number in picked[::2] if self.others]
         idle = replace(rows[0], target=replace(rows[0].target, tag=None))
         own = rows[rank::devices] or [idle]
         return collate(own, others[rank::devices], len(rows), len(others), self.llm.pad_token_id)

@@ -23,6 +23,7 @@ from pipeline.options import TrainerOptions, TrainingOptions
 from pipeline.requests import EditRequest, ListDataModule
 
 UNRELATED = 256  # the most unrelated prompts: what comes after each is kept, a vocabulary wide
+NAMES_EACH = 3  # other names that a request's prompt is tried with, a new one every epoch
 READ_TOGETHER = 16  # rows
 
 Readings = tuple[
@@ -76,7 +77,7 @@ def read_rows(
     templates = CONTEXTS[: 1 + options.contexts]
     texts = [(in_context(template, r)[0], r.new_answer) for r in requests for template in templates]
     taught = encode(llm, texts, tags=[r.id for r in requests for _ in templates])
-    prompts = [text for text, _ in neighbours(requests, 1, UNRELATED)] if options.kl else []
+    prompts = [text for text, _ in neighbours(requests, NAMES_EACH, UNRELATED)] if options.kl else []
     others = [TargetRow([*ids, ids[-1]], len(ids)) for ids in (tokenize(llm, prompts) if prompts else [])]
     read = _read(llm, layer if options.reuse else 0, taught, others, trainer)
     rows = [Row(row, *read.get(number, (None, None))) for number, row in enumerate([*taught, *others])]
