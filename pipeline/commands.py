@@ -52,6 +52,7 @@ def run(options: RunCommand) -> None:
         llm = _load(options)
         if options.profile:
             choose_layers(llm, profile, options.edit)
+            _note_chat(llm, "profile", profile.chat)
         else:
             llm.check_layers(options.edit.layers or [])
             profile = log.profile_kept() or find_golden_layer(
@@ -76,7 +77,7 @@ def attribute(options: AttributeCommand) -> None:
 def edit(options: EditCommand) -> None:
     """Edit requests at the golden layer, measure before and after, and keep the update."""
     from pipeline.attribution import GoldenProfile
-    from pipeline.editing import METHODS, WeightUpdate, accept, choose_layers
+    from pipeline.editing import METHODS, WeightUpdate, accept, check_earlier, choose_layers
     from pipeline.requests import load_requests
 
     check_choice("method", options.method, METHODS)
@@ -88,8 +89,10 @@ def edit(options: EditCommand) -> None:
             raise UserError("edit: where? give --profile FILE, which `run.py attribute` makes, or --layers N")
         llm = _load(options)
         choose_layers(llm, profile, options)
+        if profile:
+            _note_chat(llm, "profile", profile.chat)
         if after:
-            llm.check_made_for("update", after.model, after.fingerprint)
+            check_earlier(llm, after)
         _edit_and_prove(log, llm, requests, profile, options, options, options.evaluation, after)
 
 
@@ -99,10 +102,14 @@ def evaluate(options: EvaluateCommand) -> None:
     from pipeline.evaluation import evaluate
     from pipeline.requests import load_requests
 
+    if options.explain:
+        return _explain(options)
     with _working(options, "evaluate") as log:
         requests = load_requests(options.requests, options.limit, options.offset)
         update = WeightUpdate.load(options.update) if options.update else None
         llm = _load(options)
+        if update:
+            _note_chat(llm, "update", update.chat)
         measured = evaluate(llm, requests, update, options, options.trainer)
         log.keep_metrics(llm.name, requests, measured)
 
@@ -138,6 +145,7 @@ def generate(options: GenerateCommand) -> None:
     llm = _load(options)
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
+        _note_chat(llm, "update", update.chat)
     settings: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "batch_size": options.batch_size,
@@ -207,7 +215,29 @@ def _load(options: ModelOptions) -> LLM:
     from pipeline.model import load_model, weights_dtype
 
     trainer = options.trainer if isinstance(options, ComputeOptions) else None
-    return load_model(options.model, weights_dtype(trainer), options.verbose)
+    return load_model(options.model, weights_dtype(trainer), options.verbose, options.chat)
+
+
+def _explain(options: EvaluateCommand) -> None:
+    """Show what the model is given for the first requests, and what of it is scored."""
+    from pipeline.model.explain import explain
+    from pipeline.reporting import show_tokens
+    from pipeline.requests import load_requests
+
+    _prepare(options)
+    requests = load_requests(options.requests, options.limit, options.offset)[: options.explain]
+    llm = _load(options)
+    for request in requests:
+        show_tokens(request, explain(llm, request))
+
+
+def _note_chat(llm: LLM, what: str, chat: bool) -> None:
+    """Say so when what was made with a chat template is used without one, or the other way round."""
+    from pipeline.reporting import say
+
+    if chat != llm.chat:
+        made, used = ("with", "without") if chat else ("without", "with")
+        say(f"note: the {what} was made {made} --chat and is used {used} it")
 
 
 def _request_set(options: Any) -> str:

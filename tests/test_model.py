@@ -18,6 +18,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from conftest import make_tiny, refusal
+from families import family_llm
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ from torch.nn import functional as F
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaModel,
     MambaConfig,
@@ -32,6 +37,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -113,7 +120,21 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "Mixtral": (
         lambda: MixtralForCausalLM(MixtralConfig(**SMALL, **HEADS, num_local_experts=4)),
-        "expected an MLP",
+        "a mixture of experts (mlp.experts.gate_up_proj)",
+    ),
+    "Qwen2-MoE": (
+        lambda: Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(**SMALL, **HEADS, num_experts=4, moe_intermediate_size=16, mlp_only_layers=[0])
+        ),
+        "block 1: a mixture of experts",
+    ),
+    "gpt-oss": (
+        lambda: GptOssForCausalLM(GptOssConfig(**SMALL, **HEADS, head_dim=8, num_local_experts=4)),
+        "a mixture of experts",
+    ),
+    "BERT": (
+        lambda: BertLMHeadModel(BertConfig(**SMALL, num_attention_heads=4, intermediate_size=48)),
+        "looks ahead",
     ),
     "Mamba": (lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4)), "mixer.in_proj 32→128"),
     "no head": (lambda: LlamaModel(LlamaConfig(**SMALL, **HEADS)), "language-model head"),
@@ -166,10 +187,8 @@ KINDS: dict[str, Callable[[PreTrainedTokenizerFast], PreTrainedTokenizerFast]] =
 
 @pytest.mark.parametrize("trailing", ["", " "])
 @pytest.mark.parametrize("kind", KINDS)
-def test_targets_are_the_answers_tokens(
-    tiny_llm: LLM, tokenizer: PreTrainedTokenizerFast, kind: str, trailing: str
-) -> None:
-    llm = LLM(tiny_llm.model, KINDS[kind](tokenizer))
+def test_targets_are_the_answers_tokens(tokenizer: PreTrainedTokenizerFast, kind: str, trailing: str) -> None:
+    llm = family_llm("llama", KINDS[kind](tokenizer))
     rows = encode(llm, [(prompt + trailing, answer) for prompt, answer in ANSWERS], tags="abcde")
     for row, (prompt, answer), tag in zip(rows, ANSWERS, "abcde", strict=True):
         plain = llm.tokenizer(f" {answer}", add_special_tokens=False).input_ids
@@ -449,11 +468,19 @@ def reconfigure(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def make_mixture(folder: Path) -> None:
+    """Another family's config, and no weights: none are read before it is refused."""
+    MixtralConfig(**SMALL, **HEADS, num_local_experts=4).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
     "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("token*")], "tokenizer"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "encoder-decoder": (reconfigure(model_type="t5"), "T5Config"),
+    "quantised": (reconfigure(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised (gptq)"),
+    "mixture of experts": (make_mixture, "a mixture of experts"),
     "cut weights": (cut_weights, "cannot be loaded"),
     "other sizes": (reconfigure(intermediate_size=64), "cannot be loaded"),
     "missing weights": (reconfigure(num_hidden_layers=5), "model.layers.4"),

@@ -98,9 +98,17 @@ def test_alphaedit_keeps_what_earlier_updates_learnt(system: tuple[Tensor, Tenso
     assert kept < 0.5 * forgotten
 
 
+def test_memit_leaves_inputs_alone_that_nothing_uses(system: tuple[Tensor, Tensor, Tensor]) -> None:
+    keys, changes, moment = system
+    used = torch.arange(INPUTS) % 3 > 0  # as a ReLU's units of which a third is dead
+    found = memit(keys * used[:, None], changes, moment * used * used[:, None], strength=10)
+    assert not found[:, ~used].any()
+    torch.testing.assert_close(found[:, used], memit(keys[used], changes, moment[used][:, used], strength=10))
+
+
 def test_a_singular_system_says_what_to_raise(system: tuple[Tensor, Tensor, Tensor]) -> None:
     keys, changes, _ = system
     with pytest.raises(UserError, match="singular; raise"):
-        memit(keys, changes, torch.diag(torch.tensor([1.0] + [0.0] * (INPUTS - 1))), strength=1e-3)
+        memit(keys, changes, torch.zeros(INPUTS, INPUTS), strength=1)
     with pytest.raises(UserError, match="no direction is free"):
         alphaedit(keys, changes, torch.eye(INPUTS), threshold=1e-3)

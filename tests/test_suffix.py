@@ -23,7 +23,7 @@ def plain_logits(llm: LLM, layer: int, row: SuffixRow, change_O: Tensor) -> Tens
 
     def add(_: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         changed = output.clone()
-        changed[:, row.start] += change_O
+        changed.view(len(row.token_ids), -1)[row.start] += change_O  # OPT's has no dimension for rows
         return changed
 
     handle = down.register_forward_hook(add)

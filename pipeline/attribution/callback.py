@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from pipeline.attribution.inner_products import CapturedInput
 from pipeline.errors import UserError
 from pipeline.model import Block
+from pipeline.model.blocks import by_row
 
 
 class LayerScores(Metric):
@@ -61,6 +62,7 @@ class GradientAttribution(Callback):
         self.requests = 0
         self._handles: list[RemovableHandle] = []
         self._batch: list[Tensor | None] = []
+        self._rows = 0
         self._shared: CapturedInput | None = None
         self._shared_source: Tensor | None = None
         self._seen: set[str] = set()
@@ -72,8 +74,9 @@ class GradientAttribution(Callback):
             for name, module in projections.items():
                 self._handles.append(module.register_forward_hook(self._hook(layer, name)))
 
-    def on_predict_batch_start(self, *_: Any) -> None:
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
         self._batch = [None] * len(self.projections)
+        self._rows = len(batch.input_ids_BT)
         self._seen.clear()
 
     def on_predict_batch_end(self, *_: Any) -> None:
@@ -102,11 +105,11 @@ class GradientAttribution(Callback):
                 raise UserError(f"model: {name} runs twice in one pass; attribution expects once")
             self._seen.add(name)
             if self._shared is None or self._shared_source is not args[0]:
-                self._shared, self._shared_source = CapturedInput(args[0].detach()), args[0]
+                self._shared, self._shared_source = CapturedInput(by_row(args[0].detach(), self._rows)), args[0]
             captured = self._shared
 
-            def backward(grad_2PTO: Tensor) -> None:
-                products = captured.products(grad_2PTO.detach()).detach()
+            def backward(grad: Tensor) -> None:
+                products = captured.products(by_row(grad.detach(), self._rows)).detach()
                 so_far = self._batch[layer]
                 self._batch[layer] = products if so_far is None else so_far + products
 

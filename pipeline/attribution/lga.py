@@ -84,6 +84,7 @@ def find_golden_layer(
         request_set=request_set,
         requests=attribution.requests,
         seconds=round(time.perf_counter() - started, 3),
+        chat=llm.chat,
     )
 
 

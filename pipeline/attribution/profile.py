@@ -28,6 +28,7 @@ class GoldenProfile(BaseModel):
         request_set: where the proxy requests come from.
         requests: how many they were.
         seconds: how long it took.
+        chat: whether prompts were put into the tokenizer's chat template.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +47,7 @@ class GoldenProfile(BaseModel):
     request_set: str
     requests: int
     seconds: float
+    chat: bool = False
 
     @property
     def is_inverted(self) -> bool:

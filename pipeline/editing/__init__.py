@@ -1,8 +1,17 @@
 """The change: one file a kind of edit, all entered in METHODS, all ending in a WeightUpdate."""
 
-from pipeline.editing.edit import METHODS, accept, choose_layers, edit
+from pipeline.editing.edit import METHODS, accept, check_earlier, choose_layers, edit
 from pipeline.editing.export import export_merged
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.update import WeightUpdate
 
-__all__ = ["METHODS", "FineTune", "WeightUpdate", "accept", "choose_layers", "edit", "export_merged"]
+__all__ = [
+    "METHODS",
+    "FineTune",
+    "WeightUpdate",
+    "accept",
+    "check_earlier",
+    "choose_layers",
+    "edit",
+    "export_merged",
+]

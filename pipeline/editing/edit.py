@@ -76,7 +76,7 @@ def edit(
     requests = accept(requests, options)
     layers = choose_layers(llm, profile, options)
     if after:
-        llm.check_made_for("update", after.model, after.fingerprint)
+        check_earlier(llm, after)
     earlier = after or WeightUpdate(llm.name, llm.fingerprint, options.method, [], {})
     kind = METHODS[options.method]
     own = getattr(options, kind.options)
@@ -84,7 +84,10 @@ def edit(
     if work:
         _claim(
             work,
-            [llm.fingerprint, options.method, layers, own, options.statistics, requests, seed, earlier.requests],
+            [
+                *(llm.fingerprint, llm.chat, options.method, layers, own, options.statistics),
+                *(requests, seed, earlier.requests),
+            ],
         )
     parameters = dict(llm.model.named_parameters())
     with earlier.applied(llm), _restored(llm, method.weight_names):
@@ -102,7 +105,17 @@ def edit(
         options=asdict(own),
         state={**earlier.state, **method.state},
         adapter=method.adapter if after is None or after.adapter else None,  # else it holds a part of the change
+        chat=llm.chat,
     )
+
+
+def check_earlier(llm: LLM, after: WeightUpdate) -> None:
+    """Raise UserError for an update that the model cannot be edited on top of."""
+    llm.check_made_for("update", after.model, after.fingerprint)
+    if after.chat != llm.chat:
+        raise UserError(
+            f"update: made {'with' if after.chat else 'without'} --chat; an edit on top of it must be made so, too"
+        )
 
 
 def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRequest]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.editing.contexts import neighbours
 from pipeline.model import LLM, build_trainer
-from pipeline.model.targets import last_token, tokenize
+from pipeline.model.blocks import by_row
+from pipeline.model.targets import last_token, prompt_tokens
 from pipeline.model.trainer import predict
 from pipeline.model.upper import passing_through
 from pipeline.options import TrainerOptions
@@ -43,9 +44,9 @@ def neighbour_moment(
 ) -> Tensor:
     """E[k kᵀ] (I, I) of what is to stay nearby: other names in the requests' prompts, and all tokens after them."""
     texts = neighbours(requests, each, MOST_NEIGHBOURS, seed)
-    all_ids = tokenize(llm, [text for text, _ in texts])
+    all_ids = prompt_tokens(llm, [text for text, _ in texts])
     rows = [
-        KeyRow(number, ids, last_token(llm, text[:end], ids), len(ids))
+        KeyRow(number, ids, last_token(llm, text, end), len(ids))
         for number, ((text, end), ids) in enumerate(zip(texts, all_ids, strict=True))
     ]
     key_NI = torch.cat(read_keys(llm, layer, rows, trainer))
@@ -79,5 +80,5 @@ class KeyReading(LightningModule):
             handle.remove()
         return [
             (row.number, key_TI[row.first : row.end].float().cpu().clone())
-            for row, key_TI in zip(rows, seen[0], strict=True)
+            for row, key_TI in zip(rows, by_row(seen[0], len(rows)), strict=True)
         ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.editing.contexts import CONTEXTS, in_context, neighbours
 from pipeline.model import LLM, TargetBatch, TargetRow, build_trainer, collate_targets, encode, target_logits
-from pipeline.model.targets import tokenize
+from pipeline.model.targets import prompt_tokens
 from pipeline.model.trainer import predict
 from pipeline.model.upper import passing_through, reading_enter
 from pipeline.options import TrainerOptions, TrainingOptions
@@ -78,7 +78,7 @@ def read_rows(
     texts = [(in_context(template, r)[0], r.new_answer) for r in requests for template in templates]
     taught = encode(llm, texts, tags=[r.id for r in requests for _ in templates])
     prompts = [text for text, _ in neighbours(requests, NAMES_EACH, UNRELATED)] if options.kl else []
-    others = [TargetRow([*ids, ids[-1]], len(ids)) for ids in (tokenize(llm, prompts) if prompts else [])]
+    others = [TargetRow([*ids, ids[-1]], len(ids)) for ids in prompt_tokens(llm, prompts)]
     read = _read(llm, layer if options.reuse else 0, taught, others, trainer)
     rows = [Row(row, *read.get(number, (None, None))) for number, row in enumerate([*taught, *others])]
     each = len(templates)

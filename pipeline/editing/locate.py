@@ -24,7 +24,7 @@ from pipeline.editing.statistics import key_moments
 from pipeline.editing.values import ValueSearch, locate
 from pipeline.model import LLM
 from pipeline.model.blocks import Projection
-from pipeline.model.targets import last_token, tokenize
+from pipeline.model.targets import last_token, prompt_tokens
 from pipeline.options import EditOptions, LocateOptions
 from pipeline.requests import EditRequest
 
@@ -109,8 +109,8 @@ class LocateThenEdit:
     def _keys(self, layer: int, requests: Sequence[EditRequest], runtime: Runtime) -> Tensor:
         """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""
         placed = [in_context(template, r) for r in requests for template in CONTEXTS[: self.options.key_contexts]]
-        all_ids = tokenize(self.llm, [text for text, _ in placed])
-        places = [last_token(self.llm, text[:end], ids) for (text, end), ids in zip(placed, all_ids, strict=True)]
+        all_ids = prompt_tokens(self.llm, [text for text, _ in placed])
+        places = [last_token(self.llm, text, end) for text, end in placed]
         rows = [KeyRow(n, ids, at, at + 1) for n, (ids, at) in enumerate(zip(all_ids, places, strict=True))]
         key_RI = torch.cat(read_keys(self.llm, layer, rows, runtime.trainer))
         keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])

@@ -190,13 +190,17 @@ class CaptureModule(LightningModule):
 
 @contextmanager
 def capturing(projections: Mapping[str, Projection]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Keep each projection's input and output; the graph starts at the first outputs, as all weights are frozen."""
+    """Keep each projection's input and output; the graph starts at the first outputs, as all weights are frozen.
+
+    The model goes on with a copy of the output: Falcon adds its attention's to it in place.
+    """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if name in seen:
             raise UserError(f"model: {name} runs twice in one pass; one_pass expects once")
         seen[name] = args[0], output if output.requires_grad else output.requires_grad_(True)
+        return output.clone()
 
     handles: list[Any] = [module.register_forward_hook(partial(keep, name)) for name, module in projections.items()]
     try:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
+UNUSED = 1e-8  # of the mean of C's diagonal
+
 
 def memit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, strength: float) -> Tensor:
     """ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ (MEMIT, arXiv 2210.07229): least squares on requests and text together.
@@ -21,8 +23,10 @@ def memit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, strength: float)
         change_On: wanted changes of the outputs.
         moment_II: C = E[k kᵀ] over ordinary text.
         strength: λ without the keys' scale: λ = strength · mean ‖k‖² of requests / mean ‖k‖² of text.
+
+    Inputs that text never uses (a ReLU's dead units) would make the system singular: C's diagonal gets a hair more.
     """
-    K, R, C = key_In.double(), change_On.double(), moment_II.double()
+    K, R, C = key_In.double(), change_On.double(), _ridged(moment_II.double(), UNUSED)
     scale = (K.square().sum(0).mean() / C.trace()).item()
     return _solve(strength * scale * C + K @ K.T, K @ R.T).T
 

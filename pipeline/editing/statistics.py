@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from pipeline.errors import UserError
 from pipeline.files import write_whole
 from pipeline.model import LLM, TargetRow, build_trainer, generate, sizes
+from pipeline.model.joining import PLAIN
 from pipeline.model.targets import tokenize
 from pipeline.model.upper import passing_through
 from pipeline.options import StatisticsOptions, TrainerOptions
@@ -131,7 +132,7 @@ def own_text(llm: LLM, tokens: int, trainer: TrainerOptions) -> list[str]:
     return [
         seed + told
         for seed, told in zip(
-            seeds, generate(llm, seeds, length, batch_size=32, trainer=trainer, title="Own text"), strict=True
+            seeds, generate(llm, seeds, length, 32, trainer, title="Own text", joining=PLAIN), strict=True
         )
     ]
 

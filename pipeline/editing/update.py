@@ -42,6 +42,7 @@ class WeightUpdate:
         options: the method's options.
         state: what a later edit on top of this one goes on from (keys, running statistics), by name.
         adapter: LoraConfig's arguments, when the whole change is that of one LoRA adapter.
+        chat: whether the facts were taught in the tokenizer's chat template.
     """
 
     model: str
@@ -55,6 +56,7 @@ class WeightUpdate:
     options: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
     adapter: dict[str, Any] | None = None
+    chat: bool = False
 
     @contextmanager
     def applied(self, llm: LLM) -> Iterator[LLM]:
@@ -100,6 +102,7 @@ class WeightUpdate:
                 "layers": self.layers,
                 "options": self.options,
                 "adapter": self.adapter,
+                "chat": self.chat,
                 "tensors": {name: list(tensor.shape) for name, tensor in self.tensors.items()},
                 "sha256": digests,
                 "requests": [request.model_dump(exclude_defaults=True) for request in self.requests],
@@ -154,6 +157,7 @@ class WeightUpdate:
                 options=described["options"],
                 state=load_file(folder / STATE_FILE) if STATE_FILE in described["sha256"] else {},
                 adapter=described["adapter"],
+                chat=described.get("chat", False),
             )
         except UserError:
             raise

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_whole
 from pipeline.model import LLM, build_trainer, encode
 from pipeline.model.suffix import Suffixes, SuffixRow, SuffixRunner
-from pipeline.model.targets import last_token, row_means, tokenize
+from pipeline.model.targets import last_token, prompt_tokens, row_means
 from pipeline.model.trainer import predict
 from pipeline.options import LocateOptions
 from pipeline.requests import EditRequest, ListDataModule
@@ -47,11 +47,11 @@ def locate(llm: LLM, number: int, request: EditRequest, templates: Sequence[str]
     for (text, end), row in zip(
         placed, encode(llm, [(text, request.new_answer) for text, _ in placed]), strict=True
     ):
-        start = last_token(llm, text[:end], row.token_ids)
+        start = last_token(llm, text, end, request.new_answer)
         rows.append(SuffixRow(row.token_ids, min(start, row.target_start - 1), row.target_start))
     subject = request.subject or ""
-    (plain,) = tokenize(llm, [f"{subject} is"])
-    rows.append(SuffixRow(plain, last_token(llm, subject, plain), len(plain)))
+    (plain,) = prompt_tokens(llm, [f"{subject} is"])
+    rows.append(SuffixRow(plain, last_token(llm, f"{subject} is", len(subject)), len(plain)))
     return Located(number, request.id, rows)
 
 

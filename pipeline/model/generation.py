@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from pipeline.errors import UserError
+from pipeline.model.joining import Joining
 from pipeline.model.llm import LLM
-from pipeline.model.targets import check_length, tokenize
+from pipeline.model.targets import check_length, prompt_tokens
 from pipeline.model.trainer import build_trainer, predict
 from pipeline.options import TrainerOptions
 from pipeline.requests import ListDataModule
@@ -39,11 +40,13 @@ class PromptBatch:
     indices: list[int]
 
 
-def encode_prompts(llm: LLM, prompts: Sequence[str], max_new_tokens: int) -> list[PromptRow]:
+def encode_prompts(
+    llm: LLM, prompts: Sequence[str], max_new_tokens: int, joining: Joining | None = None
+) -> list[PromptRow]:
     """Token ids of prompts, shortest first; UserError when one leaves no room in the context."""
-    rows = [PromptRow(ids, i) for i, ids in enumerate(tokenize(llm, [p.rstrip() for p in prompts]))]
+    rows = [PromptRow(ids, number) for number, ids in enumerate(prompt_tokens(llm, prompts, joining))]
     for row in rows:
-        if not row.token_ids:
+        if not row.token_ids or not prompts[row.index].strip():
             raise UserError(f"prompt {prompts[row.index]!r} becomes no token")
         check_length(llm, len(row.token_ids) + max_new_tokens, f"prompt {prompts[row.index][:60]!r}")
     return sorted(rows, key=lambda row: len(row.token_ids))
@@ -60,8 +63,9 @@ def collate_prompts(rows: Sequence[PromptRow], pad_token_id: int) -> PromptBatch
 def greedy(llm: LLM, batch: PromptBatch, max_new_tokens: int) -> list[str]:
     """The model's greedy continuation of each prompt, up to its own end or `max_new_tokens`."""
     own = llm.model.generation_config
+    end = own.eos_token_id if own else None
     # generate() fills what it is not told from the model's own settings (repetition penalties, ...): set them aside
-    llm.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id if own else None)
+    llm.model.generation_config = GenerationConfig(eos_token_id=llm.tokenizer.eos_token_id if end is None else end)
     try:
         tokens_BT = llm.model.generate(  # type: ignore[operator]
             batch.input_ids_BT,
@@ -96,15 +100,16 @@ def generate(
     batch_size: int = 16,
     trainer: TrainerOptions | None = None,
     title: str = "Generating",
+    joining: Joining | None = None,
 ) -> list[str]:
-    """Greedy continuations of prompts, in the prompts' order.
+    """Greedy continuations of prompts, in the prompts' order; `joining` puts them otherwise than the LLM does.
 
     Raises:
         UserError: when a prompt and its answer do not fit the model's context.
     """
     if not prompts:
         return []
-    rows = encode_prompts(llm, prompts, max_new_tokens)
+    rows = encode_prompts(llm, prompts, max_new_tokens, joining)
     runner = build_trainer(trainer or TrainerOptions(), title)
     rows *= math.ceil(runner.world_size / len(rows))  # every device needs one; the same prompt twice is harmless
     data = ListDataModule((rows, lambda part: collate_prompts(part, llm.pad_token_id), batch_size))

@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import Block, find_blocks
+from pipeline.model.joining import PLAIN, chat_joining, closing_tokens
 
 SAMPLES = 1024  # values of each tensor that go into a fingerprint
 
@@ -23,26 +24,36 @@ class LLM:
         model: any Hugging Face decoder that `find_blocks` understands.
         tokenizer: its tokenizer.
         name: what the user calls it, for messages and files.
+        chat: put prompts into the tokenizer's chat template, in every stage.
 
     Attributes:
         blocks: the map of its blocks.
+        joining: how prompts and answers become texts.
+        closing_tokens: how many tokens the tokenizer puts behind every text.
+        blocks_put_out_tuples: whether a block puts out a tuple that begins with the hidden state, or that alone.
         fingerprint: tells this model's weights from any other's; taken when the LLM is made, so it stays
             the base model's while an update is applied.
 
     Raises:
-        UserError: when the model's structure is not supported.
+        UserError: when the model's structure is not supported, or a chat is asked for without a chat template.
 
     Example:
         llm = LLM(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "", chat: bool = False
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
         self.blocks: list[Block] = find_blocks(model)
         if not isinstance(model.get_output_embeddings(), nn.Module):
             raise UserError(f"model: {type(model).__name__}: expected a language-model head; found none")
+        self.chat = chat
+        self.joining = chat_joining(tokenizer, self.name) if chat else PLAIN
+        self.closing_tokens = closing_tokens(tokenizer)
+        self.blocks_put_out_tuples = put_out_tuples(model, self.blocks[0])
         self.fingerprint = fingerprint(model)
 
     @property
@@ -52,11 +63,23 @@ class LLM:
 
     @property
     def pad_token_id(self) -> int:
-        """The token that fills batches: masked or behind everything that is read, so any will do."""
+        """The token that fills batches: masked or behind all that is read, so any that is embedded will do."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and token < self.vocabulary:
                 return token
         return 0
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model embeds; a tokenizer may know others."""
+        return len(self.embedding)
+
+    @property
+    def embedding(self) -> Tensor:
+        """The matrix of the tokens' vectors."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def check_layers(self, layers: Collection[int]) -> None:
         """Raise UserError when a block number does not exist."""
@@ -89,6 +112,19 @@ class LLM:
                 parameter.grad = None
             for module, mode in training.items():
                 module.training = mode
+
+
+@torch.no_grad()
+def put_out_tuples(model: PreTrainedModel, block: Block) -> bool:
+    """Whether the model's blocks put out tuples; running one token tells."""
+    seen: list[bool] = []
+    module = model.get_submodule(block.name)
+    handle = module.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple)))
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 @torch.no_grad()

@@ -12,24 +12,29 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.errors import UserError
+from pipeline.model.blocks import check_config, find_blocks
 from pipeline.model.llm import LLM
 
 BUNDLED = "smollm2"
 
 
-def load_model(name: str = BUNDLED, dtype: torch.dtype = torch.float32, verbose: bool = False) -> LLM:
+def load_model(
+    name: str = BUNDLED, dtype: torch.dtype = torch.float32, verbose: bool = False, chat: bool = False
+) -> LLM:
     """Load a model for editing; never runs code that comes with the weights.
 
     Args:
         name: `smollm2`, a Hugging Face name, a folder, or a GGUF file.
         dtype: of the weights in memory.
         verbose: show what the libraries say meanwhile.
+        chat: put prompts into the tokenizer's chat template, in every stage.
 
     Raises:
-        UserError: when there is no such model, or it cannot be read or edited.
+        UserError: when there is no such model, or it cannot be read or edited; where its config tells, before any
+            weight is read.
     """
     source, gguf_file = _locate(name)
     options = {"gguf_file": gguf_file} if gguf_file else {}
@@ -38,6 +43,8 @@ def load_model(name: str = BUNDLED, dtype: torch.dtype = torch.float32, verbose:
             if not Path(source).is_dir():
                 source = _reachable(source)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+            if not gguf_file:
+                _check_structure(source, name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
@@ -46,6 +53,8 @@ def load_model(name: str = BUNDLED, dtype: torch.dtype = torch.float32, verbose:
                 output_loading_info=True,
                 **options,
             )
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -58,7 +67,19 @@ def load_model(name: str = BUNDLED, dtype: torch.dtype = torch.float32, verbose:
         raise UserError(f"model: {name!r} lacks {len(missing)} of its weights, such as {missing[0]}")
     if gguf_file:
         _forget_quantization(model)
-    return LLM(model, tokenizer, name)
+    return LLM(model, tokenizer, name, chat)
+
+
+def _check_structure(source: str, name: str) -> None:
+    """Refuse a model that cannot be edited by its config alone: built without weights, it shows its structure.
+
+    Raises:
+        UserError: with what was found.
+    """
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_config(config, repr(name))
+    with torch.device("meta"):
+        find_blocks(AutoModelForCausalLM.from_config(config, trust_remote_code=False), name)
 
 
 def _locate(name: str) -> tuple[str, str | None]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from pipeline.model.blocks import by_row
 from pipeline.model.llm import LLM
 from pipeline.model.targets import head_reads_only
 from pipeline.model.upper import handing_on, reading_enter
@@ -114,20 +115,22 @@ class SuffixRunner:
             for place in range(row.target_start, max(len(row.token_ids), row.target_start + 1))
         ]
         row_N, place_N, target_N = torch.tensor(read, device=device).T
-        cache = self.llm.model(
+        cache = DynamicCache()  # one that keeps every token: a family's own may drop what lies outside its window
+        self.llm.model(
             input_ids=torch.tensor(prefix, device=device),
             attention_mask=mask_BP,
             position_ids=(mask_BP.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-        ).past_key_values
+        )
         empty = torch.empty(0, device=device)
         kept = Suffixes(
             ids_BS=ids_BS,
             position_BS=start_B[:, None] + torch.arange(length, device=device),
             mask_BT=torch.cat([mask_BP, torch.ones_like(ids_BS)], dim=1),
             enter_BSD=empty,
-            prefix=[(layer.keys, layer.values) for layer in cache.layers],
+            prefix=[(keys, values) for keys, values, _ in cache],
             key_BI=empty,
             output_BO=empty,
             row_N=row_N,
@@ -137,7 +140,7 @@ class SuffixRunner:
         seen: dict[str, Tensor] = {}
 
         def leave(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen["key"], seen["output"] = args[0][:, 0], output[:, 0]
+            seen["key"], seen["output"] = (by_row(x, len(rows))[:, 0].clone() for x in (args[0], output))
 
         handle = self.down.register_forward_hook(leave)
         try:
@@ -151,9 +154,10 @@ class SuffixRunner:
     def run(self, rows: Suffixes, change_BO: Tensor) -> Tensor:
         """Logits (N, V) when a change is added to the down-projection's output at each row's start token."""
 
-        def add(_: nn.Module, _args: tuple[Tensor, ...], output_BSO: Tensor) -> Tensor:
+        def add(_: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            output_BSO = by_row(output, len(change_BO))
             changed = output_BSO[:, :1] + change_BO[:, None].to(output_BSO.dtype)
-            return torch.cat([changed, output_BSO[:, 1:]], dim=1)
+            return torch.cat([changed, output_BSO[:, 1:]], dim=1).view_as(output)
 
         handle = self.down.register_forward_hook(add)
         try:

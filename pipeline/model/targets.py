@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
+from pipeline.model.joining import Joining
 from pipeline.model.llm import LLM
 
 
@@ -67,7 +68,7 @@ def row_means(values_N: Tensor, row_N: Tensor, rows: int) -> Tensor:
 def encode(
     llm: LLM, pairs: Sequence[tuple[str, str]], tags: Sequence[Any] | None = None, what: str = "requests"
 ) -> list[TargetRow]:
-    """Join prompts and answers by one space and find the answers' tokens.
+    """Join prompts and answers (see `pipeline.model.joining`) and find the answers' tokens.
 
     The target begins where the joined text's tokens leave the prompt's own, so it is right with and without
     a BOS token, and for tokenizers that keep the space with the word or apart from it.
@@ -78,35 +79,60 @@ def encode(
         what: for messages: what the pairs are.
 
     Raises:
-        UserError: when an answer becomes no token, or a text is longer than the model's context.
+        UserError: when an answer becomes no token or unknown ones alone, or a text is longer than the context.
     """
     if not pairs:
         return []
-    prompts = [prompt.rstrip() for prompt, _ in pairs]
-    prompt_ids = tokenize(llm, prompts)
-    joined_ids = tokenize(
-        llm, [f"{prompt} {answer.strip()}" for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
-    )
+    prompt_ids = prompt_tokens(llm, [prompt for prompt, _ in pairs])
+    joined_ids = _token_ids(llm, [llm.joining.whole(*pair) for pair in pairs], llm.joining.special)
+    unknown = llm.tokenizer.unk_token_id
     rows = []
     for index, (before, ids) in enumerate(zip(prompt_ids, joined_ids, strict=True)):
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b),
-            min(len(before), len(ids)),
-        )
+        prompt, answer = pairs[index]
+        start = max(1, _shared(before, ids))
         tag = tags[index] if tags is not None else None
-        if not before:
-            raise UserError(f"{what}: prompt {pairs[index][0]!r} becomes no token")
-        if shared == len(ids) or not pairs[index][1].strip():
-            raise UserError(f"{what}: answer {pairs[index][1]!r} to {pairs[index][0]!r} becomes no token")
-        check_length(llm, len(ids), f"{what}: {prompts[index][:60]!r}")
-        rows.append(TargetRow(ids, max(shared, 1), tag))
+        if not before or not prompt.strip():
+            raise UserError(f"{what}: prompt {prompt!r} becomes no token")
+        if start >= len(ids) or not answer.strip():
+            raise UserError(f"{what}: answer {answer!r} to {prompt!r} becomes no token")
+        known = [token for token in ids[start:] if token != unknown]
+        if len(known) < len(ids) - start and not str(llm.tokenizer.decode(known)).strip():
+            raise UserError(f"{what}: answer {answer!r} to {prompt!r} is unknown to the tokenizer of {llm.name}")
+        check_length(llm, len(ids), f"{what}: {prompt[:60]!r}")
+        rows.append(TargetRow(ids, start, tag))
     return rows
 
 
 def tokenize(llm: LLM, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that go on: with the tokenizer's opening tokens, without a closing one."""
-    end = llm.tokenizer.eos_token_id
-    return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in llm.tokenizer(list(texts)).input_ids]
+    """Token ids of plain texts that go on: with the tokenizer's opening tokens, without closing ones."""
+    return _token_ids(llm, texts, special=True)
+
+
+def prompt_tokens(llm: LLM, prompts: Sequence[str], joining: Joining | None = None) -> list[list[int]]:
+    """Token ids of prompts as the model is given them: with `joining`'s text around, by default the LLM's."""
+    joining = joining or llm.joining
+    return _token_ids(llm, [joining.prompt(prompt) for prompt in prompts], joining.special)
+
+
+def _token_ids(llm: LLM, texts: Sequence[str], special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    found = llm.tokenizer(list(texts), add_special_tokens=special).input_ids
+    closing = llm.closing_tokens if special else 0
+    for text, ids in zip(texts, found, strict=True):
+        if max(ids, default=0) >= llm.vocabulary:
+            raise UserError(
+                f"model: {llm.name} embeds {llm.vocabulary} tokens; its tokenizer gives {text[:60]!r} the token "
+                f"{max(ids)}: they do not belong together"
+            )
+    return [ids[: len(ids) - closing] for ids in found]
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def check_length(llm: LLM, length: int, what: str) -> None:
@@ -161,8 +187,20 @@ def target_losses(model: PreTrainedModel, batch: TargetBatch) -> Tensor:
     return batch.row_means(F.cross_entropy(target_logits(model, batch), batch.target_N, reduction="none"))
 
 
-def last_token(llm: LLM, upto: str, token_ids: Sequence[int]) -> int:
-    """Place of the token that holds the end of `upto`, among the tokens of a text that begins with it."""
-    (before,) = tokenize(llm, [upto])
-    shared = next((i for i, (a, b) in enumerate(zip(before, token_ids, strict=False)) if a != b), len(before))
-    return max(0, shared - 1 if shared == len(before) else shared)
+def last_token(llm: LLM, prompt: str, end: int, answer: str = "") -> int:
+    """Place, among a prompt's tokens (with an answer's behind them), of the one that holds the prompt's `end`.
+
+    Args:
+        prompt: as the user gives it; its place in a chat template is known here.
+        end: a place between two characters of the prompt, such as where its subject ends.
+        answer: what follows, where the tokens of both are meant.
+    """
+    joining = llm.joining
+    text = joining.whole(prompt, answer) if answer else joining.prompt(prompt)
+    end = min(len(joining.head) + end, len(text))
+    if llm.tokenizer.is_fast:
+        spans = llm.tokenizer(text, add_special_tokens=joining.special, return_offsets_mapping=True).offset_mapping
+        return max((place for place, (first, last) in enumerate(spans) if first < min(end, last)), default=0)
+    upto, ids = _token_ids(llm, [text[:end], text], joining.special)
+    shared = _shared(upto, ids)
+    return max(0, shared - 1 if shared == len(upto) else shared)

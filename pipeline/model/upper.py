@@ -20,14 +20,17 @@ from pipeline.model.llm import LLM
 @contextmanager
 def handing_on(llm: LLM, layer: int, enter_BTD: Tensor) -> Iterator[None]:
     """Inside the `with`, blocks below `layer` do not run: they hand on what enters that block."""
-    with _instead(llm, llm.blocks[:layer], lambda *_args, **_kwargs: enter_BTD):
+    put_out = _as_blocks_do(llm, enter_BTD)
+    with _instead(llm, llm.blocks[:layer], lambda *_args, **_kwargs: put_out):
         yield
 
 
 @contextmanager
 def passing_through(llm: LLM, layer: int) -> Iterator[None]:
     """Inside the `with`, block `layer` and those above do not run: they put out what they get."""
-    with _instead(llm, llm.blocks[layer:], lambda hidden_states, *_args, **_kwargs: hidden_states):
+    with _instead(
+        llm, llm.blocks[layer:], lambda hidden_states, *_args, **_kwargs: _as_blocks_do(llm, hidden_states)
+    ):
         yield
 
 
@@ -47,8 +50,13 @@ def reading_enter(llm: LLM, layer: int) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def _as_blocks_do(llm: LLM, hidden_BTD: Tensor) -> Tensor | tuple[Tensor, None]:
+    """A hidden state as the model's blocks put it out: by itself, or with their attention's weights (none here)."""
+    return (hidden_BTD, None) if llm.blocks_put_out_tuples else hidden_BTD
+
+
 @contextmanager
-def _instead(llm: LLM, blocks: Sequence[Block], forward: Callable[..., Tensor]) -> Iterator[None]:
+def _instead(llm: LLM, blocks: Sequence[Block], forward: Callable[..., Any]) -> Iterator[None]:
     modules = [llm.model.get_submodule(block.name) for block in blocks]
     own = [vars(module).get("forward") for module in modules]  # libraries wrap a module's forward like this, too
     try:

@@ -66,11 +66,14 @@ class EvaluateCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOption
 
     update: str | None = None
     """A folder that `edit` or `run` wrote; without it the model is measured as it is."""
+    explain: int = 0
+    """Show the tokens of this many requests, which are scored and where the subject ends, and measure nothing."""
 
     def __post_init__(self) -> None:
         RequestOptions.__post_init__(self)
         ComputeOptions.__post_init__(self)
         EvaluationOptions.__post_init__(self)
+        check_at_least("explain", self.explain, 0)
 
 
 @dataclass(kw_only=True)
@@ -85,6 +88,8 @@ class ExportCommand(ModelOptions, OutputOptions):
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, EXPORTS)
+        if self.chat:
+            raise UserError("chat: nothing is asked of a model that is exported; leave --chat out")
 
 
 @dataclass(kw_only=True)

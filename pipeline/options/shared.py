@@ -33,6 +33,8 @@ class ModelOptions:
 
     model: str = "smollm2"
     """`smollm2` (the bundled SmolLM2-135M-Instruct), a Hugging Face name, a folder, or a GGUF file."""
+    chat: bool = False
+    """Put prompts into the tokenizer's chat template, in every stage: for models that are talked to."""
     verbose: bool = False
     """Show the libraries' own messages, and tracebacks."""
 

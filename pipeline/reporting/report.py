@@ -90,8 +90,8 @@ def write_report(
         "## Using it, undoing it\n",
         f"- `python run.py export --model {update.model} --update {folder} --output DIR` writes the edited model "
         "as a plain Hugging Face folder.\n"
-        f'- `python run.py generate --model {update.model} --update {folder} --prompt "..."` answers with base and '
-        "edited model side by side.\n"
+        f"- `python run.py generate --model {update.model}{' --chat' if update.chat else ''} --update {folder} "
+        '--prompt "..."` answers with base and edited model side by side.\n'
         "- The base model is untouched: the update is `update.safetensors`, and leaving it out is undoing it.\n",
     ]
     return "\n".join(parts)

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from pipeline.attribution import GoldenProfile
 from pipeline.evaluation import Estimate, Evaluation
+from pipeline.model.explain import ShownToken
+from pipeline.requests import EditRequest
 
 
 def figure_text(name: str, estimate: Estimate) -> str:
@@ -64,6 +66,16 @@ def show_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -
         table.add_column(name, overflow="fold", ratio=1)
     for index, prompt in enumerate(prompts):
         table.add_row(escape(prompt), *(escape(texts[index].strip()) for texts in answers.values()))
+    Console().print(table, highlight=False)
+
+
+@rank_zero_only
+def show_tokens(request: EditRequest, tokens: Sequence[ShownToken]) -> None:
+    """A request's tokens, a line each, with what is scored and where its subject ends."""
+    table = Table("place", "id", "token", "", title=f"request {escape(request.id)}", title_justify="left", box=None)
+    for token in tokens:
+        marks = ["scored"] * token.scored + ["the subject's last token"] * token.ends_subject
+        table.add_row(str(token.place), str(token.token_id), escape(repr(token.text)), ", ".join(marks))
     Console().print(table, highlight=False)
 
 

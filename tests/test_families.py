@@ -1,0 +1,142 @@
+"""Every family: recognised, scored, run in parts, edited, undone and exported like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import BLOCKS, FAMILIES, family_llm
+from test_attribution import autograd_scores
+from test_suffix import ROWS, plain_logits
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.attribution import find_golden_layer
+from pipeline.editing import METHODS, edit, export_merged
+from pipeline.model import LLM, collate_targets, encode, generate, target_logits
+from pipeline.model.suffix import SuffixRunner
+from pipeline.model.upper import handing_on, passing_through, reading_enter
+from pipeline.options import (
+    AttributionOptions,
+    EditOptions,
+    FinetuneOptions,
+    LocateOptions,
+    LoraOptions,
+    StatisticsOptions,
+)
+from pipeline.requests import EditRequest, load_requests
+
+LAYER = 1
+QUICK: dict[str, Any] = {
+    "finetune": FinetuneOptions(epochs=1, contexts=0, learning_rate=0.1),
+    "lora": LoraOptions(epochs=1, contexts=0, rank=2, learning_rate=0.1),
+    "locate": LocateOptions(steps=2, key_contexts=2, associations=1, neighbours=1),
+}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request: pytest.FixtureRequest) -> str:
+    """A family's name."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options for few steps, with key statistics of a text that need not be written first."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("\n".join(f"{r.prompt} {r.old_answer}." for r in load_requests("demo")))
+    return QUICK | {"statistics": StatisticsOptions(text=str(text), tokens=512)}
+
+
+@pytest.fixture(scope="module")
+def llm(family: str, tokenizer: PreTrainedTokenizerFast) -> LLM:
+    """A model of the family; tests leave it as they found it, which one of them checks."""
+    return family_llm(family, tokenizer)
+
+
+def snapshot(llm: LLM) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
+
+
+def test_attribution_is_autograds(llm: LLM, requests: list[EditRequest]) -> None:
+    few = requests[1:3]
+    for scope in ("mlp", "block"):
+        expected = autograd_scores(llm, few, scope)
+        profile = find_golden_layer(llm, few, AttributionOptions(scope=scope))
+        scores = torch.tensor(profile.scores, dtype=torch.float64)
+        assert ((scores - expected).abs() / expected.abs()).max() < 1e-4
+
+
+def test_upper_blocks_alone_give_the_same_logits(llm: LLM, requests: list[EditRequest]) -> None:
+    batch = collate_targets(encode(llm, [(r.prompt, r.new_answer) for r in requests]))
+    with llm.frozen(), torch.no_grad():
+        expected_NV = target_logits(llm.model, batch)
+        with reading_enter(llm, LAYER) as entering, passing_through(llm, LAYER):
+            llm.model(input_ids=batch.input_ids_BT, use_cache=False, logits_to_keep=1)
+        with handing_on(llm, LAYER, entering[0]):
+            found_NV = target_logits(llm.model, batch)
+        with handing_on(llm, LAYER, torch.zeros_like(entering[0])):
+            other_NV = target_logits(llm.model, batch)
+    torch.testing.assert_close(found_NV, expected_NV, rtol=1e-5, atol=1e-5)
+    assert (other_NV - expected_NV).abs().max() > 1e-2, "lower blocks did not run"
+
+
+@pytest.mark.parametrize("layer", [0, BLOCKS - 1])
+def test_suffixes_equal_the_whole(llm: LLM, layer: int) -> None:
+    torch.manual_seed(0)
+    change_BO = torch.randn(4, 32)
+    runner = SuffixRunner(llm, layer)
+    with llm.frozen(), torch.no_grad():
+        rows, base_NV = runner.capture(ROWS)
+        changed_NV = runner.run(rows, change_BO)
+        expected_base = torch.cat([plain_logits(llm, layer, row, torch.zeros(32)) for row in ROWS])
+        expected = torch.cat([plain_logits(llm, layer, row, c) for row, c in zip(ROWS, change_BO, strict=True)])
+    torch.testing.assert_close(base_NV, expected_base, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(changed_NV, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - expected_base).abs().max() > 1e-2, "the change must matter for this test to say anything"
+
+
+def test_batches_answer_as_single_prompts_do(llm: LLM, requests: list[EditRequest]) -> None:
+    prompts = [prompt for r in requests[:3] for prompt in (r.prompt, *r.rephrases)]
+    alone = [generate(llm, [prompt], max_new_tokens=4)[0] for prompt in prompts]
+    assert generate(llm, prompts, max_new_tokens=4) == alone
+    assert len(set(alone)) > 1
+    pairs = [(r.prompt, r.new_answer) for r in requests]
+    with llm.frozen(), torch.no_grad():
+        single = torch.cat([target_logits(llm.model, collate_targets(encode(llm, [pair]))) for pair in pairs])
+        together = target_logits(llm.model, collate_targets(encode(llm, pairs)))
+    assert torch.equal(single.argmax(-1), together.argmax(-1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_edit_changes_its_weights_alone_and_is_undone(
+    llm: LLM, requests: list[EditRequest], method: str, quick: dict[str, Any]
+) -> None:
+    base = snapshot(llm)
+    update = edit(llm, requests[:3], options=EditOptions(method=method, layers=[LAYER], **quick))
+    assert all(torch.equal(base[name], tensor) for name, tensor in llm.model.state_dict().items()), "edit restores"
+    scope = "down" if METHODS[method].options in ("locate", "one_pass") else "mlp"
+    assert list(update.tensors) == llm.blocks[LAYER].weight_names(scope)
+    undo = update.apply(llm)
+    edited = snapshot(llm)
+    undo.apply(llm)
+    changed = {name for name, tensor in edited.items() if not torch.equal(base[name], tensor)}
+    assert changed == set(update.tensors)
+    assert all(torch.equal(edited[name], tensor) for name, tensor in update.tensors.items())
+    assert all(torch.equal(base[name], tensor) for name, tensor in llm.model.state_dict().items()), "undone"
+
+
+@torch.no_grad()
+def test_an_export_is_the_edited_model(
+    llm: LLM, requests: list[EditRequest], quick: dict[str, Any], tmp_path: Path
+) -> None:
+    update = edit(llm, requests[:3], options=EditOptions(method="one_pass", layers=[LAYER], **quick))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    base = llm.model(input_ids=ids).logits
+    with update.applied(llm):
+        expected = llm.model(input_ids=ids).logits
+    export_merged(llm, update, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    assert not torch.equal(base, expected)
