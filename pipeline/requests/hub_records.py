@@ -1,0 +1,48 @@
+"""Records of a Hugging Face data set, streamed: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.requests.layouts import without_empty
+from pipeline.requests.raw import RawRecord
+
+PREFIX = "hf:"
+
+
+def hub_records(source: str) -> Iterator[RawRecord]:
+    """The rows of a data set on the hub or in a folder.
+
+    Raises:
+        UserError: when the package `datasets` is missing, or the data set cannot be loaded.
+    """
+    name, *rest = source.removeprefix(PREFIX).split(":")
+    if not name or len(rest) > 2 or not all(rest):
+        raise UserError(
+            f"requests: {source}: expected {PREFIX}NAME, {PREFIX}NAME:SPLIT or {PREFIX}NAME:CONFIG:SPLIT"
+        )
+    split = rest.pop() if rest else None
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(
+            f"requests: {source}: needs the package `datasets`; install the extra: pip install -e '.[datasets]'"
+        ) from None
+    try:
+        rows = load_dataset(name, *rest, split=split, streaming=True)
+        if split is None:
+            rows = _only_split(source, rows)
+        for number, row in enumerate(rows):
+            yield RawRecord(f"{source}: row {number}", lambda row=row: without_empty(row))
+    except UserError:
+        raise
+    except Exception as error:  # the library raises whatever its many back ends do
+        raise UserError(f"requests: {source}: cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _only_split(source: str, splits: dict[str, Any]) -> Any:
+    if len(splits) != 1:
+        raise UserError(f"requests: {source}: has several splits; add one of them: {', '.join(splits)}")
+    return next(iter(splits.values()))
