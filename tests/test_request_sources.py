@@ -290,14 +290,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     rows = [RECORD | {"id": str(number), "old_answer": None} for number in range(4)]
     asked = SimpleNamespace(calls=[], rows={"train": rows, "test": rows[:1]})
 
-    def load_dataset(*names: str, split: str | None, streaming: bool) -> Any:
+    def load_dataset(*names: str, split: str | None) -> Any:
         asked.calls.append((*names, split))
-        assert streaming
         if names[0] == "nobody/nothing":
             raise FileNotFoundError("Dataset 'nobody/nothing' doesn't exist\non the Hub")
         return asked.rows if split is None else iter(asked.rows[split])
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    package = SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=lambda: None)
+    monkeypatch.setitem(sys.modules, "datasets", package)
     return asked
 
 
@@ -340,8 +340,10 @@ def test_without_the_package_its_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_a_data_set_in_a_folder(tmp_path: Path) -> None:
     """With the package itself, where it is installed."""
     pytest.importorskip("datasets")
-    written(tmp_path, f"{LINE}\n{LINE}\n", "train.jsonl")
-    assert len(load_requests(f"hf:{tmp_path}:train")) == 2
+    axes = [{"Near": [{"prompt": "x", "ground_truth": "y"}]}, {"Far": [{"prompt": "x", "ground_truth": ["y"]}]}]
+    records = [{"prompt": "x", "target_new": "y", "locality": {}, "portability": axis} for axis in axes]
+    file = written(tmp_path, json.dumps(records), "train.json")
+    assert load_requests(f"hf:{tmp_path}:train") == load_requests(file)
 
 
 def test_readings_come_one_by_one(tmp_path: Path) -> None:

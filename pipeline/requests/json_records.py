@@ -49,13 +49,18 @@ def list_records(path: Path, file: BufferedIOBase) -> Iterator[RawRecord]:
     else:
         for number in count():
             value = window.value()
-            yield RawRecord(f"{path}: record {number}", lambda value=value: value)
+            yield RawRecord(f"{path}: record {number}", partial(_parsed, value))
             if window.peek() == "]":
                 window.take("]")
                 break
             window.take(",")
     if window.peek():
         raise window.malformed("the list has ended, but text follows")
+
+
+def _parsed(value: Any) -> Any:
+    """A record of a list is parsed when it is found: where it ends cannot be told otherwise."""
+    return value
 
 
 class _Window:
