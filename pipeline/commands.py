@@ -124,7 +124,8 @@ def requests(options: RequestsCommand) -> None:
         pass  # a process that another started for --model: the file is checked already
     elif options.to:
         check_target(Path(options.to), options.overwrite)
-        print(f"written to {write_whole(Path(options.to), check)}")
+        own = f".{os.getpid()}"  # two commands may write the same file: the last one stays, whole
+        print(f"written to {write_whole(Path(options.to), check, own)}")
     else:
         check()
     if options.model:

@@ -191,3 +191,13 @@ def test_what_a_model_knows_and_cannot_take(
     output = capsys.readouterr()
     assert "bad: request long" in output.out and "1 of 3" in output.err
     assert "gives 0 of 1 old answers" in " ".join(output.out.split())
+
+
+def test_every_command_leaves_bad_records_out_where_asked_for(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "--model", str(tiny_folder), "--requests", str(written(tmp_path, *BAD))]
+    assert main(words) == 1
+    assert "line 2" in capsys.readouterr().err
+    assert main([*words, "--skip-bad", "--max_new_tokens", "2"]) == 0
+    assert "note: left out 4 bad of 6 records; the first: " in " ".join(capsys.readouterr().out.split())
