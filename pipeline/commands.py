@@ -5,6 +5,7 @@ A command's imports stand inside it, so that `--help` answers without loading to
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,8 @@ from pipeline.options import (
     ExportCommand,
     GenerateCommand,
     ModelOptions,
+    RequestOptions,
+    RequestsCommand,
     RunCommand,
 )
 
@@ -38,12 +41,12 @@ def run(options: RunCommand) -> None:
     from pipeline.attribution import METHODS as SELECTORS
     from pipeline.attribution import GoldenProfile, find_golden_layer
     from pipeline.editing import METHODS, accept, choose_layers
-    from pipeline.requests import load_requests, split_by_subject
+    from pipeline.requests import split_by_subject
 
     check_choice("attribution.method", options.attribution.method, SELECTORS)
     check_choice("edit.method", options.edit.method, METHODS)
     with _working(options, "run") as log:
-        requests = load_requests(options.requests, options.limit, options.offset)
+        requests = _read_requests(options)
         if options.profile:
             profile, edits = GoldenProfile.load(options.profile), requests
         else:
@@ -65,11 +68,10 @@ def run(options: RunCommand) -> None:
 def attribute(options: AttributeCommand) -> None:
     """Find the golden layer of a model from a set of edit requests, and keep it as a profile."""
     from pipeline.attribution import METHODS, find_golden_layer
-    from pipeline.requests import load_requests
 
     check_choice("method", options.method, METHODS)
     with _working(options, "attribute") as log:
-        requests = load_requests(options.requests, options.limit, options.offset)
+        requests = _read_requests(options)
         llm = _load(options)
         log.keep_profile(find_golden_layer(llm, requests, options, options.trainer, _request_set(options)))
 
@@ -78,11 +80,10 @@ def edit(options: EditCommand) -> None:
     """Edit requests at the golden layer, measure before and after, and keep the update."""
     from pipeline.attribution import GoldenProfile
     from pipeline.editing import METHODS, WeightUpdate, accept, check_earlier, choose_layers
-    from pipeline.requests import load_requests
 
     check_choice("method", options.method, METHODS)
     with _working(options, "edit") as log:
-        requests = accept(load_requests(options.requests, options.limit, options.offset), options)
+        requests = accept(_read_requests(options), options)
         profile = GoldenProfile.load(options.profile) if options.profile else None
         after = WeightUpdate.load(options.after) if options.after else None
         if profile is None and not options.layers:
@@ -100,18 +101,42 @@ def evaluate(options: EvaluateCommand) -> None:
     """Measure a model on edit requests and, with an update, the model before and after it."""
     from pipeline.editing import WeightUpdate
     from pipeline.evaluation import evaluate
-    from pipeline.requests import load_requests
 
     if options.explain:
         return _explain(options)
     with _working(options, "evaluate") as log:
-        requests = load_requests(options.requests, options.limit, options.offset)
+        requests = _read_requests(options)
         update = WeightUpdate.load(options.update) if options.update else None
         llm = _load(options)
         if update:
             _note_chat(llm, "update", update.chat)
         measured = evaluate(llm, requests, update, options, options.trainer)
         log.keep_metrics(llm.name, requests, measured)
+
+
+def requests(options: RequestsCommand) -> None:
+    """Check a file of edit requests and say what is in it; --to writes it as the project's own JSONL."""
+    from pipeline.files import write_whole
+    from pipeline.requests.check import check_requests, require_good
+    from pipeline.requests.summary import summary
+    from pipeline.requests.writer import check_target, request_writer
+
+    def check(partial: Path | None = None) -> None:
+        with request_writer(partial, str(options.to).endswith(".gz")) as keep:
+            found = check_requests(options.requests, options.limit, options.offset, keep)
+        print(summary(found))
+        require_good(found, options.skip_bad)
+
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        pass  # a process that another started for --model: the file is checked already
+    elif options.to:
+        check_target(Path(options.to), options.overwrite)
+        own = f".{os.getpid()}"  # two commands may write the same file: the last one stays, whole
+        print(f"written to {write_whole(Path(options.to), check, own)}")
+    else:
+        check()
+    if options.model:
+        _show_known(options)
 
 
 def export(options: ExportCommand) -> None:
@@ -135,13 +160,10 @@ def generate(options: GenerateCommand) -> None:
     from pipeline.editing import WeightUpdate
     from pipeline.model import generate
     from pipeline.reporting import show_answers
-    from pipeline.requests import load_requests
 
     _prepare(options)
     update = WeightUpdate.load(options.update) if options.update else None
-    prompts = options.prompt or [
-        request.prompt for request in load_requests(options.requests, options.limit, options.offset)
-    ]
+    prompts = options.prompt or [request.prompt for request in _read_requests(options)]
     llm = _load(options)
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
@@ -187,13 +209,39 @@ COMMANDS = {
     "attribute": Command(attribute, AttributeCommand),
     "edit": Command(edit, EditCommand),
     "evaluate": Command(evaluate, EvaluateCommand),
+    "requests": Command(requests, RequestsCommand, word="requests"),
     "export": Command(export, ExportCommand),
     "generate": Command(generate, GenerateCommand),
     "benchmark": Command(benchmark, BenchmarkCommand, word="what"),
 }
 
 
-def _prepare(options: ModelOptions) -> None:
+def _read_requests(options: RequestOptions) -> list[EditRequest]:
+    from pipeline.reporting.terminal import say
+    from pipeline.requests import load_requests
+
+    return load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=say)
+
+
+def _show_known(options: RequestsCommand) -> None:
+    """Which answers of the requests a model gives by itself, and which requests it cannot take."""
+    from pipeline.evaluation import find_known
+    from pipeline.reporting.terminal import say
+    from pipeline.requests import load_requests
+    from pipeline.requests.check import NAMED
+
+    _prepare(options)
+    read = load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=lambda _: None)
+    llm = _load(options)
+    known = find_known(llm, read, options.batch_size, options.trainer)
+    say(f"{llm.name} gives {len(known.old)} of {known.asked} old answers, and {len(known.new)} new answers already")
+    for reason in known.unusable[:NAMED]:
+        say(f"bad: {reason}")
+    if known.unusable:
+        raise UserError(f"requests: {len(known.unusable)} of {len(read)} are none that {llm.name} can take")
+
+
+def _prepare(options: ModelOptions | RequestsCommand) -> None:
     from lightning.pytorch import seed_everything
 
     from pipeline.model import hush
@@ -222,10 +270,9 @@ def _explain(options: EvaluateCommand) -> None:
     """Show what the model is given for the first requests, and what of it is scored."""
     from pipeline.model.explain import explain
     from pipeline.reporting import show_tokens
-    from pipeline.requests import load_requests
 
     _prepare(options)
-    requests = load_requests(options.requests, options.limit, options.offset)[: options.explain]
+    requests = _read_requests(options)[: options.explain]
     llm = _load(options)
     for request in requests:
         show_tokens(request, explain(llm, request))

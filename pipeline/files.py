@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own, without torch
 
 from pipeline.errors import UserError
 
@@ -21,9 +21,9 @@ WORK_MARK = "edit.txt"  # says whose the work in progress is
 NOT_RESUMED = {"output", "overwrite", "resume", "verbose"}  # options that a resumed command may change
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then move it there."""
-    partial = path.with_name(f".{path.name}.partial")
+def write_whole(path: Path, write: Callable[[Path], Any], mark: str = "") -> Path:
+    """Let `write` fill a temporary file beside `path`, then move it there; `mark` makes its name one's own."""
+    partial = path.with_name(f".{path.name}{mark}.partial")
     try:
         write(partial)
         partial.replace(path)

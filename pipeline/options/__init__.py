@@ -14,6 +14,7 @@ from pipeline.options.commands import (
     EvaluateCommand,
     ExportCommand,
     GenerateCommand,
+    RequestsCommand,
     RunCommand,
 )
 from pipeline.options.editing import (
@@ -46,6 +47,7 @@ __all__ = [
     "OnePassOptions",
     "OutputOptions",
     "RequestOptions",
+    "RequestsCommand",
     "RunCommand",
     "StatisticsOptions",
     "TrainerOptions",

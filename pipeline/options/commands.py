@@ -77,6 +77,27 @@ class EvaluateCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOption
 
 
 @dataclass(kw_only=True)
+class RequestsCommand(ModelOptions, RequestOptions, ComputeOptions):
+    """Options of `requests`."""
+
+    model: str = ""
+    """Also count what this model knows; without it none is loaded."""
+    batch_size: int = 16
+    """Answers in a batch, for --model."""
+    to: str | None = None
+    """Write the requests into this file, in the project's own JSONL; gzipped where its name ends in .gz."""
+    overwrite: bool = False
+    """Replace the file of --to."""
+
+    def __post_init__(self) -> None:
+        RequestOptions.__post_init__(self)
+        ComputeOptions.__post_init__(self)
+        check_at_least("batch_size", self.batch_size, 1)
+        if self.to and self.to.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+            raise UserError(f"to: {self.to}: JSONL is written; expected a name that does not end in .csv or .tsv")
+
+
+@dataclass(kw_only=True)
 class ExportCommand(ModelOptions, OutputOptions):
     """Options of `export`."""
 

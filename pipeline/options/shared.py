@@ -44,11 +44,14 @@ class RequestOptions:
     """Which edit requests."""
 
     requests: str = "demo"
-    """A file of edit requests (JSONL or JSON), or `demo` for the ones that come with the project."""
+    """A file of edit requests (JSONL, JSON or CSV, gzipped or not), hf:NAME[:SPLIT] for a Hugging Face data set,
+    or `demo` for the ones that come with the project."""
     limit: int | None = None
-    """Take at most this many requests."""
+    """Take at most this many records."""
     offset: int = 0
-    """Leave out this many requests from the file's start."""
+    """Leave out this many records from the file's start."""
+    skip_bad: bool = False
+    """Leave bad records out, and say how many, where else the first of them ends the command."""
 
     def __post_init__(self) -> None:
         check_at_least("offset", self.offset, 0)

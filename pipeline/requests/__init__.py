@@ -1,10 +1,15 @@
-"""What is to change: edit requests, the file layouts they come in, and how they reach a Trainer."""
+"""What is to change: edit requests, the layouts they come in, and how they reach a Trainer."""
+
+from typing import TYPE_CHECKING, Any
 
 from pipeline.requests.conflicts import fact, settle
-from pipeline.requests.datamodule import ListDataModule
-from pipeline.requests.readers import DEMO_REQUESTS, load_requests
+from pipeline.requests.readers import load_requests
+from pipeline.requests.records import DEMO_REQUESTS
 from pipeline.requests.schema import EditRequest, Probe
 from pipeline.requests.split import split_by_subject
+
+if TYPE_CHECKING:
+    from pipeline.requests.datamodule import ListDataModule
 
 __all__ = [
     "DEMO_REQUESTS",
@@ -16,3 +21,12 @@ __all__ = [
     "settle",
     "split_by_subject",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The data module when it is used: requests are read and checked without torch."""
+    if name == "ListDataModule":
+        from pipeline.requests.datamodule import ListDataModule
+
+        return ListDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

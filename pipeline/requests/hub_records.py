@@ -1,0 +1,54 @@
+"""Records of a Hugging Face data set: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`.
+
+Its rows are read from the library's files on disk, one after another. They are not streamed from the hub: streamed,
+fields whose type differs between rows come undecoded (datasets 5.2), and KnowEdit's axes do differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.requests.layouts import without_empty
+from pipeline.requests.raw import RawRecord
+
+PREFIX = "hf:"
+
+
+def hub_records(source: str) -> Iterator[RawRecord]:
+    """The rows of a data set on the hub or in a folder.
+
+    Raises:
+        UserError: when the package `datasets` is missing, or the data set cannot be loaded.
+    """
+    name, *rest = source.removeprefix(PREFIX).split(":")
+    if not name or len(rest) > 2 or not all(rest):
+        raise UserError(
+            f"requests: {source}: expected {PREFIX}NAME, {PREFIX}NAME:SPLIT or {PREFIX}NAME:CONFIG:SPLIT"
+        )
+    split = rest.pop() if rest else None
+    try:
+        from datasets import disable_progress_bars, load_dataset
+    except ImportError:
+        raise UserError(
+            f"requests: {source}: needs the package `datasets`; install the extra: pip install -e '.[datasets]'"
+        ) from None
+    try:
+        disable_progress_bars()
+        rows = load_dataset(name, *rest, split=split)
+        if split is None:
+            rows = _only_split(source, rows)
+        for number, row in enumerate(rows):
+            yield RawRecord(f"{source}: row {number}", partial(without_empty, row))
+    except UserError:
+        raise
+    except Exception as error:  # the library raises whatever its many back ends do
+        raise UserError(f"requests: {source}: cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _only_split(source: str, splits: dict[str, Any]) -> Any:
+    if len(splits) != 1:
+        raise UserError(f"requests: {source}: has several splits; add one of them: {', '.join(splits)}")
+    return next(iter(splits.values()))
