@@ -1,6 +1,6 @@
-"""Did it work, what else moved: probes, generation and perplexity, before and after an edit."""
+"""Did it work, what else moved: answers, probabilities and damage, before and after an edit."""
 
-from pipeline.evaluation.evaluate import Evaluation, Evaluator, evaluate
-from pipeline.evaluation.metrics import BootstrapMean, Estimate
+from pipeline.evaluation.evaluate import Evaluation, Evaluator, Measurement, evaluate
+from pipeline.evaluation.metrics import BootstrapMean, Estimate, Resampled
 
-__all__ = ["BootstrapMean", "Estimate", "Evaluation", "Evaluator", "evaluate"]
+__all__ = ["BootstrapMean", "Estimate", "Evaluation", "Evaluator", "Measurement", "Resampled", "evaluate"]
