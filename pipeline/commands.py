@@ -181,13 +181,13 @@ def generate(options: GenerateCommand) -> None:
 
 
 def benchmark(options: BenchmarkCommand) -> None:
-    """Measure the editing methods against what is asked of them, as a table and benchmark.json."""
+    """Measure editing or evaluation against what is asked of it, as a table and benchmark.json."""
     from pipeline.files import write_json
     from pipeline.reporting import show_benchmark
-    from pipeline.study import benchmark_editing
+    from pipeline.study import BENCHMARKS
 
     with _working(options, "benchmark") as log:
-        results = benchmark_editing(_load(options), options, log.work)
+        results = BENCHMARKS[options.what](_load(options), options, log.work)
         write_json(log.folder / "benchmark.json", results)
         show_benchmark(results)
 

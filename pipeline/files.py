@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,19 @@ def write_whole(path: Path, write: Callable[[Path], Any], mark: str = "") -> Pat
     return path
 
 
+def write_shared(path: Path, write: Callable[[Path], Any]) -> Path:
+    """As `write_whole`, where several commands may write the same file at once: the last one stays, whole.
+
+    What commands that were killed have left of such files goes after an hour.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.stem.partition('-')[0]}-*.partial"):
+        with suppress(OSError):  # another command may be done with it, or remove it too
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    return write_whole(path, write, f".{os.getpid()}")
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write text, whole or not at all."""
     return write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
@@ -48,6 +62,12 @@ def require_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < size:
         raise UserError(f"output: {folder}: needs {size / 1e6:.0f} MB; {free / 1e6:.0f} MB are free on the disk")
+
+
+def cache_folder(named: str | None) -> Path:
+    """The folder for what is found once and kept: as named, or golden-layers in the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(named) if named else home / "golden-layers"
 
 
 def default_output(command: str) -> Path:

@@ -5,6 +5,7 @@ Commands run through `pipeline.cli.main`, in this process but for a full disk an
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import resource
@@ -34,10 +35,25 @@ from pipeline.cli import main
 from pipeline.editing import FineTune, WeightUpdate
 from pipeline.model import load_model
 from pipeline.reporting import RunLog
+from pipeline.reporting.groups import label
 
 ROOT = Path(__file__).parent.parent
 CPU = ("--trainer.accelerator", "cpu")
-METRICS = ("rewrite", "rephrase", "locality", "portability", "generation_exact_match", "perplexity")
+GENERATION = tuple(
+    f"{kind}_{name}"
+    for kind in ("generation", "rephrase", "portability", "distractor")
+    for name in ("exact_match", "containment")
+)
+PROBABILITY = tuple(
+    f"{name}_{what}" for name in ("efficacy", "paraphrase", "neighbourhood") for what in ("success", "magnitude")
+)
+METRICS = (
+    *GENERATION,
+    *("rewrite", "rephrase", "locality", "portability"),
+    *PROBABILITY,
+    *("rome_score", "perplexity"),
+)
+DIVERGENCES = ("locality_kl", "text_kl")  # to the base, so not before
 PNG = b"\x89PNG\r\n\x1a\n"
 FINETUNE = ("--method", "finetune", "--finetune.whiten", "0", "--finetune.epochs")
 RUN_FINETUNE = ("--edit.method", "finetune", "--edit.finetune.whiten", "0", "--edit.finetune.epochs")
@@ -164,6 +180,7 @@ def test_edit_writes_update_metrics_and_report(made: SimpleNamespace, tiny_folde
         "update.json",
         "metrics.json",
         "metrics.png",
+        "values.csv",
         "report.md",
         "options.yaml",
         "events",
@@ -183,13 +200,48 @@ def test_metrics_hold_mean_count_and_interval(made: SimpleNamespace) -> None:
     metrics = read_json(made.edited / "metrics.json")
     assert metrics["requests"] == 6
     for side in ("before", "after"):
-        assert tuple(metrics[side]) == METRICS
+        assert tuple(name for name in metrics[side] if name not in DIVERGENCES) == METRICS
         for name, figure in metrics[side].items():
             assert set(figure) == {"mean", "count", "low", "high"}
             assert figure["low"] <= figure["mean"] <= figure["high"]
-            assert figure["count"] == 6 or name == "perplexity"
+            assert figure["count"] == 6 or name in ("perplexity", "text_kl")
+    assert set(metrics["after"]) - set(metrics["before"]) == set(DIVERGENCES)
+    for name, figure in metrics["difference"].items():
+        assert figure["mean"] == pytest.approx(metrics["after"][name]["mean"] - metrics["before"][name]["mean"])
+        assert figure["low"] <= figure["mean"] <= figure["high"]
+    assert set(metrics["difference"]) == set(METRICS)
+    assert set(metrics["weights"]) == set(load_file(made.edited / "update.safetensors"))
+    assert all(0 < change < 10 for change in metrics["weights"].values())
     assert metrics["before"]["locality"]["mean"] == 1
     assert metrics["before"]["perplexity"]["mean"] != metrics["after"]["perplexity"]["mean"]
+
+
+def test_values_hold_every_request(made: SimpleNamespace) -> None:
+    with (made.edited / "values.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    metrics = read_json(made.edited / "metrics.json")
+    assert [row["id"] for row in rows] == [r["id"] for r in read_json(made.edited / "update.json")["requests"]]
+    for side in ("before", "after"):
+        for name in set(METRICS) - {"perplexity", "rome_score"}:
+            values = [float(row[f"{name} {side}"]) for row in rows if row[f"{name} {side}"]]
+            assert sum(values) / len(values) == pytest.approx(metrics[side][name]["mean"], rel=1e-4, abs=1e-6), name
+        assert all(row[f"generation answer {side}"] for row in rows)
+        assert any(" | " in row[f"rephrase answer {side}"] for row in rows)
+    assert "locality_kl after" in rows[0] and "locality_kl before" not in rows[0]
+
+
+def test_the_terminal_shows_the_models_own_answers_first(
+    model: list[str], made: SimpleNamespace, text_file: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--limit", "6", "--update", str(made.edited), "--text", text_file, *CPU]
+    capsys.readouterr()
+    assert main(["evaluate", *model, *words, "--output", "out"]) == 0
+    table, _, below = capsys.readouterr().out.partition("largest change")
+    lines = table.splitlines()
+    groups = ["by generation", "teacher-forced", "by probability", "damage"]
+    assert [line.strip() for line in lines if line.strip() in groups] == groups
+    assert max(map(len, lines)) <= 80 and len(lines) < 24  # the smallest terminal
+    assert "%" in below
 
 
 def test_report_says_what_where_and_how_well(made: SimpleNamespace, tiny_folder: Path) -> None:
@@ -199,9 +251,7 @@ def test_report_says_what_where_and_how_well(made: SimpleNamespace, tiny_folder:
     assert "The capital of Germany is | London" in report
     assert f"export --model {tiny_folder} --update {made.edited}" in report
     rows = [line for line in report.splitlines() if line.startswith("| ")]
-    assert [
-        name for name in METRICS if not any(row.startswith(f"| {name.replace('_', ' ')} |") for row in rows)
-    ] == []
+    assert [name for name in METRICS if not any(row.startswith(f"| {label(name)} |") for row in rows)] == []
     linked = {part.partition(")")[0] for part in report.split("](")[1:]}
     assert linked <= names_in(made.edited) | {"scores.png"}  # scores.png lies with the profile
 
@@ -243,7 +293,14 @@ def test_run_finds_edits_and_proves(asked: list[str], text_file: str, elsewhere:
     assert main(words) == 0  # no command: `run`
     out = elsewhere / "out"
     expected = {"golden_profile.json", "scores.png", "update.safetensors", "update.json"}
-    assert expected | {"metrics.json", "metrics.png", "report.md", "options.yaml", "events"} == names_in(out)
+    assert expected | {
+        "metrics.json",
+        "metrics.png",
+        "values.csv",
+        "report.md",
+        "options.yaml",
+        "events",
+    } == names_in(out)
     proxy, edits = GoldenProfile.load(out).requests, len(WeightUpdate.load(out).requests)
     assert proxy + edits == 7
     assert edits == read_json(out / "metrics.json")["requests"]
@@ -282,7 +339,7 @@ def test_the_options_of_a_folder_make_it_again(made: SimpleNamespace, elsewhere:
 
 def test_evaluate_without_an_update(asked: list[str], text_file: str, elsewhere: Path) -> None:
     assert main(["evaluate", *asked, "--text", text_file, "--output", "out"]) == 0
-    assert names_in(elsewhere / "out") == {"metrics.json", "metrics.png", "options.yaml", "events"}
+    assert names_in(elsewhere / "out") == {"metrics.json", "metrics.png", "values.csv", "options.yaml", "events"}
     metrics = read_json(elsewhere / "out" / "metrics.json")
     assert set(metrics) == {"model", "requests", "before"}
     assert [metrics["before"][name]["count"] for name in METRICS[:-1]] == [7] * 5

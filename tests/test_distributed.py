@@ -81,12 +81,27 @@ def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:
     steps = ["--finetune.epochs", "40", "--finetune.learning_rate", "0.1"]
     editing = ["--method", "finetune", "--layers", "1", *alone, *steps, *CPU]
     assert main(["edit", *asked, *editing, "--evaluation.text", text, "--output", str(update)]) == 0
-    words = ["--update", str(update), "--text", text, "--batch_size", "3"]
-    one, two = in_both_ways(tmp_path, "evaluate", *asked, *words)
+    words = ["--update", str(update), "--text", text, "--batch_size", "3", "--fluency", "3"]
+    one, two = in_both_ways(tmp_path, "evaluate", *asked, *words, "--keep_base", "false")
     assert metrics(one)["after"]["rewrite"]["mean"] > 0.5  # a figure that could go wrong
-    for side in ("before", "after"):
+    agree(one, two)
+    assert main(["evaluate", *asked, *words, *CPU, "--output", str(tmp_path / "kept")]) == 0
+    told = two_processes("evaluate", *asked, *words, "--output", str(tmp_path / "taken"))  # the base as one read it
+    assert told.returncode == 0, told.stderr
+    agree(one, tmp_path / "taken")
+
+
+def agree(one: Path, two: Path) -> None:
+    """Every metric's mean, count and interval, and every request's values and answers, are the same."""
+    assert {"generation_exact_match", "rome_score", "locality_kl", "fluency"} <= set(metrics(one)["after"])
+    for side in ("before", "after", "difference"):
+        assert list(metrics(two)[side]) == list(metrics(one)[side])
         for name, expected in metrics(one)[side].items():
-            assert metrics(two)[side][name] == pytest.approx(expected, rel=1e-6), (side, name)
+            assert metrics(two)[side][name] == pytest.approx(expected, rel=1e-5, abs=1e-6), (side, name)
+    tables = [[line.split(",") for line in (at / "values.csv").read_text().splitlines()] for at in (one, two)]
+    for expected_row, row in zip(*tables, strict=True):
+        for expected, found in zip(expected_row, row, strict=True):
+            assert found == expected or float(found) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
 
 
 EDITING = (

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing import WeightUpdate
 from pipeline.evaluation import BootstrapMean, Estimate, Evaluation, evaluate
-from pipeline.evaluation.answers import is_exact_answer
+from pipeline.evaluation.answers import contains_answer, inner_ends, is_exact_answer, statement
+from pipeline.evaluation.texts import DISTRACTORS
 from pipeline.model import LLM, generate
 from pipeline.options import EvaluationOptions
 from pipeline.requests import EditRequest, Probe, load_requests
@@ -71,9 +72,10 @@ def noise(llm: LLM, scale: float, layer: int = 1) -> WeightUpdate:
 
 
 def measure(
-    llm: LLM, requests: list[EditRequest], update: WeightUpdate | None, text: Path, batch_size: int = 3
+    llm: LLM, requests: list[EditRequest], update: WeightUpdate | None, text: Path, **options: Any
 ) -> Evaluation:
-    return evaluate(llm, requests, update, EvaluationOptions(batch_size=batch_size, text=str(text)))
+    chosen: dict[str, Any] = {"batch_size": 3, "text": str(text), "keep_base": False} | options
+    return evaluate(llm, requests, update, EvaluationOptions(**chosen))
 
 
 def means(metrics: dict[str, Estimate]) -> dict[str, float]:
@@ -115,43 +117,99 @@ def plain_perplexity(llm: LLM, text: str) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+@torch.no_grad()
+def likelihood(llm: LLM, prompt: str, answer: str) -> float:
+    """The geometric mean of an answer's tokens' probabilities."""
+    start = len(llm.tokenizer(prompt).input_ids)
+    ids = torch.tensor([llm.tokenizer(f"{prompt} {answer}").input_ids])
+    log_probs = llm.model.eval()(input_ids=ids).logits[0].log_softmax(-1)
+    places = range(start, ids.shape[1])
+    return math.exp(sum(log_probs[place - 1, ids[0, place]].item() for place in places) / len(places))
+
+
+@torch.no_grad()
+def plain_answer(llm: LLM, prompt: str, answer: str) -> str:
+    """One statement of the library's own greedy generation."""
+    ids = torch.tensor([llm.tokenizer(prompt).input_ids])
+    told = llm.model.eval().generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+    return statement(llm.tokenizer.decode(told[0, ids.shape[1] :], skip_special_tokens=True), inner_ends(answer))[0]
+
+
+def plain_generation(llm: LLM, requests: list[EditRequest]) -> dict[str, float]:
+    """What the model says, a prompt at a time, by the library's own generation."""
+    kinds = {
+        "generation": [[(r.prompt, r.new_answer)] for r in requests],
+        "rephrase": [[(prompt, r.new_answer) for prompt in r.rephrases] for r in requests],
+        "portability": [[(p.prompt, p.answer) for p in r.portability] for r in requests],
+        "distractor": [[(f"{DISTRACTORS[n % 4]} {r.prompt}", r.new_answer)] for n, r in enumerate(requests)],
+    }
+    figures = {}
+    for kind, asked in kinds.items():
+        said = [[plain_answer(llm, prompt, answer) for prompt, answer in each] for each in asked]
+        for name, judge in (("exact_match", is_exact_answer), ("containment", contains_answer)):
+            figures[f"{kind}_{name}"] = np.mean(
+                [
+                    np.mean([judge(text, answer) for text, (_, answer) in zip(texts, each, strict=True)])
+                    for texts, each in zip(said, asked, strict=True)
+                ]
+            )
+    return figures
+
+
+def plain_probabilities(llm: LLM, requests: list[EditRequest]) -> dict[str, float]:
+    """ROME's figures by a loop."""
+    compared = {
+        "efficacy": [[(r.prompt, r.new_answer, r.old_answer or "")] for r in requests],
+        "paraphrase": [[(prompt, r.new_answer, r.old_answer or "") for prompt in r.rephrases] for r in requests],
+        "neighbourhood": [[(p.prompt, p.answer, r.new_answer) for p in r.locality] for r in requests],
+    }
+    figures = {}
+    for name, requested in compared.items():
+        pairs = [
+            [(likelihood(llm, p, own), likelihood(llm, p, rival)) for p, own, rival in each] for each in requested
+        ]
+        figures[f"{name}_success"] = np.mean([np.mean([a > b for a, b in each]) for each in pairs])
+        figures[f"{name}_magnitude"] = np.mean([np.mean([a - b for a, b in each]) for each in pairs])
+    successes = [figures[f"{name}_success"] for name in compared]
+    return figures | {"rome_score": 3 / sum(1 / success for success in successes) if all(successes) else 0.0}
+
+
 def plain_figures(llm: LLM, requests: list[EditRequest], before: list[list[Tensor]]) -> dict[str, float]:
     """Every figure of `evaluate`, each a mean over requests of a mean over the request's probes."""
-    answers = generate(llm, [r.prompt for r in requests])
     scores = {
         "rewrite": [accuracy(llm, r.prompt, r.new_answer) for r in requests],
         "rephrase": [np.mean([accuracy(llm, p, r.new_answer) for p in r.rephrases]) for r in requests],
         "locality": [share_kept(*pair) for pair in zip(before, locality_choices(llm, requests), strict=True)],
         "portability": [np.mean([accuracy(llm, p.prompt, p.answer) for p in r.portability]) for r in requests],
-        "generation_exact_match": [
-            is_exact_answer(said, r.new_answer) for said, r in zip(answers, requests, strict=True)
-        ],
     }
-    return {name: float(np.mean(values)) for name, values in scores.items()} | {
-        "perplexity": plain_perplexity(llm, TEXT)
-    }
+    forced = {name: float(np.mean(values)) for name, values in scores.items()}
+    generation, probability = plain_generation(llm, requests), plain_probabilities(llm, requests)
+    return generation | forced | probability | {"perplexity": plain_perplexity(llm, TEXT)}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_figures_are_those_of_a_plain_loop(
-    taught: LLM, requests: list[EditRequest], text_file: Path, batch_size: int
-) -> None:
+def test_figures_are_those_of_a_plain_loop(taught: LLM, requests: list[EditRequest], text_file: Path) -> None:
     update = noise(taught, 1)
     base_choices = locality_choices(taught, requests)
     base = plain_figures(taught, requests, base_choices)
     with update.applied(taught):
         edited = plain_figures(taught, requests, base_choices)
-    taught.model.train()
-    measured = measure(taught, requests, update, text_file, batch_size)
-    assert measured.after is not None
-    assert means(measured.before.metrics) == pytest.approx(base, rel=1e-4)
-    assert means(measured.after.metrics) == pytest.approx(edited, rel=1e-4)
+    change = {name: edited[name] - base[name] for name in base}
+    for batch_size in (3, 64):
+        taught.model.train()
+        measured = measure(taught, requests, update, text_file, batch_size=batch_size)
+        assert measured.after is not None
+        assert means(measured.before.metrics) == pytest.approx(base, rel=1e-4)
+        after = means(measured.after.metrics)
+        assert after.pop("locality_kl") > 0 and after.pop("text_kl") > 0
+        assert after == pytest.approx(edited, rel=1e-4)
+        assert list(after) == list(base)
+        assert means(measured.difference) == pytest.approx(change, rel=1e-3, abs=1e-5)
     assert base["locality"] == 1 and 0 < edited["locality"] < 1
-    assert all(0 < base[name] < 1 for name in base if name not in ("locality", "perplexity"))
+    assert all(0 < base[name] < 1 for name in ("rewrite", "rephrase", "generation_exact_match", "rome_score"))
 
 
 def test_answers_come_in_the_requests_order(taught: LLM, requests: list[EditRequest], text_file: Path) -> None:
-    expected = generate(taught, [request.prompt for request in requests])
+    expected = [statement(said)[0] for said in generate(taught, [request.prompt for request in requests])]
     assert len(set(expected)) > 3
     assert measure(taught, requests, None, text_file).before.answers == expected
 
@@ -160,20 +218,17 @@ def test_counts_are_requests_and_tokens(tiny_llm: LLM, requests: list[EditReques
     requests[1] = requests[1].model_copy(update={"rephrases": (), "portability": ()})
     metrics = measure(tiny_llm, requests, None, text_file).before.metrics
     tokens = len(tiny_llm.tokenizer(TEXT).input_ids)
-    assert {name: estimate.count for name, estimate in metrics.items()} == {
-        "rewrite": 7,
-        "rephrase": 6,
-        "locality": 7,
-        "portability": 6,
-        "generation_exact_match": 7,
-        "perplexity": tokens - math.ceil(tokens / 128),
-    }
+    fewer = {"rephrase", "portability", "paraphrase", "rome"}
+    expected = {name: 6 if name.partition("_")[0] in fewer else 7 for name in metrics}
+    expected["perplexity"] = tokens - math.ceil(tokens / 128)
+    assert {name: estimate.count for name, estimate in metrics.items()} == expected
 
 
 def test_what_no_request_probes_is_not_reported(tiny_llm: LLM, text_file: Path) -> None:
     requests = [EditRequest(id="a", prompt="The capital of Peru is", new_answer="Rome")]
     metrics = measure(tiny_llm, requests, None, text_file).before.metrics
-    assert list(metrics) == ["rewrite", "generation_exact_match", "perplexity"]
+    asked = [f"{kind}_{name}" for kind in ("generation", "distractor") for name in ("exact_match", "containment")]
+    assert list(metrics) == [*asked, "rewrite", "perplexity"]
 
 
 @pytest.mark.parametrize("kind", ["rephrase", "locality"])
@@ -198,8 +253,15 @@ def test_an_update_that_changes_nothing_moves_nothing(
     taught: LLM, requests: list[EditRequest], text_file: Path
 ) -> None:
     measured = measure(taught, requests, noise(taught, 0), text_file)
-    assert measured.after == measured.before
+    assert measured.after is not None
+    moved = [measured.after.metrics.pop(name).mean for name in ("locality_kl", "text_kl")]
+    assert measured.after == measured.before and moved == pytest.approx([0, 0], abs=1e-6)
     assert measured.before.metrics["locality"] == Estimate(1, 7, 1, 1)
+    assert set(measured.difference.values()) >= {Estimate(0, 7, 0, 0)}
+    assert all(
+        difference.mean == difference.low == difference.high == 0 for difference in measured.difference.values()
+    )
+    assert set(measured.weights.values()) == {0.0}
 
 
 def test_without_an_update_only_the_base_is_measured(
@@ -224,7 +286,12 @@ def test_no_requests_are_refused(tiny_llm: LLM) -> None:
 
 
 def test_the_models_own_text_is_there(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    assert evaluate(tiny_llm, requests[:1]).before.metrics["perplexity"].count > 1000
+    assert (
+        evaluate(tiny_llm, requests[:1], options=EvaluationOptions(generation="none"))
+        .before.metrics["perplexity"]
+        .count
+        > 1000
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,6 +344,10 @@ EXACT = [
     ("\n", "Paris", False),
     ("C++", "C++", True),
     ("C#.", "C#", True),
+    ("C#.", "C++", False),
+    ("The Beatles and the Kinks", "Beatles and Kinks", True),
+    ("U.S.A.", "USA", True),
+    ("New  York", "new york", True),
     ("100%.", "100%", True),
     ('"Paris."', "Paris", True),
     ("**Paris**", "Paris", True),
@@ -288,6 +359,42 @@ EXACT = [
 @pytest.mark.parametrize(("generated", "answer", "exact"), EXACT)
 def test_an_exact_answer_says_that_and_no_more(generated: str, answer: str, exact: bool) -> None:
     assert is_exact_answer(generated, answer) is exact
+    assert contains_answer(generated, answer) or not exact
+
+
+@pytest.mark.parametrize(
+    ("generated", "answer", "contained"),
+    [
+        ("It is Paris, of course", "Paris", True),
+        ("The composer of it is  Johann Sebastian\tBach", "Johann Sebastian Bach", True),
+        ("It is the U.S.A.", "USA", True),
+        ("Romeo and Juliet", "Rome", False),
+        ("York is new", "New York", False),
+        ("Written in C", "C++", False),
+        ("Written in C++.", "C++", True),
+        ("", "Paris", False),
+        ("Anything", "?", False),
+    ],
+)
+def test_an_answer_is_contained_as_whole_words(generated: str, answer: str, contained: bool) -> None:
+    assert contains_answer(generated, answer) is contained
+
+
+@pytest.mark.parametrize(
+    ("said", "ends", "expected"),
+    [
+        (" Paris. It lies on", 0, ("Paris.", True)),
+        (" Paris.", 0, ("Paris.", False)),  # "Paris.com" may be to come
+        ("\n\nParis\nIt", 0, ("Paris", True)),
+        (" 3.5 metres", 0, ("3.5 metres", False)),
+        (' "Yes." He', 0, ('"Yes."', True)),
+        (" Dr. No. The", 0, ("Dr.", True)),
+        (" Dr. No. The", inner_ends("Dr. No"), ("Dr. No.", True)),
+        ("", 0, ("", False)),
+    ],
+)
+def test_a_statement_ends_where_another_begins(said: str, ends: int, expected: tuple[str, bool]) -> None:
+    assert statement(said, ends) == expected
 
 
 # A mean and its interval
@@ -322,7 +429,7 @@ def test_the_interval_is_a_plain_bootstraps(per_unit: int) -> None:
     values, weights, units = random_values(per_unit)
     mean = BootstrapMean()
     add(mean, values, weights, units)
-    estimate = mean.compute()
+    estimate = mean.compute().estimate()
     low, high = bootstrap(values, weights, units)
     assert estimate.mean == pytest.approx(np.average(values, weights=weights))
     assert estimate.count == 300
@@ -341,7 +448,7 @@ def test_states_of_two_processes_add_up() -> None:
         mean.update(values, weights, units, [0.5] * len(part))
     for state in ("total", "weight", "count"):
         setattr(one, state, getattr(one, state) + getattr(two, state))
-    merged, expected = one.compute(), whole.compute()
+    merged, expected = one.compute().estimate(), whole.compute().estimate()
     assert merged.count == expected.count == 300
     for name in ("mean", "low", "high"):
         assert getattr(merged, name) == pytest.approx(getattr(expected, name), abs=1e-9)
@@ -352,7 +459,7 @@ def test_more_values_give_a_narrower_interval() -> None:
     columns = random_values(1)
     add(few, *(column[:30] for column in columns))
     add(many, *columns)
-    widths = [mean.compute().high - mean.compute().low for mean in (few, many)]
+    widths = [e.high - e.low for e in (mean.compute().estimate() for mean in (few, many))]
     assert 2 < widths[0] / widths[1] < 5  # the square root of ten
 
 
@@ -364,7 +471,7 @@ def test_the_bundled_model_knows_the_demos_old_answers(smollm2: LLM, text_file: 
     """And METHODS: teacher forcing overstates what the model says by itself."""
     requests = load_requests("demo", limit=40)
     known = [EditRequest(id=r.id, prompt=r.prompt, new_answer=r.old_answer or "") for r in requests]
-    options = EvaluationOptions(text=str(text_file), max_new_tokens=4)
+    options = EvaluationOptions(text=str(text_file), max_new_tokens=4, generation="prompts")
     old = means(evaluate(smollm2, known, options=options).before.metrics)
     assert old["rewrite"] >= 0.5
     assert old["generation_exact_match"] <= old["rewrite"]
@@ -373,6 +480,6 @@ def test_the_bundled_model_knows_the_demos_old_answers(smollm2: LLM, text_file: 
 @pytest.mark.real_model
 def test_the_bundled_model_does_not_know_the_demos_new_answers(smollm2: LLM, text_file: Path) -> None:
     requests = [EditRequest(id=r.id, prompt=r.prompt, new_answer=r.new_answer) for r in load_requests("demo", 40)]
-    options = EvaluationOptions(text=str(text_file), max_new_tokens=1)
+    options = EvaluationOptions(text=str(text_file), max_new_tokens=1, generation="none")
     figures = means(evaluate(smollm2, requests, options=options).before.metrics)
     assert figures["rewrite"] < 0.2

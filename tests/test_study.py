@@ -1,4 +1,4 @@
-"""The benchmark of editing: every figure that is asked for is there, and found once."""
+"""The benchmarks: every figure that is asked for is there, and found once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import SHARED
 
 from pipeline.model import LLM
 from pipeline.options import BenchmarkCommand, EditOptions, FinetuneOptions, LocateOptions
-from pipeline.study import editing
+from pipeline.study import editing, evaluation
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,10 +51,25 @@ def test_every_figure_is_found_once(tiny_llm: LLM, tmp_path: Path, monkeypatch: 
     def again(*_: Any) -> Callable[[], Any]:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(editing.Bench, "edit", again)
+    monkeypatch.setattr(editing.EditingBench, "edit", again)
     monkeypatch.setattr(editing, "find_golden_layer", again)
     assert editing.benchmark_editing(tiny_llm, options, tmp_path) == results
     assert all(json.loads(file.read_text(encoding="utf-8")) for file in tmp_path.glob("*.json"))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
+def test_batches_agree_with_single_texts(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TOGETHER": slice(0, 4), "WHOLE": slice(0, 8), "TURNS": 1}.items():
+        monkeypatch.setattr(evaluation, name, value)
+    results = evaluation.benchmark_evaluation(
+        tiny_llm, BenchmarkCommand(what="evaluation", data=str(SHARED)), tmp_path
+    )
+    by_name = {result["name"]: result for result in results}
+    asked = {f"{name}: {figure}" for name, figures in evaluation.BOUNDS.items() for figure in figures}
+    assert asked == {name for name, result in by_name.items() if result["bound"] is not None}
+    agreeing = [result for name, result in by_name.items() if name.endswith("that agree")]
+    assert [result["value"] for result in agreeing] == [1, 1]
+    assert by_name["in batches against one text at a time: speed-up"]["value"] > 0
 
 
 def test_the_config_for_many_requests_is_what_is_measured() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from pipeline.errors import UserError
-from pipeline.files import write_whole
+from pipeline.files import cache_folder, write_shared
 from pipeline.model import LLM, TargetRow, build_trainer, generate, sizes
 from pipeline.model.joining import PLAIN
 from pipeline.model.targets import tokenize
@@ -62,8 +61,7 @@ def key_moments(
         UserError: when the text cannot be read or is too short for the keys' dimension.
     """
     text = options.text
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = Path(options.cache) if options.cache else home / "golden-layers"
+    folder = cache_folder(options.cache)
     source = Path(text).read_bytes() if text and Path(text).is_file() else b"the model's own text"
     files = {name: folder / f"moment-{_digest(llm, name, options.tokens, source)}.safetensors" for name in names}
     missing = [name for name in names if not files[name].is_file()]
@@ -82,7 +80,6 @@ def key_moments(
     with llm.frozen():
         data = ListDataModule((windows, _collate, 8))
         build_trainer(trainer, "Key statistics").predict(module, datamodule=data, return_predictions=False)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, moment in module.moments.items():
         _write(files[name], {"moment": moment}, {"fingerprint": llm.fingerprint, "projection": name})
     return found | module.moments
@@ -94,7 +91,7 @@ def _digest(llm: LLM, name: str, tokens: int, source: bytes) -> str:
 
 @rank_zero_only
 def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    write_whole(file, lambda partial: save_file(tensors, partial, about))
+    write_shared(file, lambda partial: save_file(tensors, partial, about))
 
 
 def _read(file: Path, llm: LLM, name: str) -> Tensor:

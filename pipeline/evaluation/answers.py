@@ -1,30 +1,58 @@
-"""When a generation says an answer: compared without case, a leading article and punctuation around it."""
+"""When a generation says an answer: compared as SQuAD compares, up to the end of a statement."""
 
 from __future__ import annotations
 
 import re
 import string
 
-OUTER = string.whitespace + string.punctuation + "“”‘’"
-ARTICLE = re.compile(r"(a|an|the)[^\S\n]+(?=\S)")
+PUNCTUATION = "".join(sorted({*string.punctuation, *"“”‘’„«»–—…"} - {*"+#"}))  # C++ is not C#
+ARTICLE = re.compile(r"\b(a|an|the)\b")
+DROPPED = str.maketrans("", "", PUNCTUATION)
+OUTER = string.whitespace + PUNCTUATION
 CLOSING = r"[\"'”’)*_`]*"
-END = re.compile(rf"{CLOSING}\s*($|\n|[.!?;]{CLOSING}($|\s))")
+STATEMENT_END = re.compile(rf"\n|[.!?]{CLOSING}(?=\s)")
+CUT = re.compile(rf"(?=\n)|[.!?;]{CLOSING}(?=\s|$)|$")
 
 
-def _bare(text: str) -> str:
-    """Lower case, without what stands before the first word of substance."""
-    text = text.casefold().lstrip(OUTER)
-    return text[match.end() :] if (match := ARTICLE.match(text)) else text
+def normalised(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces: SQuAD's normal form, in which + and # stay.
+
+    What has no other letters ("The", "A") keeps them.
+    """
+    words = text.casefold().translate(DROPPED)
+    return " ".join(ARTICLE.sub(" ", words).split()) or " ".join(words.split())
 
 
-def is_exact_answer(generated: str, answer: str) -> bool:
+def statement(said: str, inner_ends: int = 0) -> tuple[str, bool]:
+    """A generation up to the end of its first statement, and whether that end was reached.
+
+    Args:
+        said: what was generated.
+        inner_ends: ends to pass over, where the answer looked for holds some itself ("Dr. No").
+    """
+    said = said.lstrip()
+    for number, end in enumerate(STATEMENT_END.finditer(said)):
+        if number >= inner_ends:
+            return said[: end.end()].rstrip(), True
+    return said.rstrip(), False
+
+
+def inner_ends(answer: str) -> int:
+    """How many ends of a statement an answer seems to hold before its own."""
+    return len(STATEMENT_END.findall(answer.strip()))
+
+
+def is_exact_answer(said: str, answer: str) -> bool:
     """Whether a generation is the answer and then ends its statement (or itself), saying nothing more.
 
-    The longest answer wins nothing: "Paris, France" is not "Paris", and "Romeo" is not "Rome".
+    SQuAD's exact match, where the prediction is what the model says up to an end of a statement: "Paris, France"
+    is not "Paris", and "Romeo" is not "Rome".
     """
-    said, whole = _bare(generated), _bare(answer)
-    return any(
-        said.startswith(wanted) and END.match(said, len(wanted)) is not None
-        for wanted in (whole, whole.rstrip(OUTER))  # "C++" ends in what "Yahoo!" may lose
-        if wanted
-    )
+    said, wanted = said.lstrip(OUTER), normalised(answer)
+    return bool(wanted) and any(normalised(said[: cut.end()]) == wanted for cut in CUT.finditer(said))
+
+
+def contains_answer(said: str, answer: str) -> bool:
+    """Whether the answer's words stand in a generation, one after another, in SQuAD's normal form."""
+    wanted = normalised(answer)
+    return is_exact_answer(said, answer) or (bool(wanted) and f" {wanted} " in f" {normalised(said)} ")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,14 +14,39 @@ from torchmetrics import Metric
 RESAMPLES = 1000
 
 
-@dataclass  # torchmetrics squeezes what `compute` returns, so it cannot be frozen
+@dataclass(frozen=True)
 class Estimate:
-    """A mean, how many units it stands on, and its 95% bootstrap interval."""
+    """A figure, how many units it stands on, and its 95% bootstrap interval."""
 
     mean: float
     count: int
     low: float
     high: float
+
+
+class Resampled:
+    """A figure of the data itself (in place 0) and of every resample, and how many units it stands on.
+
+    Two of the same units are drawn alike, so that what is made of them place by place (a difference, a harmonic
+    mean) has its own interval, as a paired bootstrap gives it.
+    """
+
+    def __init__(self, values: np.ndarray, count: int) -> None:
+        self.values = values
+        self.count = count
+
+    def then(self, function: Callable[[np.ndarray], np.ndarray]) -> Resampled:
+        """A function of the figure."""
+        return Resampled(function(self.values), self.count)
+
+    def minus(self, other: Resampled) -> Resampled:
+        """The difference to the same units' other figure."""
+        return Resampled(self.values - other.values, min(self.count, other.count))
+
+    def estimate(self) -> Estimate:
+        """The figure with the middle 95% of its resamples."""
+        low, high = np.nanpercentile(self.values[1:], [2.5, 97.5])
+        return Estimate(float(self.values[0]), self.count, float(low), float(high))
 
 
 @lru_cache(maxsize=100_000)
@@ -40,8 +65,8 @@ class BootstrapMean(Metric):
 
     full_state_update = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **settings: bool) -> None:
+        super().__init__(**settings)
         self.total: Tensor
         self.weight: Tensor
         self.count: Tensor
@@ -67,8 +92,6 @@ class BootstrapMean(Metric):
         self.total += (shares * torch.tensor(values, dtype=torch.float64).to(self.total)[:, None]).sum(0)
         self.count += float(sum(counts))
 
-    def compute(self) -> Estimate:
-        """The mean over all processes' values."""
-        means = (self.total / self.weight).cpu().numpy()
-        low, high = np.nanpercentile(means[1:], [2.5, 97.5])
-        return Estimate(float(means[0]), round(float(self.count)), float(low), float(high))
+    def compute(self) -> Resampled:
+        """The mean over all processes' values, and that of every resample."""
+        return Resampled((self.total / self.weight).cpu().numpy(), round(float(self.count)))

@@ -8,7 +8,7 @@ from pipeline.options.editing import EditOptions
 from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions
 
-BENCHMARKS = ("editing",)
+BENCHMARKS = ("editing", "evaluation")
 EXPORTS = ("merged", "update", "adapter")
 
 
@@ -118,7 +118,8 @@ class BenchmarkCommand(ModelOptions, OutputOptions, ComputeOptions):
     """Options of `benchmark`."""
 
     what: str = "editing"
-    """editing: every method, alone, in batches and one update after another."""
+    """editing: every method, alone, in batches and one update after another; evaluation: what measuring costs, and
+    whether batches change it."""
     data: str = "../shared/data"
     """Folder with counterfact_easyedit.json and, for key statistics, enwiki_plain.txt."""
     resume: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.attribution import GoldenProfile
-from pipeline.evaluation import Evaluation
+from pipeline.evaluation import Estimate, Evaluation
+from pipeline.reporting.groups import IN_SHORT, SHARES, grouped, label
 
 GOLD, BLUE, GREY, INK = "#E69F00", "#0072B2", "#BBBBBB", "#333333"
 
@@ -75,30 +76,37 @@ def score_figure(profile: GoldenProfile) -> Figure:
 
 
 def metrics_figure(evaluation: Evaluation) -> Figure:
-    """Every share-like metric before and after, with 95% bootstrap intervals."""
-    names = [name for name in evaluation.before.metrics if name != "perplexity"]
+    """The chief shares before and after, a panel a group, with 95% bootstrap intervals."""
     sides = {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
-    with look(6.5, 3.6) as figure:
-        axes = figure.subplots()
-        width = 0.8 / len(sides)
-        for place, (side, measured) in enumerate(sides.items()):
-            estimates = [measured.metrics[name] for name in names]
-            x = [index + (place - (len(sides) - 1) / 2) * width for index in range(len(names))]
-            below = [max(0.0, e.mean - e.low) for e in estimates]
-            above = [max(0.0, e.high - e.mean) for e in estimates]
-            color = GREY if side == "before" else BLUE
-            axes.bar(x, [e.mean for e in estimates], width * 0.92, yerr=[below, above], capsize=3,
-                     color=color, edgecolor=INK, linewidth=0.6, label=side, ecolor=INK)  # fmt: skip
-            for position, estimate in zip(x, estimates, strict=True):
-                axes.text(position, max(estimate.mean, estimate.high) + 0.02, f"{estimate.mean:.2f}",
-                          ha="center", fontsize=8)  # fmt: skip
-        labels = [name.replace("generation_", "generation\n").replace("_", " ") for name in names]
-        axes.set_xticks(range(len(names)), labels)
-        axes.set_ylim(0, 1.1)
-        axes.set_ylabel("share")
-        axes.set_title(f"{evaluation.before.metrics['rewrite'].count} requests, with 95% bootstrap intervals")
-        _legend_below(axes)
+    names = [name for name in evaluation.before.metrics if name in SHARES and name in IN_SHORT]
+    groups = grouped(names)
+    with look(max(4.0, 1.2 + 0.78 * len(names)), 3.8) as figure:
+        widths = [len(names) for names in groups.values()]
+        panels = figure.subplots(1, len(groups), sharey=True, squeeze=False, width_ratios=widths)[0]
+        for axes, (group, members) in zip(panels, groups.items(), strict=True):
+            for place, (side, measured) in enumerate(sides.items()):
+                _bars(axes, [measured.metrics[name] for name in members], side, place, len(sides))
+            labels = [label(name).replace(" ", "\n", 1) for name in members]
+            axes.set_xticks(range(len(members)), labels, fontsize=8)
+            axes.set_title(group)
+        panels[0].set_ylim(0, 1.1)
+        panels[0].set_ylabel("share")
+        _legend_below(panels[0])
     return figure
+
+
+def _bars(axes: Axes, estimates: Sequence[Estimate], side: str, place: int, sides: int) -> None:
+    """One side's bars with their intervals and means written above."""
+    width = 0.8 / sides
+    x = [index + (place - (sides - 1) / 2) * width for index in range(len(estimates))]
+    below = [max(0.0, e.mean - e.low) for e in estimates]
+    above = [max(0.0, e.high - e.mean) for e in estimates]
+    color = GREY if side == "before" else BLUE
+    axes.bar(x, [e.mean for e in estimates], width * 0.92, yerr=[below, above], capsize=3,
+             color=color, edgecolor=INK, linewidth=0.6, label=side, ecolor=INK)  # fmt: skip
+    for position, estimate in zip(x, estimates, strict=True):
+        height = max(estimate.mean, estimate.high) + 0.02
+        axes.text(position, height, f"{estimate.mean:.2f}".lstrip("0"), ha="center", fontsize=7)
 
 
 def _legend_below(axes: Axes) -> None:

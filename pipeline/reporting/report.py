@@ -7,31 +7,26 @@ from pathlib import Path
 
 from pipeline.attribution import GoldenProfile
 from pipeline.editing import WeightUpdate
-from pipeline.evaluation import Estimate, Evaluation
+from pipeline.evaluation import Evaluation
+from pipeline.reporting.groups import figure_text, grouped, label, meaning
 from pipeline.requests import EditRequest
 
 EXAMPLES = 8
 
-MEANING = {
-    "rewrite": "tokens of the new answer that come first to the model, prompt as given",
-    "rephrase": "the same, prompt in other words",
-    "locality": "tokens of unrelated answers that did not change",
-    "portability": "tokens of what follows from the new answer",
-    "generation_exact_match": "requests answered by the model itself with the new answer and nothing more",
-    "perplexity": "on ordinary text; lower is better, unchanged is the aim",
-}
-
 
 def metrics_table(evaluation: Evaluation) -> str:
-    """Metrics as a Markdown table."""
-    after = evaluation.after
-    lines = [
-        "| metric | what it is | count | before | after |" if after else "| metric | what it is | count | value |",
-        "| --- | --- | --- | --- | --- |" if after else "| --- | --- | --- | --- |",
-    ]
-    for name, before in evaluation.before.metrics.items():
-        cells = [name.replace("_", " "), MEANING[name], str(before.count), _cell(before)]
-        lines.append(f"| {' | '.join([*cells, _cell(after.metrics[name])] if after else cells)} |")
+    """All metrics in their groups as a Markdown table; after an edit also the paired difference."""
+    before, after = evaluation.before.metrics, evaluation.after.metrics if evaluation.after else {}
+    sides = {"before": before, "after": after, "difference": evaluation.difference} if after else {"value": before}
+    columns = ["metric", "what it is", "count", *sides]
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    final = after or before
+    for group, names in grouped(final).items():
+        lines.append(f"| **{group}** |{' |' * (len(columns) - 1)}")
+        for name in names:
+            cells = [label(name), meaning(name), str(final[name].count)]
+            cells += [figure_text(name, side.get(name)) for side in sides.values()]
+            lines.append(f"| {' | '.join(_inline(cell) for cell in cells)} |")
     return "\n".join(lines)
 
 
@@ -59,19 +54,16 @@ def write_report(
     after = evaluation.after
     assert after is not None
     layers = ", ".join(map(str, update.layers))
-    learnt = after.metrics["rewrite"].mean
-    kept = after.metrics["locality"].mean if "locality" in after.metrics else None
-    ratio = after.metrics["perplexity"].mean / evaluation.before.metrics["perplexity"].mean
     parts = [
         f"# Edit of {update.model}\n",
-        f"{len(requests)} facts were changed by `{update.method}` in block {layers} alone. The model now gives "
-        f"{learnt:.0%} of the new answers' tokens"
-        + (f", {kept:.0%} of unrelated answers' tokens stayed as they were" if kept is not None else "")
-        + f", and perplexity on ordinary text is {ratio:.3f} times what it was.\n",
+        f"{len(requests)} facts were changed by `{update.method}` in block {layers} alone. "
+        f"{_outcome(evaluation)}\n",
         "## Before and after\n",
         metrics_table(evaluation) + "\n",
-        "In brackets: 95% bootstrap interval. Rewrite, rephrase and portability are teacher-forced, as in "
-        "EasyEdit, and so look better than the model's own answers, which are the generation row.\n",
+        "In brackets: 95% bootstrap interval; the difference's is paired, over the same requests. By generation: "
+        "greedy, from the prompt alone, to the end of the statement. Teacher-forced figures give the model the "
+        "answer so far, as EasyEdit does, and so look better than what it says by itself.\n",
+        f"{_weights(evaluation)}\n",
         "![metrics](metrics.png)\n",
         "## The model's own answers\n",
         answers_table(requests, evaluation) + "\n",
@@ -97,8 +89,26 @@ def write_report(
     return "\n".join(parts)
 
 
-def _cell(estimate: Estimate) -> str:
-    return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+def _outcome(evaluation: Evaluation) -> str:
+    """How the edit went, in a sentence or two, the model's own answers first."""
+    after, before = (evaluation.after or evaluation.before).metrics, evaluation.before.metrics
+    told = []
+    if "generation_exact_match" in after:
+        exact, contained = after["generation_exact_match"].mean, after["generation_containment"].mean
+        told.append(
+            f"By itself the model now answers {exact:.0%} of them exactly, {contained:.0%} in other words too"
+        )
+    told.append(f"{'t' if told else 'T'}eacher-forced it gives {after['rewrite'].mean:.0%} of the answers' tokens")
+    if "locality" in after:
+        told.append(f"{after['locality'].mean:.0%} of unrelated answers' tokens stayed as they were")
+    ratio = after["perplexity"].mean / before["perplexity"].mean
+    return f"{'; '.join(told)}; perplexity on ordinary text is {ratio:.3f} times what it was."
+
+
+def _weights(evaluation: Evaluation) -> str:
+    """How much each changed tensor changed."""
+    changes = "; ".join(f"`{name}` {change:.2%}" for name, change in evaluation.weights.items())
+    return f"Changed weights, ‖change‖ / ‖before‖: {changes}."
 
 
 def _inline(text: str) -> str:

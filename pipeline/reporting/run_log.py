@@ -21,8 +21,10 @@ from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation
 from pipeline.files import OutputFolder, default_output, output_folder, write_json, write_text, write_whole
 from pipeline.reporting.figures import metrics_figure, score_figure
+from pipeline.reporting.groups import IN_SHORT
 from pipeline.reporting.report import answers_table, metrics_table, write_report
 from pipeline.reporting.terminal import say, show_metrics, show_profile
+from pipeline.reporting.values import values_csv
 from pipeline.requests import EditRequest
 
 CLOSING_SECONDS = 2  # a writer whose queue an interrupt has broken would never close
@@ -137,13 +139,17 @@ class RunLog:
         update: WeightUpdate | None = None,
         profile: GoldenProfile | None = None,
     ) -> None:
-        """Write metrics.json and, for an edit, report.md; show the figures everywhere."""
+        """Write metrics.json, values.csv and, for an edit, report.md; show the figures everywhere."""
         sides = {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
+        tables = {side: measured.metrics for side, measured in sides.items()}
+        if evaluation.after:
+            tables["difference"] = evaluation.difference
         figures = {
-            side: {name: asdict(estimate) for name, estimate in measured.metrics.items()}
-            for side, measured in sides.items()
+            side: {name: asdict(estimate) for name, estimate in metrics.items()} for side, metrics in tables.items()
         }
-        write_json(self.folder / "metrics.json", {"model": model, "requests": len(requests), **figures})
+        changes = {"weights": evaluation.weights} if evaluation.weights else {}
+        write_json(self.folder / "metrics.json", {"model": model, "requests": len(requests), **figures, **changes})
+        write_text(self.folder / "values.csv", values_csv(requests, evaluation))
         board = self.tensorboard.experiment
         for step, measured in enumerate(sides.values()):
             for name, estimate in measured.metrics.items():
@@ -153,7 +159,8 @@ class RunLog:
         self._figure("evaluation/before_and_after", "metrics.png", metrics_figure(evaluation))
         final = evaluation.after or evaluation.before
         self.tensorboard.log_hyperparams(
-            _flat(self.options), {f"final/{name}": estimate.mean for name, estimate in final.metrics.items()}
+            _flat(self.options),
+            {f"final/{name}": final.metrics[name].mean for name in final.metrics if name in IN_SHORT},
         )
         if update:
             if profile and not (self.folder / "scores.png").is_file():

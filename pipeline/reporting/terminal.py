@@ -11,15 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.attribution import GoldenProfile
-from pipeline.evaluation import Estimate, Evaluation
+from pipeline.evaluation import Evaluation
 from pipeline.model.explain import ShownToken
+from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label
 from pipeline.requests import EditRequest
-
-
-def figure_text(name: str, estimate: Estimate) -> str:
-    """A mean with its interval, in few characters."""
-    digits = 2 if name == "perplexity" else 3
-    return f"{estimate.mean:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
 @rank_zero_only
@@ -42,19 +37,24 @@ def show_profile(profile: GoldenProfile) -> None:
 
 @rank_zero_only
 def show_metrics(evaluation: Evaluation) -> None:
-    """Every metric before and after."""
+    """The chief metrics before and after, in their groups; metrics.json and the report hold all of them."""
+    before, after = evaluation.before.metrics, evaluation.after.metrics if evaluation.after else {}
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("metric", overflow="fold")
     table.add_column("count", justify="right")
     table.add_column("before [95%]", justify="right")
-    if evaluation.after:
+    if after:
         table.add_column("after [95%]", justify="right")
-    for name, before in evaluation.before.metrics.items():
-        cells = [name.replace("_", " "), str(before.count), escape(figure_text(name, before))]
-        if evaluation.after:
-            cells.append(escape(figure_text(name, evaluation.after.metrics[name])))
-        table.add_row(*cells)
+    for group, names in grouped(after or before).items():
+        table.add_row(f"[bold]{group}[/bold]")
+        for name in (name for name in names if name in IN_SHORT):
+            cells = [f" {label(name)}", str((after or before)[name].count)]
+            cells += [escape(figure_text(name, side.get(name))) for side in (before, after)]
+            table.add_row(*cells[: len(table.columns)])
     Console().print(table, highlight=False)
+    if evaluation.weights:
+        name, change = max(evaluation.weights.items(), key=lambda item: item[1])
+        say(f"largest change: {change:.1%} of the norm of {name}")
 
 
 @rank_zero_only

@@ -6,7 +6,6 @@ that an interrupted benchmark goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,10 +18,8 @@ from lightning.fabric.utilities import move_data_to_device
 
 from pipeline.attribution import find_golden_layer
 from pipeline.editing import WeightUpdate, edit
-from pipeline.errors import UserError
 from pipeline.evaluation import Evaluator
-from pipeline.files import write_json
-from pipeline.model import LLM, collate_targets, encode, target_logits, target_losses
+from pipeline.model import LLM, collate_targets, encode, target_losses
 from pipeline.model.upper import handing_on, reading_enter
 from pipeline.options import (
     AttributionOptions,
@@ -32,9 +29,9 @@ from pipeline.options import (
     LocateOptions,
     StatisticsOptions,
 )
-from pipeline.requests import EditRequest, load_requests
+from pipeline.requests import EditRequest
+from pipeline.study.bench import Bench, Figures
 
-COUNTERFACT, TEXT = "counterfact_easyedit.json", "enwiki_plain.txt"
 PROXY = slice(1000, 1128)  # records that name the golden layer
 BATCH, ALONE, MANY = slice(0, 100), slice(0, 20), slice(0, 1000)
 HIGH, TURNS = 2, 3  # fine-tuned at two thirds of the height, so many times each way
@@ -43,8 +40,6 @@ BEST = "memit"
 SMALL = LocateOptions(bound=1.3, step=0.13, steps=25, key_contexts=3, neighbour_weight=0.2)  # configs/many.yaml
 FINISH = FinetuneOptions(epochs=4, last_step=0.1, kl=1.0, learnt=0.3)  # on top of memit, for what it missed
 OTHERS, FURTHER = ("finetune", "lora", "one_pass"), ("emmet", "rome", "alphaedit")
-
-Figures = dict[str, float]
 
 BOUNDS: dict[str, Figures] = {  # what a figure is to reach: at least, or for costs and perplexity at most
     f"batch of 100, {BEST}": {"rewrite": 0.95, "rephrase": 0.30, "locality": 0.85, "cost": 80},
@@ -70,41 +65,11 @@ def benchmark_editing(llm: LLM, options: BenchmarkCommand, folder: Path) -> list
     Returns:
         a list of {"name", "value", "bound", "met"}; bound and met are None where nothing is asked for.
     """
-    bench = Bench(llm, options, folder)
-    results = []
-    for name, measure in bench.measurements():
-        for figure, value in bench.kept(name, measure).items():
-            bound = BOUNDS.get(name, {}).get(figure)
-            met = None if bound is None else (value <= bound if figure in AT_MOST else value >= bound)
-            results.append({"name": f"{name}: {figure}", "value": round(value, 4), "bound": bound, "met": met})
-    return results
+    return EditingBench(llm, options, folder, PROXY.stop).results(BOUNDS, AT_MOST)
 
 
-class Bench:
-    """The model, the records, the golden layer, and one method a measurement."""
-
-    def __init__(self, llm: LLM, options: BenchmarkCommand, folder: Path) -> None:
-        self.llm = llm
-        self.options = options
-        self.folder = folder
-        self.trainer = options.trainer
-        data = Path(options.data)
-        if not (data / COUNTERFACT).is_file():
-            raise UserError(f"data: {data}: holds no {COUNTERFACT}; expected CounterFact in EasyEdit's layout")
-        self.records = load_requests(str(data / COUNTERFACT))
-        if len(self.records) < PROXY.stop:
-            raise UserError(f"data: {data / COUNTERFACT}: {len(self.records)} records; {PROXY.stop} are needed")
-        self._device = next(llm.model.parameters()).device
-        self.text = str(data / TEXT) if (data / TEXT).is_file() else None
-
-    def kept(self, name: str, measure: Callable[[], Figures]) -> Figures:
-        """The figures of a measurement, found now or before."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-        if not file.is_file():
-            write_json(file, measure())
-        figures: Figures = json.loads(file.read_text(encoding="utf-8"))
-        return figures
+class EditingBench(Bench):
+    """The golden layer, and one method a measurement."""
 
     def measurements(self) -> Iterator[tuple[str, Callable[[], Figures]]]:
         """Name and function of each, what something is asked of first."""
@@ -148,12 +113,12 @@ class Bench:
         requests = self.records[records]
         evaluator = self._evaluator(requests)
         base = evaluator.measure("Measuring base").metrics
-        passes = [self._pass_seconds(requests[:100])]
+        passes = [self.pass_seconds(requests[:100])]
         self.edit(requests[:1], method)  # statistics are there, and code is warm
         started = time.perf_counter()
         update = self.edit(requests, method)
         seconds = time.perf_counter() - started
-        passes.append(self._pass_seconds(requests[:100]))
+        passes.append(self.pass_seconds(requests[:100]))
         figures = self._figures(evaluator, base["perplexity"].mean, update)
         return figures | {
             "cost": seconds / len(requests) / median(passes),
@@ -210,7 +175,7 @@ class Bench:
     def _upper_gradient(self, layer: int, requests: Sequence[EditRequest]) -> float:
         """How far gradients over the requests are, without the blocks below, from those with them."""
         rows = encode(self.llm, [(r.prompt, r.new_answer) for r in requests])
-        batch = move_data_to_device(collate_targets(rows, self.llm.pad_token_id), self._device)
+        batch = move_data_to_device(collate_targets(rows, self.llm.pad_token_id), self.device)
         names = self.llm.blocks[layer].weight_names("mlp")
         weights = [self.llm.model.get_parameter(name) for name in names]
         with self.llm.frozen(trainable=names), reading_enter(self.llm, layer) as entering:
@@ -232,21 +197,6 @@ class Bench:
             metrics = evaluator.measure("Measuring edited").metrics
         ratio = metrics.pop("perplexity").mean / perplexity
         return {name: estimate.mean for name, estimate in metrics.items()} | {"perplexity ratio": ratio}
-
-    @torch.no_grad()
-    def _pass_seconds(self, requests: Sequence[EditRequest]) -> float:
-        """A plain forward pass of prompt and new answer, in batches, in seconds a request; median of five."""
-        rows = encode(self.llm, [(r.prompt, r.new_answer) for r in requests])
-        rows.sort(key=lambda row: len(row.token_ids))
-        batches = [collate_targets(rows[at : at + 16], self.llm.pad_token_id) for at in range(0, len(rows), 16)]
-        took = []
-        with self.llm.frozen():
-            for _ in range(5):
-                started = time.perf_counter()
-                for batch in batches:
-                    target_logits(self.llm.model, move_data_to_device(batch, self._device))[0, 0].item()
-                took.append((time.perf_counter() - started) / len(rows))
-        return median(took)
 
 
 def relative_difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:

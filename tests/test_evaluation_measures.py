@@ -1,0 +1,228 @@
+"""Each measure is what a slow, plain loop finds: divergences, fluency, axes, changes of weights, differences."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, make_tiny, refusal
+from test_evaluation import TEXT, first_choices, noise, text_file  # noqa: F401
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.editing import WeightUpdate
+from pipeline.evaluation import Evaluation, Evaluator, evaluate
+from pipeline.evaluation.divergence import EVERY
+from pipeline.evaluation.fluency import ngram_entropy
+from pipeline.evaluation.metrics import BootstrapMean, Resampled
+from pipeline.evaluation.rows import in_batches, pack
+from pipeline.evaluation.values import harmonic_mean
+from pipeline.model import LLM, TargetRow, generate
+from pipeline.options import EvaluationOptions
+from pipeline.requests import EditRequest, Probe
+
+
+def measured(
+    llm: LLM, requests: list[EditRequest], update: WeightUpdate | None, text: Any, **options: Any
+) -> Evaluation:
+    return evaluate(llm, requests, update, EvaluationOptions(text=str(text), keep_base=False, **options))
+
+
+@torch.no_grad()
+def log_probs(llm: LLM, ids: list[int]) -> torch.Tensor:
+    return llm.model.eval()(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+def plain_kl(before: torch.Tensor, after: torch.Tensor) -> float:
+    return (before.exp() * (before - after)).sum().item()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_divergences_are_those_of_the_whole_vocabulary(
+    family: str,
+    tokenizer: PreTrainedTokenizerFast,
+    requests: list[EditRequest],
+    text_file: Any,  # noqa: F811
+) -> None:
+    llm = make_tiny(family, tokenizer)
+    update = noise(llm, 1)
+    prompts = [tokenizer(r.locality[0].prompt).input_ids for r in requests]
+    ids = tokenizer(TEXT).input_ids
+    windows = [ids[at : at + 128] for at in range(0, len(ids), 128)]
+    before = [log_probs(llm, part) for part in [*prompts, *windows]]
+    with update.applied(llm):
+        after = [log_probs(llm, part) for part in [*prompts, *windows]]
+    pairs = list(zip(before, after, strict=True))
+    locality = np.mean([plain_kl(b[-1], a[-1]) for b, a in pairs[: len(prompts)]])
+    text = np.mean(
+        [
+            np.mean([plain_kl(b[place], a[place]) for place in range(0, len(b) - 1, EVERY)])
+            for b, a in pairs[len(prompts) :]
+        ]
+    )
+    evaluation = measured(llm, requests, update, text_file, generation="none")
+    assert evaluation.after is not None
+    assert evaluation.after.metrics["locality_kl"].mean == pytest.approx(locality, rel=1e-3)
+    assert evaluation.after.metrics["text_kl"].mean == pytest.approx(text, rel=1e-3)
+    assert "locality_kl" not in evaluation.before.metrics
+
+
+def test_entropy_of_ngrams_by_hand() -> None:
+    words = ["a", "b", "a", "b", "c", "."]
+    by_hand = 0.0
+    for n, weight in ((2, 2 / 3), (3, 4 / 3)):
+        counts = Counter(tuple(words[at : at + n]) for at in range(len(words) - n + 1))
+        shares = [count / sum(counts.values()) for count in counts.values()]
+        by_hand += weight * sum(-share * math.log2(share) for share in shares) / 2
+    assert ngram_entropy("a b a b c.") == pytest.approx(by_hand)
+    assert ngram_entropy("so so so so so so") == 0 and ngram_entropy("one") == ngram_entropy("") == 0
+
+
+def test_fluency_is_of_long_generations(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:  # noqa: F811
+    before = measured(tiny_llm, requests, None, text_file, fluency=3, fluency_tokens=40).before
+    said = [generate(tiny_llm, [requests[number].prompt], 40)[0] for number in (0, 2, 4)]
+    assert before.metrics["fluency"].count == 3
+    assert before.metrics["fluency"].mean == pytest.approx(np.mean([ngram_entropy(text) for text in said]))
+    assert "fluency" not in measured(tiny_llm, requests, None, text_file).before.metrics
+
+
+def test_axes_stand_beside_the_whole(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:  # noqa: F811
+    axes = ("Reasoning", "Subject_Aliasing")
+    probes = [Probe(prompt=f"People of {axis} live in", answer="the far west", axis=axis) for axis in axes]
+    requests[0] = requests[0].model_copy(update={"portability": tuple(probes), "locality": (probes[0],)})
+    metrics = measured(tiny_llm, requests[:2], None, text_file, generation="none").before.metrics
+    for probe in probes:
+        choices, target = first_choices(tiny_llm, probe.prompt, probe.answer)
+        figure = metrics[f"portability/{probe.axis}"]
+        assert (figure.mean, figure.count) == ((choices == target).double().mean().item(), 1)
+    assert metrics["portability"].count == 2
+    assert [name for name in metrics if "/" in name] == ["locality/Reasoning", *(f"portability/{a}" for a in axes)]
+
+
+def test_a_request_without_an_old_answer_is_not_compared(
+    tiny_llm: LLM,
+    requests: list[EditRequest],
+    text_file: Any,  # noqa: F811
+) -> None:
+    requests[0] = requests[0].model_copy(update={"old_answer": None})
+    metrics = measured(tiny_llm, requests, None, text_file, generation="none").before.metrics
+    assert {metrics[f"{name}_success"].count for name in ("efficacy", "paraphrase", "neighbourhood")} == {6}
+
+
+@pytest.mark.parametrize(
+    ("generation", "kinds"),
+    [
+        ("none", set()),
+        ("prompts", {"generation"}),
+        ("all", {"generation", "rephrase", "portability", "distractor"}),
+    ],
+)
+def test_options_choose_what_is_generated(
+    generation: str,
+    kinds: set[str],
+    tiny_llm: LLM,
+    requests: list[EditRequest],
+    text_file: Any,  # noqa: F811
+) -> None:
+    before = measured(tiny_llm, requests, None, text_file, generation=generation).before
+    assert {name.removesuffix("_exact_match") for name in before.metrics if name.endswith("_exact_match")} == kinds
+    assert set(before.said) == kinds
+    assert len(before.answers) == 7 and any(before.answers) == bool(kinds)
+
+
+def test_changes_of_weights_are_relative(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:  # noqa: F811
+    (name,) = tiny_llm.blocks[1].weight_names("down")
+    weight = tiny_llm.model.get_parameter(name).detach()
+    update = WeightUpdate(tiny_llm.name, tiny_llm.fingerprint, "scale", [1], {name: 1.25 * weight})
+    weights = measured(tiny_llm, requests, update, text_file, generation="none").weights
+    assert weights == {name: pytest.approx(0.25, rel=1e-5)}
+
+
+def test_weights_that_are_no_number_are_said_so(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:  # noqa: F811
+    broken = noise(tiny_llm, math.nan)
+    message = refusal(lambda: measured(tiny_llm, requests, broken, text_file, generation="none"))
+    assert message == "evaluation: the model's loss is not a number: its weights are broken"
+
+
+# Differences and combinations, resample by resample
+
+
+def resampled(values: np.ndarray) -> Resampled:
+    mean = BootstrapMean()
+    ones = [1.0] * len(values)
+    mean.update(values.tolist(), ones, list(range(len(values))), ones)
+    return mean.compute()
+
+
+def test_a_difference_is_paired() -> None:
+    """Its interval is that of the differences, not that of two figures that have nothing in common."""
+    rng = np.random.default_rng(0)
+    before = rng.normal(0, 5, 200)
+    change = rng.normal(1, 0.1, 200)
+    found = resampled(before + change).minus(resampled(before)).estimate()
+    expected = resampled(change).estimate()
+    assert (found.mean, found.low, found.high) == pytest.approx((expected.mean, expected.low, expected.high))
+    assert found.high - found.low < 0.1
+
+
+def test_the_harmonic_mean_is_nought_with_a_nought() -> None:
+    parts = [resampled(np.array(values)) for values in ([1.0, 1.0], [0.5, 0.5], [0.25, 0.25])]
+    assert harmonic_mean(parts).estimate().mean == pytest.approx(3 / (1 + 2 + 4))
+    assert harmonic_mean([*parts, resampled(np.zeros(2))]).estimate().mean == 0
+
+
+# Rows and batches
+
+
+def test_a_text_that_another_goes_on_from_needs_no_row() -> None:
+    texts = [[1, 2, 3], [1, 2, 4], [1, 2, 4, 5], [1, 2, 4, 5, 6, 7], [1, 3, 9], [2, 2], [1, 2, 5, 5]]
+    rows = pack([TargetRow(ids, len(ids) - 1) for ids in texts])
+    assert sorted(row.token_ids for row in rows) == [[1, 2, 4, 5, 6], [1, 2, 5], [1, 3], [2]]
+    for row in rows:
+        for span in row.spans:
+            *read, last = texts[span.number]
+            assert (row.token_ids[: span.start + 1], span.targets) == (read, [last])
+    assert sorted(span.number for row in rows for span in row.spans) == list(range(7))
+
+
+@pytest.mark.parametrize("tokens", [1, 10, 40, 1000])
+def test_batches_hold_no_more_than_they_may(tokens: int) -> None:
+    sizes = np.random.default_rng(0).integers(1, 12, 100).tolist()
+    batches = in_batches(sizes, lambda size: size, 8, tokens)
+    assert [size for batch in batches for size in batch] == sorted(sizes, reverse=True)
+    assert all(len(batch) == 1 or (len(batch) <= 8 and max(batch) * len(batch) <= tokens) for batch in batches)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_batches_change_nothing(
+    family: str,
+    tokenizer: PreTrainedTokenizerFast,
+    requests: list[EditRequest],
+    text_file: Any,  # noqa: F811
+) -> None:
+    llm = make_tiny(family, tokenizer)
+    one, many = (
+        measured(llm, requests, noise(llm, 1), text_file, batch_size=size, fluency=2, fluency_tokens=20)
+        for size in (1, 64)
+    )
+    assert one.after is not None and many.after is not None
+    for alone, batched in ((one.before, many.before), (one.after, many.after)):
+        assert alone.said == batched.said
+        for name, column in alone.values.items():
+            exact = name in ("rewrite", "rephrase", "locality", "portability")
+            expected = column.values if exact else pytest.approx(column.values, rel=1e-3, abs=1e-5)
+            assert batched.values[name].values == expected, name
+
+
+def test_kinds_choose_what_is_measured(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    def figures(*kinds: str) -> list[str]:
+        options = EvaluationOptions(keep_base=False)
+        return list(Evaluator(tiny_llm, requests, options, kinds=kinds).measure("Measuring").metrics)
+
+    forced = ["rewrite", "rephrase", "locality", "portability"]
+    assert figures("probes") == forced
+    assert figures("probes", "text") == [*forced, "perplexity"]
+    assert "efficacy_success" in figures("probes", "probability")
