@@ -90,7 +90,7 @@ def metrics_figure(evaluation: Evaluation) -> Figure:
             axes.set_xticks(range(len(members)), labels, fontsize=8)
             axes.set_title(group)
         panels[0].set_ylim(0, 1.1)
-        panels[0].set_ylabel("share")
+        panels[0].set_ylabel(f"share, {evaluation.before.metrics['rewrite'].count} requests, 95% intervals")
         _legend_below(panels[0])
     return figure
 

@@ -96,7 +96,8 @@ def _outcome(evaluation: Evaluation) -> str:
     if "generation_exact_match" in after:
         exact, contained = after["generation_exact_match"].mean, after["generation_containment"].mean
         told.append(
-            f"By itself the model now answers {exact:.0%} of them exactly, {contained:.0%} in other words too"
+            f"By itself the model now answers {exact:.0%} of them with the new answer and nothing more, "
+            f"and names it in {contained:.0%}"
         )
     told.append(f"{'t' if told else 'T'}eacher-forced it gives {after['rewrite'].mean:.0%} of the answers' tokens")
     if "locality" in after:
