@@ -10,19 +10,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline import update_commands
 from pipeline.errors import UserError, check_choice
 from pipeline.options import (
     AttributeCommand,
     BenchmarkCommand,
     ComputeOptions,
+    DiffCommand,
     EditCommand,
     EditOptions,
     EvaluateCommand,
     EvaluationOptions,
     ExportCommand,
     GenerateCommand,
+    HistoryCommand,
     ModelOptions,
+    RetractCommand,
     RunCommand,
+    ScheduleCommand,
+    SubmitCommand,
+    UpdateCommand,
+    VerifyCommand,
+    VersionCommand,
 )
 
 if TYPE_CHECKING:
@@ -112,8 +121,11 @@ def export(options: ExportCommand) -> None:
     from pipeline.editing import WeightUpdate, export_merged
 
     with _working(options, "export") as log:
-        update = WeightUpdate.load(options.update)
-        llm = _load(options)
+        if options.update:
+            update, model = WeightUpdate.load(options.update), options.model
+        else:
+            update, model = update_commands.of_store(options)
+        llm = _load(options, model)
         llm.check_made_for("update", update.model, update.fingerprint)
         if options.kind == "merged":
             export_merged(llm, update, log.folder)
@@ -135,6 +147,9 @@ def generate(options: GenerateCommand) -> None:
     prompts = options.prompt or [
         request.prompt for request in load_requests(options.requests, options.limit, options.offset)
     ]
+    if options.store:
+        update_commands.generate_live(prompts, options, lambda name: _load(options, name))
+        return
     llm = _load(options)
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
@@ -151,23 +166,23 @@ def generate(options: GenerateCommand) -> None:
 
 
 def benchmark(options: BenchmarkCommand) -> None:
-    """Measure the editing methods against what is asked of them, as a table and benchmark.json."""
+    """Measure the editing methods, or a store, against what is asked of them, as a table and benchmark.json."""
     from pipeline.files import write_json
     from pipeline.reporting import show_benchmark
-    from pipeline.study import benchmark_editing
+    from pipeline.study import BENCHMARKS
 
     with _working(options, "benchmark") as log:
-        results = benchmark_editing(_load(options), options, log.work)
+        results = BENCHMARKS[options.what](_load(options), options, log.work)
         write_json(log.folder / "benchmark.json", results)
         show_benchmark(results)
 
 
 class Command(NamedTuple):
-    """A command's function, its options, the line that `--help` shows of it, and the flag of a bare word."""
+    """A command's function, its options, the line that `--help` shows of it, and the flags of bare words."""
 
     function: Callable[[Any], None]
     options: type
-    word: str | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def help(self) -> str:
@@ -179,9 +194,18 @@ COMMANDS = {
     "attribute": Command(attribute, AttributeCommand),
     "edit": Command(edit, EditCommand),
     "evaluate": Command(evaluate, EvaluateCommand),
-    "export": Command(export, ExportCommand),
+    "export": Command(export, ExportCommand, words=("version",)),
     "generate": Command(generate, GenerateCommand),
-    "benchmark": Command(benchmark, BenchmarkCommand, word="what"),
+    "benchmark": Command(benchmark, BenchmarkCommand, words=("what",)),
+    "submit": Command(update_commands.submit, SubmitCommand, words=("file",)),
+    "update": Command(update_commands.update, UpdateCommand),
+    "schedule": Command(update_commands.schedule, ScheduleCommand),
+    "history": Command(update_commands.history, HistoryCommand),
+    "show": Command(update_commands.show, VersionCommand, words=("version",)),
+    "diff": Command(update_commands.diff, DiffCommand, words=("older", "newer")),
+    "rollback": Command(update_commands.rollback, VersionCommand, words=("version",)),
+    "verify": Command(update_commands.verify, VerifyCommand),
+    "retract": Command(update_commands.retract, RetractCommand, words=("request",)),
 }
 
 
@@ -203,11 +227,11 @@ def _working(options: Any, command: str) -> Any:
     return run_log(command, options.output, options.overwrite, asdict(options), resume)
 
 
-def _load(options: ModelOptions) -> LLM:
+def _load(options: ModelOptions, model: str | None = None) -> LLM:
     from pipeline.model import load_model, weights_dtype
 
     trainer = options.trainer if isinstance(options, ComputeOptions) else None
-    return load_model(options.model, weights_dtype(trainer), options.verbose)
+    return load_model(model or options.model, weights_dtype(trainer), options.verbose)
 
 
 def _request_set(options: Any) -> str:

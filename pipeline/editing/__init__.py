@@ -3,6 +3,17 @@
 from pipeline.editing.edit import METHODS, accept, choose_layers, edit
 from pipeline.editing.export import export_merged
 from pipeline.editing.finetune import FineTune
+from pipeline.editing.leave_out import can_leave_out, leave_out
 from pipeline.editing.update import WeightUpdate
 
-__all__ = ["METHODS", "FineTune", "WeightUpdate", "accept", "choose_layers", "edit", "export_merged"]
+__all__ = [
+    "METHODS",
+    "FineTune",
+    "WeightUpdate",
+    "accept",
+    "can_leave_out",
+    "choose_layers",
+    "edit",
+    "export_merged",
+    "leave_out",
+]

@@ -90,7 +90,11 @@ class WeightUpdate:
         require_room(folder, sum(tensor.nbytes for tensors in contents.values() for tensor in tensors.values()))
         if self.adapter:
             self.save_adapter(folder / "adapter")
-        digests = {name: _write(folder / name, tensors) for name, tensors in contents.items() if tensors}
+        digests = {
+            name: _write(folder / name, tensors)
+            for name, tensors in contents.items()
+            if tensors or name == TENSORS_FILE
+        }
         write_json(
             folder / UPDATE_FILE,
             {

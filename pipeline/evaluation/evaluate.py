@@ -7,7 +7,8 @@ for generation and windows of ordinary text are two more. One `Trainer.predict` 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,6 +117,7 @@ class Evaluator:
             raise UserError("requests: none to measure")
         self.llm = llm
         self.requests = list(requests)
+        self.numbers = set(range(len(self.requests)))  # of those that are measured
         self.options = options or EvaluationOptions()
         self.trainer = trainer or TrainerOptions()
         self.first_choices: dict[int, torch.Tensor] = {}  # of locality rows, in the first measurement
@@ -133,12 +135,31 @@ class Evaluator:
         }
         self.data = ListDataModule(*(streams[kind]() for kind in self.kinds))
 
+    def only(self, numbers: Collection[int], kinds: Sequence[str] = KINDS) -> Evaluator:
+        """An evaluator of some of the requests, by their numbers; what was measured first of them still counts."""
+        part = copy(self)
+        part.numbers = set(numbers)
+        part.kinds = tuple(kind for kind in self.kinds if kind in kinds)
+        belongs: dict[str, Callable[[Any], bool]] = {
+            "probes": lambda row: row.tag.request in part.numbers,
+            "generation": lambda row: row.index in part.numbers,
+            "text": lambda row: True,
+        }
+        part.data = ListDataModule(
+            *(
+                (list(filter(belongs[kind], rows)), collate, size)
+                for kind, (rows, collate, size) in zip(self.kinds, self.data.streams, strict=True)
+                if kind in part.kinds
+            )
+        )
+        return part
+
     def measure(self, title: str) -> Measurement:
         """Figures of the model as it is now."""
         module = EvaluationModule(self)
         with self.llm.frozen():
             trainer = build_trainer(self.trainer, title)
-            check_shares(trainer, len(self.requests))
+            check_shares(trainer, len(self.numbers))
             answers = dict(predict(trainer, module, self.data))
         return Measurement(module.metrics, [answers.get(index, "") for index in range(len(self.requests))])
 
@@ -150,7 +171,8 @@ class EvaluationModule(LightningModule):
         super().__init__()
         self.model = evaluator.llm.model
         self.evaluator = evaluator
-        counted = {name for request in evaluator.requests for name, texts in probe_texts(request).items() if texts}
+        measured = [evaluator.requests[number] for number in sorted(evaluator.numbers)]
+        counted = {name for request in measured for name, texts in probe_texts(request).items() if texts}
         names = [name for name in PROBE_METRICS if name in counted and "probes" in evaluator.kinds]
         names += [metric for kind, metric in OTHER_METRICS.items() if kind in evaluator.kinds]
         self.means = torch.nn.ModuleDict({name: BootstrapMean() for name in names})

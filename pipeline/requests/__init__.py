@@ -2,7 +2,7 @@
 
 from pipeline.requests.conflicts import fact, settle
 from pipeline.requests.datamodule import ListDataModule
-from pipeline.requests.readers import DEMO_REQUESTS, load_requests
+from pipeline.requests.readers import DEMO_REQUESTS, load_requests, stream_requests
 from pipeline.requests.schema import EditRequest, Probe
 from pipeline.requests.split import split_by_subject
 
@@ -15,4 +15,5 @@ __all__ = [
     "load_requests",
     "settle",
     "split_by_subject",
+    "stream_requests",
 ]

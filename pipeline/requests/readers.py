@@ -88,7 +88,12 @@ LAYOUTS = (
 
 
 def load_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> list[EditRequest]:
-    """Read the edit requests of a file.
+    """Read the edit requests of a file; see `stream_requests`."""
+    return list(stream_requests(source, limit, offset))
+
+
+def stream_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> Iterator[EditRequest]:
+    """Read the edit requests of a file one by one: what is wrong with a record is said when it is reached.
 
     Args:
         source: a JSONL file, a JSON file holding a list, or `demo`.
@@ -107,7 +112,6 @@ def load_requests(source: str | Path, limit: int | None = None, offset: int = 0)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"requests: {path}: {found}; expected a JSON or JSONL file, or `demo`")
-    requests: list[EditRequest] = []
     seen: dict[str, str] = {}
     total = 0
     for number, (where, record) in enumerate(islice(_records(path), None if limit is None else offset + limit)):
@@ -118,12 +122,11 @@ def load_requests(source: str | Path, limit: int | None = None, offset: int = 0)
         if request.id in seen:
             raise UserError(f"{where}: id {request.id!r} was used before, at {seen[request.id]}")
         seen[request.id] = where
-        requests.append(request)
+        yield request
     if not total:
         raise UserError(f"requests: {path}: holds no records")
-    if not requests:
+    if not seen:
         raise UserError(f"offset: {offset} leaves nothing of the {total} records of {path}")
-    return requests
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
