@@ -6,7 +6,6 @@ that an interrupted benchmark goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,7 +20,6 @@ from pipeline.attribution import find_golden_layer
 from pipeline.editing import WeightUpdate, edit
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluator
-from pipeline.files import write_json
 from pipeline.model import LLM, collate_targets, encode, target_logits, target_losses
 from pipeline.model.upper import handing_on, reading_enter
 from pipeline.options import (
@@ -33,6 +31,7 @@ from pipeline.options import (
     StatisticsOptions,
 )
 from pipeline.requests import EditRequest, load_requests
+from pipeline.study.kept import Figures, kept
 
 COUNTERFACT, TEXT = "counterfact_easyedit.json", "enwiki_plain.txt"
 PROXY = slice(1000, 1128)  # records that name the golden layer
@@ -43,8 +42,6 @@ BEST = "memit"
 SMALL = LocateOptions(bound=1.3, step=0.13, steps=25, key_contexts=3, neighbour_weight=0.2)  # configs/many.yaml
 FINISH = FinetuneOptions(epochs=4, last_step=0.1, kl=1.0, learnt=0.3)  # on top of memit, for what it missed
 OTHERS, FURTHER = ("finetune", "lora", "one_pass"), ("emmet", "rome", "alphaedit")
-
-Figures = dict[str, float]
 
 BOUNDS: dict[str, Figures] = {  # what a figure is to reach: at least, or for costs and perplexity at most
     f"batch of 100, {BEST}": {"rewrite": 0.95, "rephrase": 0.30, "locality": 0.85, "cost": 80},
@@ -99,12 +96,7 @@ class Bench:
 
     def kept(self, name: str, measure: Callable[[], Figures]) -> Figures:
         """The figures of a measurement, found now or before."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-        if not file.is_file():
-            write_json(file, measure())
-        figures: Figures = json.loads(file.read_text(encoding="utf-8"))
-        return figures
+        return kept(self.folder, name, measure)
 
     def measurements(self) -> Iterator[tuple[str, Callable[[], Figures]]]:
         """Name and function of each, what something is asked of first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pipeline.attribution import GoldenProfile
@@ -34,6 +34,7 @@ class Outcome(NamedTuple):
         applied: what was accepted.
         held: what was not.
         update: the version in force with the accepted requests in it; None when there are none.
+        profile: where it was edited; None likewise, and where nothing was searched for.
         before, after: the figures on the accepted requests; None when there are none.
         gates: those of `after`.
         perplexity: the base's.
@@ -43,6 +44,7 @@ class Outcome(NamedTuple):
     applied: list[Queued]
     held: list[HeldBack]
     update: WeightUpdate | None
+    profile: GoldenProfile | None
     before: Figures | None
     after: Figures | None
     gates: list[Gate]
@@ -51,16 +53,28 @@ class Outcome(NamedTuple):
 
 
 def work_through(
-    llm: LLM, ground: Ground, batch: Sequence[Queued], profile: GoldenProfile, options: ProvingOptions
+    llm: LLM,
+    ground: Ground,
+    batch: Sequence[Queued],
+    profile_from: Callable[[Sequence[EditRequest]], GoldenProfile],
+    options: ProvingOptions,
 ) -> Outcome:
     """Edit and prove a batch; the model is the base again afterwards.
+
+    Args:
+        llm: the base model.
+        ground: the version in force.
+        batch: what to apply.
+        profile_from: where to edit, given those requests of the batch that can be edited.
+        options: how.
 
     Raises:
         UserError: when the version in force itself misses a gate, or the profile is another model's.
     """
     fitting, held = sort_out(llm, batch, options)
     if not fitting:
-        return Outcome([], held, None, None, None, [], ground.perplexity, {})
+        return Outcome([], held, None, None, None, None, [], ground.perplexity, {})
+    profile = profile_from([one.request for one in fitting])
     return Halving(llm, ground, fitting, profile, options).outcome(held)
 
 
@@ -107,7 +121,7 @@ class Halving:
         held = [*held, *self.held]
         seconds = {"edit": self.editing, "evaluation": self.prover.seconds}
         if not self.accepted:
-            return Outcome([], held, None, None, None, [], self.prover.perplexity, seconds)
+            return Outcome([], held, None, None, None, None, [], self.prover.perplexity, seconds)
         before, after = self.prover.before, self.figures
         if len(self.accepted) < len(self.batch):
             before = self.prover.measure(self.ground.update, self.accepted, KINDS)
@@ -116,7 +130,9 @@ class Halving:
         gates = after.gates(self.options.gates)
         seconds["evaluation"] = self.prover.seconds
         applied = [self.batch[place] for place in self.accepted]
-        return Outcome(applied, held, self.update, before, after, gates, self.prover.perplexity, seconds)
+        return Outcome(
+            applied, held, self.update, self.profile, before, after, gates, self.prover.perplexity, seconds
+        )
 
     def _try(self, part: list[int]) -> None:
         """Accept a part, or halve it, or hold a single request back."""

@@ -133,7 +133,7 @@ def mark(
     reason: str | None = None,
     figures: str | None = None,
 ) -> None:
-    """Inside a transaction: give a request a state and note it, where its state is one of `only`, if any are named."""
+    """Inside a transaction: give a request a state and note it, if its state is among `only` (none: any)."""
     where = f" AND state IN ({', '.join('?' * len(only))})" if only else ""
     changed = store.database.execute(
         "UPDATE requests SET state = ?, version = ?, successor = ?, reason = ?, figures = ? WHERE number = ?"

@@ -225,7 +225,8 @@ def _outdone(store: Store, row: sqlite3.Row) -> Contradiction | None:
     """A newer request about the same fact, due or applied; None when this one is the newest."""
     newer = store.database.execute(
         "SELECT number FROM requests WHERE fact = ? "
-        "AND (state = 'queued' AND not_before <= ? OR state = 'applied') AND (effective, position) > (?, ?) ORDER BY effective DESC, position DESC LIMIT 1",
+        "AND (state = 'queued' AND not_before <= ? OR state = 'applied') "
+        "AND (effective, position) > (?, ?) ORDER BY effective DESC, position DESC LIMIT 1",
         (row["fact"], time.time(), row["effective"], row["position"]),
     ).fetchone()
     return Contradiction(row["number"], newer[0]) if newer else None

@@ -74,15 +74,18 @@ def _edited_back(store: Store, llm: LLM, number: int, options: RetractCommand) -
     if missed := failed(gates):
         raise UserError(f"retract: the version without request {number} would miss a gate: {missed}")
     seconds["evaluation"] = prover.seconds
-    outcome = Outcome([], [], without, prover.before, after, gates, prover.perplexity, seconds)
+    outcome = Outcome([], [], without, None, prover.before, after, gates, prover.perplexity, seconds)
     with transaction(store.database) as database:
         batch = database.execute(
             "INSERT INTO batches (started, parent) VALUES (?, ?)", (store.clock(), ground.version)
         ).lastrowid
     assert batch is not None
     metrics = figures_of(outcome, len(without.requests), retracted=1)
+    profile = golden_profile(store, llm, [request], options)
     try:
-        version, _ = publish(store, batch, ground.version, Change(retracted=[number]), [], without, None, metrics)
+        version, _ = publish(
+            store, batch, ground.version, Change(retracted=[number]), [], without, profile, metrics
+        )
     except OvertakenError:
         raise UserError("retract: another version became current meanwhile; nothing was published") from None
     return Retracted(version, outcome)

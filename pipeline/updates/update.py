@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,8 @@ def update(
         BusyError: when another update is at work on the store.
         UserError: when a batch could not be worked through; its requests are in the queue again.
     """
-    store.check_model(options.model) if options.model and not store.about("fingerprint") else None
+    if not store.about("fingerprint"):
+        store.check_model(options.model)
     if options.dry_run:
         return _rehearse(store, options, load, told)
     worked: list[Worked] = []
@@ -72,9 +74,9 @@ def update(
             try:
                 llm = llm or _loaded(store, options, load)
                 ground = ground_of(store, options)
-                profile = golden_profile(store, llm, [one.request for one in taken.requests], options)
-                outcome = work_through(llm, ground, taken.requests, profile, options)
-                version, superseded = _finish(store, taken.batch, ground, outcome, profile, options)
+                where = partial(golden_profile, store, llm, options=options)
+                outcome = work_through(llm, ground, taken.requests, where, options)
+                version, superseded = _finish(store, taken.batch, ground, outcome, options)
             except OvertakenError:
                 _give_back(store, taken.batch, "another version became current meanwhile")
                 worked.append(Worked(None, outcome, taken.superseded, overtaken=True))
@@ -103,8 +105,8 @@ def _rehearse(
     if not batch:
         return []
     llm = _loaded(store, options, load)
-    profile = golden_profile(store, llm, [one.request for one in batch], options, keep=False)
-    worked = Worked(None, work_through(llm, ground_of(store, options), batch, profile, options), [])
+    where = partial(golden_profile, store, llm, options=options, keep=False)
+    worked = Worked(None, work_through(llm, ground_of(store, options), batch, where, options), [])
     told(worked)
     return [worked]
 
@@ -153,7 +155,6 @@ def _finish(
     batch: int,
     ground: Ground,
     outcome: Outcome,
-    profile: GoldenProfile,
     options: ProvingOptions,
 ) -> tuple[int | None, list[Contradiction]]:
     """Publish what was accepted; hold back the rest."""
@@ -164,7 +165,7 @@ def _finish(
         return None, []
     change = Change(applied=[one.number for one in outcome.applied])
     metrics = figures_of(outcome, len(outcome.update.requests))
-    return publish(store, batch, ground.version, change, outcome.held, outcome.update, profile, metrics)
+    return publish(store, batch, ground.version, change, outcome.held, outcome.update, outcome.profile, metrics)
 
 
 def figures_of(outcome: Outcome, facts: int, retracted: int = 0) -> dict[str, Any]:
