@@ -117,8 +117,8 @@ def evaluate(options: EvaluateCommand) -> None:
 
 
 def export(options: ExportCommand) -> None:
-    """Write the edited model as a plain Hugging Face folder, or the update alone, or its LoRA adapter."""
-    from pipeline.editing import WeightUpdate, export_merged
+    """Write the edited model as a plain Hugging Face folder, or the update alone, or as a PEFT adapter."""
+    from pipeline.editing import WeightUpdate, export_adapter, export_merged
 
     with _working(options, "export") as log:
         if options.update:
@@ -130,7 +130,7 @@ def export(options: ExportCommand) -> None:
         if options.kind == "merged":
             export_merged(llm, update, log.folder)
         elif options.kind == "adapter":
-            update.save_adapter(log.folder)
+            export_adapter(llm, update, log.folder)
         else:
             update.save(log.folder)
 

@@ -1,4 +1,4 @@
-"""A store is ill-treated: killed at random moments, used by many at once, out of disk. Nothing is lost or half done.
+"""A store is ill-treated: killed at random moments, used by many at once, out of disk; nothing is lost.
 
 The full runs are `run.py benchmark updates`.
 """

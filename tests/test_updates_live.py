@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -173,7 +172,7 @@ def test_a_server_needs_no_right_to_write(team: Team, tokenizer: PreTrainedToken
     """Nothing but the link and the version's folder is read."""
     folder = tmp_path / "mounted"
     (folder / "versions").mkdir(parents=True)
-    os.symlink(version_folder(team.store.folder, 2), folder / "versions" / "0002")
+    (folder / "versions" / "0002").symlink_to(version_folder(team.store.folder, 2))
     (folder / "current").symlink_to("versions/0002")
     assert LiveModel(folder, make_tiny("llama", tokenizer)).version == 2
 

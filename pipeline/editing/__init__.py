@@ -1,7 +1,7 @@
 """The change: one file a kind of edit, all entered in METHODS, all ending in a WeightUpdate."""
 
 from pipeline.editing.edit import METHODS, accept, choose_layers, edit
-from pipeline.editing.export import export_merged
+from pipeline.editing.export import export_adapter, export_merged
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.leave_out import can_leave_out, leave_out
 from pipeline.editing.update import WeightUpdate
@@ -14,6 +14,7 @@ __all__ = [
     "can_leave_out",
     "choose_layers",
     "edit",
+    "export_adapter",
     "export_merged",
     "leave_out",
 ]

@@ -84,8 +84,8 @@ class ExportCommand(ModelOptions, OutputOptions):
     version: int | None = None
     """With --store: which version; default: the current one."""
     kind: str = "merged"
-    """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: the
-    LoRA adapter of `edit --method lora`, for PEFT."""
+    """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: a
+    LoRA adapter for PEFT, that of `edit --method lora` or one that comes to the same change."""
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, EXPORTS)

@@ -98,19 +98,22 @@ def _enter(store: Store, file: str, not_before: float, again: bool) -> Submitted
     """Inside a transaction: move what came in into the queue."""
     database, now, first = store.database, store.clock(), int(store.about("next"))
     submission = database.execute("INSERT INTO submissions (at, file) VALUES (?, ?)", (now, file)).lastrowid
-    when = (not_before, max(now, not_before))
+    effective = max(now, not_before)
     queued = database.execute(
         "INSERT OR IGNORE INTO requests "
         "(number, id, source, content, digest, fact, submission, not_before, effective, position) "
-        "SELECT ? + place, id, source, content, digest, fact, ?, ?, ?, ? + place FROM temp.incoming ORDER BY place",
-        (first - 1, submission, *when, first - 1),
+        "SELECT :first + row_number() OVER (ORDER BY place), id, source, content, digest, fact, :submission, "
+        ":not_before, :effective, :first + row_number() OVER (ORDER BY place) FROM temp.incoming i "
+        "WHERE NOT EXISTS (SELECT 1 FROM requests r WHERE r.digest = i.digest)",
+        {"first": first - 1, "submission": submission, "not_before": not_before, "effective": effective},
     ).rowcount
-    distinct, places = database.execute("SELECT count(DISTINCT digest), max(place) FROM temp.incoming").fetchone()
-    store.set_about("next", first + places)
+    (distinct,) = database.execute("SELECT count(DISTINCT digest) FROM temp.incoming").fetchone()
+    (newest,) = database.execute("SELECT max(number) FROM requests").fetchone()
+    store.set_about("next", max(first, newest + 1))
     left = _left(store) if queued < distinct else []
     if again:
         for number in left:
-            _requeue(store, number, file, when)
+            _requeue(store, number, file, (not_before, effective))
     store.tell("submitted", file=file, queued=queued, first=first, again=len(left) if again else 0)
     return Submitted(
         queued=queued,

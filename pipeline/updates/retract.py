@@ -83,9 +83,8 @@ def _edited_back(store: Store, llm: LLM, number: int, options: RetractCommand) -
     metrics = figures_of(outcome, len(without.requests), retracted=1)
     profile = golden_profile(store, llm, [request], options)
     try:
-        version, _ = publish(
-            store, batch, ground.version, Change(retracted=[number]), [], without, profile, metrics
-        )
+        change = Change(retracted=[number])
+        version, _ = publish(store, batch, ground.version, change, [], without, profile, metrics)
     except OvertakenError:
         raise UserError("retract: another version became current meanwhile; nothing was published") from None
     return Retracted(version, outcome)
