@@ -53,15 +53,12 @@ def submit(options: SubmitCommand) -> None:
 
 def update(options: UpdateCommand) -> None:
     """Edit, prove and publish what is due in a store, once."""
-    from pipeline.updates import BusyError, Stopping, Store
+    from pipeline.updates import Stopping, Store
 
     _hush(options)
     stopping = Stopping()
     with Store(options.store, options.model, make=True) as store, stopping.listening():
-        try:
-            _update(store, options, stopping)
-        except BusyError as busy:
-            _say(f"{busy}; nothing to do here")
+        _update(store, options, stopping)
 
 
 def schedule(options: ScheduleCommand) -> None:
@@ -80,15 +77,19 @@ def schedule(options: ScheduleCommand) -> None:
         run_schedule(work, when, _say, stopping, at_once=options.every is not None)
 
 
-def _update(store: Store, options: UpdateCommand, stopping: Any) -> None:
+def _update(store: Store, options: UpdateCommand, stopping: Callable[[], bool]) -> None:
     from pipeline.reporting import show_on_board
-    from pipeline.updates import update
+    from pipeline.updates import BusyError, update
+
+    def told(done: Worked) -> None:
+        _tell(store, done, options.dry_run)
 
     _mind_the_clock(store)
     try:
-        worked = update(
-            store, options, _loading(options), lambda done: _tell(store, done, options.dry_run), stopping
-        )
+        worked = update(store, options, _loading(options), told, stopping)
+    except BusyError as busy:  # no failure: what is due is in good hands
+        _say(f"{busy}; nothing to do here")
+        return
     finally:
         show_on_board(store)
     if not worked:

@@ -41,6 +41,7 @@ from pipeline.updates import (
 )
 from pipeline.updates.gates import Figures
 from pipeline.updates.locks import locked
+from pipeline.updates.queue import due
 from pipeline.updates.store import UPDATE_LOCK
 
 TEXT = "The path along the marsh is best walked in the hour after sunrise. " * 30
@@ -160,6 +161,17 @@ def test_not_before_a_date(team: Team, requests: list[EditRequest], monkeypatch:
     assert team.update() == []
     monkeypatch.setattr(time, "time", lambda: now + 3601)
     assert len(team.update()[0].outcome.applied) == 2
+
+
+def test_the_next_batch_is_found_by_the_index(team: Team) -> None:
+    """However long the queue, and whatever of it is not due yet."""
+    asked = []
+    team.store.database.set_trace_callback(asked.append)
+    due(team.store, 100)
+    team.store.database.set_trace_callback(None)
+    (statement,) = asked
+    plan = " ".join(row["detail"] for row in team.store.database.execute(f"EXPLAIN QUERY PLAN {statement}"))
+    assert plan == "SEARCH requests USING INDEX requests_due (state=? AND not_before<?)"
 
 
 # contradictions
@@ -346,7 +358,7 @@ def test_gates_say_what_was_reached_and_asked() -> None:
     assert told == {
         "rewrite": "rewrite 0.500 < 0.6",
         "perplexity": "perplexity 1.300 > 1.2",
-        "drift": "drift nan > 0.5",
+        "drift": "drift nan > 2",
         "earlier": "earlier 0.500 < 0.6",
     }
     assert not Figures({"rewrite": share}, None, 1.3, 9.0).gates(OPEN), "0 and null ask for nothing"

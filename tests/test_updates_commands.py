@@ -28,6 +28,8 @@ from pipeline.editing import WeightUpdate
 from pipeline.model import load_model
 from pipeline.options import UpdateCommand
 from pipeline.updates import Stopping, Store, run_schedule, trigger
+from pipeline.updates.locks import locked
+from pipeline.updates.store import UPDATE_LOCK
 
 ROOT = Path(__file__).parent.parent
 CPU = ("--trainer.accelerator", "cpu")
@@ -334,3 +336,14 @@ def test_generate_follows(
     monkeypatch.setattr(Stopping, "__init__", waiting)
     said = told("generate", *at, "--follow", "--prompt", "The capital of Spain is", "--max_new_tokens", "2", *CPU)
     assert "version 2" in said and "version 1" in said.partition("version 2")[2]
+
+
+def test_another_update_is_told_and_no_failure(
+    tiny_folder: Path, request_file: Path, quick: list[str], at: list[str], told: Callable[..., str],
+    refused: Callable[..., str],
+) -> None:  # fmt: skip
+    told("submit", str(request_file), *at, "--model", str(tiny_folder))
+    with locked(Path(at[1]) / UPDATE_LOCK):
+        assert "another update is at work on it; nothing to do here" in told("update", *at, *quick)
+        assert "another update is at work on it" in refused("retract", "1", *at, *quick)
+    assert "7 requests waiting" in told("submit", str(request_file), *at)

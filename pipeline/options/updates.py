@@ -38,7 +38,7 @@ class StackedLocateOptions(LocateOptions):
     bound: float | None = 1.3
     """Largest change of a value, in units of the projection's output norm; null: 2 for up to 10 requests, 1.6 for
     more."""
-    strength: float = 50.0
+    strength: float = 30.0
     """memit: weight of what is to stay against the requests, free of the keys' scale."""
 
 
@@ -65,7 +65,7 @@ class GateOptions:
     """How many earlier facts are looked at; more make it surer and slower."""
     perplexity: float | None = 1.2
     """Most perplexity on ordinary text, as a multiple of the base model's."""
-    drift: float | None = 0.5
+    drift: float | None = 2.0
     """Most change of an edited weight from the base, as a share of its norm."""
 
     def __post_init__(self) -> None:

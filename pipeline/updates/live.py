@@ -66,8 +66,7 @@ class LiveModel:
         Raises:
             UserError: when the version is not one of this base model, or damaged.
         """
-        version = self._current()
-        if version != self.version:
+        while (version := self._current()) != self.version:  # again, where it moved on meanwhile
             folder = self.store / VERSIONS / f"{version:04d}"
             manifest = read_manifest(folder)
             self._check(manifest, folder)
