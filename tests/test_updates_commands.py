@@ -346,4 +346,4 @@ def test_another_update_is_told_and_no_failure(
     with locked(Path(at[1]) / UPDATE_LOCK):
         assert "another update is at work on it; nothing to do here" in told("update", *at, *quick)
         assert "another update is at work on it" in refused("retract", "1", *at, *quick)
-    assert "7 requests waiting" in told("submit", str(request_file), *at)
+    assert "in the queue of" in told("submit", str(request_file), *at)

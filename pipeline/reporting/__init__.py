@@ -2,6 +2,29 @@
 
 from pipeline.reporting.board import show_on_board
 from pipeline.reporting.run_log import RunLog, run_log
-from pipeline.reporting.terminal import show_answers, show_benchmark
+from pipeline.reporting.stores import (
+    mind_the_clock,
+    show_facts,
+    show_history,
+    show_story,
+    show_version,
+    tell_submitted,
+    tell_worked,
+)
+from pipeline.reporting.terminal import say, show_answers, show_benchmark
 
-__all__ = ["RunLog", "run_log", "show_answers", "show_benchmark", "show_on_board"]
+__all__ = [
+    "RunLog",
+    "mind_the_clock",
+    "run_log",
+    "say",
+    "show_answers",
+    "show_benchmark",
+    "show_facts",
+    "show_history",
+    "show_on_board",
+    "show_story",
+    "show_version",
+    "tell_submitted",
+    "tell_worked",
+]
