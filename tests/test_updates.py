@@ -340,12 +340,16 @@ def test_requests_that_the_method_cannot_take(team: Team, requests: list[EditReq
 
 
 def test_a_dry_run_changes_nothing(team: Team, requests: list[EditRequest]) -> None:
-    team.submit(requests[:2])
+    now = time.time()
+    team.submit([other(requests[0], "Quito")], not_before=now + 0.05)
+    team.submit(requests[:1])
+    time.sleep(0.1)  # both are due now, and the first is the newer one
+    team.submit(requests[1:2])
     team.options.dry_run = True
     before = list(team.store.database.iterdump())
     (worked,) = team.update()
-    assert (worked.version, len(worked.outcome.applied)) == (None, 2)
-    assert worked.outcome.after
+    assert worked.version is None and worked.outcome.after
+    assert [one.request.new_answer for one in worked.outcome.applied] == ["Nairobi and more", "Quito"]
     changed = set(team.store.database.iterdump()) ^ set(before)
     assert all("fingerprint" in line for line in changed), "the model is known by now"
     assert [path.name for path in (team.store.folder / "versions").iterdir()] == ["0000"]
@@ -519,3 +523,24 @@ def test_months_at_a_glance_in_tensorboard(team: Team, requests: list[EditReques
         assert [point.step for point in board.Scalars(tag)] == [1, 2, 3], tag
     assert [point.value for point in board.Scalars("requests/facts")] == [3, 6, 7]
     assert [point.step for point in board.Scalars("earlier_facts/after")] == [2, 3]
+
+
+def test_an_interrupt_right_after_publishing_undoes_nothing(
+    team: Team, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Store) -> None:
+        raise KeyboardInterrupt
+
+    team.submit(requests[:2])
+    point, calls = Store.point, iter((False, True))
+    monkeypatch.setattr(Store, "point", lambda self: interrupted(self) if next(calls) else point(self))
+    with pytest.raises(KeyboardInterrupt):
+        team.update()
+    monkeypatch.undo()
+    assert team.store.current == 1
+    assert team.states() == ["applied"] * 2
+    (row,) = team.store.database.execute("SELECT outcome, version FROM batches").fetchall()
+    assert tuple(row) == ("published", 1)
+    with Store(team.store.folder):
+        assert (team.store.folder / "current").readlink().name == "0001", "mended when the store is opened"
+    assert team.update() == []

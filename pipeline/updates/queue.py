@@ -216,6 +216,11 @@ def take(store: Store, most: int) -> Taken | None:
     return Taken(batch, [queued(row) for row in rows], superseded)
 
 
+def peek(store: Store, most: int) -> list[Queued]:
+    """The next batch as `take` would take it, left where it is."""
+    return [queued(row) for row in due(store, most) if not _outdone(store, row)]
+
+
 def due(store: Store, most: int) -> list[sqlite3.Row]:
     """The rows of the next requests that are due, what has been due longest first."""
     return store.database.execute(

@@ -190,7 +190,9 @@ class Store:
         ).fetchall()
         for (number,) in rows:
             self.tell("given back", request=number, batch=batch, reason=why)
-        self.database.execute("UPDATE batches SET outcome = 'given back' WHERE number = ?", (batch,))
+        self.database.execute(  # an interrupt may fall behind what ended it: then it stays as it ended
+            "UPDATE batches SET outcome = 'given back' WHERE number = ? AND outcome = 'open'", (batch,)
+        )
 
     # time and events
 

@@ -20,7 +20,7 @@ from pipeline.updates.database import transaction
 from pipeline.updates.lineage import check_number
 from pipeline.updates.prover import Ground
 from pipeline.updates.publish import Change, OvertakenError, hold_back, publish
-from pipeline.updates.queue import Contradiction, due, queued, take
+from pipeline.updates.queue import Contradiction, peek, take
 from pipeline.updates.store import Store
 from pipeline.updates.versions import load_version
 
@@ -101,7 +101,7 @@ def _rehearse(
     store: Store, options: UpdateCommand, load: Callable[[str], LLM], told: Callable[[Worked], Any]
 ) -> list[Worked]:
     """The next batch as it would be, without a change to the store."""
-    batch = [queued(row) for row in due(store, options.batch)]
+    batch = peek(store, options.batch)
     if not batch:
         return []
     llm = _loaded(store, options, load)
