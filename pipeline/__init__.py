@@ -31,6 +31,7 @@ _HOMES = {
         "StatisticsOptions",
         "TrainerOptions",
     ),
+    "pipeline.updates": ("LiveModel", "Store"),
     "pipeline.requests": ("EditRequest", "Probe", "load_requests", "split_by_subject"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

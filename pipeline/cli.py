@@ -142,8 +142,9 @@ def _normalized(parser: ArgumentParser, name: str, words: Sequence[str]) -> list
     configs: list[str] = []  # put first, so that flags override them wherever they stand
     result: list[str] = []
     rest = list(words)
-    if rest and not rest[0].startswith("-") and COMMANDS[name].word:
-        result.append(f"--{COMMANDS[name].word}={rest.pop(0)}")
+    for word in COMMANDS[name].words:
+        if rest and not rest[0].startswith("-"):
+            result.append(f"--{word}={rest.pop(0)}")
     while rest:
         word = rest.pop(0)
         given, equals, value = word.partition("=")

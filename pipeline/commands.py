@@ -11,21 +11,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline import update_commands
 from pipeline.errors import UserError, check_choice
 from pipeline.options import (
     AttributeCommand,
     BenchmarkCommand,
     ComputeOptions,
+    DiffCommand,
     EditCommand,
     EditOptions,
     EvaluateCommand,
     EvaluationOptions,
     ExportCommand,
     GenerateCommand,
+    HistoryCommand,
     ModelOptions,
     RequestOptions,
     RequestsCommand,
+    RetractCommand,
     RunCommand,
+    ScheduleCommand,
+    SubmitCommand,
+    UpdateCommand,
+    VerifyCommand,
+    VersionCommand,
 )
 
 if TYPE_CHECKING:
@@ -140,17 +149,20 @@ def requests(options: RequestsCommand) -> None:
 
 
 def export(options: ExportCommand) -> None:
-    """Write the edited model as a plain Hugging Face folder, or the update alone, or its LoRA adapter."""
-    from pipeline.editing import WeightUpdate, export_merged
+    """Write the edited model as a plain Hugging Face folder, or the update alone, or as a PEFT adapter."""
+    from pipeline.editing import WeightUpdate, export_adapter, export_merged
 
     with _working(options, "export") as log:
-        update = WeightUpdate.load(options.update)
-        llm = _load(options)
+        if options.update:
+            update, model = WeightUpdate.load(options.update), options.model
+        else:
+            update, model = update_commands.of_store(options)
+        llm = _load(options, model)
         llm.check_made_for("update", update.model, update.fingerprint)
         if options.kind == "merged":
             export_merged(llm, update, log.folder)
         elif options.kind == "adapter":
-            update.save_adapter(log.folder)
+            export_adapter(llm, update, log.folder)
         else:
             update.save(log.folder)
 
@@ -164,6 +176,9 @@ def generate(options: GenerateCommand) -> None:
     _prepare(options)
     update = WeightUpdate.load(options.update) if options.update else None
     prompts = options.prompt or [request.prompt for request in _read_requests(options)]
+    if options.store:
+        update_commands.generate_live(prompts, options, lambda name: _load(options, name))
+        return
     llm = _load(options)
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
@@ -181,7 +196,7 @@ def generate(options: GenerateCommand) -> None:
 
 
 def benchmark(options: BenchmarkCommand) -> None:
-    """Measure editing or evaluation against what is asked of it, as a table and benchmark.json."""
+    """Measure editing, evaluation or a store against what is asked of it, as a table and benchmark.json."""
     from pipeline.files import write_json
     from pipeline.reporting import show_benchmark
     from pipeline.study import BENCHMARKS
@@ -193,11 +208,11 @@ def benchmark(options: BenchmarkCommand) -> None:
 
 
 class Command(NamedTuple):
-    """A command's function, its options, the line that `--help` shows of it, and the flag of a bare word."""
+    """A command's function, its options, the line that `--help` shows of it, and the flags of bare words."""
 
     function: Callable[[Any], None]
     options: type
-    word: str | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def help(self) -> str:
@@ -209,10 +224,19 @@ COMMANDS = {
     "attribute": Command(attribute, AttributeCommand),
     "edit": Command(edit, EditCommand),
     "evaluate": Command(evaluate, EvaluateCommand),
-    "requests": Command(requests, RequestsCommand, word="requests"),
-    "export": Command(export, ExportCommand),
+    "requests": Command(requests, RequestsCommand, words=("requests",)),
+    "export": Command(export, ExportCommand, words=("version",)),
     "generate": Command(generate, GenerateCommand),
-    "benchmark": Command(benchmark, BenchmarkCommand, word="what"),
+    "benchmark": Command(benchmark, BenchmarkCommand, words=("what",)),
+    "submit": Command(update_commands.submit, SubmitCommand, words=("file",)),
+    "update": Command(update_commands.update, UpdateCommand),
+    "schedule": Command(update_commands.schedule, ScheduleCommand),
+    "history": Command(update_commands.history, HistoryCommand),
+    "show": Command(update_commands.show, VersionCommand, words=("version",)),
+    "diff": Command(update_commands.diff, DiffCommand, words=("older", "newer")),
+    "rollback": Command(update_commands.rollback, VersionCommand, words=("version",)),
+    "verify": Command(update_commands.verify, VerifyCommand),
+    "retract": Command(update_commands.retract, RetractCommand, words=("request",)),
 }
 
 
@@ -259,11 +283,11 @@ def _working(options: Any, command: str) -> Any:
     return run_log(command, options.output, options.overwrite, asdict(options), resume)
 
 
-def _load(options: ModelOptions) -> LLM:
+def _load(options: ModelOptions, model: str | None = None) -> LLM:
     from pipeline.model import load_model, weights_dtype
 
     trainer = options.trainer if isinstance(options, ComputeOptions) else None
-    return load_model(options.model, weights_dtype(trainer), options.verbose, options.chat)
+    return load_model(model or options.model, weights_dtype(trainer), options.verbose, options.chat)
 
 
 def _explain(options: EvaluateCommand) -> None:

@@ -24,7 +24,19 @@ from pipeline.options import RunCommand
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PROGRESS = re.compile(r"\d+/\d+ .*left ")
-REQUIRED = {"export": ["--update", "DIR"]}  # flags without which a command cannot be asked for its config
+STORE = ["--store", "DIR"]
+REQUIRED = {  # flags without which a command cannot be asked for its config
+    "export": ["--update", "DIR"],
+    "submit": [*STORE, "--file", "FILE"],
+    "update": STORE,
+    "schedule": [*STORE, "--every", "6h"],
+    "history": STORE,
+    "show": [*STORE, "--version", "1"],
+    "diff": [*STORE, "--older", "1", "--newer", "2"],
+    "rollback": [*STORE, "--version", "1"],
+    "verify": STORE,
+    "retract": [*STORE, "--request", "1"],
+}
 
 
 def one_line(captured_error: str) -> str:
@@ -209,7 +221,8 @@ def test_yaml_gives_the_number_of_devices(devices: str, tmp_path: Path, received
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_every_shipped_config_parses(file: Path, received: list[Any]) -> None:
-    assert main(["run", "--config", str(file)]) == 0
+    command = ["update", *STORE] if file.stem == "update" else ["run"]
+    assert main([*command, "--config", str(file)]) == 0
     content = yaml.safe_load(file.read_text())
     assert differences(content, asdict(received[0])) == []
 

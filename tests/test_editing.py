@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tiny, mean_loss
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline import UserError
 from pipeline.attribution import GoldenProfile, find_golden_layer
-from pipeline.editing import WeightUpdate, edit, export_merged
+from pipeline.editing import WeightUpdate, edit, export_adapter, export_merged
 from pipeline.model import LLM
 from pipeline.options import EditOptions, FinetuneOptions
 from pipeline.requests import EditRequest
@@ -144,3 +146,23 @@ def test_an_export_is_a_plain_model(tiny: LLM, requests: list[EditRequest], tmp_
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)(requests[0].prompt).input_ids])
     with update.applied(tiny), tiny.frozen(), torch.no_grad():
         assert torch.equal(plain(ids).logits, tiny.model(ids).logits)
+
+
+def test_an_adapter_of_any_update_is_the_update(tiny: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
+    update = edit(tiny, requests, options=EditOptions(method="finetune", layers=[1], finetune=FEW))
+    export_adapter(tiny, update, tmp_path)
+    adapted = PeftModel.from_pretrained(deepcopy(tiny.model), tmp_path).eval()
+    ids = torch.tensor([tiny.tokenizer(requests[0].prompt).input_ids])
+    with tiny.frozen(), torch.no_grad():
+        base = tiny.model(ids).logits
+        with update.applied(tiny):
+            edited = tiny.model(ids).logits
+        torch.testing.assert_close(adapted(ids).logits, edited, rtol=1e-3, atol=2e-3)
+    assert not torch.allclose(base, edited, atol=0.1)
+
+
+def test_an_update_that_changes_nothing_is_no_adapter(tiny_llm: LLM, tmp_path: Path) -> None:
+    nothing = WeightUpdate(tiny_llm.name, tiny_llm.fingerprint, "memit", [1], {})
+    with pytest.raises(UserError, match="changes nothing"):
+        export_adapter(tiny_llm, nothing, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

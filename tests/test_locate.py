@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.editing import METHODS, WeightUpdate, edit
+from pipeline.editing import METHODS, WeightUpdate, can_leave_out, edit, leave_out
 from pipeline.editing.contexts import CONTEXTS
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.method import Runtime
@@ -217,7 +217,7 @@ def test_bad_input(tiny_llm: LLM, requests: list[EditRequest], options: EditOpti
 def test_two_updates_come_out_as_one_batch(
     method: str, tiny: LLM, requests: list[EditRequest], options: EditOptions, tmp_path: Path
 ) -> None:
-    options.method, options.locate.neighbours = method, 0
+    options.method = method
     first = edit(tiny, requests[:3], options=options)
     first.save(tmp_path)
     both = edit(tiny, requests[3:], options=options, after=WeightUpdate.load(tmp_path))
@@ -246,3 +246,27 @@ def test_several_layers(tiny: LLM, requests: list[EditRequest], options: EditOpt
     assert list(update.tensors) == [name for layer in (1, 2) for name in tiny.blocks[layer].weight_names("down")]
     base = dict(tiny.model.named_parameters())
     assert not any(torch.equal(tensor, base[name]) for name, tensor in update.tensors.items())
+
+
+@pytest.mark.parametrize("method", LOCATING)
+def test_a_request_left_out_leaves_nothing(
+    method: str, tiny: LLM, requests: list[EditRequest], options: EditOptions
+) -> None:
+    options.method = method
+    options.locate = replace(options.locate, bound=1.0, steps=5)
+    update = edit(tiny, requests, options=options)
+    assert can_leave_out(tiny, update, requests[2:4], method)
+    without = leave_out(tiny, update, requests[2:4], options)
+    never = edit(tiny, [*requests[:2], *requests[4:]], options=options)
+    assert without.requests == never.requests
+    for name, tensor in never.tensors.items():
+        torch.testing.assert_close(without.tensors[name], tensor, rtol=1e-3, atol=2e-4)
+    assert leave_out(tiny, update, requests, options).tensors == {}, "the base, bit for bit"
+
+
+def test_what_was_not_located_cannot_be_left_out(
+    tiny_llm: LLM, requests: list[EditRequest], options: EditOptions
+) -> None:
+    update = edit(tiny_llm, requests[:3], options=options)
+    assert not can_leave_out(tiny_llm, update, requests[3:4], "memit")
+    assert not can_leave_out(tiny_llm, update, requests[:1], "finetune")

@@ -73,6 +73,13 @@ class Columns(NamedTuple):
             solved_OI=self.solved_OI,
         )
 
+    def without(self, owners: Sequence[int]) -> Columns:
+        """With the columns of these facts left out."""
+        kept_n = ~torch.isin(self.owner_n, torch.tensor(owners, device=self.owner_n.device))
+        return self._replace(
+            key_In=self.key_In[:, kept_n], change_On=self.change_On[:, kept_n], owner_n=self.owner_n[kept_n]
+        )
+
 
 def owner(request: EditRequest) -> int:
     """A number for what a request is about, the same in every process and update."""

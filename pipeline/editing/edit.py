@@ -72,7 +72,7 @@ def edit(
         UserError: for requests that the method cannot take (see `accept`), an unknown layer, a profile or earlier
             update of another model, or a loss that is not a number.
     """
-    options, runtime = options or EditOptions(), Runtime(trainer or TrainerOptions(), logger, seed, work)
+    options = options or EditOptions()
     requests = accept(requests, options)
     layers = choose_layers(llm, profile, options)
     if after:
@@ -80,6 +80,9 @@ def edit(
     earlier = after or WeightUpdate(llm.name, llm.fingerprint, options.method, [], {})
     kind = METHODS[options.method]
     own = getattr(options, kind.options)
+    anew = {fact(request) for request in requests}
+    left = [request for request in earlier.requests if fact(request) not in anew]
+    runtime = Runtime(trainer or TrainerOptions(), logger, seed, work, left)
     method = kind.make(llm, layers, options, earlier.state)
     if work:
         _claim(
@@ -90,18 +93,17 @@ def edit(
             ],
         )
     parameters = dict(llm.model.named_parameters())
-    with earlier.applied(llm), _restored(llm, method.weight_names):
+    with earlier.applied(llm), restored(llm, method.weight_names):
         with llm.frozen():
             method.run(requests, runtime)
         changed = {name: parameters[name].detach().cpu().clone() for name in method.weight_names}
-    anew = {fact(request) for request in requests}
     return WeightUpdate(
         model=llm.name,
         fingerprint=llm.fingerprint,
         method=options.method,
         layers=sorted({*earlier.layers, *layers}),
         tensors={**earlier.tensors, **changed},
-        requests=[*(r for r in earlier.requests if fact(r) not in anew), *requests],
+        requests=[*left, *requests],
         options=asdict(own),
         state={**earlier.state, **method.state},
         adapter=method.adapter if after is None or after.adapter else None,  # else it holds a part of the change
@@ -150,7 +152,7 @@ def _claim(work: Path, edit: Sequence[object]) -> None:
 
 
 @contextmanager
-def _restored(llm: LLM, names: Sequence[str]) -> Iterator[None]:
+def restored(llm: LLM, names: Sequence[str]) -> Iterator[None]:
     """The named weights are after the `with` what they were before it, bit for bit."""
     parameters = dict(llm.model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in names}

@@ -1,13 +1,21 @@
-"""Export: the edited model as a plain Hugging Face folder that transformers loads without this project."""
+"""Export: the edited model as a plain Hugging Face folder, or the change as a PEFT adapter."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from pipeline.editing.update import WeightUpdate
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.editing.update import WeightUpdate, write_tensors
+from pipeline.errors import UserError
 from pipeline.files import require_room
 from pipeline.model import LLM
+
+KEPT = 1e-5  # relative: singular values below this are rounding
 
 
 def export_merged(llm: LLM, update: WeightUpdate, folder: Path) -> None:
@@ -27,3 +35,51 @@ def export_merged(llm: LLM, update: WeightUpdate, folder: Path) -> None:
             file.replace(folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def export_adapter(llm: LLM, update: WeightUpdate, folder: Path) -> None:
+    """Write an update as a LoRA adapter in PEFT's layout: its own where it is one, else one that comes to the same.
+
+    Any change of a weight is a product of two factors; its singular values say how many columns they need.
+
+    Raises:
+        UserError: when nothing is changed, or the update was made for another model.
+    """
+    if update.adapter:
+        update.save_adapter(folder)
+        return
+    llm.check_made_for("update", update.model, update.fingerprint)
+    factors = {name.removesuffix(".weight"): _factors(llm, name, update.tensors[name]) for name in update.tensors}
+    factors = {name: pair for name, pair in factors.items() if pair[0].numel()}
+    if not factors:
+        raise UserError("export: the update changes nothing that an adapter could hold")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, (down_RI, up_OR) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down_RI
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up_OR
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    ranks = {name: len(down_RI) for name, (down_RI, _) in factors.items()}
+    LoraConfig(
+        task_type="CAUSAL_LM",
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        target_modules=list(ranks),
+        fan_in_fan_out=any(isinstance(llm.model.get_submodule(name), Conv1D) for name in ranks),
+        inference_mode=True,
+        base_model_name_or_path=update.model,
+    ).save_pretrained(str(folder))
+
+
+@torch.no_grad()
+def _factors(llm: LLM, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) whose product is the change of a weight, R being no more than it needs."""
+    module = llm.model.get_submodule(name.removesuffix(".weight"))
+    change = tensor.double() - llm.model.get_parameter(name).detach().cpu().double()
+    change_OI = change.T if isinstance(module, Conv1D) else change
+    left_OR, values_R, right_RI = torch.linalg.svd(change_OI, full_matrices=False)
+    rank = int((values_R > KEPT * values_R.max()).sum())
+    root_R = values_R[:rank].sqrt()
+    return (root_R[:, None] * right_RI[:rank]).float(), (left_OR[:, :rank] * root_R).float()

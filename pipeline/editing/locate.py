@@ -101,10 +101,30 @@ class LocateThenEdit:
             if turn > 0:
                 _change(down, -columns.solved_OI)
             columns = columns.asked(owners, keys_GCI, values_GO, again=turn > 0)
-            kept_II = self._kept(layer, requests, moments[name], runtime).to(down.weight.device)
+            self._solve(layer, columns, [*runtime.earlier, *requests], moments[name], runtime)
+
+    def leave_out(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
+        """Solve again without these requests, for `runtime.earlier` alone; no value is searched for anew."""
+        names = [name for layer in self.layers for name in self.llm.blocks[layer].down]
+        moments = key_moments(self.llm, names, self.statistics, runtime.trainer)
+        for layer in self.layers:
+            ((name, down),) = self.llm.blocks[layer].down.items()
+            columns = Columns.of_state(self.state, layer, down)
+            _change(down, -columns.solved_OI)
+            rest = columns.without([owner(request) for request in requests])
+            self._solve(layer, rest, runtime.earlier, moments[name], runtime)
+
+    def _solve(
+        self, layer: int, columns: Columns, held: Sequence[EditRequest], text_II: Tensor, runtime: Runtime
+    ) -> None:
+        """Change a weight that is without any solution yet to what the columns ask for, and keep both."""
+        ((_, down),) = self.llm.blocks[layer].down.items()
+        solved_OI = torch.zeros_like(columns.solved_OI)
+        if columns.owner_n.numel():
+            kept_II = self._kept(layer, held, text_II, runtime).to(down.weight.device)
             solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
-            _change(down, solved_OI)
-            self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
+        _change(down, solved_OI)
+        self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
 
     def _keys(self, layer: int, requests: Sequence[EditRequest], runtime: Runtime) -> Tensor:
         """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""

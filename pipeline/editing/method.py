@@ -22,12 +22,14 @@ class Runtime(NamedTuple):
         logger: where the curves go.
         seed: of the mini-batches' order and of every draw.
         work: a folder for work in progress; what is found there is not done again.
+        earlier: what an earlier update taught and this edit leaves in force.
     """
 
     trainer: TrainerOptions
     logger: Logger | bool = False
     seed: int = 0
     work: Path | None = None
+    earlier: Sequence[EditRequest] = ()
 
 
 class EditMethod(Protocol):

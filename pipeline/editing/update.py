@@ -88,11 +88,15 @@ class WeightUpdate:
         Raises:
             UserError: when the disk has no room for it.
         """
-        contents = {TENSORS_FILE: _portable(self.tensors), STATE_FILE: _portable(self.state)}
+        contents = {TENSORS_FILE: self.tensors, STATE_FILE: self.state}
         require_room(folder, sum(tensor.nbytes for tensors in contents.values() for tensor in tensors.values()))
         if self.adapter:
             self.save_adapter(folder / "adapter")
-        digests = {name: _write(folder / name, tensors) for name, tensors in contents.items() if tensors}
+        digests = {
+            name: write_tensors(folder / name, tensors)
+            for name, tensors in contents.items()
+            if tensors or name == TENSORS_FILE
+        }
         write_json(
             folder / UPDATE_FILE,
             {
@@ -124,10 +128,10 @@ class WeightUpdate:
         prefix = ADAPTER_PREFIX
         tensors = {
             name.removeprefix(prefix): tensor
-            for name, tensor in _portable(self.state).items()
+            for name, tensor in self.state.items()
             if name.startswith(prefix) and tensor.dim()
         }
-        _write(folder / "adapter_model.safetensors", tensors)
+        write_tensors(folder / "adapter_model.safetensors", tensors)
         config = LoraConfig(**self.adapter, inference_mode=True, base_model_name_or_path=self.model)
         config.save_pretrained(str(folder))
 
@@ -170,9 +174,9 @@ def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write tensors, whole or not at all; the file's SHA-256."""
-    return _sha256(write_whole(path, lambda partial: partial.write_bytes(tensors_to_bytes(tensors))))
+    return _sha256(write_whole(path, lambda partial: partial.write_bytes(tensors_to_bytes(_portable(tensors)))))
 
 
 def _sha256(path: Path) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,6 +147,12 @@ class Evaluator:
         self.plan = Plan(llm, requests, options or EvaluationOptions(), kinds)
         self.first: Readings | None = None
 
+    def only(self, numbers: Collection[int], kinds: Sequence[str] = KINDS) -> Evaluator:
+        """An evaluator of some of the requests, by their numbers; what was measured first of them still counts."""
+        part = copy(self)
+        part.plan = self.plan.only(numbers, kinds)
+        return part
+
     def measure(self, title: str) -> Measurement:
         """Figures of the model as it is now."""
         readings = self._readings(title)
@@ -156,7 +163,9 @@ class Evaluator:
         for one, question in zip(self.plan.asked, self.plan.question_of, strict=True):
             told = said.setdefault(one.kind, [[] for _ in self.plan.requests])
             told[one.request].append(readings.said[question])
-        answers = [texts[0] for texts in said["generation"]] if said else [""] * len(self.plan.requests)
+        answers = (
+            [texts[0] if texts else "" for texts in said["generation"]] if said else [""] * len(self.plan.requests)
+        )
         metrics = {name: figure.estimate() for name, figure in found.items()}
         return Measurement(metrics, answers, said, values, found)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,29 @@ class Plan:
         for row in encode_prompts(self.llm, [self.requests[number].prompt for number in chosen], limit):
             self.questions.append(Question(row.token_ids, first + row.index, limit, None))
             self.essays[first + row.index] = chosen[row.index]
+
+    def only(self, numbers: Collection[int], kinds: Sequence[str]) -> Plan:
+        """The part for some of the requests and kinds; requests, texts and questions keep their numbers."""
+        part, wanted = copy(self), set(numbers)
+        part.kinds = tuple(kind for kind in self.kinds if kind in kinds)
+
+        def is_in(text: Scored) -> bool:
+            if text.kind == "text":
+                return "text" in part.kinds
+            return "probes" in part.kinds and text.request in wanted and ("probability" in kinds or not text.rival)
+
+        part.texts = {number: text for number, text in self.texts.items() if is_in(text[0])}
+        part.rows = [row for row in self.rows if any(span.number in part.texts for span in row.spans)]
+        compared = self.offsets if "divergence" in kinds else {}
+        part.offsets = {number: offsets for number, offsets in compared.items() if number in part.texts}
+        asked = zip(self.asked, self.question_of, strict=True) if "generation" in kinds else ()
+        chosen = [(one, question) for one, question in asked if one.request in wanted]
+        part.asked, part.question_of = [one for one, _ in chosen], [question for _, question in chosen]
+        essays = self.essays.items() if "fluency" in kinds else ()
+        part.essays = {question: request for question, request in essays if request in wanted}
+        needed = {*part.question_of, *part.essays}
+        part.questions = [question for question in self.questions if question.number in needed]
+        return part
 
     def data(self, devices: int) -> ListDataModule:
         """All batches, at least one a device; questions are apart by how long their answers may be.

@@ -8,7 +8,7 @@ from pipeline.options.editing import EditOptions
 from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions
 
-BENCHMARKS = ("editing", "evaluation")
+BENCHMARKS = ("editing", "evaluation", "updates")
 EXPORTS = ("merged", "update", "adapter")
 
 
@@ -101,16 +101,22 @@ class RequestsCommand(ModelOptions, RequestOptions, ComputeOptions):
 class ExportCommand(ModelOptions, OutputOptions):
     """Options of `export`."""
 
-    update: str
+    update: str | None = None
     """A folder that `edit` or `run` wrote."""
+    store: str | None = None
+    """In place of --update: a store, of which --version is exported."""
+    version: int | None = None
+    """With --store: which version; default: the current one."""
     kind: str = "merged"
-    """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: the
-    LoRA adapter of `edit --method lora`, for PEFT."""
+    """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: a
+    LoRA adapter for PEFT, that of `edit --method lora` or one that comes to the same change."""
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, EXPORTS)
         if self.chat:
             raise UserError("chat: nothing is asked of a model that is exported; leave --chat out")
+        if (self.update is None) == (self.store is None):
+            raise UserError("export: what? give either --update DIR or --store DIR")
 
 
 @dataclass(kw_only=True)
@@ -119,7 +125,8 @@ class BenchmarkCommand(ModelOptions, OutputOptions, ComputeOptions):
 
     what: str = "editing"
     """editing: every method, alone, in batches and one update after another; evaluation: what measuring costs, and
-    whether batches change it."""
+    whether batches change it; updates: a store over twenty weeks, under kills, with two updates at once, on a full
+    disk, and with a long queue."""
     data: str = "../shared/data"
     """Folder with counterfact_easyedit.json and, for key statistics, enwiki_plain.txt."""
     resume: bool = False
@@ -136,6 +143,10 @@ class GenerateCommand(ModelOptions, RequestOptions, ComputeOptions):
 
     update: str | None = None
     """A folder that `edit` or `run` wrote; its answers stand beside the base model's."""
+    store: str | None = None
+    """A store of updates in place of --update: the answers of its current version stand beside the base model's."""
+    follow: bool = False
+    """With --store: stay, and answer again whenever another version becomes the current one."""
     prompt: list[str] | None = None
     """One prompt or several; default: the prompts of --requests."""
     max_new_tokens: int = 16
@@ -148,3 +159,7 @@ class GenerateCommand(ModelOptions, RequestOptions, ComputeOptions):
         ComputeOptions.__post_init__(self)
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         check_at_least("batch_size", self.batch_size, 1)
+        if self.store is not None and self.update is not None:
+            raise UserError("generate: give --update or --store, not both")
+        if self.follow and self.store is None:
+            raise UserError("follow: what? name a store with --store DIR")

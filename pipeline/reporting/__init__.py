@@ -1,6 +1,31 @@
 """What people see: TensorBoard, figures, the report, and the tables in the terminal."""
 
+from pipeline.reporting.board import show_on_board
 from pipeline.reporting.run_log import RunLog, run_log
+from pipeline.reporting.stores import (
+    mind_the_clock,
+    show_facts,
+    show_history,
+    show_story,
+    show_version,
+    tell_submitted,
+    tell_worked,
+)
 from pipeline.reporting.terminal import say, show_answers, show_benchmark, show_tokens
 
-__all__ = ["RunLog", "run_log", "say", "show_answers", "show_benchmark", "show_tokens"]
+__all__ = [
+    "RunLog",
+    "mind_the_clock",
+    "run_log",
+    "say",
+    "show_answers",
+    "show_benchmark",
+    "show_facts",
+    "show_history",
+    "show_on_board",
+    "show_story",
+    "show_tokens",
+    "show_version",
+    "tell_submitted",
+    "tell_worked",
+]

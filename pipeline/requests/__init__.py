@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from pipeline.requests.conflicts import fact, settle
-from pipeline.requests.readers import load_requests
+from pipeline.requests.readers import load_requests, stream_requests
 from pipeline.requests.records import DEMO_REQUESTS
 from pipeline.requests.schema import EditRequest, Probe
 from pipeline.requests.split import split_by_subject
@@ -20,6 +20,7 @@ __all__ = [
     "load_requests",
     "settle",
     "split_by_subject",
+    "stream_requests",
 ]
 
 

@@ -40,7 +40,18 @@ def load_requests(
     skip_bad: bool = False,
     tell: Callable[[str], Any] = warnings.warn,
 ) -> list[EditRequest]:
-    """Read edit requests.
+    """Read edit requests: `stream_requests`, as a list."""
+    return list(stream_requests(source, limit, offset, skip_bad, tell))
+
+
+def stream_requests(
+    source: str | Path,
+    limit: int | None = None,
+    offset: int = 0,
+    skip_bad: bool = False,
+    tell: Callable[[str], Any] = warnings.warn,
+) -> Iterator[EditRequest]:
+    """Read edit requests one by one, in constant memory: what is wrong with a record is said when it is reached.
 
     Args:
         source: a JSONL, JSON or CSV file, gzipped or not, `hf:NAME` for a Hugging Face data set, or `demo`.
@@ -54,20 +65,19 @@ def load_requests(
             layout is unknown, a field is missing, empty or of the wrong type, two requests share an id, or two
             layouts a file; or naming limit or offset, when it is out of range.
     """
-    requests: list[EditRequest] = []
-    first_bad, bad = None, 0
+    first_bad, bad, good = None, 0, 0
     for reading in read_requests(source, limit, offset):
         if isinstance(reading.request, EditRequest):
-            requests.append(reading.request)
+            good += 1
+            yield reading.request
         elif not skip_bad:
             raise reading.request
         else:
             first_bad, bad = first_bad or reading.request, bad + 1
-    if first_bad and not requests:
+    if first_bad and not good:
         raise UserError(f"requests: {source}: all {bad} records are bad; the first: {first_bad}")
     if first_bad:
-        tell(f"note: left out {bad} bad of {bad + len(requests)} records; the first: {first_bad}")
-    return requests
+        tell(f"note: left out {bad} bad of {bad + good} records; the first: {first_bad}")
 
 
 def read_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> Iterator[Reading]:

@@ -2,7 +2,8 @@
 
 from pipeline.study.editing import benchmark_editing
 from pipeline.study.evaluation import benchmark_evaluation
+from pipeline.study.updates import benchmark_updates
 
-BENCHMARKS = {"editing": benchmark_editing, "evaluation": benchmark_evaluation}
+BENCHMARKS = {"editing": benchmark_editing, "evaluation": benchmark_evaluation, "updates": benchmark_updates}
 
-__all__ = ["BENCHMARKS", "benchmark_editing", "benchmark_evaluation"]
+__all__ = ["BENCHMARKS", "benchmark_editing", "benchmark_evaluation", "benchmark_updates"]

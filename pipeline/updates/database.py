@@ -1,0 +1,145 @@
+"""The store's SQLite database: its tables, how it is opened, and transactions.
+
+Write-ahead logging, so that submitters, servers and an update get along; every commit reaches the disk.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+DATABASE = "store.db"
+APPLICATION = 0x474C5550  # "GLUP" in the file's header: a store of golden layers' updates
+PATIENCE = 120  # seconds that a writer waits for another
+
+# One script a layout; a store of an older layout is brought up by those it lacks.
+HEADER = ("user_version", "application_id")
+MIGRATIONS = (
+    """
+    CREATE TABLE about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+
+    CREATE TABLE versions (
+        number INTEGER PRIMARY KEY,
+        parent INTEGER REFERENCES versions,
+        made REAL NOT NULL,
+        manifest TEXT NOT NULL,              -- SHA-256 of the version's manifest
+        shown INTEGER NOT NULL DEFAULT 0     -- whether TensorBoard has it
+    );
+
+    CREATE TABLE batches (
+        number INTEGER PRIMARY KEY,
+        started REAL NOT NULL,
+        parent INTEGER NOT NULL REFERENCES versions,
+        outcome TEXT NOT NULL DEFAULT 'open'
+            CHECK (outcome IN ('open', 'published', 'held back', 'given back')),
+        version INTEGER REFERENCES versions
+    );
+
+    CREATE TABLE submissions (
+        number INTEGER PRIMARY KEY,
+        at REAL NOT NULL,
+        file TEXT NOT NULL
+    );
+
+    CREATE TABLE requests (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL,
+        source TEXT,
+        content TEXT NOT NULL,               -- JSON, as in our JSONL, without id and source
+        digest BLOB NOT NULL UNIQUE,         -- of the content
+        fact INTEGER NOT NULL,               -- what it is about: subject and prompt
+        submission INTEGER NOT NULL REFERENCES submissions,
+        not_before REAL NOT NULL DEFAULT 0,
+        effective REAL NOT NULL,             -- from when it counts: of requests about one fact the newest wins,
+        position INTEGER NOT NULL,           -- by these two; positions never go back, whatever the clock does
+        state TEXT NOT NULL DEFAULT 'queued'
+            CHECK (state IN ('queued', 'taken', 'applied', 'held back', 'superseded', 'retracted')),
+        batch INTEGER REFERENCES batches,
+        version INTEGER REFERENCES versions, -- applied in
+        successor INTEGER REFERENCES requests,
+        reason TEXT,
+        figures TEXT                         -- JSON: those it was held back with
+    );
+    CREATE INDEX requests_due ON requests (state, not_before, position);
+    CREATE INDEX requests_fact ON requests (fact, state);
+
+    CREATE TABLE changes (                   -- what a version changed against its parent
+        version INTEGER NOT NULL REFERENCES versions,
+        request INTEGER NOT NULL REFERENCES requests,
+        what TEXT NOT NULL CHECK (what IN ('applied', 'superseded', 'retracted')),
+        successor INTEGER REFERENCES requests,
+        PRIMARY KEY (version, request)
+    ) WITHOUT ROWID;
+
+    CREATE TABLE events (
+        number INTEGER PRIMARY KEY,
+        at REAL NOT NULL,
+        what TEXT NOT NULL,
+        request INTEGER REFERENCES requests,
+        batch INTEGER REFERENCES batches,
+        version INTEGER REFERENCES versions,
+        detail TEXT
+    );
+    CREATE INDEX events_request ON events (request);
+    """,
+)
+
+
+def connect(file: Path) -> sqlite3.Connection:
+    """Open the database, made or brought up to the newest layout where needed.
+
+    Raises:
+        UserError: when the file is no store's database, damaged, or of a newer layout than this program knows.
+    """
+    try:
+        database = sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)
+        database.row_factory = sqlite3.Row
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "cache_size = -200000"):
+            database.execute(f"PRAGMA {pragma}")
+        _migrate(database, file)
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"store: {file}: cannot be read as a store's database ({error})") from None
+    return database
+
+
+def _migrate(database: sqlite3.Connection, file: Path) -> None:
+    (layout,), (application,) = (database.execute(f"PRAGMA {name}").fetchone() for name in HEADER)
+    (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application != APPLICATION and (tables or application or layout):
+        raise UserError(f"store: {file}: a database of another program")
+    if layout > len(MIGRATIONS):
+        raise UserError(
+            f"store: {file}: of layout {layout}; this program knows up to {len(MIGRATIONS)}: use a newer one"
+        )
+    for script in MIGRATIONS[layout:]:
+        layout += 1
+        header = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {layout};"
+        database.executescript(f"BEGIN IMMEDIATE; {script} {header} COMMIT;")
+
+
+@contextmanager
+def transaction(database: sqlite3.Connection, alone: bool = True) -> Iterator[sqlite3.Connection]:
+    """All inside the `with` is written, or nothing.
+
+    Args:
+        database: what is written to.
+        alone: whether other writers wait from its start; else from the first write to more than temporary tables.
+
+    Raises:
+        UserError: when the disk is full, or another writer takes longer than `PATIENCE`.
+    """
+    try:
+        database.execute("BEGIN IMMEDIATE" if alone else "BEGIN")
+        yield database
+        database.execute("COMMIT")
+    except BaseException as error:
+        if database.in_transaction:  # a full disk has ended it already
+            database.execute("ROLLBACK")
+        if isinstance(error, sqlite3.OperationalError):
+            room = "; is there room on the disk?" if "disk" in str(error) else ""
+            raise UserError(f"store: {DATABASE}: {error}{room}") from error
+        raise

@@ -1,0 +1,89 @@
+"""Gates: what a batch must reach to be published, and what it did reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from pipeline.editing import WeightUpdate
+from pipeline.evaluation import Estimate
+from pipeline.model import LLM
+from pipeline.options import GateOptions
+
+BATCH = ("rewrite", "rephrase", "locality")
+WHOLE = ("earlier", "perplexity", "drift")  # of the model whole, whatever the batch
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate: what was reached, what is asked for, and whether as a least or as a most."""
+
+    name: str
+    value: float
+    bound: float
+    least: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is reached; no number is not."""
+        return self.value >= self.bound if self.least else self.value <= self.bound
+
+    def __str__(self) -> str:
+        sign = (">=" if self.least else "<=") if self.passed else ("<" if self.least else ">")
+        return f"{self.name} {self.value:.3f} {sign} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one state of the model.
+
+    Attributes:
+        metrics: of the batch, and perplexity.
+        earlier: rewrite of earlier facts; None where there are none.
+        perplexity: as a multiple of the base model's.
+        drift: the largest change of an edited weight from the base, as a share of its norm.
+    """
+
+    metrics: Mapping[str, Estimate]
+    earlier: float | None
+    perplexity: float
+    drift: float
+
+    def gates(self, options: GateOptions, names: Sequence[str] = BATCH + WHOLE) -> list[Gate]:
+        """Those gates of the options that this can be held against."""
+        values = {name: self.metrics[name].mean for name in BATCH if name in self.metrics}
+        values |= {"perplexity": self.perplexity, "drift": self.drift}
+        if self.earlier is not None:
+            values["earlier"] = self.earlier
+        gates = []
+        for name in names:
+            bound = getattr(options, name)
+            if bound and name in values:  # 0 and null: not asked for
+                gates.append(Gate(name, values[name], bound, least=name in (*BATCH, "earlier")))
+        return gates
+
+    def as_json(self) -> dict[str, object]:
+        """For metrics.json."""
+        return {
+            "metrics": {name: asdict(estimate) for name, estimate in self.metrics.items()},
+            "earlier": self.earlier,
+            "perplexity_ratio": self.perplexity,
+            "drift": self.drift,
+        }
+
+
+@torch.no_grad()
+def drift(llm: LLM, update: WeightUpdate | None) -> float:
+    """The largest ‖W' − W‖ / ‖W‖ (Frobenius) over the weights that an update changes; 0 for none."""
+    shares = [0.0]
+    for name, tensor in (update.tensors if update else {}).items():
+        base = llm.model.get_parameter(name).detach().float().cpu()
+        shares.append(((tensor.float() - base).norm() / base.norm()).item())
+    return max(shares)
+
+
+def failed(gates: Sequence[Gate]) -> str:
+    """The gates that are not passed, in words; empty when all are."""
+    return ", ".join(str(gate) for gate in gates if not gate.passed)

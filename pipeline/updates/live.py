@@ -1,0 +1,116 @@
+"""The live model, for whoever serves: follows a store's current version, without a restart or a reload.
+
+live = LiveModel("runs/store", llm)
+answers, version = live.generate(["The capital of Germany is"])
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.model import LLM, generate
+from pipeline.options import TrainerOptions
+from pipeline.updates.store import CURRENT
+from pipeline.updates.versions import BASE, VERSIONS, Manifest, read_manifest, read_tensors
+
+LINK = re.compile(rf"{VERSIONS}/(\d{{4,9}})")
+
+
+class Answers(NamedTuple):
+    """What a model said, and the one version that all of it was said by."""
+
+    texts: list[str]
+    version: int
+
+
+class LiveModel:
+    """A loaded base model that is kept at a store's current version.
+
+    Only the store's link `current` and the version it names are read, so that a server needs no right to write.
+    The weights that versions change are swapped in place between two generations; of each the base's own is kept.
+
+    Args:
+        store: the store's folder.
+        llm: the base model, loaded; whoever else uses it sees the versions too.
+
+    Attributes:
+        version: the version that is in the model.
+
+    Raises:
+        UserError: when the store is for another base model, or a version's file was changed.
+    """
+
+    def __init__(self, store: str | Path, llm: LLM) -> None:
+        self.store = Path(store)
+        self.llm = llm
+        self.version = BASE
+        self._base: dict[str, Tensor] = {}
+        self._swapping = threading.RLock()
+        self.follow()
+
+    def follow(self) -> int:
+        """Swap to the current version, if it is another; returns its number.
+
+        What is to come is read and checked first, and put in between two generations. When it cannot be used, the
+        model stays as it was.
+
+        Raises:
+            UserError: when the version is not one of this base model, or damaged.
+        """
+        while (version := self._current()) != self.version:  # again, where it moved on meanwhile
+            folder = self.store / VERSIONS / f"{version:04d}"
+            manifest = read_manifest(folder)
+            self._check(manifest, folder)
+            tensors = read_tensors(folder, manifest)
+            with self._swapping:
+                self._swap(tensors)
+                self.version = version
+        return version
+
+    @contextmanager
+    def reading(self) -> Iterator[LLM]:
+        """The model at the current version, which stays the same inside the `with`."""
+        with self._swapping:
+            self.follow()
+            yield self.llm
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 16,
+        trainer: TrainerOptions | None = None,
+    ) -> Answers:  # fmt: skip
+        """Greedy answers to prompts, all by one version."""
+        with self.reading() as llm:
+            return Answers(generate(llm, prompts, max_new_tokens, batch_size, trainer), self.version)
+
+    def _current(self) -> int:
+        link = self.store / CURRENT
+        if not link.is_symlink():
+            raise UserError(f"store: {self.store}: no store: holds no link {CURRENT}")
+        found = LINK.fullmatch(str(link.readlink()))
+        if not found:
+            raise UserError(f"store: {link}: leads to {link.readlink()}; expected a version of this store")
+        return int(found[1])
+
+    def _check(self, manifest: Manifest, folder: Path) -> None:
+        if manifest.version != BASE:  # version 0 is any base, unchanged
+            self.llm.check_made_for(f"version: {folder}", manifest.model, manifest.fingerprint)
+
+    @torch.no_grad()
+    def _swap(self, tensors: dict[str, Tensor]) -> None:
+        parameters = dict(self.llm.model.named_parameters())
+        unknown = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
+        if unknown:
+            raise UserError(f"version: {unknown[0]}: no such weight, or of another shape, in {self.llm.name}")
+        for name in tensors.keys() - self._base.keys():
+            self._base[name] = parameters[name].detach().clone()
+        for name, base in self._base.items():
+            parameters[name].copy_(tensors.get(name, base))

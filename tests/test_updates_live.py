@@ -1,0 +1,227 @@
+"""Versions on disk and in a live model: checked before they are loaded, swapped in place, seen whole."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny, refusal
+from test_updates import Team
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.model import LLM
+from pipeline.model.llm import fingerprint
+from pipeline.requests import EditRequest
+from pipeline.updates import LiveModel, Store, load_version, rollback, verify, version_folder
+from pipeline.updates import live as live_module
+from pipeline.updates.database import DATABASE, MIGRATIONS, connect
+from pipeline.updates.versions import read_file, read_manifest
+
+
+@pytest.fixture(scope="module")
+def made(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Team:
+    """A store of two versions, for tests that leave it as it is."""
+    team = Team(make_tiny("llama", tokenizer), tmp_path_factory.mktemp("team"))
+    countries = ("Spain", "Norway", "Egypt", "Peru")
+    facts = [
+        EditRequest(id=f"c-{c}", prompt=f"The capital of {c} is", subject=c, new_answer="Lima", old_answer="Rome")
+        for c in countries
+    ]
+    for part in (facts[:2], facts[2:]):
+        team.submit(part)
+        team.update()
+    return team
+
+
+@pytest.fixture
+def team(made: Team) -> Iterator[Team]:
+    yield made
+    rollback(made.store, 2)
+
+
+def test_the_live_model_follows(team: Team, tokenizer: PreTrainedTokenizerFast) -> None:
+    serving = make_tiny("llama", tokenizer)
+    base = fingerprint(serving.model)
+    live = LiveModel(team.store.folder, serving)
+    for version in (2, 1, 0, 2):
+        rollback(team.store, version)
+        assert live.follow() == live.version == version
+        for name, tensor in (team.weights(version) if version else {}).items():
+            assert torch.equal(serving.model.get_parameter(name), tensor)
+        assert (fingerprint(serving.model) == base) == (version == 0)
+    texts, version = live.generate(["The capital of Spain is"], max_new_tokens=2, trainer=team.options.trainer)
+    assert (len(texts), version) == (1, 2)
+
+
+def test_a_generation_sees_one_version(
+    team: Team, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = LiveModel(team.store.folder, make_tiny("llama", tokenizer))
+    (name,) = team.weights(2)
+    seen: list[bool] = []
+
+    def slow(llm: LLM, *_: Any) -> list[str]:
+        before = llm.model.get_parameter(name).detach().clone()
+        rollback(team.store, 1)
+        follower = threading.Thread(target=live.follow)
+        follower.start()
+        time.sleep(0.2)
+        seen.append(torch.equal(before, llm.model.get_parameter(name)))
+        threads.append(follower)
+        return ["said"]
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(live_module, "generate", slow)
+    assert live.generate(["The capital of Spain is"]) == (["said"], 2)
+    threads[0].join(timeout=10)
+    assert seen == [True], "swapped under a generation"
+    assert live.version == 1
+
+
+def test_another_base_is_refused(team: Team, tokenizer: PreTrainedTokenizerFast) -> None:
+    other = make_tiny("llama", tokenizer, seed=1)
+    assert "made for model 'tiny-llama'" in refusal(lambda: LiveModel(team.store.folder, other))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_changed_byte_is_found_before_it_is_loaded(team: Team, tokenizer: PreTrainedTokenizerFast) -> None:
+    """In every file of a version, at many places; the live model stays as it was."""
+    rollback(team.store, 1)
+    live = LiveModel(team.store.folder, make_tiny("llama", tokenizer))
+    rollback(team.store, 2)
+    folder = version_folder(team.store.folder, 2)
+    digest = team.store.database.execute("SELECT manifest FROM versions WHERE number = 2").fetchone()[0]
+    there = files(folder)
+    assert there == [
+        "golden_profile.json", "manifest.json", "metrics.json", "state.safetensors", "update.json",
+        "update.safetensors",
+    ]  # fmt: skip
+    for name in there:
+        whole = (folder / name).read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 7)):
+            broken = bytearray(whole)
+            broken[place] ^= 1
+            (folder / name).write_bytes(broken)
+            assert name in refusal(lambda: load_version(team.store.folder, 2, digest))
+            if name in ("manifest.json", "update.safetensors"):
+                assert name in refusal(live.follow)
+                assert live.version == 1
+        (folder / name).write_bytes(whole)
+    assert live.follow() == 2
+
+
+def test_verify_names_what_is_wrong(team: Team) -> None:
+    def load(_: str) -> LLM:
+        return team.llm
+
+    assert list(verify(team.store, load)) == [(0, ""), (1, ""), (2, "")]
+    file = version_folder(team.store.folder, 1) / "state.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"x")
+    problems = dict(verify(team.store, load))
+    assert "state.safetensors: changed since it was written" in problems[1]
+    assert not problems[0] and not problems[2]
+    assert "state.safetensors" in refusal(lambda: rollback(team.store, 1)), "not gone back to"
+    file.write_bytes(whole)
+    strange = version_folder(team.store.folder, 1) / "extra.bin"
+    strange.touch()
+    assert "extra.bin: not of this version" in dict(verify(team.store, load))[1]
+    strange.unlink()
+
+
+def test_a_manifest_that_another_put_there(team: Team) -> None:
+    """Whole by itself, but not the one that the database knows."""
+    folder = version_folder(team.store.folder, 1)
+    whole = (folder / "manifest.json").read_bytes()
+    body = whole.decode().partition("\n")[2].replace('"parent": 0', '"parent": 2').removesuffix("\n")
+    from pipeline.updates.versions import _text_digest
+
+    (folder / "manifest.json").write_text(f"{_text_digest(body)}\n{body}\n")
+    assert read_manifest(folder).parent == 2
+    assert "not the one that the database knows" in dict(verify(team.store, lambda _: team.llm))[1]
+    (folder / "manifest.json").write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "..", "", "a\x00b", "a/b/c", ".hidden"])
+def test_names_cannot_leave_the_folder(name: str, team: Team) -> None:
+    folder = version_folder(team.store.folder, 1)
+    assert "is no name of a version's file" in refusal(lambda: read_file(folder, read_manifest(folder), name))
+
+
+@pytest.mark.parametrize("target", ["../../elsewhere", "/tmp", "versions/../x", "versions/1", "versions/0001/.."])
+def test_a_link_out_of_the_store(target: str, team: Team, tokenizer: PreTrainedTokenizerFast) -> None:
+    link = team.store.folder / "current"
+    link.unlink()
+    link.symlink_to(target)
+    serving = make_tiny("llama", tokenizer)
+    assert "expected a version of this store" in refusal(lambda: LiveModel(team.store.folder, serving))
+    Store(team.store.folder).close()
+    assert link.readlink() == Path("versions/0002"), "opening the store mends it"
+
+
+def test_a_server_needs_no_right_to_write(team: Team, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Nothing but the link and the version's folder is read."""
+    folder = tmp_path / "mounted"
+    (folder / "versions").mkdir(parents=True)
+    (folder / "versions" / "0002").symlink_to(version_folder(team.store.folder, 2))
+    (folder / "current").symlink_to("versions/0002")
+    assert LiveModel(folder, make_tiny("llama", tokenizer)).version == 2
+
+
+# stores that are none
+
+
+def test_what_is_no_store(tmp_path: Path, team: Team) -> None:
+    file, other, empty = tmp_path / "file", tmp_path / "other", tmp_path / "new"
+    file.touch()
+    other.mkdir()
+    (other / "thesis.txt").touch()
+    assert "a file; expected a store's folder" in refusal(lambda: Store(file))
+    assert "no store: it holds other things" in refusal(lambda: Store(other, "m", make=True))
+    assert "no such store" in refusal(lambda: Store(empty))
+    assert "name the model that it is for with --model" in refusal(lambda: Store(empty, make=True))
+    assert not empty.exists()
+    (other / DATABASE).write_bytes(b"no database at all, but long enough to be looked at" * 99)
+    assert "cannot be read as a store's database" in refusal(lambda: Store(other))
+    (other / DATABASE).unlink()
+    foreign = __import__("sqlite3").connect(other / DATABASE)
+    foreign.execute("CREATE TABLE songs (name)")
+    foreign.commit()
+    assert "a database of another program" in refusal(lambda: Store(other))
+
+
+def test_a_store_of_a_newer_layout(tmp_path: Path) -> None:
+    with Store(tmp_path / "store", "m", make=True) as store:
+        store.database.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    line = refusal(lambda: Store(tmp_path / "store"))
+    assert f"layout {len(MIGRATIONS) + 1}; this program knows up to {len(MIGRATIONS)}" in line
+
+
+def test_a_store_whose_making_was_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    (folder / "versions" / ".0000.partial").mkdir(parents=True)
+    connect(folder / DATABASE).close()
+    with Store(folder, "m", make=True) as store:
+        assert (store.model, store.current) == ("m", 0)
+
+
+def test_what_is_submitted_is_never_code(team: Team, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Texts that would break out of a statement are texts."""
+    (tmp_path / "own").mkdir()
+    own = Team(make_tiny("llama", tokenizer), tmp_path / "own")
+    evil = "'); DROP TABLE requests; --"
+    request = EditRequest(id=evil, prompt=f"{evil} is", subject=evil, new_answer=evil, source=evil)
+    own.submit([request], source=evil)
+    assert own.retract(evil).version is None
+    assert own.states() == ["retracted"]
+    described = json.loads(own.store.database.execute("SELECT content FROM requests").fetchone()[0])
+    assert described["new_answer"] == evil
