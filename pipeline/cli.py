@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import sys
 import traceback
@@ -47,11 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(name, words)
         COMMANDS[name].function(options)
+        sys.stdout.flush()
     except (SystemExit, KeyboardInterrupt) as leaving:
         if isinstance(leaving, SystemExit) and not isinstance(leaving.__context__, KeyboardInterrupt):
             return int(leaving.code or 0)  # --help and --print_config end here
         print("interrupted", file=sys.stderr)  # Lightning turns Ctrl-C into SystemExit
         return INTERRUPTED
+    except BrokenPipeError:  # who reads what is printed has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except Exception as error:
         line = user_line(error)
         if line is None:

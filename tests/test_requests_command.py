@@ -179,6 +179,15 @@ def test_known_answers_are_those_that_the_model_says(smollm2: LLM) -> None:
     assert len(other_way.new) >= 11  # a first word may end in the middle of a token: "Kyiv" of "Kyiv,"
 
 
+def test_a_reader_that_has_read_enough(tmp_path: Path) -> None:
+    """As with `| head`: no traceback."""
+    command = [sys.executable, "run.py", "requests", "demo"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_what_a_model_knows_and_cannot_take(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
