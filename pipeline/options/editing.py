@@ -74,7 +74,7 @@ class FinetuneOptions(TrainingOptions):
 class LoraOptions(TrainingOptions):
     """LoRA on the golden layer in mini-batches."""
 
-    epochs: int = 20
+    epochs: int = 26
     """The most passes over the requests."""
     rank: int = 16
     """Rank of the change; at most the smaller side of a projection."""
@@ -82,9 +82,9 @@ class LoraOptions(TrainingOptions):
     """LoRA's scaling is alpha / rank."""
     learning_rate: float = 5e-3
     """Adam's step size."""
-    last_step: float = 0.1
+    last_step: float = 0.05
     """The last epoch's step size, in units of the first's."""
-    kl: float = 0.2
+    kl: float = 0.6
     """Weight of answering as before after prompts about something else; 0: not asked for."""
 
     def __post_init__(self) -> None:
