@@ -22,7 +22,7 @@ from pipeline.model.upper import passing_through, reading_enter
 from pipeline.options import TrainerOptions, TrainingOptions
 from pipeline.requests import EditRequest, ListDataModule
 
-UNRELATED = 256  # the most unrelated prompts: what comes after each is kept, a vocabulary wide
+UNRELATED = 1024  # the most unrelated prompts: what comes after each is kept, a vocabulary wide
 NAMES_EACH = 3  # other names that a request's prompt is tried with, a new one every epoch
 READ_TOGETHER = 16  # rows
 
