@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import sqlite3
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,6 +79,8 @@ def user_line(error: Exception) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no room left on the disk while writing {error.filename or 'the output'}"
+    if isinstance(error, sqlite3.OperationalError):
+        return f"store: the database says: {error}"
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename}"
     if isinstance(error, OSError) and error.filename:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -372,6 +373,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (OSError(errno.EDQUOT, "Disk quota exceeded", "DIR/x"), "no room"),
         (PermissionError(errno.EACCES, "Permission denied", "DIR"), "no permission for DIR"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no room"),
+        (sqlite3.OperationalError("disk I/O error"), "store: the database says: disk I/O error"),
     ],
 )
 def test_a_users_error_is_one_line(

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -91,7 +91,7 @@ def _digest(llm: LLM, name: str, tokens: int, source: bytes) -> str:
 
 @rank_zero_only
 def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    write_shared(file, lambda partial: save_file(tensors, partial, about))
+    write_shared(file, lambda partial: partial.write_bytes(tensors_to_bytes(tensors, about)))
 
 
 def _read(file: Path, llm: LLM, name: str) -> Tensor:

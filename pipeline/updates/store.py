@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,9 @@ class Store:
         return row[0] if row else None
 
     def set_about(self, name: str, value: Any) -> None:
-        """Keep one thing that the store knows of itself."""
-        self.database.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, value))
+        """Keep one thing that the store knows of itself, inside a transaction or by itself."""
+        with nullcontext() if self.database.in_transaction else transaction(self.database):
+            self.database.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, value))
 
     @property
     def model(self) -> str:
