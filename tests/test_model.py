@@ -547,6 +547,15 @@ def test_generation_stops_at_the_models_own_end(tiny: LLM) -> None:
     assert generate(tiny, PROMPTS, max_new_tokens=12) == expected
 
 
+def test_generation_stops_at_the_tokenizers_end_where_the_model_names_none(tiny_llm: LLM) -> None:
+    end = argmax_ids(tiny_llm, PROMPTS[0], 12, end=None)[2]
+    tokenizer = copy.deepcopy(tiny_llm.tokenizer)
+    tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(end)})
+    tiny_llm.model.generation_config.eos_token_id = None
+    expected = [tokenizer.decode([i for i in argmax_ids(tiny_llm, p, 12, end) if i != end]) for p in PROMPTS]
+    assert generate(LLM(tiny_llm.model, tokenizer), PROMPTS, max_new_tokens=12) == expected
+
+
 @pytest.mark.parametrize(
     "setting", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 8}]
 )
