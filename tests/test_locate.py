@@ -20,7 +20,7 @@ from pipeline.editing.solvers import emmet
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.values import ValueSearch, last_token, locate
 from pipeline.evaluation import evaluate
-from pipeline.evaluation.evaluate import ORDINARY_TEXT
+from pipeline.evaluation.texts import ORDINARY_TEXT
 from pipeline.model import LLM
 from pipeline.model.targets import tokenize
 from pipeline.options import EditOptions, EvaluationOptions, LocateOptions, StatisticsOptions, TrainerOptions

@@ -26,7 +26,7 @@ class TrainingOptions:
 
     scope: str = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: int = 14
+    epochs: int = 12
     """The most passes over the requests."""
     batch_size: int = 8
     """Requests in an optimiser step, over all devices."""
