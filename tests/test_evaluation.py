@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.editing import WeightUpdate
 from pipeline.evaluation import BootstrapMean, Estimate, Evaluation, evaluate
 from pipeline.evaluation.answers import contains_answer, inner_ends, is_exact_answer, statement
+from pipeline.evaluation.plan import ROOM
 from pipeline.evaluation.texts import DISTRACTORS
-from pipeline.model import LLM, generate
+from pipeline.model import LLM
 from pipeline.options import EvaluationOptions
 from pipeline.requests import EditRequest, Probe, load_requests
 
@@ -131,7 +132,8 @@ def likelihood(llm: LLM, prompt: str, answer: str) -> float:
 def plain_answer(llm: LLM, prompt: str, answer: str) -> str:
     """One statement of the library's own greedy generation."""
     ids = torch.tensor([llm.tokenizer(prompt).input_ids])
-    told = llm.model.eval().generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+    limit = min(16, len(llm.tokenizer(answer).input_ids) + ROOM)
+    told = llm.model.eval().generate(ids, max_new_tokens=limit, do_sample=False, pad_token_id=0)  # type: ignore[operator]
     return statement(llm.tokenizer.decode(told[0, ids.shape[1] :], skip_special_tokens=True), inner_ends(answer))[0]
 
 
@@ -209,7 +211,7 @@ def test_figures_are_those_of_a_plain_loop(taught: LLM, requests: list[EditReque
 
 
 def test_answers_come_in_the_requests_order(taught: LLM, requests: list[EditRequest], text_file: Path) -> None:
-    expected = [statement(said)[0] for said in generate(taught, [request.prompt for request in requests])]
+    expected = [plain_answer(taught, request.prompt, request.new_answer) for request in requests]
     assert len(set(expected)) > 3
     assert measure(taught, requests, None, text_file).before.answers == expected
 

@@ -37,12 +37,12 @@ class Question:
 
 @dataclass  # Lightning moves batches to the device by setting their fields
 class QuestionBatch:
-    """Questions of one limit, padded on the left: token ids and mask (B, T), and what else each is."""
+    """Questions padded on the left: token ids and mask (B, T), and what else each is."""
 
     input_ids_BT: Tensor
     mask_BT: Tensor
-    limit: int
     numbers: list[int]
+    limits: list[int]
     inner_ends: list[int | None]
 
 
@@ -52,8 +52,8 @@ def collate_questions(questions: Sequence[Question], pad_token_id: int) -> Quest
     return QuestionBatch(
         padded.input_ids_BT,
         padded.mask_BT,
-        questions[0].limit,
         [question.number for question in questions],
+        [question.limit for question in questions],
         [question.inner_ends for question in questions],
     )
 
@@ -64,12 +64,14 @@ def answer(llm: LLM, batch: QuestionBatch) -> list[str]:
 
     def is_over(row: int, tokens: list[int]) -> bool:
         inner = ends[row]
+        if len(tokens) >= batch.limits[row]:
+            return True
         return inner is not None and statement(decode(tokens), inner)[1]
 
     def decode(tokens: list[int]) -> str:
         return str(llm.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    said = continuations(llm, batch.input_ids_BT, batch.mask_BT, batch.limit, is_over)
+    said = continuations(llm, batch.input_ids_BT, batch.mask_BT, max(batch.limits), is_over)
     texts = [decode(tokens) for tokens in said]
     return [text if inner is None else statement(text, inner)[0] for text, inner in zip(texts, ends, strict=True)]
 

@@ -27,9 +27,11 @@ from pipeline.evaluation.texts import (
 from pipeline.files import cache_folder
 from pipeline.model import LLM, TargetRow
 from pipeline.model.generation import encode_prompts
+from pipeline.model.targets import tokenize
 from pipeline.options import EvaluationOptions, TrainerOptions
 from pipeline.requests import EditRequest, ListDataModule
 
+ROOM = 8  # tokens that an answer may take beyond those of the answer looked for
 KINDS = ("generation", "probes", "probability", "text", "divergence", "fluency")
 
 
@@ -98,14 +100,19 @@ class Plan:
     def _ask(self) -> None:
         """Each different prompt is one question, with room for every answer that is looked for."""
         self.asked = list(asked_prompts(self.requests, self.options.generation))
-        ends: dict[str, int] = {}
+        looked_for: dict[str, list[str]] = {}
         for one in self.asked:
-            ends[one.prompt] = max(ends.get(one.prompt, 0), inner_ends(one.answer))
-        numbers = {prompt: number for number, prompt in enumerate(ends)}
+            looked_for.setdefault(one.prompt, []).append(one.answer)
+        numbers = {prompt: number for number, prompt in enumerate(looked_for)}
         self.question_of = [numbers[one.prompt] for one in self.asked]
-        inner, limit = list(ends.values()), self.options.max_new_tokens
-        for row in encode_prompts(self.llm, list(ends), limit):
-            self.questions.append(Question(row.token_ids, row.index, limit, inner[row.index]))
+        answers = list(looked_for.values())
+        lengths = {one.answer: 0 for one in self.asked}
+        lengths = dict(zip(lengths, map(len, tokenize(self.llm, list(lengths))), strict=True))
+        most = self.options.max_new_tokens
+        for row in encode_prompts(self.llm, list(looked_for), most):
+            here = answers[row.index]
+            limit = min(most, max(lengths[answer] for answer in here) + ROOM)
+            self.questions.append(Question(row.token_ids, row.index, limit, max(map(inner_ends, here))))
 
     def _ask_at_length(self) -> None:
         first, limit = len(self.questions), self.options.fluency_tokens
@@ -138,18 +145,19 @@ class Plan:
         return part
 
     def data(self, devices: int) -> ListDataModule:
-        """All batches, at least one a device; questions are apart by how long their answers may be.
+        """All batches, at least one a device.
 
-        So is ordinary text, a window a batch: all its tokens are scored, each against the whole vocabulary.
+        Ordinary text is a window a batch: all its tokens are scored, each against the whole vocabulary. Long
+        generations are apart from answers, which end sooner.
         """
         most, tokens = self.options.batch_size, self.options.batch_tokens
         windows = [row for row in self.rows if self.texts[row.spans[0].number][0].kind == "text"]
         probes = [row for row in self.rows if self.texts[row.spans[0].number][0].kind != "text"]
         batches: list[list[Any]] = in_batches(probes, lambda row: len(row.token_ids), most, tokens)
         batches += [[window] for window in windows]
-        for limit in sorted({question.limit for question in self.questions}):
-            alike = [question for question in self.questions if question.limit == limit]
-            batches += in_batches(alike, lambda one: len(one.token_ids) + one.limit, most, tokens)
+        for long in (False, True):
+            alike = [question for question in self.questions if (question.inner_ends is None) == long]
+            batches += in_batches(alike, lambda question: len(question.token_ids), most, tokens)
         pad = partial(collate, pad_token_id=self.llm.pad_token_id)
         return ListDataModule((at_least(batches, devices), pad, 1))
 

@@ -15,7 +15,7 @@ class EvaluationOptions:
     """Whose answers the model is left to give by itself: all (prompts, rephrases, portability probes, and prompts
     after a distracting sentence), prompts, or none."""
     max_new_tokens: int = 16
-    """Longest greedy answer, in tokens; it ends with its statement."""
+    """Longest greedy answer, in tokens; it ends with its statement, or 8 tokens beyond the answer looked for."""
     text: str | None = None
     """A plain text file for perplexity; default: the one that comes with the project."""
     fluency: int = 0

@@ -35,6 +35,7 @@ BOUNDS: dict[str, Figures] = {
     "teacher-forced, 1000 requests": {"cost in forward passes": 1.3},
 }
 AT_MOST = ("cost in forward passes",)
+ALL_PROBES = ("generation", "probes", "probability")
 TEACHER_FORCED = ("rewrite", "rephrase", "locality", "portability")
 
 
@@ -61,13 +62,13 @@ class EvaluationBench(Bench):
         yield "teacher-forced, 1000 requests", self.forward_passes
 
     def one_at_a_time(self) -> Figures:
-        """Everything that is measured by default, with and without batches."""
+        """All probes of all requests, scored and answered, with and without batches."""
         batched, single = EvaluationOptions(keep_base=False), EvaluationOptions(keep_base=False, batch_size=1)
         evaluators = {
             name: Evaluator(self.llm, self.records[TOGETHER], chosen, self.trainer, kinds)
             for name, chosen, kinds in (
-                ("batched", batched, ("generation", "probes", "probability", "text")),
-                ("single", single, ("generation", "probes", "probability", "text")),
+                ("batched", batched, ALL_PROBES),
+                ("single", single, ALL_PROBES),
                 ("batched teacher-forced", batched, ("probes",)),
                 ("single teacher-forced", single, ("probes",)),
             )
