@@ -245,6 +245,8 @@ def test_the_default_config_says_what_the_options_say() -> None:
         (["run", "--edit.finetune.epoch", "2"], ["--edit.finetune.epoch", "--edit.finetune.epochs?"]),
         (["attribute", "model"], ["model"]),
         (["attribute", "-x"], ["-x"]),
+        (["evaluate", "--explain", "-1"], ["explain", "-1", "0"]),
+        (["export", "--update", "x", "--chat"], ["chat", "leave --chat out"]),
         (["attribute", "--model"], ["--model"]),
         (["attribute", "--top_k"], ["--top_k"]),
         (["attribute", "--top_k", "two"], ["top_k", "two", "a whole number"]),

@@ -81,22 +81,25 @@ def encode(
         return []
     prompt_ids = prompt_tokens(llm, [prompt for prompt, _ in pairs])
     joined_ids = _token_ids(llm, [llm.joining.whole(*pair) for pair in pairs], llm.joining.special)
-    unknown = llm.tokenizer.unk_token_id
     rows = []
     for index, (before, ids) in enumerate(zip(prompt_ids, joined_ids, strict=True)):
         prompt, answer = pairs[index]
-        start = max(1, _shared(before, ids))
-        tag = tags[index] if tags is not None else None
         if not before or not prompt.strip():
             raise UserError(f"{what}: prompt {prompt!r} becomes no token")
-        if start >= len(ids) or not answer.strip():
+        start = max(1, _shared(before, ids))
+        if not answer.strip() or start >= len(ids):
             raise UserError(f"{what}: answer {answer!r} to {prompt!r} becomes no token")
-        known = [token for token in ids[start:] if token != unknown]
-        if len(known) < len(ids) - start and not str(llm.tokenizer.decode(known)).strip():
+        if _is_unknown(llm, ids[start:]):
             raise UserError(f"{what}: answer {answer!r} to {prompt!r} is unknown to the tokenizer of {llm.name}")
         check_length(llm, len(ids), f"{what}: {prompt[:60]!r}")
-        rows.append(TargetRow(ids, start, tag))
+        rows.append(TargetRow(ids, start, tags[index] if tags is not None else None))
     return rows
+
+
+def _is_unknown(llm: LLM, ids: Sequence[int]) -> bool:
+    """Whether nothing but blanks is left of tokens without the unknown one."""
+    known = [token for token in ids if token != llm.tokenizer.unk_token_id]
+    return len(known) < len(ids) and not str(llm.tokenizer.decode(known)).strip()
 
 
 def tokenize(llm: LLM, texts: Sequence[str]) -> list[list[int]]:
