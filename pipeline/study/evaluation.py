@@ -22,7 +22,7 @@ from pipeline.model.targets import head_reads_only
 from pipeline.options import BenchmarkCommand, EvaluationOptions
 from pipeline.study.bench import Bench, Figures
 
-TOGETHER = slice(0, 40)  # records measured in batches and one text at a time
+TOGETHER = slice(0, 100)  # records measured in batches and one text at a time
 WHOLE = slice(0, 1000)  # records whose cost is put beside plain forward passes
 TURNS = 3  # runs of each kind
 
