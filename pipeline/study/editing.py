@@ -37,8 +37,12 @@ BATCH, ALONE, MANY = slice(0, 100), slice(0, 20), slice(0, 1000)
 HIGH, TURNS = 2, 3  # fine-tuned at two thirds of the height, so many times each way
 UPDATES, EACH = 10, 50  # one update after another
 BEST = "memit"
-SMALL = LocateOptions(bound=1.3, step=0.13, steps=25, key_contexts=3, neighbour_weight=0.2)  # configs/many.yaml
-FINISH = FinetuneOptions(epochs=4, last_step=0.1, kl=1.0, learnt=0.3)  # on top of memit, for what it missed
+SMALL = LocateOptions(  # as in configs/many.yaml
+    bound=1.3, step=0.13, steps=25, key_contexts=1, neighbour_weight=0.2, strength=300.0
+)
+FINISH = FinetuneOptions(  # on top of it, for what it missed; in configs/many.yaml as well
+    epochs=4, learning_rate=0.015, last_step=0.1, kl=3.0, learnt=0.6
+)
 OTHERS, FURTHER = ("finetune", "lora", "one_pass"), ("emmet", "rome", "alphaedit")
 
 BOUNDS: dict[str, Figures] = {  # what a figure is to reach: at least, or for costs and perplexity at most
