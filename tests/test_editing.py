@@ -21,7 +21,7 @@ from pipeline.model import LLM
 from pipeline.options import EditOptions, FinetuneOptions
 from pipeline.requests import EditRequest
 
-FEW = FinetuneOptions(epochs=30, batch_size=4, learning_rate=0.2, learnt=0.0, whiten=0.0)
+FEW = FinetuneOptions(epochs=30, batch_size=4, learning_rate=0.2, last_step=1.0, learnt=0.0, whiten=0.0)
 
 
 def weights(llm: LLM) -> dict[str, Tensor]:

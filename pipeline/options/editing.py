@@ -26,7 +26,7 @@ class TrainingOptions:
 
     scope: str = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: int = 10
+    epochs: int = 11
     """The most passes over the requests."""
     batch_size: int = 8
     """Requests in an optimiser step, over all devices."""
@@ -59,6 +59,10 @@ class TrainingOptions:
 class FinetuneOptions(TrainingOptions):
     """Fine-tuning of the golden layer in mini-batches."""
 
+    last_step: float = 0.3
+    """The last epoch's step size, in units of the first's."""
+    learnt: float = 0.05
+    """A row whose loss (nats) is below this counts no more; when all are, training ends."""
     learning_rate: float = 0.02
     """Adam's step size, in units of a weight's root mean square."""
     bound: float = 0.0
