@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
@@ -34,8 +35,12 @@ FOLLOWING = 0.5  # seconds between looks at a store's current version
 def submit(options: SubmitCommand) -> None:
     """Put the requests of a file into a store's queue."""
     from pipeline.reporting import mind_the_clock, tell_submitted
+    from pipeline.requests import stream_requests
     from pipeline.updates import Store, submit
 
+    if not Path(options.store).exists():
+        for _ in stream_requests(options.file):  # a file that is refused makes no store
+            pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
         mind_the_clock(store)

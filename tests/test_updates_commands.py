@@ -347,3 +347,8 @@ def test_another_update_is_told_and_no_failure(
         assert "another update is at work on it; nothing to do here" in told("update", *at, *quick)
         assert "another update is at work on it" in refused("retract", "1", *at, *quick)
     assert "in the queue of" in told("submit", str(request_file), *at)
+
+
+def test_a_file_that_is_refused_makes_no_store(tmp_path: Path) -> None:
+    assert main(["submit", str(tmp_path / "none.jsonl"), "--store", str(tmp_path / "new"), "--model", "smollm2"])
+    assert not (tmp_path / "new").exists()
