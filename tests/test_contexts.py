@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, NAMES, in_context, neighbours
-from pipeline.editing.keys import KeyRow, neighbour_moment, read_keys
+from pipeline.editing.keys import KeyRow, neighbour_moments, read_keys
 from pipeline.model import LLM
 from pipeline.model.targets import tokenize
 from pipeline.options import TrainerOptions
@@ -59,7 +59,7 @@ def test_keys_are_what_enters_the_projection(tiny: LLM, requests: list[EditReque
 
 def test_the_moment_of_neighbours(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     with tiny_llm.frozen():
-        moment = neighbour_moment(tiny_llm, 1, requests, 2, TrainerOptions(), 0)
+        (moment,) = neighbour_moments(tiny_llm, 1, [requests], 2, TrainerOptions(), 0)
         texts = neighbours(requests, 2, 1000, 0)
         rows = []
         for text, end in texts:

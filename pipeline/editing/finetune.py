@@ -78,12 +78,16 @@ class FineTune(LightningModule):
 
     def prepare(self, requests: Sequence[EditRequest], trainer: TrainerOptions) -> None:
         """Find and read what training leaves as it is."""
+        self.find_whiteners(trainer)
+        ((self.taught, self.others),) = read_rows(self.llm, min(self.layers), [requests], self.options, trainer)
+
+    def find_whiteners(self, trainer: TrainerOptions) -> None:
+        """Of every trained projection, where the options want any."""
         names = [name.removesuffix(".weight") for name in self.weight_names] if self.options.whiten else []
         self.whiteners = {
             name: whitener(moment, self.options.whiten)
             for name, moment in key_moments(self.llm, names, self.statistics, trainer).items()
         }
-        self.taught, self.others = read_rows(self.llm, min(self.layers), requests, self.options, trainer)
 
     def fit(self, runtime: Runtime) -> None:
         """Train what requires a gradient; with a work folder, on from the last epoch that it holds."""
@@ -122,17 +126,12 @@ class FineTune(LightningModule):
         A device for which no row is left takes one along that counts nothing: all must take part in a step.
         """
         epoch, rank, devices = self.current_epoch, self.trainer.global_rank, self.trainer.world_size
-        rows = [self._variant(self.taught[number], epoch, number) for number in picked]
+        rows = [variant(self.taught[number], epoch, number) for number in picked]
         turn = epoch * len(self.taught)  # so that every epoch brings other names
         others = [self.others[(number + turn) % len(self.others)] for number in picked[::2] if self.others]
         idle = replace(rows[0], target=replace(rows[0].target, tag=None))
         own = rows[rank::devices] or [idle]
         return collate(own, others[rank::devices], len(rows), len(others), self.llm.pad_token_id)
-
-    @staticmethod
-    def _variant(rows: Sequence[Row], epoch: int, number: int) -> Row:
-        """The bare prompt in even epochs, contexts in turn in odd ones: rows of a batch are of like length."""
-        return rows[0] if epoch % 2 == 0 or len(rows) == 1 else rows[1 + (epoch // 2 + number) % (len(rows) - 1)]
 
     def training_step(self, lesson: Lesson) -> Tensor:
         """This device's part of the loss, such that DDP's mean over devices is the mean over all rows."""
@@ -215,3 +214,8 @@ class FineTune(LightningModule):
         """Keep what is trained alone."""
         trained = dict(self._trained())
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+
+def variant(rows: Sequence[Row], epoch: int, number: int) -> Row:
+    """The bare prompt in even epochs, contexts in turn in odd ones: rows of a batch are of like length."""
+    return rows[0] if epoch % 2 == 0 or len(rows) == 1 else rows[1 + (epoch // 2 + number) % (len(rows) - 1)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -39,18 +40,26 @@ def read_keys(llm: LLM, layer: int, rows: Sequence[KeyRow], trainer: TrainerOpti
     return [found[row.number] for row in rows]
 
 
-def neighbour_moment(
-    llm: LLM, layer: int, requests: Sequence[EditRequest], each: int, trainer: TrainerOptions, seed: int
-) -> Tensor:
-    """E[k kᵀ] (I, I) of what is to stay nearby: other names in the requests' prompts, and all tokens after them."""
-    texts = neighbours(requests, each, MOST_NEIGHBOURS, seed)
-    all_ids = prompt_tokens(llm, [text for text, _ in texts])
+def neighbour_moments(
+    llm: LLM,
+    layer: int,
+    batches: Sequence[Sequence[EditRequest]],
+    each: int,
+    trainer: TrainerOptions,
+    seed: int,
+) -> Iterator[Tensor]:
+    """E[k kᵀ] (I, I) of what is to stay near each batch: other names in its prompts, and all tokens after them."""
+    texts = [neighbours(batch, each, MOST_NEIGHBOURS, seed) for batch in batches]
+    flat = [placed for some in texts for placed in some]
+    all_ids = prompt_tokens(llm, [text for text, _ in flat])
     rows = [
         KeyRow(number, ids, last_token(llm, text, end), len(ids))
-        for number, ((text, end), ids) in enumerate(zip(texts, all_ids, strict=True))
+        for number, ((text, end), ids) in enumerate(zip(flat, all_ids, strict=True))
     ]
-    key_NI = torch.cat(read_keys(llm, layer, rows, trainer))
-    return key_NI.T @ key_NI / len(key_NI)
+    keys = iter(read_keys(llm, layer, rows, trainer))
+    for some in texts:
+        key_NI = torch.cat(list(islice(keys, len(some))))
+        yield key_NI.T @ key_NI / len(key_NI)
 
 
 class KeyReading(LightningModule):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 from lightning.pytorch import LightningModule
@@ -63,26 +64,34 @@ class Lesson:
 
 
 def read_rows(
-    llm: LLM, layer: int, requests: Sequence[EditRequest], options: TrainingOptions, trainer: TrainerOptions
-) -> tuple[list[list[Row]], list[Row]]:
-    """Every request's rows (bare, then under each context), and unrelated prompts where the options want any.
+    llm: LLM,
+    layer: int,
+    lessons: Sequence[Sequence[EditRequest]],
+    options: TrainingOptions,
+    trainer: TrainerOptions,
+) -> list[tuple[list[list[Row]], list[Row]]]:
+    """Of each lesson, every request's rows (bare, then under each context) and the unrelated prompts, if any.
 
     Args:
         llm: the model as it is before training.
         layer: the lowest block that will be trained.
-        requests: what to teach.
+        lessons: requests that are taught together; one list, or several that know nothing of each other.
         options: `contexts` and `kl` say what is wanted.
         trainer: what it runs on.
     """
     templates = CONTEXTS[: 1 + options.contexts]
+    requests = [request for lesson in lessons for request in lesson]
     texts = [(in_context(template, r)[0], r.new_answer) for r in requests for template in templates]
     taught = encode(llm, texts, tags=[r.id for r in requests for _ in templates])
-    prompts = [text for text, _ in neighbours(requests, NAMES_EACH, UNRELATED)] if options.kl else []
-    others = [TargetRow([*ids, ids[-1]], len(ids)) for ids in prompt_tokens(llm, prompts)]
+    prompts = [
+        [text for text, _ in neighbours(lesson, NAMES_EACH, UNRELATED)] if options.kl else [] for lesson in lessons
+    ]
+    flat = [prompt for each in prompts for prompt in each]
+    others = [TargetRow([*ids, ids[-1]], len(ids)) for ids in prompt_tokens(llm, flat)]
     read = _read(llm, layer if options.reuse else 0, taught, others, trainer)
-    rows = [Row(row, *read.get(number, (None, None))) for number, row in enumerate([*taught, *others])]
-    each = len(templates)
-    return [rows[at : at + each] for at in range(0, len(taught), each)], rows[len(taught) :]
+    rows = iter([Row(row, *read.get(number, (None, None))) for number, row in enumerate([*taught, *others])])
+    own = [[list(islice(rows, len(templates))) for _ in lesson] for lesson in lessons]
+    return [(mine, list(islice(rows, len(each)))) for mine, each in zip(own, prompts, strict=True)]
 
 
 def collate(taught: Sequence[Row], others: Sequence[Row], rows: int, all_others: int, pad: int) -> Lesson:

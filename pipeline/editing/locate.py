@@ -7,9 +7,10 @@ the closed-form solver. Values of a batch of requests are searched for together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, owner
 from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, in_context
-from pipeline.editing.keys import KeyRow, neighbour_moment, read_keys
+from pipeline.editing.keys import KeyRow, neighbour_moments, read_keys
 from pipeline.editing.method import Runtime
 from pipeline.editing.statistics import key_moments
-from pipeline.editing.values import ValueSearch, locate
+from pipeline.editing.values import Located, ValueSearch, locate
 from pipeline.model import LLM
 from pipeline.model.blocks import Projection
 from pipeline.model.targets import last_token, prompt_tokens
@@ -86,8 +87,7 @@ class LocateThenEdit:
         """At each layer in turn: search the values, gather the keys, solve, and change the weight in place."""
         names = [name for layer in self.layers for name in self.llm.blocks[layer].down]
         moments = key_moments(self.llm, names, self.statistics, runtime.trainer)
-        templates = CONTEXTS[: self.options.contexts] + ASSOCIATIONS[: self.options.associations]
-        located = [locate(self.llm, number, request, templates) for number, request in enumerate(requests)]
+        located = self.located(requests)
         owners = [owner(request) for request in requests]
         options = reach(self.options, len(requests))
         visits = [(layer, turn) for layer in self.layers for turn in range(self.options.rounds)]
@@ -97,7 +97,7 @@ class LocateThenEdit:
             if turn == 0:  # values of all updates are found without each other, and solved for together
                 _change(down, -columns.solved_OI)
             values_GO = ValueSearch(self.llm, layer, options, visit).find(located, runtime)
-            keys_GCI = self._keys(layer, requests, runtime)
+            keys_GCI = self.keys(layer, requests, runtime)
             if turn > 0:
                 _change(down, -columns.solved_OI)
             columns = columns.asked(owners, keys_GCI, values_GO, again=turn > 0)
@@ -121,12 +121,18 @@ class LocateThenEdit:
         ((_, down),) = self.llm.blocks[layer].down.items()
         solved_OI = torch.zeros_like(columns.solved_OI)
         if columns.owner_n.numel():
-            kept_II = self._kept(layer, held, text_II, runtime).to(down.weight.device)
+            (kept_II,) = self.kept(layer, [held], text_II, runtime)
+            kept_II = kept_II.to(down.weight.device)
             solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
         _change(down, solved_OI)
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
 
-    def _keys(self, layer: int, requests: Sequence[EditRequest], runtime: Runtime) -> Tensor:
+    def located(self, requests: Sequence[EditRequest]) -> list[Located]:
+        """The rows that each request's value is searched under."""
+        templates = CONTEXTS[: self.options.contexts] + ASSOCIATIONS[: self.options.associations]
+        return [locate(self.llm, number, request, templates) for number, request in enumerate(requests)]
+
+    def keys(self, layer: int, requests: Sequence[EditRequest], runtime: Runtime) -> Tensor:
         """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""
         placed = [in_context(template, r) for r in requests for template in CONTEXTS[: self.options.key_contexts]]
         all_ids = prompt_tokens(self.llm, [text for text, _ in placed])
@@ -136,13 +142,16 @@ class LocateThenEdit:
         keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])
         return keys_GCI if self.key_per_context else keys_GCI.mean(1, keepdim=True)
 
-    def _kept(self, layer: int, requests: Sequence[EditRequest], text_II: Tensor, runtime: Runtime) -> Tensor:
-        """Second moment of the keys whose output is to stay: of ordinary text and of the requests' neighbours."""
+    def kept(
+        self, layer: int, batches: Sequence[Sequence[EditRequest]], text_II: Tensor, runtime: Runtime
+    ) -> Iterator[Tensor]:
+        """By batch, the second moment of the keys whose output is to stay: of text and of requests' neighbours."""
         weight = self.options.neighbour_weight
         if not (self.near and weight):
-            return text_II
-        near_II = neighbour_moment(self.llm, layer, requests, self.near, runtime.trainer, runtime.seed)
-        return text_II / text_II.trace() + weight * near_II / near_II.trace()
+            yield from repeat(text_II, len(batches))
+            return
+        for near_II in neighbour_moments(self.llm, layer, batches, self.near, runtime.trainer, runtime.seed):
+            yield text_II / text_II.trace() + weight * near_II / near_II.trace()
 
 
 @torch.no_grad()

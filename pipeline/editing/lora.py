@@ -59,7 +59,7 @@ class Lora(FineTune):
     def run(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
         """Train the adapter, and merge it into the weights."""
         self.prepare(requests, runtime.trainer)
-        with self._adapted(runtime.seed) as adapted:
+        with self.adapted(runtime.seed) as adapted:
             self.fit(runtime)
             self.state = {
                 ADAPTER_PREFIX + k: v.cpu().clone() for k, v in get_peft_model_state_dict(adapted).items()
@@ -68,7 +68,7 @@ class Lora(FineTune):
             _merge(adapted, 1)
 
     @contextmanager
-    def _adapted(self, seed: int) -> Iterator[PeftModel]:
+    def adapted(self, seed: int) -> Iterator[PeftModel]:
         """The model with an adapter beside its projections; after the `with` without one."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

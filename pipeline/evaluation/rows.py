@@ -39,15 +39,20 @@ class Row:
     spans: list[Span] = field(default_factory=list)
 
 
-def pack(texts: Sequence[TargetRow]) -> list[Row]:
+def pack(texts: Sequence[TargetRow], numbers: Sequence[int] | None = None) -> list[Row]:
     """Rows on which all texts can be scored: a text that begins another one needs no row of its own.
 
     A text's last token predicts nothing and is not read. So all answers of one token to a prompt share a row, and
     a causal model says the same on the shared part.
+
+    Args:
+        texts: the texts, by number.
+        numbers: of the texts that are wanted; default: all.
     """
     rows: list[Row] = []
+    wanted = range(len(texts)) if numbers is None else numbers
     # in this order, texts that go on from a text stand just before it
-    for number in sorted(range(len(texts)), key=lambda n: texts[n].token_ids[:-1], reverse=True):
+    for number in sorted(wanted, key=lambda n: texts[n].token_ids[:-1], reverse=True):
         read, start = texts[number].token_ids[:-1], texts[number].target_start
         if not rows or rows[-1].token_ids[: len(read)] != read:
             rows.append(Row(read))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,6 +20,43 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+_IN_ONE = ContextVar("in one bar", default=False)
+
+
+def _columns() -> Progress:
+    """An empty display on the terminal's error stream."""
+    return Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(file=sys.stderr),
+    )
+
+
+@contextmanager
+def one_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """One bar over many stages, which show none of their own inside the `with`.
+
+    Args:
+        title: what it counts.
+        total: up to what.
+
+    Yields:
+        a function that takes how many more are done, and a note.
+    """
+    with _columns() as progress:
+        progress.disable = getattr(rank_zero_only, "rank", 0) != 0
+        task = progress.add_task(title, total=total, note="")
+        token = _IN_ONE.set(True)
+        try:
+            yield lambda more, note: progress.update(task, advance=more, note=note)
+        finally:
+            _IN_ONE.reset(token)
 
 
 class StageProgressBar(ProgressBar):
@@ -36,18 +77,9 @@ class StageProgressBar(ProgressBar):
         self._enabled = False
 
     def _start(self, total: float) -> None:
-        if not self._enabled:
+        if not self._enabled or _IN_ONE.get():
             return
-        self._progress = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(file=sys.stderr),
-        )
+        self._progress = _columns()
         self._progress.add_task(self.title, total=total, note="")
         self._progress.start()
 

@@ -8,9 +8,10 @@ else a family chooses by a block's index stay each block's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.model.blocks import Block
@@ -48,6 +49,26 @@ def reading_enter(llm: LLM, layer: int) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def climb(llm: LLM, input_ids_BT: Tensor, enter_BTD: Tensor | None, start: int, layer: int) -> Tensor:
+    """What enters block `layer`, running only the blocks from `start` on.
+
+    Args:
+        llm: the model.
+        input_ids_BT: the rows' tokens.
+        enter_BTD: what enters block `start`; of no account where that is 0.
+        start: a block below `layer`, or that one.
+        layer: the block.
+    """
+    with ExitStack() as stack:
+        if start and enter_BTD is not None:
+            stack.enter_context(handing_on(llm, start, enter_BTD))
+        stack.enter_context(passing_through(llm, layer))
+        entering = stack.enter_context(reading_enter(llm, layer))
+        llm.model(input_ids=input_ids_BT, use_cache=False, logits_to_keep=1)
+    return entering[0]
 
 
 def _as_blocks_do(llm: LLM, hidden_BTD: Tensor) -> Tensor | tuple[Tensor, None]:
