@@ -128,13 +128,18 @@ def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRe
     """
     check_choice("method", options.method, METHODS)
     settled = settle(requests, options.last_wins)
-    missing = [r.id for r in settled if not r.subject or r.subject not in r.prompt]
-    if missing and METHODS[options.method].make.needs_subject:
-        raise UserError(
-            f"edit: {options.method} needs each request's subject in its prompt; not so in {len(missing)} of "
-            f"{len(settled)}: {', '.join(missing[:5])}; the method finetune does without"
-        )
+    check_subjects(settled, options.method)
     return settled
+
+
+def check_subjects(requests: Sequence[EditRequest], method: str) -> None:
+    """Raise UserError when a method needs subjects, and a request's prompt does not hold its own."""
+    missing = [r.id for r in requests if not r.subject or r.subject not in r.prompt]
+    if missing and METHODS[method].make.needs_subject:
+        raise UserError(
+            f"edit: {method} needs each request's subject in its prompt; not so in {len(missing)} of "
+            f"{len(requests)}: {', '.join(missing[:5])}; the method finetune does without"
+        )
 
 
 def _claim(work: Path, edit: Sequence[object]) -> None:
