@@ -15,6 +15,7 @@ from pipeline import update_commands
 from pipeline.errors import UserError, check_choice
 from pipeline.options import (
     AttributeCommand,
+    AttributionOptions,
     BenchmarkCommand,
     ComputeOptions,
     DiffCommand,
@@ -47,12 +48,11 @@ if TYPE_CHECKING:
 
 def run(options: RunCommand) -> None:
     """Find the golden layer with one part of the requests, edit the other part there, and prove it."""
-    from pipeline.attribution import METHODS as SELECTORS
-    from pipeline.attribution import GoldenProfile, find_golden_layer
+    from pipeline.attribution import GoldenProfile, check_method
     from pipeline.editing import METHODS, accept, choose_layers
     from pipeline.requests import split_by_subject
 
-    check_choice("attribution.method", options.attribution.method, SELECTORS)
+    check_method([], options.attribution)
     check_choice("edit.method", options.edit.method, METHODS)
     with _working(options, "run") as log:
         requests = _read_requests(options)
@@ -60,29 +60,28 @@ def run(options: RunCommand) -> None:
             profile, edits = GoldenProfile.load(options.profile), requests
         else:
             proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
+            check_method(proxy, options.attribution)
         edits = accept(edits, options.edit)
         llm = _load(options)
         if options.profile:
             choose_layers(llm, profile, options.edit)
             _note_chat(llm, "profile", profile.chat)
+            log.keep_profile(profile)
         else:
             llm.check_layers(options.edit.layers or [])
-            profile = log.profile_kept() or find_golden_layer(
-                llm, proxy, options.attribution, options.trainer, _request_set(options)
-            )
-        log.keep_profile(profile)
+            profile = _find_golden_layer(log, llm, proxy, options.attribution, options)
         _edit_and_prove(log, llm, edits, profile, options, options.edit, options.evaluation)
 
 
 def attribute(options: AttributeCommand) -> None:
     """Find the golden layer of a model from a set of edit requests, and keep it as a profile."""
-    from pipeline.attribution import METHODS, find_golden_layer
+    from pipeline.attribution import check_method
 
-    check_choice("method", options.method, METHODS)
+    check_method([], options)
     with _working(options, "attribute") as log:
         requests = _read_requests(options)
-        llm = _load(options)
-        log.keep_profile(find_golden_layer(llm, requests, options, options.trainer, _request_set(options)))
+        check_method(requests, options)
+        _find_golden_layer(log, _load(options), requests, options, options)
 
 
 def edit(options: EditCommand) -> None:
@@ -313,6 +312,25 @@ def _note_chat(llm: LLM, what: str, chat: bool) -> None:
 
 def _request_set(options: Any) -> str:
     return options.requests if options.requests == "demo" else Path(options.requests).name
+
+
+def _find_golden_layer(
+    log: RunLog,
+    llm: LLM,
+    requests: list[EditRequest],
+    attribution: AttributionOptions,
+    options: AttributeCommand | RunCommand,
+) -> GoldenProfile:
+    """Stage one: score, choose, and keep profile and scores; a resumed command goes on with what it has."""
+    from pipeline.attribution import choose, score_requests
+
+    profile, scores = log.profile_kept(), None
+    if profile is None:
+        work = log.work / "attribution"
+        scores = score_requests(llm, requests, attribution, options.trainer, options.seed, work)
+        profile = choose(llm, scores, attribution, _request_set(options), options.seed)
+    log.keep_profile(profile, scores)
+    return profile
 
 
 def _edit_and_prove(

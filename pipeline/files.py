@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own
 from pipeline.errors import UserError
 
 OPTIONS_FILE = "options.yaml"  # written first into every output folder: it marks the folder as ours
-WORK_MARK = "edit.txt"  # says whose the work in progress is
+WORK_MARK = "mark.txt"  # says whose the work in progress is
 NOT_RESUMED = {"output", "overwrite", "resume", "verbose"}  # options that a resumed command may change
 
 
@@ -62,6 +63,20 @@ def require_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < size:
         raise UserError(f"output: {folder}: needs {size / 1e6:.0f} MB; {free / 1e6:.0f} MB are free on the disk")
+
+
+def claim(work: Path, stage: str, identity: Sequence[object]) -> None:
+    """Mark a folder for work in progress as one stage's with this identity, or find that it is.
+
+    Raises:
+        UserError: when it holds work of another.
+    """
+    mark = work / WORK_MARK
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()
+    if mark.is_file() and mark.read_text(encoding="utf-8") != digest:
+        raise UserError(f"{stage}: {work}: holds work of another {stage} (other requests or options); remove it")
+    work.mkdir(parents=True, exist_ok=True)
+    write_shared(mark, lambda partial: partial.write_text(digest, encoding="utf-8"))
 
 
 def cache_folder(named: str | None) -> Path:
@@ -132,7 +147,7 @@ class OutputFolder:
     @property
     def goes_on(self) -> bool:
         """Whether there is work in progress worth keeping: more than the mark of whose it is."""
-        return self.unfinished.is_dir() and any(file.name != WORK_MARK for file in self.unfinished.iterdir())
+        return any(file.is_file() and file.name != WORK_MARK for file in self.unfinished.rglob("*"))
 
 
 @contextmanager

@@ -4,13 +4,18 @@ For y_t = W a_t a request's gradient of W is Σ_t δ_t a_tᵀ with δ_t = ∂ℓ
 such gradients is Σ_s Σ_t (a_s · a'_t)(δ_s · δ'_t): two small Gram matrices. Where texts are so long that these
 would cost more than the gradients themselves, one request's gradients are formed at a time.
 
-Shapes: P pairs, S and T positions, I inputs and O outputs of W.
+A batch holds sides of P requests each, one behind the other: with two, the old answers' rows and then the new
+answers'. Shapes: R rows of all sides, P requests, S and T positions, I inputs and O outputs of W, Q pairs of sides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+Pair = tuple[int, int]  # numbers of two sides
 
 
 def gram(first_PSD: Tensor, second_PTD: Tensor) -> Tensor:
@@ -23,34 +28,46 @@ def forming_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:
     return 2 * inputs * outputs < positions * (inputs + outputs)
 
 
-def formed_products(
-    input_old_PSI: Tensor, grad_old_PSO: Tensor, input_new_PTI: Tensor, grad_new_PTO: Tensor
-) -> Tensor:
-    """The same inner products by way of the gradients, one pair at a time, shape (P,)."""
-    return torch.stack(
-        [
-            ((g_old.mT @ a_old) * (g_new.mT @ a_new)).sum()
-            for a_old, g_old, a_new, g_new in zip(
-                input_old_PSI, grad_old_PSO, input_new_PTI, grad_new_PTO, strict=True
-            )
-        ]
-    )
+def formed_products(inputs: Sequence[Tensor], grads: Sequence[Tensor], pairs: Sequence[Pair]) -> Tensor:
+    """The same inner products by way of the gradients, one request at a time, shape (Q, P).
+
+    Args:
+        inputs, grads: each side's inputs (P, T, I) and gradients (P, T, O).
+        pairs: which sides' gradients are multiplied.
+    """
+    found = []
+    for request in range(len(inputs[0])):
+        formed = [grad[request].mT @ entered[request] for entered, grad in zip(inputs, grads, strict=True)]
+        found.append(torch.stack([(formed[first] * formed[second]).sum() for first, second in pairs]))
+    return torch.stack(found, dim=1)
 
 
 class CapturedInput:
-    """What went into a projection for P pairs, old rows first; projections that share it share its Gram matrix."""
+    """What went into a projection, side by side; projections that share it share its Gram matrices.
 
-    def __init__(self, input_2PTI: Tensor) -> None:
-        self.tensor = input_2PTI
-        self._gram: Tensor | None = None
+    Args:
+        input_RTI: what entered, the sides' rows one behind the other.
+        sides: how many there are.
+    """
 
-    def products(self, grad_2PTO: Tensor) -> Tensor:
-        """Inner products of the pairs' weight gradients, given the gradients at the outputs, shape (P,)."""
-        wide = torch.promote_types(grad_2PTO.dtype, torch.float32)
-        grad_old, grad_new = grad_2PTO.to(wide).chunk(2)
-        input_old, input_new = self.tensor.to(wide).chunk(2)
-        if forming_is_cheaper(input_old.shape[1], input_old.shape[2], grad_old.shape[2]):
-            return formed_products(input_old, grad_old, input_new, grad_new)
-        if self._gram is None:
-            self._gram = gram(input_old, input_new)
-        return torch.einsum("pst,pst->p", self._gram, gram(grad_old, grad_new))
+    def __init__(self, input_RTI: Tensor, sides: int = 2) -> None:
+        self.inputs = _wide(input_RTI).chunk(sides)
+        self._grams: dict[Pair, Tensor] = {}
+
+    def products(self, grad_RTO: Tensor, pairs: Sequence[Pair] = ((0, 1),)) -> Tensor:
+        """Inner products of the requests' weight gradients, given the gradients at the outputs, shape (Q, P)."""
+        grads = _wide(grad_RTO).chunk(len(self.inputs))
+        if forming_is_cheaper(grads[0].shape[1], self.inputs[0].shape[2], grads[0].shape[2]):
+            return formed_products(self.inputs, grads, pairs)
+        found = [(self._gram(pair) * gram(grads[pair[0]], grads[pair[1]])).sum((1, 2)) for pair in pairs]
+        return torch.stack(found)
+
+    def _gram(self, pair: Pair) -> Tensor:
+        if pair not in self._grams:
+            self._grams[pair] = gram(self.inputs[pair[0]], self.inputs[pair[1]])
+        return self._grams[pair]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

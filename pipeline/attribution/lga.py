@@ -1,141 +1,85 @@
-"""Stage one: layer gradient analysis over a proxy set (arXiv 2602.20207), under `Trainer.predict`."""
+"""Layer gradient analysis over a proxy set (arXiv 2602.20207) and its kin, under `Trainer.predict`."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
-import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from pipeline.attribution.callback import GradientAttribution
-from pipeline.attribution.profile import GoldenProfile
-from pipeline.attribution.selection import select
-from pipeline.errors import UserError, check_choice
-from pipeline.model import (
-    LLM,
-    TargetBatch,
-    TargetRow,
-    build_trainer,
-    collate_targets,
-    encode,
-    first_statement,
-    generate,
-    target_losses,
-)
-from pipeline.model.trainer import check_shares
-from pipeline.options import AttributionOptions, TrainerOptions
-from pipeline.requests import EditRequest, ListDataModule
+from pipeline.attribution.estimators import Estimator
+from pipeline.attribution.old_answers import with_old_answers
+from pipeline.attribution.scoring import ScoringModule, score_batches
+from pipeline.attribution.selector import Runtime, Values
+from pipeline.model import LLM, TargetBatch, TargetRow, collate_targets, encode, target_losses
+from pipeline.model.targets import last_token
+from pipeline.options import AttributionOptions
+from pipeline.requests import EditRequest
 
-Pair = tuple[TargetRow, TargetRow]  # the same prompt with the old and with the new answer
-
-METHODS = ("lga",)
+Sides = tuple[TargetRow, ...]  # the same prompt with the old and with the new answer, or with the new one alone
 
 
-def find_golden_layer(
+def score_gradients(
+    estimator: Estimator,
     llm: LLM,
     requests: Sequence[EditRequest],
-    options: AttributionOptions | None = None,
-    trainer: TrainerOptions | None = None,
-    request_set: str = "",
-) -> GoldenProfile:
-    """Score every block by LGA and choose the golden ones.
-
-    Args:
-        llm: the model; its weights stay as they are.
-        requests: the proxy set.
-        options: how blocks are scored and chosen.
-        trainer: what it runs on.
-        request_set: what the profile calls the proxy set.
+    options: AttributionOptions,
+    runtime: Runtime,
+) -> Values:
+    """Each request's score of every block by an estimator, (N, L).
 
     Raises:
-        UserError: for an unknown method, more golden layers than blocks, a prompt longer than the context.
+        UserError: for a prompt longer than the context, or an old answer that is missing and cannot be found.
     """
-    options, trainer = options or AttributionOptions(), trainer or TrainerOptions()
-    check_choice("method", options.method, METHODS)
-    started = time.perf_counter()
-    pairs = encode_pairs(llm, with_old_answers(llm, requests, options, trainer))
-    data = ListDataModule((pairs, partial(collate_pairs, pad_token_id=llm.pad_token_id), options.batch_size))
-    attribution = GradientAttribution(llm.blocks, options.scope)
-    with llm.frozen():
-        runner = build_trainer(trainer, "Attribution", callbacks=[attribution])
-        check_shares(runner, len(pairs))
-        runner.predict(AttributionModule(llm), datamodule=data, return_predictions=False)
-    chosen = select(attribution.mean_scores, options.fences, options.order)
-    if options.top_k > len(chosen.ranking):
-        raise UserError(
-            f"top_k: {options.top_k} golden layers asked for; {len(chosen.ranking)} lie inside the fences"
-        )
-    return GoldenProfile(
-        model=llm.name,
-        fingerprint=llm.fingerprint,
-        method=options.method,
-        scope=options.scope,
-        order=options.order,
-        scores=attribution.mean_scores,
-        fences=(chosen.low, chosen.high) if options.fences > 0 else None,
-        excluded=chosen.excluded,
-        ranking=chosen.ranking,
-        raw_ranking=chosen.raw_ranking,
-        golden_layers=chosen.ranking[: options.top_k],
-        request_set=request_set,
-        requests=attribution.requests,
-        seconds=round(time.perf_counter() - started, 3),
-        chat=llm.chat,
+    if estimator.sides == 2:
+        requests = with_old_answers(llm, requests, options, runtime.trainer, runtime.work)
+    shared = max(1, last_token(llm, requests[0].prompt, 1)) if estimator.positions else 1
+    attribution = GradientAttribution(llm.blocks, options.scope, estimator, shared)
+    return score_batches(
+        AttributionModule(llm, attribution),
+        encode_sides(llm, requests, estimator.sides),
+        length=lambda sides: max(len(row.token_ids) for row in sides),
+        batch_size=options.batch_size,
+        runtime=runtime,
+        title="Attribution",
+        callbacks=[attribution],
     )
 
 
-def with_old_answers(
-    llm: LLM, requests: Sequence[EditRequest], options: AttributionOptions, trainer: TrainerOptions
-) -> list[EditRequest]:
-    """The requests, each with an old answer: the data set's, or the model's own greedy one."""
-    asked = [r for r in requests if options.old_answers == "model" or r.old_answer is None]
-    if not asked:
-        return list(requests)
-    texts = generate(
-        llm, [r.prompt for r in asked], batch_size=options.batch_size, trainer=trainer, title="Old answers"
-    )
-    old = {r.id: first_statement(text) for r, text in zip(asked, texts, strict=True)}
-    silent = [r.id for r in asked if not old[r.id]]
-    if silent:
-        raise UserError(
-            f"requests: {llm.name} gives no answer of its own to {', '.join(silent[:5])}; give old_answer"
-        )
-    return [r.model_copy(update={"old_answer": old[r.id]}) if r.id in old else r for r in requests]
-
-
-def encode_pairs(llm: LLM, requests: Sequence[EditRequest]) -> list[Pair]:
-    """Old and new answer of every request as token rows, the shortest first."""
-    old = encode(llm, [(r.prompt, r.old_answer or "") for r in requests])
+def encode_sides(llm: LLM, requests: Sequence[EditRequest], sides: int = 2) -> list[Sides]:
+    """Old and new answer of every request as token rows; with one side, the new one alone."""
     new = encode(llm, [(r.prompt, r.new_answer) for r in requests])
-    return sorted(zip(old, new, strict=True), key=lambda pair: max(len(row.token_ids) for row in pair))
+    if sides == 1:
+        return [(row,) for row in new]
+    old = encode(llm, [(r.prompt, r.old_answer or "") for r in requests])
+    return list(zip(old, new, strict=True))
 
 
-def collate_pairs(pairs: Sequence[Pair], pad_token_id: int = 0) -> TargetBatch:
-    """P pairs as 2P rows, the old answers' first."""
-    return collate_targets([old for old, _ in pairs] + [new for _, new in pairs], pad_token_id)
+def collate_sides(items: Sequence[Sides], pad_token_id: int = 0) -> TargetBatch:
+    """P requests as one batch, side by side: the old answers' rows first."""
+    return collate_targets([row for side in zip(*items, strict=True) for row in side], pad_token_id)
 
 
-class AttributionModule(LightningModule):
-    """Wraps an LLM; a predict step differentiates the sum of the rows' losses, for callbacks to read.
+class AttributionModule(ScoringModule):
+    """Wraps an LLM; a predict step differentiates the sum of the rows' losses, for the callback to read.
 
     The weights are frozen: the gradient flows from the embeddings' output, and through activations only.
     """
 
-    def __init__(self, llm: LLM) -> None:
-        super().__init__()
-        self.model = llm.model
+    def __init__(self, llm: LLM, attribution: GradientAttribution) -> None:
+        super().__init__(llm)
+        self.attribution = attribution
 
-    @torch.enable_grad()
-    def predict_step(self, batch: TargetBatch) -> Tensor:
-        """The rows' losses, shape (2P,), after the backward pass of their sum."""
+    def collate(self, items: list[Sides]) -> TargetBatch:
+        return collate_sides(items, self.llm.pad_token_id)
+
+    def scores(self, batch: TargetBatch) -> Tensor:
+        """What the callback makes of the gradients, (P, L)."""
         with embeddings_require_grad(self.model.get_input_embeddings()):
             losses = target_losses(self.model, batch)
         losses.sum().backward()
-        return losses.detach()
+        return self.attribution.take()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.attribution.stability import Stability
 from pipeline.errors import UserError
 from pipeline.files import write_text
 
@@ -17,7 +18,7 @@ class GoldenProfile(BaseModel):
 
     Attributes:
         model, fingerprint: the model it holds for.
-        method, scope: how blocks were scored, and whose weights.
+        method, scope: how blocks were scored, and whose weights (empty for a method that looks at none).
         order: whether blocks rank by score (signed) or by absolute score (magnitude).
         scores: one a block: the mean over requests.
         fences: lower and upper fence; None: off.
@@ -29,6 +30,8 @@ class GoldenProfile(BaseModel):
         requests: how many they were.
         seconds: how long it took.
         chat: whether prompts were put into the tokenizer's chat template.
+        stability: what resampling the requests does to scores and choice; None: it does not depend on them, or the
+            profile is of an earlier version.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,11 +51,24 @@ class GoldenProfile(BaseModel):
     requests: int
     seconds: float
     chat: bool = False
+    stability: Stability | None = None
+
+    @property
+    def certainty(self) -> str:
+        """How sure the choice is, in a phrase; empty where that is not known."""
+        if self.stability is None:
+            return ""
+        golden = self.golden_layers[0]
+        return f"block {golden}, chosen in {self.stability.chosen[golden]:.0%} of resamples"
 
     @property
     def is_inverted(self) -> bool:
         """Whether most scores are negative, so that the signed order puts the block of least reach first."""
-        return self.order == "signed" and sum(score < 0 for score in self.scores) > len(self.scores) / 2
+        return (
+            self.scope != ""
+            and self.order == "signed"
+            and sum(score < 0 for score in self.scores) > len(self.scores) / 2
+        )
 
     def save(self, folder: Path) -> Path:
         """Write `golden_profile.json` into a folder, whole or not at all."""

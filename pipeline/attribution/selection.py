@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,14 @@ def select(scores: Sequence[float], fences: float = 1.0, order: str = "signed") 
         low, high = float(first - fences * (third - first)), float(third + fences * (third - first))
     excluded = [block for block, score in enumerate(scores) if not low <= score <= high]
     return Selection(low, high, excluded, [b for b in raw_ranking if b not in excluded], raw_ranking)
+
+
+def first_choices(scores_RL: NDArray[np.float64], fences: float = 1.0, order: str = "signed") -> NDArray[np.intp]:
+    """The first of the ranking for each of R rows of scores, as `select` finds it, shape (R,)."""
+    size_RL = np.abs(scores_RL) if order == "magnitude" else scores_RL
+    if fences > 0:
+        first_R, third_R = np.percentile(scores_RL, [25, 75], axis=1)
+        reach_R = fences * (third_R - first_R)
+        low_R1, high_R1 = (first_R - reach_R)[:, None], (third_R + reach_R)[:, None]
+        size_RL = np.where((low_R1 <= scores_RL) & (scores_RL <= high_R1), size_RL, -np.inf)
+    return size_RL.argmax(axis=1)

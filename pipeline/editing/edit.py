@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from pipeline.editing.method import EditMethod, Runtime
 from pipeline.editing.one_pass import OnePass
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
-from pipeline.files import WORK_MARK, write_text
+from pipeline.files import claim
 from pipeline.model import LLM
 from pipeline.options import EditOptions, TrainerOptions
 from pipeline.requests import EditRequest, fact, settle
@@ -85,8 +84,9 @@ def edit(
     runtime = Runtime(trainer or TrainerOptions(), logger, seed, work, left)
     method = kind.make(llm, layers, options, earlier.state)
     if work:
-        _claim(
+        claim(
             work,
+            "edit",
             [
                 *(llm.fingerprint, llm.chat, options.method, layers, own, options.statistics),
                 *(requests, seed, earlier.requests),
@@ -140,20 +140,6 @@ def check_subjects(requests: Sequence[EditRequest], method: str) -> None:
             f"edit: {method} needs each request's subject in its prompt; not so in {len(missing)} of "
             f"{len(requests)}: {', '.join(missing[:5])}; the method finetune does without"
         )
-
-
-def _claim(work: Path, edit: Sequence[object]) -> None:
-    """Mark the folder as this edit's, or find that it is.
-
-    Raises:
-        UserError: when it holds work of another edit.
-    """
-    mark = work / WORK_MARK
-    digest = hashlib.sha256(repr(edit).encode()).hexdigest()
-    if mark.is_file() and mark.read_text(encoding="utf-8") != digest:
-        raise UserError(f"edit: {work}: holds work of another edit (other requests or options); remove it")
-    work.mkdir(parents=True, exist_ok=True)
-    write_text(mark, digest)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.errors import check_at_least, check_choice
+from pipeline.errors import UserError, check_above, check_at_least, check_choice
 
 SCOPES = ("mlp", "down", "attention", "block")
 OLD_ANSWERS = ("dataset", "model")
@@ -14,7 +14,11 @@ class AttributionOptions:
     """How the golden layer is found."""
 
     method: str = "lga"
-    """lga: layer gradient analysis."""
+    """lga: layer gradient analysis, with kin under research (lga_past_first, lga_cosine, lga_cosine_past_first,
+    lga_cosine_last); gradient_norm: size of the new answer's gradient; causal_tracing: ROME's; middle: the middle
+    block; fixed: the one that --layer names."""
+    layer: int | None = None
+    """fixed: the block, counted from 0."""
     scope: str = "mlp"
     """Whose weights are scored: mlp, down (the MLP's down-projection), attention or block (both)."""
     fences: float = 1.0
@@ -27,6 +31,10 @@ class AttributionOptions:
     """How many golden layers to name."""
     batch_size: int = 16
     """Requests in a batch."""
+    samples: int = 10
+    """causal_tracing: how often a subject is corrupted."""
+    noise: float = 3.0
+    """causal_tracing: the corruption's size, in standard deviations of the embeddings."""
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, SCOPES)
@@ -35,3 +43,12 @@ class AttributionOptions:
         check_at_least("fences", self.fences, 0)
         check_at_least("top_k", self.top_k, 1)
         check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("samples", self.samples, 1)
+        check_above("noise", self.noise, 0)
+        if self.layer is not None:
+            check_at_least("layer", self.layer, 0)
+        if (self.method == "fixed") != (self.layer is not None):
+            raise UserError(
+                f"layer: {'which? give the block that --method fixed names' if self.layer is None else self.layer}"
+                f"{'' if self.layer is None else f' is for --method fixed alone, not for {self.method}'}"
+            )

@@ -37,6 +37,9 @@ class RunCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions):
 class AttributeCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, AttributionOptions):
     """Options of `attribute`."""
 
+    resume: bool = False
+    """Go on with what an interrupted command with the same options left in --output."""
+
     def __post_init__(self) -> None:
         RequestOptions.__post_init__(self)
         ComputeOptions.__post_init__(self)

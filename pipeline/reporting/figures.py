@@ -38,10 +38,14 @@ def look(width: float, height: float) -> Iterator[Figure]:
 
 
 def score_figure(profile: GoldenProfile) -> Figure:
-    """A score a block, with the fences, what they set aside (cut off, its score written in), and the choice."""
+    """A score a block, its interval, fences, what they set aside (cut off, score written in); the choice."""
     kept = [profile.scores[block] for block in profile.ranking]
     fences = profile.fences or ()
     low, high = min(0.0, *kept, *fences), max(0.0, *kept, *fences)
+    stability = profile.stability
+    if stability:
+        low = min(low, *(stability.low[block] for block in profile.ranking))
+        high = max(high, *(stability.high[block] for block in profile.ranking))
     margin = 0.12 * (high - low or 1.0)
     with look(max(6.5, 0.26 * len(profile.scores)), 3.8) as figure:
         axes = figure.subplots()
@@ -54,8 +58,10 @@ def score_figure(profile: GoldenProfile) -> Figure:
                 color="white" if aside else GOLD if golden else BLUE,
                 edgecolor=GREY if aside else INK if golden else BLUE,
                 hatch="////" if aside else None,
-                label="set aside" if aside else "golden" if golden else "inside the fences",
+                label="set aside" if aside else "golden" if golden else "others",
             )
+            if stability and not aside:
+                axes.vlines(block, stability.low[block], stability.high[block], color=INK, label="95% interval")
             if not low - margin <= score <= high + margin:
                 edge, side = (high + margin, "top") if score > high else (low - margin, "bottom")
                 axes.text(block, edge, f" {score:.3g} ", ha="center", va=side, rotation=90, fontsize=8, bbox=PLATE)
@@ -68,10 +74,43 @@ def score_figure(profile: GoldenProfile) -> Figure:
         axes.set_ylabel("mean score")
         golden_text = ", ".join(str(layer) for layer in profile.golden_layers)
         axes.set_title(
-            f"Golden layer {golden_text}: {profile.method.upper()}, {profile.scope} weights, "
-            f"{profile.requests} requests"
+            f"Golden layer {golden_text}: {title(profile.method)}, "
+            f"{f'{profile.scope} weights, ' if profile.scope else ''}{profile.requests} requests"
         )
         _legend_below(axes)
+    return figure
+
+
+def title(method: str) -> str:
+    """A selector's name as it is shown."""
+    return method.replace("_", " ").replace("lga", "LGA")
+
+
+def stability_figure(profile: GoldenProfile) -> Figure:
+    """How often each block is chosen when requests are resampled, and how that settles as they grow in number."""
+    stability, golden = profile.stability, profile.golden_layers[0]
+    assert stability
+    with look(9.0, 3.4) as figure:
+        shares, settling = figure.subplots(1, 2, width_ratios=(3, 2))
+        blocks = range(len(stability.chosen))
+        shares.bar(blocks, stability.chosen, color=[GOLD if block == golden else BLUE for block in blocks])
+        shares.set_xlim(-0.7, len(blocks) - 0.3)
+        shares.set_xticks(range(0, len(blocks), max(1, len(blocks) // 15)))
+        shares.set_xlabel(f"block of {profile.model}")
+        shares.set_ylabel("share of resamples")
+        shares.set_title(f"Chosen when {profile.requests} requests are resampled")
+        settling.plot(stability.sizes, stability.agreeing, color=INK, marker="o", markerfacecolor=GOLD)
+        for size, share, leading in zip(stability.sizes, stability.agreeing, stability.leading, strict=True):
+            settling.annotate(
+                f"{leading}", (size, share), (0, 7), textcoords="offset points", ha="center", fontsize=8
+            )
+        settling.set_xscale("log", base=2)
+        settling.set_xticks(stability.sizes, [str(size) for size in stability.sizes], fontsize=8)
+        settling.minorticks_off()
+        settling.set_xlabel("requests (beside: the block chosen most)")
+        settling.set_title(f"Resamples that choose block {golden}")
+        for axes in (shares, settling):
+            axes.set_ylim(0, 1.12)
     return figure
 
 

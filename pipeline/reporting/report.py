@@ -69,15 +69,7 @@ def write_report(
         answers_table(requests, evaluation) + "\n",
     ]
     if profile:
-        aside = ", ".join(map(str, profile.excluded)) or "none"
-        ranking = ", ".join(map(str, profile.ranking[:5]))
-        parts += [
-            "## Why this layer\n",
-            f"{profile.method.upper()} scored all {len(profile.scores)} blocks on {profile.requests} proxy "
-            f"requests ({profile.request_set}) in {profile.seconds:.0f} s. Set aside by Tukey's fences: {aside}. "
-            f"Best of the rest, in order: {ranking}.\n",
-            "![scores](scores.png)\n",
-        ]
+        parts += _why(profile)
     parts += [
         "## Using it, undoing it\n",
         f"- `python run.py export --model {update.model} --update {folder} --output DIR` writes the edited model "
@@ -87,6 +79,22 @@ def write_report(
         "- The base model is untouched: the update is `update.safetensors`, and leaving it out is undoing it.\n",
     ]
     return "\n".join(parts)
+
+
+def _why(profile: GoldenProfile) -> list[str]:
+    """How the golden layer was found, and how sure that is."""
+    ranking = ", ".join(map(str, profile.ranking[:5]))
+    aside = ", ".join(map(str, profile.excluded)) or "none"
+    fenced = f"Set aside by Tukey's fences: {aside}. Best of the rest" if profile.fences else "Best"
+    sure = f" How sure that is: {profile.certainty}." if profile.certainty else ""
+    figures = ["![stability](stability.png)\n"] if profile.stability else []
+    return [
+        "## Why this layer\n",
+        f"`{profile.method}` scored all {len(profile.scores)} blocks on {profile.requests} proxy "
+        f"requests ({profile.request_set}) in {profile.seconds:.0f} s. {fenced}, in order: {ranking}.{sure}\n",
+        "![scores](scores.png)\n",
+        *figures,
+    ]
 
 
 def _outcome(evaluation: Evaluation) -> str:

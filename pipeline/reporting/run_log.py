@@ -13,14 +13,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
-from pipeline.attribution import GoldenProfile
+from pipeline.attribution import GoldenProfile, Scores
 from pipeline.attribution.profile import PROFILE_FILE
+from pipeline.attribution.scores import SCORES_FILE
 from pipeline.editing import WeightUpdate
 from pipeline.editing.update import UPDATE_FILE
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation
 from pipeline.files import OutputFolder, default_output, output_folder, write_json, write_text, write_whole
-from pipeline.reporting.figures import metrics_figure, score_figure
+from pipeline.reporting.figures import metrics_figure, score_figure, stability_figure
 from pipeline.reporting.groups import IN_SHORT
 from pipeline.reporting.report import answers_table, metrics_table, write_report
 from pipeline.reporting.terminal import say, show_metrics, show_profile
@@ -98,13 +99,17 @@ class RunLog:
             closing.join(CLOSING_SECONDS)
 
     @rank_zero_only
-    def keep_profile(self, profile: GoldenProfile) -> None:
-        """Write the profile, show it, and keep it even if a later stage fails."""
-        profile.save(self.folder)
-        self.output.finished |= {PROFILE_FILE, "scores.png"}
+    def keep_profile(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
+        """Write the profile and, where found now, the requests' scores; keep them even if a later stage fails."""
+        if scores:
+            scores.save(self.folder)
+        profile.save(self.folder)  # last: a resumed command that finds it finds the scores, too
+        self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png"}
         for layer, score in enumerate(profile.scores):
             self.tensorboard.experiment.add_scalar("attribution/score_by_block", score, layer)
         self._figure("attribution/scores", "scores.png", score_figure(profile))
+        if profile.stability:
+            self._figure("attribution/stability", "stability.png", stability_figure(profile))
         show_profile(profile)
 
     def profile_kept(self) -> GoldenProfile | None:

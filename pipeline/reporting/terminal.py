@@ -28,6 +28,8 @@ def show_profile(profile: GoldenProfile) -> None:
         f"{profile.requests} requests, {profile.seconds:.0f} s); next {next_best or 'none'}; set aside {aside}",
         highlight=False,
     )
+    if profile.certainty:
+        say(profile.certainty)
     if profile.is_inverted:
         say(
             "note: most scores are negative: the model knows the old answers well, and the signed order then "

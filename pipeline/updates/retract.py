@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pipeline.attribution.lga import with_old_answers
+from pipeline.attribution.old_answers import with_old_answers
 from pipeline.editing import WeightUpdate, can_leave_out, edit, leave_out
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import KINDS

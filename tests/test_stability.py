@@ -1,0 +1,90 @@
+"""How sure a choice is, against resampling done one proxy set at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.attribution import GoldenProfile, Scores, choose, find_golden_layer, judge, select
+from pipeline.attribution.selection import first_choices
+from pipeline.attribution.stability import resampled_means
+from pipeline.model import LLM
+from pipeline.options import AttributionOptions
+from pipeline.requests import EditRequest
+
+
+@pytest.mark.parametrize("order", ["signed", "magnitude"])
+@pytest.mark.parametrize("fences", [0.0, 1.0])
+def test_many_choices_at_once_are_select_s(fences: float, order: str) -> None:
+    rows = np.random.default_rng(0).standard_t(1, size=(200, 9)).round(1)
+    rows[0] = 0.0
+    expected = [select(row.tolist(), fences, order).ranking[0] for row in rows]
+    assert first_choices(rows, fences, order).tolist() == expected
+
+
+def test_a_clear_choice_is_sure_and_a_coin_s_is_not() -> None:
+    random = np.random.default_rng(1)
+    values = random.normal(size=(64, 5))
+    clear, coin = values.copy(), values.copy()
+    clear[:, 3] += 5
+    coin[:, 3] += 5
+    coin[:, 1] = coin[::-1, 3]  # the same mean: only a resample tells them apart
+    sure, unsure = judge(clear, 3, fences=0), judge(coin, 1, fences=0)
+    assert sure.chosen[3] == 1.0
+    assert sure.agreeing == [1.0] * 4
+    assert sure.sizes == [8, 16, 32, 64]
+    assert 0.4 < unsure.chosen[1] < 0.6
+    assert sum(unsure.chosen) == pytest.approx(1)
+    assert unsure.agreeing[-1] == unsure.chosen[1]
+
+
+def test_intervals_are_the_means_own() -> None:
+    values = np.random.default_rng(2).normal(3.0, 2.0, size=(400, 3))
+    found = judge(values, 0, fences=0)
+    wide = 1.96 * values.std(0) / 20
+    np.testing.assert_allclose(found.low, values.mean(0) - wide, atol=0.04)
+    np.testing.assert_allclose(found.high, values.mean(0) + wide, atol=0.04)
+    assert judge(values, 0, fences=0) == found, "the same seed draws the same"
+    assert judge(values, 0, fences=0, seed=1) != found
+
+
+def test_draws_are_requests_with_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.eye(6)
+    monkeypatch.setattr("pipeline.attribution.stability.TOGETHER", 24)  # four resamples at a time
+    means = resampled_means(values, 4, 10, np.random.default_rng(0))
+    assert means.shape == (10, 6)
+    np.testing.assert_allclose(means.sum(1), 1)
+    assert np.isin(means * 4, range(5)).all()
+
+
+def test_settling_shows_the_choice_of_small_sets() -> None:
+    values = np.zeros((100, 2))
+    values[:, 0] = 1.0
+    values[:3, 1] = 50.0  # three requests make block 1 the best; a small set seldom has one of them
+    found = judge(values, 1, fences=0)
+    assert found.agreeing == sorted(found.agreeing)
+    assert (found.leading[0], found.leading[-1]) == (0, 1)
+
+
+def test_the_profile_says_how_sure_it_is(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
+    profile = find_golden_layer(tiny_llm, requests)
+    assert profile.stability
+    golden = profile.golden_layers[0]
+    assert profile.certainty == f"block {golden}, chosen in {profile.stability.chosen[golden]:.0%} of resamples"
+    file = profile.save(tmp_path)
+    older = json.loads(file.read_text())
+    del older["stability"]
+    file.write_text(json.dumps(older))
+    loaded = GoldenProfile.load(file)
+    assert loaded.golden_layers == profile.golden_layers
+    assert loaded.certainty == ""
+
+
+def test_scores_of_anybody_s_can_be_chosen_from(tiny_llm: LLM) -> None:
+    values = np.tile([1.0, 2.0, 9.0, 1.5], (5, 1))
+    profile = choose(tiny_llm, Scores("lga_cosine", list("abcde"), values), AttributionOptions(top_k=2))
+    assert profile.golden_layers == [2, 1], "no fences for a score that has a bound"
+    assert choose(tiny_llm, Scores("lga", list("abcde"), values)).excluded == [2]
