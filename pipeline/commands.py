@@ -6,7 +6,8 @@ A command's imports stand inside it, so that `--help` answers without loading to
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +33,7 @@ from pipeline.options import (
     RetractCommand,
     RunCommand,
     ScheduleCommand,
+    StudyCommand,
     SubmitCommand,
     UpdateCommand,
     VerifyCommand,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from pipeline.model import LLM
     from pipeline.reporting import RunLog
     from pipeline.requests import EditRequest
+
+STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "together", "skip_bad")
 
 
 def run(options: RunCommand) -> None:
@@ -194,6 +198,24 @@ def generate(options: GenerateCommand) -> None:
     show_answers(prompts, answers)
 
 
+def study(options: StudyCommand) -> None:
+    """Edit requests alone at every block, and compare the golden layer, every request's own best, and selectors."""
+    from pipeline.reporting.terminal import say
+    from pipeline.requests import load_requests
+    from pipeline.study.results import RESULTS_FILE
+    from pipeline.study.study import check_study, parted, run_study
+
+    with _working(options, "study", STUDY_MAY_CHANGE) as log:
+        sets = []
+        for file in options.requests:
+            most = options.limit + 4 * options.proxy  # some are about subjects that are tried
+            read = load_requests(file, most, options.offset, options.skip_bad, tell=say)
+            sets.append(parted(_set_name(file), read, options))
+        check_study(sets, options)
+        log.going_on(RESULTS_FILE)
+        log.keep_study(run_study(_load(options), sets, options, log.folder))
+
+
 def benchmark(options: BenchmarkCommand) -> None:
     """Measure editing, evaluation or a store against what is asked of it, as a table and benchmark.json."""
     from pipeline.files import write_json
@@ -226,6 +248,7 @@ COMMANDS = {
     "requests": Command(requests, RequestsCommand, words=("requests",)),
     "export": Command(export, ExportCommand, words=("version",)),
     "generate": Command(generate, GenerateCommand),
+    "study": Command(study, StudyCommand),
     "benchmark": Command(benchmark, BenchmarkCommand, words=("what",)),
     "submit": Command(update_commands.submit, SubmitCommand, words=("file",)),
     "update": Command(update_commands.update, UpdateCommand),
@@ -273,13 +296,13 @@ def _prepare(options: ModelOptions | RequestsCommand) -> None:
     seed_everything(getattr(options, "seed", 0), verbose=False)
 
 
-def _working(options: Any, command: str) -> Any:
+def _working(options: Any, command: str, may_change: Collection[str] = ()) -> Any:
     """The command's output folder, tensorboard and report, made once its name is known to be free."""
     from pipeline.reporting import run_log
 
     _prepare(options)
     resume = getattr(options, "resume", False)
-    return run_log(command, options.output, options.overwrite, asdict(options), resume)
+    return run_log(command, options.output, options.overwrite, asdict(options), resume, may_change)
 
 
 def _load(options: ModelOptions, model: str | None = None) -> LLM:
@@ -312,6 +335,11 @@ def _note_chat(llm: LLM, what: str, chat: bool) -> None:
 
 def _request_set(options: Any) -> str:
     return options.requests if options.requests == "demo" else Path(options.requests).name
+
+
+def _set_name(requests: str) -> str:
+    """A request set's name, fit for a file's."""
+    return re.sub(r"[^\w.-]+", "_", requests if requests.startswith("hf:") else Path(requests).stem)
 
 
 def _find_golden_layer(

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -91,8 +91,8 @@ def default_output(command: str) -> Path:
     return Path("runs") / f"{command}-{started}"
 
 
-def check_resumed(folder: Path, options: dict[str, Any]) -> None:
-    """Raise UserError unless `folder` holds what a command with these options left."""
+def check_resumed(folder: Path, options: dict[str, Any], may_change: Collection[str] = ()) -> None:
+    """Raise UserError unless `folder` holds what a command left whose options differ in those named at most."""
     if not (folder / OPTIONS_FILE).is_file():
         raise UserError(f"resume: {folder}: holds no {OPTIONS_FILE}; expected an interrupted command's --output")
     try:
@@ -103,7 +103,7 @@ def check_resumed(folder: Path, options: dict[str, Any]) -> None:
         raise UserError(f"resume: {folder / OPTIONS_FILE}: damaged")
     changed = [
         name
-        for name in sorted({*started, *options} - NOT_RESUMED)
+        for name in sorted({*started, *options} - NOT_RESUMED - {*may_change})
         if started.get(name) != yaml.safe_load(yaml.safe_dump(options.get(name)))
     ]
     if changed:
@@ -131,10 +131,12 @@ class OutputFolder:
         finished: files in it that are whole and worth more than a clean disk.
         unfinished: a folder in it for work in progress, which an interrupted command leaves for `--resume`.
         resumed: whether the command goes on with what one before it left.
+        may_change: options that a resumed command may be given anew.
     """
 
-    def __init__(self, path: Path, resumed: bool = False) -> None:
+    def __init__(self, path: Path, resumed: bool = False, may_change: Collection[str] = ()) -> None:
         self.path = path
+        self.may_change = may_change
         self.finished: set[str] = set()
         self.unfinished = path / "unfinished"
         self.resumed = resumed
@@ -171,7 +173,7 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
         yield
         return
     if output.resumed:
-        check_resumed(path, options)
+        check_resumed(path, options, output.may_change)
     else:
         check_output(path, overwrite)
     existed = path.is_dir()

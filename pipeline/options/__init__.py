@@ -28,6 +28,7 @@ from pipeline.options.editing import (
 )
 from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions, TrainerOptions
+from pipeline.options.study import StudyCommand
 from pipeline.options.updates import (
     DiffCommand,
     GateOptions,
@@ -76,6 +77,7 @@ __all__ = [
     "StackedLocateOptions",
     "StatisticsOptions",
     "StoreOptions",
+    "StudyCommand",
     "SubmitCommand",
     "TrainerOptions",
     "TrainingOptions",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
@@ -24,22 +25,29 @@ from pipeline.files import OutputFolder, default_output, output_folder, write_js
 from pipeline.reporting.figures import metrics_figure, score_figure, stability_figure
 from pipeline.reporting.groups import IN_SHORT
 from pipeline.reporting.report import answers_table, metrics_table, write_report
-from pipeline.reporting.terminal import say, show_metrics, show_profile
+from pipeline.reporting.study import selectors_figure, study_report, sweep_figure
+from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
 from pipeline.reporting.values import values_csv
 from pipeline.requests import EditRequest
+from pipeline.study import Study
 
 CLOSING_SECONDS = 2  # a writer whose queue an interrupt has broken would never close
 
 
 @contextmanager
 def run_log(
-    command: str, output: str | None, overwrite: bool, options: dict[str, Any], resume: bool = False
+    command: str,
+    output: str | None,
+    overwrite: bool,
+    options: dict[str, Any],
+    resume: bool = False,
+    may_change: Collection[str] = (),
 ) -> Iterator[RunLog]:
     """Open a command's output folder; on an error nothing half-written stays (see `output_folder`)."""
     if resume and not output:
         raise UserError("resume: which? name the interrupted command's folder with --output")
     path = Path(output) if output else default_output(command)
-    folder = OutputFolder(path, resume)
+    folder = OutputFolder(path, resume, may_change)
     try:
         with output_folder(folder, overwrite, options):
             log = RunLog(folder, options)
@@ -176,6 +184,33 @@ class RunLog:
                 "report", report.replace("![metrics](metrics.png)", "").replace("![scores](scores.png)", "")
             )
         show_metrics(evaluation)
+
+    @rank_zero_only
+    def going_on(self, *files: str) -> None:
+        """Keep these files, and all that a resumed command finds, whatever happens: the command can be resumed."""
+        found = {file.name for file in self.folder.iterdir() if file.is_file()} if self.output.resumed else set()
+        self.output.finished |= {*files, *found}
+        self.work.mkdir(exist_ok=True)
+        write_text(self.work / "going-on.txt", "")
+
+    @rank_zero_only
+    def keep_study(self, study: Study) -> None:
+        """Write study.json, study.md and the figures; show the answers."""
+        report = study_report(study)
+        write_json(self.folder / "study.json", study.as_json())
+        write_text(self.folder / "study.md", report)
+        board = self.tensorboard.experiment
+        board.add_text("study/report", "\n".join(line for line in report.splitlines() if not line.startswith("![")))
+        for name, grids in study.grids.items():
+            for method, grid in grids.items():
+                for metric, values in {**grid.values, "score": grid.scores}.items():
+                    for block, mean in zip(grid.blocks, np.nanmean(values, axis=0), strict=True):
+                        board.add_scalar(f"study_{name}_{method}/{metric.replace('/', '_')}_by_block", mean, block)
+                for kind, draw in (("sweep", sweep_figure), ("selectors", selectors_figure)):
+                    self._figure(
+                        f"study/{name}_{method}_{kind}", f"{kind}-{name}-{method}.png", draw(study, name, method)
+                    )
+        show_study(study)
 
     def _figure(self, tag: str, file: str, figure: Figure) -> None:
         write_whole(self.folder / file, lambda partial: figure.savefig(partial, format="png"))

@@ -15,6 +15,7 @@ from pipeline.evaluation import Evaluation
 from pipeline.model.explain import ShownToken
 from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label
 from pipeline.requests import EditRequest
+from pipeline.study import Study
 
 
 @rank_zero_only
@@ -57,6 +58,27 @@ def show_metrics(evaluation: Evaluation) -> None:
     if evaluation.weights:
         name, change = max(evaluation.weights.items(), key=lambda item: item[1])
         say(f"largest change: {change:.1%} of the norm of {name}")
+
+
+@rank_zero_only
+def show_study(study: Study) -> None:
+    """How near the golden layer comes to the best, and what each selector chose; study.md holds all of it."""
+    for name, grids in study.grids.items():
+        for method in grids:
+            own, fixed, golden, *_ = study.against_optimal(name, method)
+            say(
+                f"{name}, {method}: golden layer {golden['block']} scores {golden['score']:.3f}; the best fixed "
+                f"block, {fixed['block']}, {fixed['score']:.3f}; each request's own best {own['score']:.3f}"
+            )
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            table.add_column("chosen by", overflow="fold")
+            for column in ("block", "regret", "Spearman", "seconds"):
+                table.add_column(column, justify="right")
+            for row in study.selectors(name, method):
+                figures = [(row["regret"], 3), (row["spearman"], 2), (row["seconds"], 0)]
+                shown = [f"{value:.{digits}f}" if isinstance(value, float) else "" for value, digits in figures]
+                table.add_row(f" {row['selector']}", str(row["block"]), *shown)
+            Console().print(table, highlight=False)
 
 
 @rank_zero_only
