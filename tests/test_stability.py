@@ -63,7 +63,7 @@ def test_draws_are_requests_with_replacement(monkeypatch: pytest.MonkeyPatch) ->
 def test_settling_shows_the_choice_of_small_sets() -> None:
     values = np.zeros((100, 2))
     values[:, 0] = 1.0
-    values[:3, 1] = 50.0  # three requests make block 1 the best; a small set seldom has one of them
+    values[:3, 1] = 500.0  # three requests make block 1 the best; a small set seldom has one of them
     found = judge(values, 1, fences=0)
     assert found.agreeing == sorted(found.agreeing)
     assert (found.leading[0], found.leading[-1]) == (0, 1)

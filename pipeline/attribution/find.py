@@ -17,6 +17,7 @@ from pipeline.attribution.scoring import ScoreLog, check_finite
 from pipeline.attribution.selection import select
 from pipeline.attribution.selector import Runtime, Selector
 from pipeline.attribution.stability import judge
+from pipeline.attribution.tracing import score_tracing
 from pipeline.errors import UserError, check_choice
 from pipeline.files import claim
 from pipeline.model import LLM
@@ -29,6 +30,7 @@ METHODS: dict[str, Selector] = {
     name: Selector(partial(score_gradients, estimator), of_gradients=True, fenced=name in FENCED)
     for name, estimator in ESTIMATORS.items()
 } | {
+    "causal_tracing": Selector(score_tracing, needs_subject=True),
     "middle": Selector(score_middle, reads_requests=False),
     "fixed": Selector(score_fixed, reads_requests=False),
 }
