@@ -1,80 +1,259 @@
-"""The benchmarks: every figure that is asked for is there, and found once."""
+"""The sweep keeps what it tries; the study's answers are those of its definitions; selectors find a block."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-import yaml
-from conftest import SHARED
+import torch
+from conftest import make_tiny, refusal
+from transformers import PreTrainedTokenizerFast
 
-from pipeline.model import LLM
-from pipeline.options import BenchmarkCommand, EditOptions, FinetuneOptions, LocateOptions
-from pipeline.study import editing, evaluation
+from pipeline.attribution import find_golden_layer
+from pipeline.cli import main
+from pipeline.editing.alone import ALONE
+from pipeline.editing.method import Runtime
+from pipeline.model import LLM, collate_targets, encode, target_losses
+from pipeline.options import (
+    AttributionOptions,
+    EditOptions,
+    EvaluationOptions,
+    LocateOptions,
+    LoraOptions,
+    StatisticsOptions,
+    StudyCommand,
+    TrainerOptions,
+)
+from pipeline.requests import EditRequest, load_requests
+from pipeline.study import Grid, Sweep
+from pipeline.study.questions import (
+    best_block,
+    carried_over,
+    everywhere,
+    golden_against_optimal,
+    rank_correlation,
+    regret,
+)
+from pipeline.study.results import RESULTS_FILE, Results
+from pipeline.study.study import parted
 
-ROOT = Path(__file__).parent.parent
+WINNER = 0  # the block of `one_block` that does all the recalling
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few records and steps in place of hundreds."""
-    for name, value in {
-        "PROXY": slice(1000, 1003),
-        "BATCH": slice(0, 3),
-        "ALONE": slice(0, 1),
-        "MANY": slice(0, 4),
-        "UPDATES": 2,
-        "EACH": 2,
-        "TURNS": 1,
-        "FURTHER": ("emmet",),
-    }.items():
-        monkeypatch.setattr(editing, name, value)
+def editing(tmp_path: Path) -> EditOptions:
+    text = tmp_path / "text.txt"
+    text.write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 40)
+    statistics = StatisticsOptions(text=str(text), tokens=512, cache=str(tmp_path / "cache"))
+    return EditOptions(locate=LocateOptions(steps=8), statistics=statistics)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
-@pytest.mark.usefixtures("small")
-def test_every_figure_is_found_once(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = BenchmarkCommand(data=str(SHARED))
-    results = editing.benchmark_editing(tiny_llm, options, tmp_path)
-    assert all(set(result) == {"name", "value", "bound", "met"} for result in results)
-    asked = {f"{name}: {figure}" for name, figures in editing.BOUNDS.items() for figure in figures}
-    assert asked == {result["name"] for result in results if result["bound"] is not None}
-    by_name = {result["name"]: result for result in results}
-    gradient = by_name["upper blocks alone, fine-tuning: difference of the gradient"]
-    assert gradient["met"], "exact on any model"
-    costs = [result for result in results if result["name"].endswith("cost") and result["bound"]]
-    assert all(result["met"] == (result["value"] <= result["bound"]) for result in costs)
-
-    def again(*_: Any) -> Callable[[], Any]:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(editing.EditingBench, "edit", again)
-    monkeypatch.setattr(editing, "find_golden_layer", again)
-    assert editing.benchmark_editing(tiny_llm, options, tmp_path) == results
-    assert all(json.loads(file.read_text(encoding="utf-8")) for file in tmp_path.glob("*.json"))
+def sweep_of(llm: LLM, editing: EditOptions, folder: Path, together: int = 3) -> Sweep:
+    runtime = Runtime(TrainerOptions())
+    return Sweep(llm, editing, EvaluationOptions(), runtime, Results(folder / RESULTS_FILE), together)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
-def test_batches_agree_with_single_texts(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TOGETHER": slice(0, 4), "WHOLE": slice(0, 8), "TURNS": 1}.items():
-        monkeypatch.setattr(evaluation, name, value)
-    results = evaluation.benchmark_evaluation(
-        tiny_llm, BenchmarkCommand(what="evaluation", data=str(SHARED)), tmp_path
-    )
-    by_name = {result["name"]: result for result in results}
-    asked = {f"{name}: {figure}" for name, figures in evaluation.BOUNDS.items() for figure in figures}
-    assert asked == {name for name, result in by_name.items() if result["bound"] is not None}
-    agreeing = [result for name, result in by_name.items() if name.endswith("that agree")]
-    assert [result["value"] for result in agreeing] == [1, 1]
-    assert by_name["in batches against one text at a time: speed-up"]["value"] > 0
+# the sweep
 
 
-def test_the_config_for_many_requests_is_what_is_measured() -> None:
-    settings = yaml.safe_load((ROOT / "configs" / "many.yaml").read_text(encoding="utf-8"))["edit"]
-    assert LocateOptions(**settings["locate"]) == editing.SMALL
-    assert FinetuneOptions(**settings["finetune"]) == editing.FINISH
-    assert settings["method"] == editing.BEST
-    assert EditOptions().method == editing.BEST
+def test_what_was_tried_is_not_tried_again(
+    tiny_llm: LLM,
+    requests: list[EditRequest],
+    editing: EditOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed in the middle, a sweep goes on to the figures of one in a single go; other blocks add to it."""
+    whole = sweep_of(tiny_llm, editing, tmp_path / "whole").run("memit", requests[:4], [0, 2])
+    tried: list[tuple[int, int]] = []
+    memit = ALONE["memit"]
+
+    def counted(llm: LLM, layer: int, batch: list[EditRequest], options: EditOptions, runtime: Runtime) -> object:
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        tried.append((layer, len(batch)))
+        return memit(llm, layer, batch, options, runtime)
+
+    monkeypatch.setitem(ALONE, "memit", counted)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:4], [0, 2])
+    assert tried == [(0, 3), (2, 3), (0, 1)]
+    tried.clear()
+    resumed = sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:4], [0, 2])
+    assert tried == [(2, 1)]
+    for name, values in whole.values.items():
+        np.testing.assert_array_equal(resumed.values[name], values)
+    tried.clear()
+    more = sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:4], [0, 1, 2])
+    assert {layer for layer, _ in tried} == {1}
+    np.testing.assert_array_equal(more.scores[:, [0, 2]], whole.scores)
+
+
+def test_other_options_are_other_trials(
+    tiny_llm: LLM, requests: list[EditRequest], editing: EditOptions, tmp_path: Path
+) -> None:
+    first = sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:2], [1])
+    editing.locate.steps = 1
+    assert sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:2], [1]).seconds != first.seconds
+
+
+# the questions
+
+
+@pytest.fixture
+def grid() -> Grid:
+    """Three requests at blocks 0, 2 and 5: the best fixed block is 2, two of the requests have a better own one."""
+    rewrite = np.array([[0.9, 0.6, 0.0], [0.0, 0.9, 0.3], [0.0, 0.6, 0.9]])
+    return Grid([0, 2, 5], {"rewrite": rewrite, "locality": rewrite, "portability": 1 - rewrite}, seconds=6.0)
+
+
+def test_fixed_blocks_against_own_best_ones(grid: Grid) -> None:
+    rows = {row["choice"]: row for row in golden_against_optimal(grid, golden=5, blocks=6)}
+    assert rows["each request's own best block"]["score"] == pytest.approx(0.9)
+    assert rows["best fixed block"]["block"] == best_block(grid) == 2
+    assert rows["best fixed block"]["score"] == pytest.approx(0.7)
+    assert rows["golden layer"]["score"] == pytest.approx(0.4)
+    assert rows["golden layer"]["of the optimum"] == pytest.approx(0.4 / 0.9)
+    assert rows["middle block"]["block"] == 2
+    assert rows["a block at random"]["score"] == pytest.approx(grid.scores.mean())
+    assert rows["golden layer"]["portability"] == pytest.approx(0.6)  # told, but no part of the score
+
+
+def test_regret_and_rank_correlation(grid: Grid) -> None:
+    assert regret(grid, 0) == pytest.approx(0.4) and regret(grid, 2) == 0
+    assert rank_correlation([1, 9, 3, 9, 9, 2], grid) == pytest.approx(1.0, abs=1e-4)
+    assert rank_correlation([3, 9, 1, 9, 9, 2], grid) == pytest.approx(-1.0, abs=1e-4)
+    assert rank_correlation([1, 1, 1, 1, 1, 1], grid) is None
+
+
+def test_a_probe_that_a_request_lacks_does_not_count() -> None:
+    rephrase = np.array([[np.nan, np.nan], [0.0, 0.5]])
+    grid = Grid([0, 1], {"rewrite": np.ones((2, 2)), "rephrase": rephrase}, 1.0)
+    np.testing.assert_allclose(grid.scores, [[1, 1], [0.5, 0.75]])
+    assert everywhere(grid, 1).figures["rephrase"] == 0.5
+
+
+def test_blocks_are_carried_from_set_to_set(grid: Grid) -> None:
+    other = Grid(grid.blocks, {"rewrite": np.array([[0.1, 0.2, 0.8]])}, 1.0)
+    rows = carried_over({"a": grid, "b": other}, {"a": 2, "b": 5})
+    regrets = {(row["chosen on"], row["measured on"]): row["regret"] for row in rows}
+    assert regrets == pytest.approx({("a", "a"): 0, ("a", "b"): 0.6, ("b", "a"): 0.3, ("b", "b"): 0})
+
+
+def test_proxy_requests_are_about_other_subjects() -> None:
+    demo = load_requests("demo")
+    one = parted("demo", [*demo[:10], demo[3], *demo[10:]], StudyCommand(limit=10, proxy=20))
+    assert len(one.tried) == 10 and len(one.proxy) == 20
+    assert not {r.subject for r in one.tried} & {r.subject for r in one.proxy}
+    assert "lower --limit" in refusal(lambda: parted("demo", demo[:10], StudyCommand(limit=10)))
+
+
+# one block does all the recalling: whoever looks must find it
+
+
+@pytest.fixture(scope="module")
+def one_block(tokenizer: PreTrainedTokenizerFast) -> LLM:
+    """A tiny Llama that was taught facts with one working MLP, and attention in that block and the next alone."""
+    llm = make_tiny("llama", tokenizer, seed=1)
+    dead = []
+    for number, block in enumerate(llm.model.model.layers):
+        if number != WINNER:
+            dead += [block.mlp.gate_proj.weight, block.mlp.up_proj.weight]
+        if number not in (WINNER, WINNER + 1):
+            dead.append(block.self_attn.o_proj.weight)
+    with torch.no_grad():
+        for weight in dead:
+            weight.zero_()
+    for weight in dead:
+        weight.requires_grad_(False)
+    facts = load_requests("demo")[:16]
+    batch = collate_targets(encode(llm, [(r.prompt, r.old_answer or "") for r in facts]))
+    adam = torch.optim.Adam([p for p in llm.model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(150):
+        adam.zero_grad()
+        loss = target_losses(llm.model, batch).mean()
+        loss.backward()
+        adam.step()
+    assert loss < 0.1
+    return LLM(llm.model, tokenizer, "one-block")
+
+
+@pytest.mark.parametrize("method", ["lga", "lga_past_first", "gradient_norm", "causal_tracing"])
+def test_every_selector_finds_the_block_that_must_win(method: str, one_block: LLM) -> None:
+    options = AttributionOptions(method=method, order="magnitude", fences=0)
+    profile = find_golden_layer(one_block, load_requests("demo")[:16], options)
+    winner, *others = profile.scores
+    assert profile.golden_layers == [WINNER] and winner > 10 * max(map(abs, others))
+
+
+def test_so_does_the_sweep(one_block: LLM, tmp_path: Path) -> None:
+    editing = EditOptions(lora=LoraOptions(rank=4, whiten=0, learning_rate=0.05))
+    grid = sweep_of(one_block, editing, tmp_path, together=8).run("lora", load_requests("demo")[:8], range(4))
+    assert best_block(grid) == WINNER
+
+
+# the command
+
+
+@pytest.fixture
+def command(tiny_folder: Path, tmp_path: Path, editing: EditOptions) -> list[str]:
+    return [
+        *("study", "--model", str(tiny_folder), "--limit", "4", "--proxy", "12", "--output", str(tmp_path / "out")),
+        *("--edit.locate.steps", "3", "--edit.statistics.text", str(editing.statistics.text)),
+        *("--edit.statistics.tokens", "512", "--edit.statistics.cache", str(tmp_path / "cache")),
+    ]
+
+
+def test_a_study_answers_its_questions(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--every", "2"]) == 0
+    told = capsys.readouterr().out
+    out = tmp_path / "out"
+    study = json.loads((out / "study.json").read_text())
+    golden = study["golden layers"]["demo"]
+    assert f"golden layer {golden} scores" in told
+    assert {0, 2, golden} <= set(study["sweeps"]["demo"]["memit"]["blocks"])
+    compared = {row["selector"] for row in study["selectors"]["demo"]["memit"]}
+    assert {"lga", "lga without fences", "causal_tracing", "sweep of the other half"} <= compared
+    report = (out / "study.md").read_text()
+    assert "| golden layer |" in report and "own best" in report
+    assert {file.name for file in out.glob("*.png")} == {"sweep-demo-memit.png", "selectors-demo-memit.png"}
+
+    seconds = study["sweeps"]["demo"]["memit"]["seconds"]
+    assert main([*command, "--every", "2", "--methods", "[memit,rome]", "--resume"]) == 0  # a method more
+    again = json.loads((out / "study.json").read_text())
+    assert set(again["sweeps"]["demo"]) == {"memit", "rome"}
+    assert again["sweeps"]["demo"]["memit"]["seconds"] == seconds
+
+
+def test_a_study_folder_of_other_options_is_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--every", "4"]) == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
+    assert main([*command, "--edit.locate.step", "0.5", "--resume"]) == 1
+    assert "another edit" in capsys.readouterr().err
+    assert main(command) == 1
+    assert "holds something already" in capsys.readouterr().err
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--methods", "[finetune]"], "there is alphaedit, emmet, lora, memit, rome"),
+        (["--selectors", "[fixed]"], "'fixed' does not exist"),
+        (["--selectors", "[lga,lga]"], "each once"),
+        (["--limit", "1"], "limit"),
+        (["--edit.locate.rounds", "2"], "locate.rounds"),
+    ],
+)
+def test_what_a_study_cannot_do(
+    flags: list[str], expected: str, command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*command, *flags]) != 0
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from pipeline.attribution.selection import select
 from pipeline.attribution.selector import Runtime, Selector
 from pipeline.attribution.stability import judge
 from pipeline.attribution.tracing import score_tracing
+from pipeline.attribution.trying import check_trial, score_by_trial
 from pipeline.errors import UserError, check_choice
 from pipeline.files import claim
 from pipeline.model import LLM
@@ -31,6 +32,7 @@ METHODS: dict[str, Selector] = {
     for name, estimator in ESTIMATORS.items()
 } | {
     "causal_tracing": Selector(score_tracing, needs_subject=True),
+    "sweep": Selector(score_by_trial, check=check_trial),
     "middle": Selector(score_middle, reads_requests=False),
     "fixed": Selector(score_fixed, reads_requests=False),
 }
@@ -71,6 +73,8 @@ def check_method(requests: Sequence[EditRequest], options: AttributionOptions) -
             f"method: {options.method} needs each request's subject in its prompt; not so in {len(missing)} of "
             f"{len(requests)}: {', '.join(missing[:5])}; the method lga does without"
         )
+    if check := METHODS[options.method].check:
+        check(requests, options)
 
 
 def score_requests(

@@ -41,6 +41,7 @@ class Selector(NamedTuple):
         fenced: whether single blocks' scores may be large for reasons of the model alone (massive activations),
             so that Tukey's fences set them aside.
         reads_requests: whether the scores depend on the requests at all.
+        check: raises UserError for requests or options that it cannot work with, before a model is loaded.
     """
 
     score: Callable[[LLM, Sequence[EditRequest], AttributionOptions, Runtime], Values]
@@ -48,3 +49,4 @@ class Selector(NamedTuple):
     of_gradients: bool = False
     fenced: bool = False
     reads_requests: bool = True
+    check: Callable[[Sequence[EditRequest], AttributionOptions], None] | None = None

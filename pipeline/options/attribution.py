@@ -15,8 +15,8 @@ class AttributionOptions:
 
     method: str = "lga"
     """lga: layer gradient analysis, with kin under research (lga_past_first, lga_cosine, lga_cosine_past_first,
-    lga_cosine_last); gradient_norm: size of the new answer's gradient; causal_tracing: ROME's; middle: the middle
-    block; fixed: the one that --layer names."""
+    lga_cosine_last); gradient_norm: size of the new answer's gradient; causal_tracing: ROME's; sweep: the truth,
+    by editing each request alone at each block; middle: the middle block; fixed: the one that --layer names."""
     layer: int | None = None
     """fixed: the block, counted from 0."""
     scope: str = "mlp"
@@ -31,6 +31,8 @@ class AttributionOptions:
     """How many golden layers to name."""
     batch_size: int = 16
     """Requests in a batch."""
+    trial: str = "memit"
+    """sweep: the way to edit: memit, emmet, rome, alphaedit or lora."""
     samples: int = 10
     """causal_tracing: how often a subject is corrupted."""
     noise: float = 3.0

@@ -82,6 +82,7 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         curves.axvline(golden, color=GOLD, linewidth=5, alpha=0.6, zorder=0, label=f"golden layer: {golden}")
         curves.axvline(best, color=GREY, linewidth=1.5, linestyle="-.", zorder=0, label=f"best fixed block: {best}")
         curves.set_ylim(0, 1.03)
+        curves.xaxis.get_major_locator().set_params(integer=True)
         curves.set_xlabel(f"block of {study.model}")
         curves.set_ylabel(f"mean of {len(grid.scores)} requests, each edited alone")
         curves.set_title(f"{name}, {method}: single edits by block")

@@ -135,9 +135,9 @@ class Sweep:
             key_moments(self.llm, names, options.statistics, self.runtime.trainer)
 
 
-def check_trial(method: str, options: EditOptions, requests: Sequence[EditRequest]) -> None:
+def check_trial(method: str, options: EditOptions, requests: Sequence[EditRequest], flag: str = "methods") -> None:
     """Raise UserError for a method that cannot be tried with single edits, or requests that it cannot take."""
-    check_choice("methods", method, ALONE)
+    check_choice(flag, method, ALONE)
     check_subjects(requests, method)
     if options.locate.rounds > 1 and METHODS[method].options == "locate":
         raise UserError(f"locate.rounds: {options.locate.rounds}; trial edits visit a block once; expected 1")
