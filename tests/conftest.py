@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from pipeline.requests import EditRequest, Probe, load_requests
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 hush(verbose=False)
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many tests at once as there are cores: a thread each, children's too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
