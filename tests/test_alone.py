@@ -57,7 +57,7 @@ def test_side_by_side_is_as_alone(method: str, llm: LLM, requests: list[EditRequ
     """The changes are those of `edit` with one request, and so are their effects those that `evaluate` measures."""
     options.method = method
     with llm.frozen():
-        together = ALONE[method](llm, 2, requests, options, RUNTIME)
+        together = ALONE[method](llm, requests, options, RUNTIME).at(2)
         measured = AloneEvaluator(llm, requests, EvaluationOptions(batch_size=2), TrainerOptions()).measure(
             2, together
         )
@@ -78,16 +78,24 @@ def test_side_by_side_is_as_alone(method: str, llm: LLM, requests: list[EditRequ
     assert len({tuple(values.items()) for values in measured}) > 1  # they do differ
 
 
-def test_climbing_blocks_is_as_starting_anew(llm: LLM, requests: list[EditRequest], options: EditOptions) -> None:
-    options.method = "memit"
+@pytest.mark.parametrize("method", ["memit", "lora"])
+def test_climbing_blocks_is_as_starting_anew(
+    method: str, llm: LLM, requests: list[EditRequest], options: EditOptions
+) -> None:
+    options.method = method
     measured = {}
     with llm.frozen():
+        editing = ALONE[method](llm, requests, options, RUNTIME)
         climbing = AloneEvaluator(llm, requests, EvaluationOptions(), TrainerOptions())
         for layer in (0, 1, 3):
-            changes = ALONE["memit"](llm, layer, requests, options, RUNTIME)
-            anew = AloneEvaluator(llm, requests, EvaluationOptions(), TrainerOptions())
+            changes = editing.at(layer)
+            anew = ALONE[method](llm, requests, options, RUNTIME).at(layer)
+            for name, change in changes.items():
+                for own, other in zip(change, anew[name], strict=True):
+                    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
             measured[layer] = climbing.measure(layer, changes)
-            assert measured[layer] == anew.measure(layer, changes)
+            fresh = AloneEvaluator(llm, requests, EvaluationOptions(), TrainerOptions())
+            assert measured[layer] == fresh.measure(layer, changes)
     assert measured[0] != measured[3]
 
 

@@ -18,11 +18,11 @@ from pipeline.evaluation import Evaluation, Evaluator, evaluate
 from pipeline.evaluation.divergence import EVERY
 from pipeline.evaluation.fluency import ngram_entropy
 from pipeline.evaluation.metrics import BootstrapMean, Resampled
-from pipeline.evaluation.rows import in_batches, pack
+from pipeline.evaluation.rows import pack
 from pipeline.evaluation.values import harmonic_mean
 from pipeline.model import LLM, TargetRow, generate
 from pipeline.options import EvaluationOptions
-from pipeline.requests import EditRequest, Probe
+from pipeline.requests import EditRequest, Probe, in_batches
 
 
 def measured(

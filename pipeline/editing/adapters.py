@@ -27,28 +27,29 @@ from pipeline.options import EditOptions
 from pipeline.requests import EditRequest, ListDataModule
 
 
-def lora_alone(
-    llm: LLM, layer: int, requests: Sequence[EditRequest], options: EditOptions, runtime: Runtime
-) -> RowChanges:
-    """LoRA of each request alone, as `Lora` trains it: the same steps on the same rows, all side by side.
+class LoraAlone:
+    """LoRA of each request alone, as `Lora` trains it: the same steps on the same rows, all side by side."""
 
-    Args: as of `pipeline.editing.alone.locate_alone`.
-    """
-    own = options.lora
-    method = Lora(llm, [layer], options)
-    method.find_whiteners(runtime.trainer)
-    lessons = read_rows(llm, layer, [[request] for request in requests], own, runtime.trainer)
-    module = AdaptersAlone(method, [Pupil(rows, others) for (rows,), others in lessons], runtime.seed)
-    data = ListDataModule((range(len(requests)), list, len(requests)))
-    found = dict(predict(build_trainer(runtime.trainer, "Adapters"), module, data))
-    in_order = [found[number] for number in range(len(requests))]
-    return {
-        name: LowRank(
-            torch.stack([one[name][0] for one in in_order]) * (own.alpha / own.rank),
-            torch.stack([one[name][1] for one in in_order]),
-        )
-        for name in module.start
-    }
+    def __init__(self, llm: LLM, requests: Sequence[EditRequest], options: EditOptions, runtime: Runtime) -> None:
+        self.llm, self.requests, self.options, self.runtime = llm, requests, options, runtime
+
+    def at(self, layer: int) -> RowChanges:
+        """Every request's adapter."""
+        own, trainer, requests = self.options.lora, self.runtime.trainer, self.requests
+        method = Lora(self.llm, [layer], self.options)
+        method.find_whiteners(trainer)
+        lessons = read_rows(self.llm, layer, [[request] for request in requests], own, trainer)
+        module = AdaptersAlone(method, [Pupil(rows, others) for (rows,), others in lessons], self.runtime.seed)
+        data = ListDataModule((range(len(requests)), list, len(requests)))
+        found = dict(predict(build_trainer(trainer, "Adapters"), module, data))
+        in_order = [found[number] for number in range(len(requests))]
+        return {
+            name: LowRank(
+                torch.stack([one[name][0] for one in in_order]) * (own.alpha / own.rank),
+                torch.stack([one[name][1] for one in in_order]),
+            )
+            for name in module.start
+        }
 
 
 class Pupil(NamedTuple):

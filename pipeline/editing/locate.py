@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, owner
 from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, in_context
-from pipeline.editing.keys import KeyRow, neighbour_moments, read_keys
+from pipeline.editing.keys import KeyReading, KeyRow, neighbour_moments, read_keys
 from pipeline.editing.method import Runtime
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.values import Located, ValueSearch, locate
@@ -132,25 +132,33 @@ class LocateThenEdit:
         templates = CONTEXTS[: self.options.contexts] + ASSOCIATIONS[: self.options.associations]
         return [locate(self.llm, number, request, templates) for number, request in enumerate(requests)]
 
-    def keys(self, layer: int, requests: Sequence[EditRequest], runtime: Runtime) -> Tensor:
+    def keys(
+        self, layer: int, requests: Sequence[EditRequest], runtime: Runtime, reading: KeyReading | None = None
+    ) -> Tensor:
         """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""
         placed = [in_context(template, r) for r in requests for template in CONTEXTS[: self.options.key_contexts]]
         all_ids = prompt_tokens(self.llm, [text for text, _ in placed])
         places = [last_token(self.llm, text, end) for text, end in placed]
         rows = [KeyRow(n, ids, at, at + 1) for n, (ids, at) in enumerate(zip(all_ids, places, strict=True))]
-        key_RI = torch.cat(read_keys(self.llm, layer, rows, runtime.trainer))
+        key_RI = torch.cat(read_keys(self.llm, layer, rows, runtime.trainer, reading))
         keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])
         return keys_GCI if self.key_per_context else keys_GCI.mean(1, keepdim=True)
 
     def kept(
-        self, layer: int, batches: Sequence[Sequence[EditRequest]], text_II: Tensor, runtime: Runtime
+        self,
+        layer: int,
+        batches: Sequence[Sequence[EditRequest]],
+        text_II: Tensor,
+        runtime: Runtime,
+        reading: KeyReading | None = None,
     ) -> Iterator[Tensor]:
         """By batch, the second moment of the keys whose output is to stay: of text and of requests' neighbours."""
         weight = self.options.neighbour_weight
         if not (self.near and weight):
             yield from repeat(text_II, len(batches))
             return
-        for near_II in neighbour_moments(self.llm, layer, batches, self.near, runtime.trainer, runtime.seed):
+        near = (self.near, runtime.trainer, runtime.seed, reading)
+        for near_II in neighbour_moments(self.llm, layer, batches, *near):
             yield text_II / text_II.trace() + weight * near_II / near_II.trace()
 
 

@@ -25,7 +25,9 @@ from pipeline.model.suffix import Suffixes, SuffixRow, SuffixRunner
 from pipeline.model.targets import last_token, prompt_tokens, row_means
 from pipeline.model.trainer import predict
 from pipeline.options import LocateOptions
-from pipeline.requests import EditRequest, ListDataModule
+from pipeline.requests import EditRequest, ListDataModule, in_batches
+
+SEARCHED_TOGETHER = 2048  # tokens of rows in a batch: requests with long answers are searched for in smaller ones
 
 
 class Located(NamedTuple):
@@ -35,9 +37,9 @@ class Located(NamedTuple):
     id: str
     rows: list[SuffixRow]
 
-    def width(self) -> int:
-        """The most tokens from the subject's last on: batches of like width hold little padding."""
-        return max(len(row.token_ids) - row.start for row in self.rows)
+    def tokens(self) -> int:
+        """How many tokens a search goes through: from the subject's last on, as if all rows were as long."""
+        return len(self.rows) * max(len(row.token_ids) - row.start for row in self.rows)
 
 
 def locate(llm: LLM, number: int, request: EditRequest, templates: Sequence[str]) -> Located:
@@ -68,14 +70,22 @@ class ValueSearch(LightningModule):
         layer: the block whose down-projection's output changes.
         options: how to search, bound and steps included.
         visit: counts the searches of an edit.
+        climbs: whether values of the same requests will be searched for at ever higher blocks (`climb`): what the
+            blocks below put out is kept then.
     """
 
-    def __init__(self, llm: LLM, layer: int, options: LocateOptions, visit: int = 0) -> None:
+    def __init__(self, llm: LLM, layer: int, options: LocateOptions, visit: int = 0, climbs: bool = False) -> None:
         super().__init__()
         self.options = options
         self.visit = visit
+        self.climbs = climbs
         self.work: Path | None = None
         self.runner = SuffixRunner(llm, layer)
+        self._captured: dict[int, tuple[list[Suffixes], Tensor]] = {}  # by batch: its rows, and what comes after
+
+    def climb(self, layer: int) -> None:
+        """Search at another block from now on, no lower than the one before."""
+        self.runner = SuffixRunner(self.runner.llm, layer)
 
     def find(self, located: Sequence[Located], runtime: Runtime) -> Tensor:
         """Every request's change of the output, in the requests' order, (G, O).
@@ -85,9 +95,10 @@ class ValueSearch(LightningModule):
         """
         self.work = runtime.work
         found = self._kept()
-        left = sorted((each for each in located if each.number not in found), key=Located.width)
+        left = [each for each in located if each.number not in found]
         if left:
-            data = ListDataModule((left, list, self.options.batch_size))
+            batches = in_batches(left, Located.tokens, self.options.batch_size, SEARCHED_TOGETHER)
+            data = ListDataModule((batches, lambda picked: picked[0], 1))
             found |= dict(predict(build_trainer(runtime.trainer, "Finding values", runtime.logger), self, data))
         return torch.stack([found[each.number] for each in located])
 
@@ -97,13 +108,25 @@ class ValueSearch(LightningModule):
 
         Rows of a kind (under one context, or `{subject} is`) are of like length, and run as one batch.
         """
-        kinds = zip(*(located.rows for located in batch), strict=True)
-        parts, logits = zip(*(self.runner.capture(rows) for rows in kinds), strict=True)
+        parts, base_GV = self._capture(batch, batch_idx)
         scale_G = parts[0].output_BO.norm(dim=-1)
-        change_GO = self._search(batch, parts, logits[-1].log_softmax(-1), scale_G).float().cpu()
+        change_GO = self._search(batch, parts, base_GV, scale_G).float().cpu()
         found = [(located.number, change_O.clone()) for located, change_O in zip(batch, change_GO, strict=True)]
         self._keep(found)
         return found
+
+    def _capture(self, batch: list[Located], batch_idx: int) -> tuple[list[Suffixes], Tensor]:
+        """The batch's rows, kind by kind, and the base's log-probabilities after "{subject} is"."""
+        if batch_idx in self._captured:
+            parts, base_GV = self._captured[batch_idx]
+            parts = [self.runner.climbed(part) for part in parts]
+        else:
+            kinds = zip(*(located.rows for located in batch), strict=True)
+            captured, logits = zip(*(self.runner.capture(rows) for rows in kinds), strict=True)
+            parts, base_GV = list(captured), logits[-1].log_softmax(-1)
+        if self.climbs:
+            self._captured[batch_idx] = parts, base_GV
+        return parts, base_GV
 
     def _keep(self, found: Sequence[tuple[int, Tensor]]) -> None:
         if self.work:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.evaluation.reading import Reader
 from pipeline.evaluation.readings import Item, Readings
-from pipeline.evaluation.rows import Row, RowBatch, collate_rows, in_batches, pack
+from pipeline.evaluation.rows import Row, RowBatch, collate_rows, pack
 from pipeline.evaluation.texts import scored_answers
 from pipeline.evaluation.values import teacher_forced_values
 from pipeline.model import LLM, build_trainer
@@ -22,7 +22,7 @@ from pipeline.model.row_changes import RowChanges, changed_rows
 from pipeline.model.trainer import predict
 from pipeline.model.upper import climb, handing_on
 from pipeline.options import EvaluationOptions, TrainerOptions
-from pipeline.requests import EditRequest, ListDataModule
+from pipeline.requests import EditRequest, ListDataModule, in_batches
 
 RequestValues = dict[str, float]  # by metric, and kind of probe where a benchmark has several
 

@@ -14,7 +14,7 @@ from pipeline.evaluation.answers import inner_ends
 from pipeline.evaluation.divergence import MOST_PROBES, compared_offsets
 from pipeline.evaluation.reading import collate
 from pipeline.evaluation.readings import kept_file
-from pipeline.evaluation.rows import at_least, in_batches, pack
+from pipeline.evaluation.rows import at_least, pack
 from pipeline.evaluation.texts import (
     Asked,
     Scored,
@@ -29,7 +29,7 @@ from pipeline.model import LLM, TargetRow
 from pipeline.model.generation import encode_prompts
 from pipeline.model.targets import tokenize
 from pipeline.options import EvaluationOptions, TrainerOptions
-from pipeline.requests import EditRequest, ListDataModule
+from pipeline.requests import EditRequest, ListDataModule, in_batches
 
 ROOM = 8  # tokens that an answer may take beyond those of the answer looked for
 KINDS = ("generation", "probes", "probability", "text", "divergence", "fluency")

@@ -5,16 +5,14 @@ Shapes: B rows, T tokens, N scored tokens of the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.model import TargetRow
-
-Item = TypeVar("Item")
 
 
 class Span(NamedTuple):
@@ -58,21 +56,6 @@ def pack(texts: Sequence[TargetRow], numbers: Sequence[int] | None = None) -> li
             rows.append(Row(read))
         rows[-1].spans.append(Span(number, start - 1, texts[number].token_ids[start:]))
     return rows
-
-
-def in_batches(items: Sequence[Item], size: Callable[[Item], int], most: int, tokens: int) -> list[list[Item]]:
-    """Items by falling size, in batches of at most `most` items and `tokens` tokens with padding.
-
-    The largest batch comes first, so that one too large for the memory is known at once.
-    """
-    batches: list[list[Item]] = []
-    widest = 0
-    for item in sorted(items, key=size, reverse=True):
-        if not batches or len(batches[-1]) >= most or (len(batches[-1]) + 1) * widest > tokens:
-            batches.append([])
-            widest = size(item)
-        batches[-1].append(item)
-    return batches
 
 
 def at_least(batches: list[list[Any]], devices: int) -> list[list[Any]]:

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from pipeline.model.blocks import by_row
 from pipeline.model.llm import LLM
 from pipeline.model.targets import head_reads_only
-from pipeline.model.upper import handing_on, reading_enter
+from pipeline.model.upper import handing_on, passing_through, reading_enter
 
 
 class SuffixRow(NamedTuple):
@@ -47,7 +47,8 @@ class Suffixes:
     Attributes:
         ids_BS, position_BS: suffix tokens and their places in the text.
         mask_BT: which tokens of prefix and suffix are text.
-        enter_BSD: what enters block l.
+        layer: block l.
+        enter_BSD: what enters it.
         prefix: keys and values (B, …, P, …) of the tokens before, block by block.
         key_BI, output_BO: what enters and leaves block l's down-projection at each row's start token.
         row_N, place_N: the positions that are read, row by row.
@@ -57,6 +58,7 @@ class Suffixes:
     ids_BS: Tensor
     position_BS: Tensor
     mask_BT: Tensor
+    layer: int
     enter_BSD: Tensor
     prefix: list[tuple[Tensor, Tensor]]
     key_BI: Tensor
@@ -70,7 +72,8 @@ class Suffixes:
         number = torch.full((len(self.ids_BS),), -1, device=rows.device)
         number[rows] = torch.arange(len(rows), device=rows.device)
         read = number[self.row_N] >= 0
-        return Suffixes(
+        return replace(
+            self,
             ids_BS=self.ids_BS[rows],
             position_BS=self.position_BS[rows],
             mask_BT=self.mask_BT[rows],
@@ -129,6 +132,7 @@ class SuffixRunner:
             ids_BS=ids_BS,
             position_BS=start_B[:, None] + torch.arange(length, device=device),
             mask_BT=torch.cat([mask_BP, torch.ones_like(ids_BS)], dim=1),
+            layer=0,
             enter_BSD=empty,
             prefix=[(keys, values) for keys, values, _ in cache],
             key_BI=empty,
@@ -137,19 +141,29 @@ class SuffixRunner:
             place_N=place_N - start_B[row_N],
             target_N=target_N,
         )
+        return self._noted(kept)
+
+    @torch.no_grad()
+    def climbed(self, rows: Suffixes) -> Suffixes:
+        """Rows that were captured at a lower block, captured at this one; blocks below the lower one do not run."""
+        with handing_on(self.llm, rows.layer, rows.enter_BSD), passing_through(self.llm, self.layer + 1):
+            return self._noted(rows)[0]
+
+    def _noted(self, rows: Suffixes) -> tuple[Suffixes, Tensor]:
+        """Run rows, noting what enters this block, and what enters and leaves its down-projection."""
         seen: dict[str, Tensor] = {}
 
         def leave(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen["key"], seen["output"] = (by_row(x, len(rows))[:, 0].clone() for x in (args[0], output))
+            seen["key"], seen["output"] = (by_row(x, len(rows.ids_BS))[:, 0].clone() for x in (args[0], output))
 
         handle = self.down.register_forward_hook(leave)
         try:
             with reading_enter(self.llm, self.layer) as entering:
-                logits_NV = self._forward(kept)
+                logits_NV = self._forward(rows)
         finally:
             handle.remove()
-        kept = replace(kept, enter_BSD=entering[0], key_BI=seen["key"], output_BO=seen["output"])
-        return kept, logits_NV
+        enter, key, output = entering[0], seen["key"], seen["output"]
+        return replace(rows, layer=self.layer, enter_BSD=enter, key_BI=key, output_BO=output), logits_NV
 
     def run(self, rows: Suffixes, change_BO: Tensor) -> Tensor:
         """Logits (N, V) when a change is added to the down-projection's output at each row's start token."""

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pipeline.requests.batches import in_batches
 from pipeline.requests.conflicts import fact, settle
 from pipeline.requests.readers import load_requests, stream_requests
 from pipeline.requests.records import DEMO_REQUESTS
@@ -17,6 +18,7 @@ __all__ = [
     "ListDataModule",
     "Probe",
     "fact",
+    "in_batches",
     "load_requests",
     "settle",
     "split_by_subject",

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from pipeline.editing import METHODS
-from pipeline.editing.alone import ALONE
+from pipeline.editing.alone import ALONE, Alone
 from pipeline.editing.edit import check_subjects
 from pipeline.editing.method import Runtime
 from pipeline.editing.statistics import key_moments
@@ -100,23 +100,15 @@ class Sweep:
             for at in range(0, len(missing), self.together):
                 numbers = missing[at : at + self.together]
                 together = [requests[n] for n in numbers]
+                editing = ALONE[method](self.llm, together, options, self.runtime)
                 evaluator = AloneEvaluator(self.llm, together, self.evaluation, self.runtime.trainer)
                 for block in blocks:
                     if any((n, block) not in found for n in numbers):
-                        results = self._try(options, block, together, evaluator)
+                        results = _try(editing, evaluator, block)
                         self.results.keep(trial, block, together, results)
                         found |= {(n, block): result for n, result in zip(numbers, results, strict=True)}
                     advance(len(numbers), f"block {block}")
         return _grid(found, len(requests), blocks)
-
-    def _try(
-        self, options: EditOptions, block: int, requests: Sequence[EditRequest], evaluator: AloneEvaluator
-    ) -> list[Result]:
-        started = time.perf_counter()
-        changes = ALONE[options.method](self.llm, block, requests, options, self.runtime)
-        figures = evaluator.measure(block, changes)
-        seconds = (time.perf_counter() - started) / len(requests)
-        return [Result(values, seconds) for values in figures]
 
     def _trial(self, options: EditOptions) -> str:
         """Names all that a result depends on, beside block and request."""
@@ -141,6 +133,13 @@ def check_trial(method: str, options: EditOptions, requests: Sequence[EditReques
     check_subjects(requests, method)
     if options.locate.rounds > 1 and METHODS[method].options == "locate":
         raise UserError(f"locate.rounds: {options.locate.rounds}; trial edits visit a block once; expected 1")
+
+
+def _try(editing: Alone, evaluator: AloneEvaluator, block: int) -> list[Result]:
+    started = time.perf_counter()
+    figures = evaluator.measure(block, editing.at(block))
+    seconds = (time.perf_counter() - started) / len(figures)
+    return [Result(values, seconds) for values in figures]
 
 
 def _grid(found: Mapping[tuple[int, int], Result], requests: int, blocks: Sequence[int]) -> Grid:
