@@ -11,7 +11,7 @@ import torch
 from conftest import make_tiny, refusal
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.attribution import find_golden_layer
+from pipeline.attribution import Scores, choose, find_golden_layer
 from pipeline.cli import main
 from pipeline.editing.alone import ALONE
 from pipeline.editing.method import Runtime
@@ -31,6 +31,7 @@ from pipeline.requests import EditRequest, load_requests
 from pipeline.study import Grid, Sweep
 from pipeline.study.questions import (
     best_block,
+    by_halves,
     carried_over,
     everywhere,
     golden_against_optimal,
@@ -128,6 +129,17 @@ def test_regret_and_rank_correlation(grid: Grid) -> None:
     assert rank_correlation([1, 9, 3, 9, 9, 2], grid) == pytest.approx(1.0, abs=1e-4)
     assert rank_correlation([3, 9, 1, 9, 9, 2], grid) == pytest.approx(-1.0, abs=1e-4)
     assert rank_correlation([1, 1, 1, 1, 1, 1], grid) is None
+
+
+def test_halves_do_not_know_each_other(grid: Grid, tiny_llm: LLM) -> None:
+    """Requests 0 and 2 make the first half, request 1 the second; block 2 is best on both together."""
+    scores = Scores("lga", ["a"], np.array([[3.0, 1, 2, 0]]))
+    profile = choose(tiny_llm, scores, AttributionOptions(fences=0))
+    ordered = Grid([0, 2, 3], grid.values, 1.0)
+    (row,) = by_halves({"set": {"memit": ordered}}, {"set": {"lga": profile}})
+    assert row["regret, first half"] == pytest.approx(0.6 - 0.45)
+    assert row["regret, second half"] == pytest.approx(0.9)
+    assert row["spearman, second half"] == pytest.approx(-0.5, abs=1e-4)
 
 
 def test_a_probe_that_a_request_lacks_does_not_count() -> None:

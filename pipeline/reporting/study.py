@@ -40,6 +40,12 @@ def study_report(study: Study) -> str:
             ]
     for method in next(iter(study.grids.values())):
         parts += [f"## From proxy to test requests, and from set to set: {method}\n", table(study.carried(method))]
+    parts += [
+        "## Selectors by halves\n",
+        "Every second tried request, over all sets and methods, and the others: what is chosen by the first half's "
+        "figures can be trusted by the second's.\n",
+        table(study.halves()),
+    ]
     return "\n".join(parts)
 
 

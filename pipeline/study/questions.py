@@ -130,7 +130,7 @@ def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks
     rows: list[Row] = []
     for name, profile in profiles.items():
         block = profile.golden_layers[0]
-        scores = [abs(s) for s in profile.scores] if profile.order == "magnitude" else profile.scores
+        scores = _ranked_by(profile)
         rows.append(
             {
                 "selector": name,
@@ -172,6 +172,45 @@ def _spread(grid: Grid) -> list[float]:
     """The grid's scores at the places of the model's blocks."""
     found = dict(zip(grid.blocks, grid.scores.mean(0).tolist(), strict=True))
     return [found.get(block, float("nan")) for block in range(max(grid.blocks) + 1)]
+
+
+def by_halves(
+    grids: Mapping[str, Mapping[str, Grid]], profiles: Mapping[str, Mapping[str, GoldenProfile]]
+) -> list[Row]:
+    """Every selector on one half of the tried requests and on the other, over all sets and methods: what is chosen
+    by the first half's figures can be trusted by the second's.
+
+    Args:
+        grids: by set and method.
+        profiles: by set and selector.
+
+    Returns:
+        rows, the best rank correlation on the first half first.
+    """
+    rows: list[Row] = []
+    for selector in next(iter(profiles.values())):
+        row: Row = {"selector": selector}
+        for half, start in (("first", 0), ("second", 1)):
+            ranks, regrets = [], []
+            for name, found in grids.items():
+                profile = profiles[name][selector]
+                for grid in found.values():
+                    part = grid.taken(range(start, len(grid.scores), 2))
+                    rank = rank_correlation(_ranked_by(profile), part)
+                    ranks += [rank] if rank is not None else []
+                    regrets.append(regret(part, profile.golden_layers[0]))
+            row |= {
+                f"spearman, {half} half": float(np.mean(ranks)) if ranks else None,
+                f"regret, {half} half": float(np.mean(regrets)),
+                f"worst regret, {half} half": float(np.max(regrets)),
+            }
+        rows.append(row)
+    return sorted(rows, key=lambda row: -float(row["spearman, first half"] or -1))
+
+
+def _ranked_by(profile: GoldenProfile) -> list[float]:
+    """Its scores, larger where a block comes first."""
+    return [abs(score) for score in profile.scores] if profile.order == "magnitude" else profile.scores
 
 
 def carried_over(grids: Mapping[str, Grid], golden: Mapping[str, int]) -> list[Row]:

@@ -20,6 +20,7 @@ from pipeline.requests import EditRequest
 from pipeline.study.questions import (
     Row,
     best_block,
+    by_halves,
     carried_over,
     golden_against_optimal,
     selectors_compared,
@@ -74,6 +75,10 @@ class Study:
         """Question three, for a set and a method."""
         return selectors_compared(self.grids[name][method], self.profiles[name], self.blocks)
 
+    def halves(self) -> list[Row]:
+        """Selectors on one half of the tried requests and on the other, over all sets and methods."""
+        return by_halves(self.grids, self.profiles)
+
     def as_json(self) -> dict[str, Any]:
         """All of it, for one's own analysis."""
         methods, names = list(next(iter(self.grids.values()))), [one.name for one in self.sets]
@@ -89,6 +94,7 @@ class Study:
             "selectors": {
                 s.name: {method: self.selectors(s.name, method) for method in methods} for s in self.sets
             },
+            "selectors by halves": self.halves(),
             "sweeps": {
                 name: {method: _grid_json(grid) for method, grid in grids.items()}
                 for name, grids in self.grids.items()
