@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import SHARED
 
 from pipeline.model import LLM
 from pipeline.options import BenchmarkCommand, EditOptions, FinetuneOptions, LocateOptions
-from pipeline.study import editing, evaluation
+from pipeline.study import attribution, editing, evaluation
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,3 +79,31 @@ def test_the_config_for_many_requests_is_what_is_measured() -> None:
     assert FinetuneOptions(**settings["finetune"]) == editing.FINISH
     assert settings["method"] == editing.BEST
     assert EditOptions().method == editing.BEST
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
+def test_attribution_is_measured(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SOME": slice(0, 4), "MANY": 2, "TURNS": 1}.items():
+        monkeypatch.setattr(attribution, name, value)
+    results = attribution.benchmark_attribution(
+        tiny_llm, BenchmarkCommand(what="attribution", data=str(SHARED)), tmp_path
+    )
+    by_name = {result["name"]: result for result in results}
+    asked = {f"{name}: {figure}" for name, figures in attribution.BOUNDS.items() for figure in figures}
+    assert asked == {name for name, result in by_name.items() if result["bound"] is not None}
+    autograd = "LGA against autograd, one request at a time"
+    assert by_name[f"{autograd}: largest relative difference of means"]["value"] < 1e-3
+    assert by_name["LGA against a plain pass, same batches: memory"]["value"] > 1
+
+
+def test_memory_is_what_lives_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(5):
+            torch.zeros(1000, 1000)
+
+    def together() -> None:
+        kept = [torch.zeros(1000, 1000) for _ in range(5)]
+        del kept
+
+    assert attribution.most_alive(one_after_the_other) == pytest.approx(4e6, rel=0.01)
+    assert attribution.most_alive(together) == pytest.approx(20e6, rel=0.01)
