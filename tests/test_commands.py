@@ -55,6 +55,14 @@ METRICS = (
 )
 DIVERGENCES = ("locality_kl", "text_kl")  # to the base, so not before
 PNG = b"\x89PNG\r\n\x1a\n"
+PROFILE_FILES = {
+    "golden_profile.json",
+    "scores.safetensors",
+    "scores.png",
+    "stability.png",
+    "options.yaml",
+    "events",
+}
 FINETUNE = ("--method", "finetune", "--finetune.whiten", "0", "--finetune.epochs")
 RUN_FINETUNE = ("--edit.method", "finetune", "--edit.finetune.whiten", "0", "--edit.finetune.epochs")
 TEXT = "The path along the marsh is best walked in the hour after sunrise. " * 8
@@ -156,7 +164,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def test_attribute_writes_the_profile(made: SimpleNamespace, tiny_folder: Path) -> None:
-    assert names_in(made.profile) == {"golden_profile.json", "options.yaml", "scores.png", "events"}
+    assert names_in(made.profile) == PROFILE_FILES
     profile = read_json(made.profile / "golden_profile.json")
     assert (profile["model"], profile["method"], profile["scope"]) == (str(tiny_folder), "lga", "mlp")
     assert (profile["requests"], profile["request_set"]) == (6, "demo")
@@ -185,7 +193,7 @@ def test_edit_writes_update_metrics_and_report(made: SimpleNamespace, tiny_folde
         "options.yaml",
         "events",
     }
-    assert names_in(made.edited) - {"scores.png"} == files
+    assert names_in(made.edited) - {"scores.png", "stability.png"} == files
     (layer,) = GoldenProfile.load(made.profile).golden_layers
     update = read_json(made.edited / "update.json")
     assert (update["model"], update["method"], update["layers"]) == (str(tiny_folder), "finetune", [layer])
@@ -253,7 +261,7 @@ def test_report_says_what_where_and_how_well(made: SimpleNamespace, tiny_folder:
     rows = [line for line in report.splitlines() if line.startswith("| ")]
     assert [name for name in METRICS if not any(row.startswith(f"| {label(name)} |") for row in rows)] == []
     linked = {part.partition(")")[0] for part in report.split("](")[1:]}
-    assert linked <= names_in(made.edited) | {"scores.png"}  # scores.png lies with the profile
+    assert linked <= names_in(made.edited) | {"scores.png", "stability.png"}  # these lie with the profile
 
 
 def test_report_shows_only_pictures_that_exist(made: SimpleNamespace) -> None:
@@ -292,7 +300,7 @@ def test_run_finds_edits_and_proves(asked: list[str], text_file: str, elsewhere:
     words = [*asked, *RUN_FINETUNE, "1", "--evaluation.text", text_file, "--output", "out"]
     assert main(words) == 0  # no command: `run`
     out = elsewhere / "out"
-    expected = {"golden_profile.json", "scores.png", "update.safetensors", "update.json"}
+    expected = PROFILE_FILES - {"options.yaml", "events"} | {"update.safetensors", "update.json"}
     assert expected | {
         "metrics.json",
         "metrics.png",
@@ -671,7 +679,7 @@ def test_overwrite_replaces_what_we_wrote(asked: list[str], elsewhere: Path) -> 
     (elsewhere / "out" / "leftover").touch()
     assert main(["attribute", *asked, "--output", "out", "--overwrite"]) == 0
     assert GoldenProfile.load(elsewhere / "out").requests == 7
-    assert names_in(elsewhere / "out") == {"golden_profile.json", "options.yaml", "scores.png", "events"}
+    assert names_in(elsewhere / "out") == PROFILE_FILES
     assert [path.name for path in elsewhere.iterdir()] == ["out"]
 
 

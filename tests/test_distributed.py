@@ -73,6 +73,8 @@ def test_attribution(asked: list[str], tmp_path: Path) -> None:
     assert found.requests == 7
     assert found.scores == pytest.approx(expected.scores, rel=1e-5)
     assert (found.ranking, found.golden_layers) == (expected.ranking, expected.golden_layers)
+    assert (two / "scores.safetensors").read_bytes() == (one / "scores.safetensors").read_bytes()
+    assert found.stability == expected.stability
 
 
 def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:

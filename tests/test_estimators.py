@@ -111,4 +111,4 @@ def test_positions_that_every_chat_begins_with_are_left_out(
     score_gradients(
         estimator._replace(positions=watched), chat, requests, AttributionOptions(), Runtime(TrainerOptions())
     )
-    assert seen == [len(tokenizer("User:").input_ids)], "the space is the prompt's first token's"
+    assert seen == [len(tokenizer("User: ").input_ids)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,7 +50,19 @@ class GradientAttribution(Callback):
         self._captured_of: Tensor | None = None
         self._seen: set[str] = set()
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside the `with`, passes are watched, also without a Trainer."""
+        self._attach()
+        try:
+            yield
+        finally:
+            self._detach()
+
+    def on_predict_start(self, *_: Any) -> None:
+        self._attach()
+
+    def _attach(self) -> None:
         for layer, projections in enumerate(self.projections):
             for name, module in projections.items():
                 self._handles.append(module.register_forward_hook(self._hook(layer, name)))

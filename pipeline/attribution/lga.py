@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.estimators import Estimator
 from pipeline.attribution.old_answers import with_old_answers
-from pipeline.attribution.scoring import ScoringModule, score_batches
+from pipeline.attribution.scoring import ScoringModule, score_batches, tokens_at_once
 from pipeline.attribution.selector import Runtime, Values
-from pipeline.model import LLM, TargetBatch, TargetRow, collate_targets, encode, target_losses
+from pipeline.model import LLM, TargetBatch, TargetRow, collate_targets, encode, sizes, target_losses
 from pipeline.model.targets import last_token
 from pipeline.options import AttributionOptions
 from pipeline.requests import EditRequest
@@ -39,7 +40,8 @@ def score_gradients(
     return score_batches(
         AttributionModule(llm, attribution),
         encode_sides(llm, requests, estimator.sides),
-        length=lambda sides: max(len(row.token_ids) for row in sides),
+        tokens=tokens_of,
+        most=tokens_at_once(llm, kept_of_a_token(llm)),
         batch_size=options.batch_size,
         runtime=runtime,
         title="Attribution",
@@ -57,8 +59,22 @@ def encode_sides(llm: LLM, requests: Sequence[EditRequest], sides: int = 2) -> l
 
 
 def collate_sides(items: Sequence[Sides], pad_token_id: int = 0) -> TargetBatch:
-    """P requests as one batch, side by side: the old answers' rows first."""
-    return collate_targets([row for side in zip(*items, strict=True) for row in side], pad_token_id)
+    """P requests as one batch, side by side: the old answers' rows first.
+
+    The last token of the longest row is left out, too: it predicts nothing that is scored.
+    """
+    batch = collate_targets([row for side in zip(*items, strict=True) for row in side], pad_token_id)
+    return replace(batch, input_ids_BT=batch.input_ids_BT[:, :-1].contiguous())
+
+
+def tokens_of(item: Sides) -> int:
+    """How many tokens an item takes: its rows are padded to one length."""
+    return len(item) * (max(len(row.token_ids) for row in item) - 1)
+
+
+def kept_of_a_token(llm: LLM) -> int:
+    """About how many numbers a backward pass keeps of a token in a block: what its linear maps take and put out."""
+    return sum(sum(sizes(projection)) for projection in llm.blocks[0].projections("block").values())
 
 
 class AttributionModule(ScoringModule):

@@ -23,6 +23,8 @@ from pipeline.model import LLM, build_trainer
 from pipeline.model.trainer import check_shares, predict
 from pipeline.requests import ListDataModule
 
+LITTLE = 1 << 24  # numbers: 64 MB of them in float32
+
 Item = tuple[int, Any]  # a request's number, and what is run for it
 Found = NDArray[np.void]  # records of number, seconds and scores
 
@@ -100,7 +102,8 @@ class ScoreLog:
 def score_batches(
     module: ScoringModule,
     items: Sequence[Any],
-    length: Callable[[Any], int],
+    tokens: Callable[[Any], int],
+    most: int,
     batch_size: int,
     runtime: Runtime,
     title: str,
@@ -111,8 +114,9 @@ def score_batches(
     Args:
         module: scores a batch.
         items: what is run for each request, one a request.
-        length: of an item in tokens: batches are of like length, the shortest first.
-        batch_size: requests in a batch.
+        tokens: how many an item takes, over all its rows.
+        most: the most tokens in a batch, padding included.
+        batch_size: the most requests in a batch.
         runtime: what it runs on, and where work is kept.
         title: the stage's name on the progress bar.
         callbacks: what watches the stage.
@@ -122,7 +126,7 @@ def score_batches(
     """
     runner = build_trainer(runtime.trainer, title, callbacks=callbacks)
     check_shares(runner, len(items))
-    batches = in_batches(list(enumerate(items)), length, min(batch_size, len(items) // runner.world_size))
+    batches = in_batches(list(enumerate(items)), tokens, most, min(batch_size, len(items) // runner.world_size))
     module.score_log = ScoreLog(runtime.work, len(module.llm.blocks))
     kept = module.score_log.read()
     done = set(kept["number"].tolist())
@@ -142,10 +146,28 @@ def score_batches(
     return values_NL
 
 
-def in_batches(items: Sequence[Item], length: Callable[[Any], int], batch_size: int) -> list[list[Item]]:
-    """Items of like length together, the shortest first."""
-    ordered = sorted(items, key=lambda item: length(item[1]))
-    return [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
+def in_batches(items: Sequence[Item], tokens: Callable[[Any], int], most: int, batch_size: int) -> list[list[Item]]:
+    """Items of like length together, the shortest first; a batch has at least one, whatever its length."""
+    batches: list[list[Item]] = []
+    for item in sorted(items, key=lambda item: tokens(item[1])):
+        count = len(batches[-1]) + 1 if batches else 0
+        if not 0 < count <= min(batch_size, most // tokens(item[1])):
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
+def tokens_at_once(llm: LLM, kept: int) -> int:
+    """How many tokens may run together so that what is kept of them takes at most half of the weights' memory.
+
+    Of small models more than that is allowed: what is kept of a pass may always be `LITTLE` numbers.
+
+    Args:
+        llm: the model.
+        kept: numbers that are kept of a token in each block.
+    """
+    weights = sum(parameter.numel() for parameter in llm.model.parameters())
+    return max(weights // 2, LITTLE) // (kept * len(llm.blocks))
 
 
 def check_finite(values_NL: Values, ids: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from pipeline.attribution.selector import Values
 
 RESAMPLES = 1000
 LEAST = 8  # requests in the smallest proxy set that is tried
-TOGETHER = 1 << 21  # draws that are in memory at once
+TOGETHER = 1 << 18  # draws that are in memory at once
 
 
 class Stability(BaseModel):

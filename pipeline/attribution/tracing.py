@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.attribution.old_answers import with_old_answers
-from pipeline.attribution.scoring import ScoringModule, score_batches
+from pipeline.attribution.scoring import ScoringModule, score_batches, tokens_at_once
 from pipeline.attribution.selector import Runtime, Values
 from pipeline.model import LLM, encode
 from pipeline.model.targets import head_reads_only, last_token
@@ -66,7 +66,8 @@ def score_tracing(
     return score_batches(
         TracingModule(llm, options),
         traced_rows(llm, answered, runtime.seed),
-        length=lambda row: len(row.token_ids),
+        tokens=lambda row: options.samples * len(row.token_ids),
+        most=tokens_at_once(llm, llm.model.config.get_text_config(decoder=True).hidden_size),
         batch_size=options.batch_size,
         runtime=runtime,
         title="Causal tracing",

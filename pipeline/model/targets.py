@@ -20,6 +20,8 @@ from pipeline.errors import UserError
 from pipeline.model.joining import Joining
 from pipeline.model.llm import LLM
 
+TOGETHER = 1024  # texts that are tokenized at once: what a tokenizer says of each takes kilobytes
+
 
 @dataclass(frozen=True)
 class TargetRow:
@@ -120,7 +122,9 @@ def prompt_tokens(llm: LLM, prompts: Sequence[str], joining: Joining | None = No
 def _token_ids(llm: LLM, texts: Sequence[str], special: bool) -> list[list[int]]:
     if not texts:
         return []
-    found = llm.tokenizer(list(texts), add_special_tokens=special).input_ids
+    found: list[list[int]] = []
+    for start in range(0, len(texts), TOGETHER):
+        found += llm.tokenizer(list(texts[start : start + TOGETHER]), add_special_tokens=special).input_ids
     closing = llm.closing_tokens if special else 0
     for text, ids in zip(texts, found, strict=True):
         if max(ids, default=0) >= llm.vocabulary:

@@ -30,7 +30,7 @@ class AttributionOptions:
     top_k: int = 1
     """How many golden layers to name."""
     batch_size: int = 16
-    """Requests in a batch."""
+    """The most requests in a batch; fewer where their tokens would take much memory."""
     trial: str = "memit"
     """sweep: the way to edit: memit, emmet, rome, alphaedit or lora."""
     samples: int = 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -115,9 +116,7 @@ class RunLog:
         self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png"}
         for layer, score in enumerate(profile.scores):
             self.tensorboard.experiment.add_scalar("attribution/score_by_block", score, layer)
-        self._figure("attribution/scores", "scores.png", score_figure(profile))
-        if profile.stability:
-            self._figure("attribution/stability", "stability.png", stability_figure(profile))
+        self._profile_figures(profile)
         show_profile(profile)
 
     def profile_kept(self) -> GoldenProfile | None:
@@ -177,12 +176,10 @@ class RunLog:
         )
         if update:
             if profile and not (self.folder / "scores.png").is_file():
-                self._figure("attribution/scores", "scores.png", score_figure(profile))
+                self._profile_figures(profile)
             report = write_report(requests, evaluation, update, profile, self.folder)
             write_text(self.folder / "report.md", report)
-            board.add_text(
-                "report", report.replace("![metrics](metrics.png)", "").replace("![scores](scores.png)", "")
-            )
+            board.add_text("report", re.sub(r"!\[\w+\]\(\w+\.png\)", "", report))
         show_metrics(evaluation)
 
     @rank_zero_only
@@ -211,6 +208,11 @@ class RunLog:
                         f"study/{name}_{method}_{kind}", f"{kind}-{name}-{method}.png", draw(study, name, method)
                     )
         show_study(study)
+
+    def _profile_figures(self, profile: GoldenProfile) -> None:
+        self._figure("attribution/scores", "scores.png", score_figure(profile))
+        if profile.stability:
+            self._figure("attribution/stability", "stability.png", stability_figure(profile))
 
     def _figure(self, tag: str, file: str, figure: Figure) -> None:
         write_whole(self.folder / file, lambda partial: figure.savefig(partial, format="png"))
