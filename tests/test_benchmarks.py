@@ -85,8 +85,13 @@ def test_the_config_for_many_requests_is_what_is_measured() -> None:
 def test_attribution_is_measured(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SOME": slice(0, 4), "MANY": 2, "TURNS": 1, "TRIED": 3, "PROXY": 4}.items():
         monkeypatch.setattr(attribution, name, value)
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in attribution.SETS:
+        (data / file).symlink_to(SHARED / file)
+    (data / "enwiki_plain.txt").write_text("The river of Spain is long, and Norway lies by the sea.\n" * 40)
     results = attribution.benchmark_attribution(
-        tiny_llm, BenchmarkCommand(what="attribution", data=str(SHARED)), tmp_path
+        tiny_llm, BenchmarkCommand(what="attribution", data=str(data)), tmp_path / "out"
     )
     by_name = {result["name"]: result for result in results}
     asked = {f"{name}: {figure}" for name, figures in attribution.BOUNDS.items() for figure in figures}

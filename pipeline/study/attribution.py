@@ -1,4 +1,4 @@
-"""`run.py benchmark attribution`: what layer gradient analysis costs in time and memory, and what its block is worth.
+"""`run.py benchmark attribution`: what layer gradient analysis costs in time and memory, and what it is worth.
 
 Requests are CounterFact's. What is compared runs in turns, and medians are taken.
 

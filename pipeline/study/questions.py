@@ -44,13 +44,19 @@ class Edited:
         scores_R = grid.scores[each, places_R]
         drawn = np.random.default_rng(0).integers(len(each), size=(RESAMPLES, len(each)))
         low, high = np.percentile(scores_R[drawn].mean(1), [2.5, 97.5])
-        figures = {name: float(np.nanmean(values[each, places_R])) for name, values in grid.values.items()}
+        figures = {name: _mean(values[each, places_R]) for name, values in grid.values.items()}
         return cls(figures, float(scores_R.mean()), float(low), float(high))
 
     def row(self, **first: float | int | str | None) -> Row:
         """As a table's row, behind the columns given."""
         shown = {name: value for name, value in self.figures.items() if "/" not in name}
         return {**first, **shown, "score": self.score, "low": self.low, "high": self.high}
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Over the requests that have such a probe; NaN where none has."""
+    there = ~np.isnan(values)
+    return float(values[there].mean()) if there.any() else float("nan")
 
 
 def everywhere(grid: Grid, block: int) -> Edited:
@@ -79,7 +85,7 @@ def golden_against_optimal(grid: Grid, golden: int, blocks: int) -> list[Row]:
     own_best = Edited.at(grid, grid.scores.argmax(1))
     fixed = best_block(grid)
     middle = middle_block(grid, blocks)
-    anywhere = {name: float(np.nanmean(values)) for name, values in grid.values.items()}
+    anywhere = {name: _mean(values) for name, values in grid.values.items()}
     means_R = grid.scores.mean(1)
     drawn = np.random.default_rng(0).integers(len(means_R), size=(RESAMPLES, len(means_R)))
     low, high = np.percentile(means_R[drawn].mean(1), [2.5, 97.5])
