@@ -69,8 +69,18 @@ EXPECTED: dict[str, tuple[str, Callable[[list[Tensor], list[Tensor]], float]]] =
     "lga_cosine": ("all", cosine),
     "lga_cosine_past_first": ("past_first", cosine),
     "lga_cosine_last": ("last", cosine),
+    "lga_subject": ("subject", dot),
     "gradient_norm": ("all", lambda _, new: dot(new, new) ** 0.5),
+    "gradient_norm_subject": ("subject", lambda _, new: dot(new, new) ** 0.5),
 }
+
+
+def kept_of(llm: LLM, request: EditRequest, keep: str) -> Callable[[int, int], slice]:
+    if keep != "subject":
+        return KEEP[keep]
+    upto = request.prompt[: request.prompt.index(request.subject or "") + len(request.subject or "")]
+    end = len(llm.tokenizer(upto).input_ids)
+    return lambda _, __: slice(end - 1, end)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,7 +94,7 @@ def test_estimators_equal_autograd(
         expected = []
         for request in requests[:4]:
             old, new = (
-                gradients(llm, request.prompt, answer or "", KEEP[keep])
+                gradients(llm, request.prompt, answer or "", kept_of(llm, request, keep))
                 for answer in (request.old_answer, request.new_answer)
             )
             expected.append([score(*pair) for pair in zip(old, new, strict=True)])

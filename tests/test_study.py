@@ -194,7 +194,7 @@ def one_block(tokenizer: PreTrainedTokenizerFast) -> LLM:
     return LLM(llm.model, tokenizer, "one-block")
 
 
-@pytest.mark.parametrize("method", ["lga", "lga_past_first", "gradient_norm", "causal_tracing"])
+@pytest.mark.parametrize("method", ["lga", "lga_past_first", "gradient_norm_subject", "causal_tracing"])
 def test_every_selector_finds_the_block_that_must_win(method: str, one_block: LLM) -> None:
     options = AttributionOptions(method=method, order="magnitude", fences=0)
     profile = find_golden_layer(one_block, load_requests("demo")[:16], options)

@@ -8,6 +8,11 @@ Blocks with massive activations (at the first token, which is the same in every 
 reasons that have nothing to do with the facts. Fences cut them off; leaving that token out, or taking the cosine,
 in which a large input counts in numerator and denominator alike, keeps what such blocks say about the facts.
 
+An edit acts where a fact is looked up: at its subject's last token (ROME, arXiv 2202.05262). That is where
+locate-then-edit changes what a block puts out, and the part of any other edit that rephrases share. So the gradient
+at that token alone says what a block can do for the fact; the first token's massive activations, and the last
+blocks' gradients at the prompt's end, where nothing is looked up, have no part in it.
+
 Shapes: R rows of all sides, T tokens, K of them kept, Q pairs of sides, P requests, L blocks.
 """
 
@@ -34,12 +39,14 @@ class Estimator(NamedTuple):
         positions: from a batch, and how many tokens all prompts begin with, to the positions (R, K) that count;
             None: all do.
         sides: how many answers of a request are run: both, or the new one alone, which then has number 0.
+        needs_subject: whether `positions` asks where a request's subject ends: then the batch's tags say so.
     """
 
     pairs: tuple[Pair, ...]
     combine: Callable[[Tensor], Tensor]
     positions: Callable[[TargetBatch, int], Tensor] | None = None
     sides: int = 2
+    needs_subject: bool = False
 
 
 def product(products_QPL: Tensor) -> Tensor:
@@ -71,6 +78,11 @@ def last_of_prompt(batch: TargetBatch, _: int) -> Tensor:
     return first_R.scatter_reduce(0, batch.row_N, batch.position_N, "amin")[:, None]
 
 
+def last_of_subject(batch: TargetBatch, _: int) -> Tensor:
+    """The subject's last token alone."""
+    return torch.tensor(batch.tags, device=batch.row_N.device)[:, None]
+
+
 COSINE = ((OLD, NEW), (OLD, OLD), (NEW, NEW))
 
 ESTIMATORS = {
@@ -79,5 +91,7 @@ ESTIMATORS = {
     "lga_cosine": Estimator(COSINE, cosine),
     "lga_cosine_past_first": Estimator(COSINE, cosine, past_shared),
     "lga_cosine_last": Estimator(COSINE, cosine, last_of_prompt),
+    "lga_subject": Estimator(((OLD, NEW),), product, last_of_subject, needs_subject=True),
     "gradient_norm": Estimator(((0, 0),), norm, sides=1),
+    "gradient_norm_subject": Estimator(((0, 0),), norm, last_of_subject, sides=1, needs_subject=True),
 }

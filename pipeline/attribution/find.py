@@ -25,10 +25,15 @@ from pipeline.model import LLM
 from pipeline.options import AttributionOptions, TrainerOptions
 from pipeline.requests import EditRequest
 
-FENCED = ("lga", "gradient_norm")
+FENCED = ("lga", "lga_past_first", "lga_subject", "gradient_norm", "gradient_norm_subject")
 
 METHODS: dict[str, Selector] = {
-    name: Selector(partial(score_gradients, estimator), of_gradients=True, fenced=name in FENCED)
+    name: Selector(
+        partial(score_gradients, estimator),
+        needs_subject=estimator.needs_subject,
+        of_gradients=True,
+        fenced=name in FENCED,
+    )
     for name, estimator in ESTIMATORS.items()
 } | {
     "causal_tracing": Selector(score_tracing, needs_subject=True),

@@ -39,7 +39,7 @@ def score_gradients(
     attribution = GradientAttribution(llm.blocks, options.scope, estimator, shared)
     return score_batches(
         AttributionModule(llm, attribution),
-        encode_sides(llm, requests, estimator.sides),
+        encode_sides(llm, requests, estimator.sides, estimator.needs_subject),
         tokens=tokens_of,
         most=tokens_at_once(llm, kept_of_a_token(llm)),
         batch_size=options.batch_size,
@@ -49,13 +49,28 @@ def score_gradients(
     )
 
 
-def encode_sides(llm: LLM, requests: Sequence[EditRequest], sides: int = 2) -> list[Sides]:
-    """Old and new answer of every request as token rows; with one side, the new one alone."""
-    new = encode(llm, [(r.prompt, r.new_answer) for r in requests])
-    if sides == 1:
-        return [(row,) for row in new]
-    old = encode(llm, [(r.prompt, r.old_answer or "") for r in requests])
-    return list(zip(old, new, strict=True))
+def encode_sides(
+    llm: LLM, requests: Sequence[EditRequest], sides: int = 2, with_subject: bool = False
+) -> list[Sides]:
+    """Old and new answer of every request as token rows; with one side, the new one alone.
+
+    With `with_subject` the rows' tags are the places of their subjects' last tokens.
+    """
+    answers = [[r.old_answer or "" for r in requests]] if sides == 2 else []
+    answers.append([r.new_answer for r in requests])
+    encoded = [encode(llm, [(r.prompt, a) for r, a in zip(requests, given, strict=True)]) for given in answers]
+    if with_subject:
+        encoded = [
+            [_tagged(llm, *one) for one in zip(requests, given, rows, strict=True)]
+            for given, rows in zip(answers, encoded, strict=True)
+        ]
+    return list(zip(*encoded, strict=True))
+
+
+def _tagged(llm: LLM, request: EditRequest, answer: str, row: TargetRow) -> TargetRow:
+    """With the place of the subject's last token."""
+    end = request.prompt.rindex(request.subject or "") + len(request.subject or "")
+    return replace(row, tag=min(last_token(llm, request.prompt, end, answer), row.target_start - 1))
 
 
 def collate_sides(items: Sequence[Sides], pad_token_id: int = 0) -> TargetBatch:

@@ -28,7 +28,7 @@ from pipeline.study.questions import (
 from pipeline.study.results import RESULTS_FILE, Results, digest
 from pipeline.study.sweep import Grid, Sweep, check_trial
 
-UNFENCED = "lga without fences"
+UNFENCED = "{} without fences"
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,14 @@ def run_study(llm: LLM, sets: Sequence[RequestSet], options: StudyCommand, folde
 
 
 def _profiles(llm: LLM, one: RequestSet, options: StudyCommand, folder: Path) -> dict[str, GoldenProfile]:
-    """What each selector makes of a set's proxy requests; LGA's scores also without fences."""
+    """What each selector makes of a set's proxy requests, where it has fences also without them."""
     found: dict[str, GoldenProfile] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for selector in options.selectors:
         own = replace(options.attribution, method=selector)
-        ways = {selector: own} | ({UNFENCED: replace(own, fences=0.0)} if selector == "lga" else {})
+        ways = {selector: own}
+        if SELECTORS[selector].fenced and own.fences:
+            ways[UNFENCED.format(selector)] = replace(own, fences=0.0)
         files = {
             name: folder / f"{digest(llm.fingerprint, llm.chat, asdict(way), one.proxy)}.json"
             for name, way in ways.items()
