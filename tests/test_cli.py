@@ -222,7 +222,7 @@ def test_yaml_gives_the_number_of_devices(devices: str, tmp_path: Path, received
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_every_shipped_config_parses(file: Path, received: list[Any]) -> None:
-    command = ["update", *STORE] if file.stem == "update" else ["run"]
+    command = {"update": ["update", *STORE], "study": ["study"]}.get(file.stem, ["run"])
     assert main([*command, "--config", str(file)]) == 0
     content = yaml.safe_load(file.read_text())
     assert differences(content, asdict(received[0])) == []
