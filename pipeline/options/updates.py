@@ -27,9 +27,9 @@ class StoreOptions:
 class StackedLocateOptions(LocateOptions):
     """Locate-then-edit where one layer is to hold batch after batch: small values, so that many get along."""
 
-    key_contexts: int = 3
+    key_contexts: int = 1
     """Contexts that a subject's keys are taken under; at most 9."""
-    neighbour_weight: float = 0.2
+    neighbour_weight: float = 0.1
     """memit: weight of such names against ordinary text."""
     steps: int | None = 25
     """The most optimiser steps of a value; null: 40 for up to 10 requests, 22 for more."""
@@ -38,7 +38,7 @@ class StackedLocateOptions(LocateOptions):
     bound: float | None = 1.3
     """Largest change of a value, in units of the projection's output norm; null: 2 for up to 10 requests, 1.6 for
     more."""
-    strength: float = 30.0
+    strength: float = 20.0
     """memit: weight of what is to stay against the requests, free of the keys' scale."""
 
 

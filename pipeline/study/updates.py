@@ -143,6 +143,7 @@ class UpdatesBench(Bench):
         options.edit.layers = find_golden_layer(
             self.llm, self.records[PROXY], AttributionOptions(), self.options.trainer
         ).golden_layers
+        options.evaluation.generation = "none"  # gates are teacher-forced, and answers would take most of the time
         with Store(options.store, self.llm.name, make=True) as store:
             for week in range(WEEKS):
                 self._week(store, options, requests[week * EACH : (week + 1) * EACH], week)
