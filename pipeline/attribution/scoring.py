@@ -21,7 +21,7 @@ from pipeline.attribution.selector import Runtime, Values
 from pipeline.errors import UserError
 from pipeline.model import LLM, build_trainer
 from pipeline.model.trainer import check_shares, predict
-from pipeline.requests import ListDataModule
+from pipeline.requests import ListDataModule, in_batches
 
 LITTLE = 1 << 24  # numbers: 64 MB of them in float32
 
@@ -126,7 +126,8 @@ def score_batches(
     """
     runner = build_trainer(runtime.trainer, title, callbacks=callbacks)
     check_shares(runner, len(items))
-    batches = in_batches(list(enumerate(items)), tokens, most, min(batch_size, len(items) // runner.world_size))
+    together = min(batch_size, len(items) // runner.world_size)
+    batches = in_batches(list(enumerate(items)), lambda item: tokens(item[1]), together, most)
     module.score_log = ScoreLog(runtime.work, len(module.llm.blocks))
     kept = module.score_log.read()
     done = set(kept["number"].tolist())
@@ -144,17 +145,6 @@ def score_batches(
     values_NL = np.empty((len(items), len(module.llm.blocks)))
     values_NL[kept["number"]] = kept["scores"]
     return values_NL
-
-
-def in_batches(items: Sequence[Item], tokens: Callable[[Any], int], most: int, batch_size: int) -> list[list[Item]]:
-    """Items of like length together, the shortest first; a batch has at least one, whatever its length."""
-    batches: list[list[Item]] = []
-    for item in sorted(items, key=lambda item: tokens(item[1])):
-        count = len(batches[-1]) + 1 if batches else 0
-        if not 0 < count <= min(batch_size, most // tokens(item[1])):
-            batches.append([])
-        batches[-1].append(item)
-    return batches
 
 
 def tokens_at_once(llm: LLM, kept: int) -> int:

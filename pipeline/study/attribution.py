@@ -27,11 +27,11 @@ from pipeline.attribution.lga import (
     kept_of_a_token,
     tokens_of,
 )
-from pipeline.attribution.scoring import in_batches, tokens_at_once
+from pipeline.attribution.scoring import tokens_at_once
 from pipeline.model import LLM, TargetBatch, encode, target_logits, target_losses
 from pipeline.model.targets import collate_targets
 from pipeline.options import AttributionOptions, BenchmarkCommand, StudyCommand
-from pipeline.requests import EditRequest, load_requests
+from pipeline.requests import EditRequest, in_batches, load_requests
 from pipeline.study.bench import COUNTERFACT, Bench, Figures
 from pipeline.study.study import parted, run_study
 
@@ -144,7 +144,7 @@ class AttributionBench(Bench):
         """Old and new answers as attribution batches them."""
         items = list(enumerate(encode_sides(self.llm, requests)))
         most = tokens_at_once(self.llm, kept_of_a_token(self.llm))
-        batches = in_batches(items, tokens_of, most, AttributionOptions().batch_size)
+        batches = in_batches(items, lambda item: tokens_of(item[1]), AttributionOptions().batch_size, most)
         collated = [collate_sides([item for _, item in batch], self.llm.pad_token_id) for batch in batches]
         return [move_data_to_device(batch, self.device) for batch in collated]
 
