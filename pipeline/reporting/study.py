@@ -76,7 +76,7 @@ def _cell(name: str, value: float | int | str | None) -> str:
 def sweep_figure(study: Study, name: str, method: str) -> Figure:
     """What single edits come to, block by block, and which request does best where."""
     grid, golden = study.grids[name][method], study.golden[name]
-    with look(10.5, 4.2) as figure:
+    with look(10.5, 4.6) as figure:
         curves, squares = figure.subplots(1, 2, width_ratios=(5, 4))
         means = {metric: np.nanmean(grid.values[metric], axis=0) for metric in JUDGED_BY if metric in grid.values}
         for metric, mean in (means | {"score": grid.scores.mean(0)}).items():
@@ -92,7 +92,7 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         curves.set_xlabel(f"block of {study.model}")
         curves.set_ylabel(f"mean of {len(grid.scores)} requests, each edited alone")
         curves.set_title(f"{name}, {method}: single edits by block")
-        curves.legend(fontsize=8, frameon=False, loc="lower left")
+        curves.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
         _squares(figure, squares, grid)
         squares.set_xlabel(f"block of {study.model}")
     return figure

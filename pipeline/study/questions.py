@@ -146,7 +146,9 @@ def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks
                 "spearman": rank_correlation(scores, grid),
                 "spearman inside the fences": rank_correlation(scores, grid, profile.excluded),
                 "seconds": profile.seconds,
-                "times faster than the sweep": a_request * profile.requests / max(profile.seconds, 1e-3),
+                "times faster than the sweep": (
+                    a_request * profile.requests / profile.seconds if profile.stability else None
+                ),
             }
         )
     return [*rows, _half_swept(grid)]

@@ -162,7 +162,7 @@ def run_study(llm: LLM, sets: Sequence[RequestSet], options: StudyCommand, folde
     sweep = Sweep(llm, options.edit, options.evaluation, runtime, results, options.together)
     grids = {
         one.name: {
-            method: sweep.run(method, one.tried, blocks, f"{one.name}, {method}"[:22]) for method in options.methods
+            method: sweep.run(method, one.tried, blocks, f"{method}, {one.name}"[:22]) for method in options.methods
         }
         for one in sets
     }

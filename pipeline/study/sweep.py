@@ -94,8 +94,9 @@ class Sweep:
         trial = self._trial(options)
         found = self.results.of(trial, requests)
         missing = [n for n in range(len(requests)) if any((n, block) not in found for block in blocks)]
-        if missing:
-            self._find_statistics(options, blocks)
+        if not missing:
+            return _grid(found, len(requests), blocks)
+        self._find_statistics(options, blocks)
         with one_bar(title, len(missing) * len(blocks)) as advance, self.llm.frozen():
             for at in range(0, len(missing), self.together):
                 numbers = missing[at : at + self.together]
