@@ -223,7 +223,7 @@ def benchmark(options: BenchmarkCommand) -> None:
     from pipeline.study import BENCHMARKS
 
     with _working(options, "benchmark") as log:
-        results = BENCHMARKS[options.what](_load(options), options, log.work)
+        results = BENCHMARKS[options.what](_load(options), options, log.work).results()
         write_json(log.folder / "benchmark.json", results)
         show_benchmark(results)
 

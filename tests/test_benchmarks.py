@@ -39,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_every_figure_is_found_once(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = BenchmarkCommand(data=str(SHARED))
-    results = editing.benchmark_editing(tiny_llm, options, tmp_path)
+    results = editing.EditingBench(tiny_llm, options, tmp_path).results()
     assert all(set(result) == {"name", "value", "bound", "met"} for result in results)
     asked = {f"{name}: {figure}" for name, figures in editing.BOUNDS.items() for figure in figures}
     assert asked == {result["name"] for result in results if result["bound"] is not None}
@@ -54,7 +54,7 @@ def test_every_figure_is_found_once(tiny_llm: LLM, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(editing.EditingBench, "edit", again)
     monkeypatch.setattr(editing, "find_golden_layer", again)
-    assert editing.benchmark_editing(tiny_llm, options, tmp_path) == results
+    assert editing.EditingBench(tiny_llm, options, tmp_path).results() == results
     assert all(json.loads(file.read_text(encoding="utf-8")) for file in tmp_path.glob("*.json"))
 
 
@@ -62,9 +62,9 @@ def test_every_figure_is_found_once(tiny_llm: LLM, tmp_path: Path, monkeypatch: 
 def test_batches_agree_with_single_texts(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TOGETHER": slice(0, 4), "WHOLE": slice(0, 8), "TURNS": 1}.items():
         monkeypatch.setattr(evaluation, name, value)
-    results = evaluation.benchmark_evaluation(
+    results = evaluation.EvaluationBench(
         tiny_llm, BenchmarkCommand(what="evaluation", data=str(SHARED)), tmp_path
-    )
+    ).results()
     by_name = {result["name"]: result for result in results}
     asked = {f"{name}: {figure}" for name, figures in evaluation.BOUNDS.items() for figure in figures}
     assert asked == {name for name, result in by_name.items() if result["bound"] is not None}
@@ -90,9 +90,9 @@ def test_attribution_is_measured(tiny_llm: LLM, tmp_path: Path, monkeypatch: pyt
     for file in attribution.SETS:
         (data / file).symlink_to(SHARED / file)
     (data / "enwiki_plain.txt").write_text("The river of Spain is long, and Norway lies by the sea.\n" * 40)
-    results = attribution.benchmark_attribution(
+    results = attribution.AttributionBench(
         tiny_llm, BenchmarkCommand(what="attribution", data=str(data)), tmp_path / "out"
-    )
+    ).results()
     by_name = {result["name"]: result for result in results}
     asked = {f"{name}: {figure}" for name, figures in attribution.BOUNDS.items() for figure in figures}
     assert asked == {name for name, result in by_name.items() if result["bound"] is not None}

@@ -255,6 +255,17 @@ def test_a_study_folder_of_other_options_is_refused(
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
 
 
+def test_sets_of_one_name_are_refused(
+    command: list[str], request_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other" / request_file.name
+    other.parent.mkdir()
+    other.write_bytes(request_file.read_bytes())
+    assert main([*command, "--requests", f"[{request_file},{other}]"]) == 1
+    assert "different names" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

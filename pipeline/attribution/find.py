@@ -72,7 +72,7 @@ def find_golden_layer(
 def check_method(requests: Sequence[EditRequest], options: AttributionOptions) -> None:
     """Raise UserError for an unknown method, or requests without the subject that it needs."""
     check_choice("method", options.method, METHODS)
-    missing = [r.id for r in requests if not r.subject or r.subject not in r.prompt]
+    missing = [r.id for r in requests if not r.names_subject]
     if missing and METHODS[options.method].needs_subject:
         raise UserError(
             f"method: {options.method} needs each request's subject in its prompt; not so in {len(missing)} of "

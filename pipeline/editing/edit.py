@@ -134,7 +134,7 @@ def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRe
 
 def check_subjects(requests: Sequence[EditRequest], method: str) -> None:
     """Raise UserError when a method needs subjects, and a request's prompt does not hold its own."""
-    missing = [r.id for r in requests if not r.subject or r.subject not in r.prompt]
+    missing = [r.id for r in requests if not r.names_subject]
     if missing and METHODS[method].make.needs_subject:
         raise UserError(
             f"edit: {method} needs each request's subject in its prompt; not so in {len(missing)} of "

@@ -92,7 +92,7 @@ class AloneEvaluator:
         ]
 
     def _read(self) -> Readings:
-        return Readings.of(predict(build_trainer(self.trainer, ""), self.reader, self.data))
+        return Readings.of(predict(build_trainer(self.trainer, "Measuring"), self.reader, self.data))
 
 
 class AloneReader(Reader):

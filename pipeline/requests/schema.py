@@ -45,3 +45,8 @@ class EditRequest(BaseModel):
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
     source: str | None = None
+
+    @property
+    def names_subject(self) -> bool:
+        """Whether it has a subject that its prompt holds."""
+        return self.subject is not None and self.subject in self.prompt

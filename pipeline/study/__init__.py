@@ -1,27 +1,18 @@
 """What stands above editing and evaluation: trial edits, studies, and measurements of the methods themselves."""
 
-from pipeline.study.attribution import benchmark_attribution
-from pipeline.study.editing import benchmark_editing
-from pipeline.study.evaluation import benchmark_evaluation
+from pipeline.study.attribution import AttributionBench
+from pipeline.study.bench import Bench
+from pipeline.study.editing import EditingBench
+from pipeline.study.evaluation import EvaluationBench
 from pipeline.study.study import Study, run_study
 from pipeline.study.sweep import Grid, Sweep
-from pipeline.study.updates import benchmark_updates
+from pipeline.study.updates import UpdatesBench
 
-BENCHMARKS = {
-    "attribution": benchmark_attribution,
-    "editing": benchmark_editing,
-    "evaluation": benchmark_evaluation,
-    "updates": benchmark_updates,
+BENCHMARKS: dict[str, type[Bench]] = {
+    "attribution": AttributionBench,
+    "editing": EditingBench,
+    "evaluation": EvaluationBench,
+    "updates": UpdatesBench,
 }
 
-__all__ = [
-    "BENCHMARKS",
-    "Grid",
-    "Study",
-    "Sweep",
-    "benchmark_attribution",
-    "benchmark_editing",
-    "benchmark_evaluation",
-    "benchmark_updates",
-    "run_study",
-]
+__all__ = ["BENCHMARKS", "Bench", "Grid", "Study", "Sweep", "run_study"]

@@ -8,13 +8,10 @@ profiler sees them come and go, on CUDA as the allocator counts.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -28,9 +25,9 @@ from pipeline.attribution.lga import (
     tokens_of,
 )
 from pipeline.attribution.scoring import tokens_at_once
-from pipeline.model import LLM, TargetBatch, encode, target_logits, target_losses
+from pipeline.model import TargetBatch, encode, target_logits, target_losses
 from pipeline.model.targets import collate_targets
-from pipeline.options import AttributionOptions, BenchmarkCommand, StudyCommand
+from pipeline.options import AttributionOptions, StudyCommand
 from pipeline.requests import EditRequest, in_batches, load_requests
 from pipeline.study.bench import COUNTERFACT, Bench, Figures
 from pipeline.study.study import parted, run_study
@@ -56,22 +53,13 @@ BOUNDS: dict[str, Figures] = {  # what a figure is to reach: at most, and speed-
 AT_MOST = ("time", "memory", "regret of LGA's block")
 
 
-def benchmark_attribution(llm: LLM, options: BenchmarkCommand, folder: Path) -> list[dict[str, Any]]:
-    """Measure everything that `BOUNDS` names; what is in `folder` is not done again.
-
-    Args:
-        llm: the model.
-        options: where the data lies, and what it runs on.
-        folder: takes a file a measurement.
-
-    Returns:
-        a list of {"name", "value", "bound", "met"}; bound and met are None where nothing is asked for.
-    """
-    return AttributionBench(llm, options, folder, 2 * MANY).results(BOUNDS, AT_MOST)
-
-
 class AttributionBench(Bench):
     """LGA against less, against the plain way to the same scores, and against trying every block."""
+
+    bounds = BOUNDS
+    at_most = AT_MOST
+    files = SETS
+    needed = 2 * MANY
 
     def measurements(self) -> Iterator[tuple[str, Callable[[], Figures]]]:
         """Name and function of each."""
@@ -85,7 +73,7 @@ class AttributionBench(Bench):
         """Time and memory over those of a forward pass, logits at the answers' tokens included."""
         batches = self._batches(self.records[SOME])
         plain, lga = partial(self._plain, batches), partial(self._lga, batches)
-        seconds = self._in_turns({"plain": plain, "lga": lga})
+        seconds, _ = self.in_turns({"plain": plain, "lga": lga}, TURNS, warm_up=1)
         largest = max(batches, key=lambda batch: batch.input_ids_BT.numel())
         memory = self._memory({"plain": partial(self._plain, [largest]), "lga": partial(self._lga, [largest])})
         return {
@@ -97,15 +85,14 @@ class AttributionBench(Bench):
     def autograd(self) -> Figures:
         """How much sooner LGA is done than the gradients themselves are, and whether both say the same."""
         requests = self.records[SOME]
-        found: dict[str, torch.Tensor] = {}
 
-        def lga() -> None:
-            found["lga"] = torch.from_numpy(score_requests(self.llm, requests, trainer=self.trainer).values)
+        def lga() -> torch.Tensor:
+            return torch.from_numpy(score_requests(self.llm, requests, trainer=self.trainer).values)
 
-        def reference() -> None:
-            found["autograd"] = torch.stack([self._products(request) for request in requests])
+        def reference() -> torch.Tensor:
+            return torch.stack([self._products(request) for request in requests])
 
-        seconds = self._in_turns({"lga": lga, "autograd": reference})
+        seconds, found = self.in_turns({"lga": lga, "autograd": reference}, TURNS, warm_up=1)
         means = {name: values.mean(0) for name, values in found.items()}
         return {
             "speed-up": seconds["autograd"] / seconds["lga"],
@@ -118,7 +105,7 @@ class AttributionBench(Bench):
     def twice(self) -> Figures:
         """Time over that for half of the requests."""
         half, whole = (partial(score_requests, self.llm, self.records[:n]) for n in (MANY, 2 * MANY))
-        seconds = self._in_turns({"half": half, "whole": whole})
+        seconds, _ = self.in_turns({"half": half, "whole": whole}, TURNS, warm_up=1)
         return {"time": seconds["whole"] / seconds["half"]}
 
     def trials(self, file: str) -> Figures:
@@ -175,17 +162,6 @@ class AttributionBench(Bench):
                 gradients.append(dict(zip(every, torch.autograd.grad(loss, weights), strict=True)))
         old, new = gradients
         return torch.tensor([sum((old[n] * new[n]).sum().item() for n in row) for row in names])
-
-    def _in_turns(self, ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        """Median seconds of each, run one after the other, `TURNS` times after one run to warm up."""
-        took: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(TURNS + 1):
-            for name, way in ways.items():
-                started = time.perf_counter()
-                way()
-                if turn > 0:
-                    took[name].append(time.perf_counter() - started)
-        return {name: median(each) for name, each in took.items()}
 
     def _memory(self, ways: dict[str, Callable[[], None]]) -> dict[str, float]:
         """Bytes that the weights and a way's pass take together at their peak."""

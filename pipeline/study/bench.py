@@ -30,23 +30,34 @@ class Bench:
         llm: the model.
         options: where the data lies, and what it runs on.
         folder: takes a file a measurement, so that an interrupted benchmark goes on where it stopped.
-        needed: how many records there are to be.
+
+    Attributes:
+        bounds: by measurement and figure: the least, or for those in `at_most` the most.
+        at_most: figures that are to be small.
+        files: request sets that are to be in the data's folder.
+        needed: how many records CounterFact is to have.
 
     Raises:
         UserError: when the data is not there.
     """
 
-    def __init__(self, llm: LLM, options: BenchmarkCommand, folder: Path, needed: int) -> None:
+    bounds: Mapping[str, Figures] = {}
+    at_most: Collection[str] = ()
+    files: Sequence[str] = (COUNTERFACT,)
+    needed = 1
+
+    def __init__(self, llm: LLM, options: BenchmarkCommand, folder: Path) -> None:
         self.llm = llm
         self.options = options
         self.folder = folder
         self.trainer = options.trainer
         data = Path(options.data)
-        if not (data / COUNTERFACT).is_file():
-            raise UserError(f"data: {data}: holds no {COUNTERFACT}; expected CounterFact in EasyEdit's layout")
+        for file in self.files:
+            if not (data / file).is_file():
+                raise UserError(f"data: {data}: holds no {file}; expected {', '.join(self.files)}")
         self.records = load_requests(str(data / COUNTERFACT))
-        if len(self.records) < needed:
-            raise UserError(f"data: {data / COUNTERFACT}: {len(self.records)} records; {needed} are needed")
+        if len(self.records) < self.needed:
+            raise UserError(f"data: {data / COUNTERFACT}: {len(self.records)} records; {self.needed} are needed")
         self.device = next(llm.model.parameters()).device
         self.text = str(data / TEXT) if (data / TEXT).is_file() else None
 
@@ -63,12 +74,8 @@ class Bench:
         figures: Figures = json.loads(file.read_text(encoding="utf-8"))
         return figures
 
-    def results(self, bounds: Mapping[str, Figures], at_most: Collection[str]) -> list[dict[str, Any]]:
-        """Every figure against what is asked of it.
-
-        Args:
-            bounds: by measurement and figure: the least, or for those in `at_most` the most.
-            at_most: figures that are to be small.
+    def results(self) -> list[dict[str, Any]]:
+        """Every figure against what is asked of it; what is in the folder is not measured again.
 
         Returns:
             a list of {"name", "value", "bound", "met"}; bound and met are None where nothing is asked for.
@@ -76,10 +83,31 @@ class Bench:
         results = []
         for name, measure in self.measurements():
             for figure, value in self.kept(name, measure).items():
-                bound = bounds.get(name, {}).get(figure)
-                met = None if bound is None else (value <= bound if figure in at_most else value >= bound)
+                bound = self.bounds.get(name, {}).get(figure)
+                met = None if bound is None else (value <= bound if figure in self.at_most else value >= bound)
                 results.append({"name": f"{name}: {figure}", "value": round(value, 4), "bound": bound, "met": met})
         return results
+
+    @staticmethod
+    def in_turns(
+        ways: Mapping[str, Callable[[], Any]], turns: int, warm_up: int = 0
+    ) -> tuple[Figures, dict[str, Any]]:
+        """Median seconds of each way, all being done in turns, and what each returned last.
+
+        Args:
+            ways: what is done, by name.
+            turns: how often each is timed.
+            warm_up: how often each is done untimed before.
+        """
+        took: dict[str, list[float]] = {name: [] for name in ways}
+        returned = {}
+        for turn in range(warm_up + turns):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                returned[name] = way()
+                if turn >= warm_up:
+                    took[name].append(time.perf_counter() - started)
+        return {name: median(seconds) for name, seconds in took.items()}, returned
 
     @torch.no_grad()
     def pass_seconds(self, requests: Sequence[EditRequest]) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,11 +18,10 @@ from lightning.fabric.utilities import move_data_to_device
 from pipeline.attribution import find_golden_layer
 from pipeline.editing import WeightUpdate, edit
 from pipeline.evaluation import Evaluator
-from pipeline.model import LLM, collate_targets, encode, target_losses
+from pipeline.model import collate_targets, encode, target_losses
 from pipeline.model.upper import handing_on, reading_enter
 from pipeline.options import (
     AttributionOptions,
-    BenchmarkCommand,
     EditOptions,
     FinetuneOptions,
     LocateOptions,
@@ -58,22 +56,12 @@ BOUNDS: dict[str, Figures] = {  # what a figure is to reach: at least, or for co
 AT_MOST = ("cost", "perplexity ratio", "difference of the gradient")
 
 
-def benchmark_editing(llm: LLM, options: BenchmarkCommand, folder: Path) -> list[dict[str, Any]]:
-    """Measure everything that `BOUNDS` names and the methods beside it; what is in `folder` is not done again.
-
-    Args:
-        llm: the model.
-        options: where the data lies, and what it runs on.
-        folder: takes a file a measurement.
-
-    Returns:
-        a list of {"name", "value", "bound", "met"}; bound and met are None where nothing is asked for.
-    """
-    return EditingBench(llm, options, folder, PROXY.stop).results(BOUNDS, AT_MOST)
-
-
 class EditingBench(Bench):
     """The golden layer, and one method a measurement."""
+
+    bounds = BOUNDS
+    at_most = AT_MOST
+    needed = PROXY.stop
 
     def measurements(self) -> Iterator[tuple[str, Callable[[], Figures]]]:
         """Name and function of each, what something is asked of first."""

@@ -5,11 +5,8 @@ Runs that are compared alternate, and medians count, so that a machine's moods f
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from statistics import median
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -17,9 +14,8 @@ from lightning.fabric.utilities import move_data_to_device
 from pipeline.evaluation import Evaluator, Measurement
 from pipeline.evaluation.plan import Plan
 from pipeline.evaluation.rows import RowBatch
-from pipeline.model import LLM
 from pipeline.model.targets import head_reads_only
-from pipeline.options import BenchmarkCommand, EvaluationOptions
+from pipeline.options import EvaluationOptions
 from pipeline.study.bench import Bench, Figures
 
 TOGETHER = slice(0, 100)  # records measured in batches and one text at a time
@@ -39,22 +35,12 @@ ALL_PROBES = ("generation", "probes", "probability")
 TEACHER_FORCED = ("rewrite", "rephrase", "locality", "portability")
 
 
-def benchmark_evaluation(llm: LLM, options: BenchmarkCommand, folder: Path) -> list[dict[str, Any]]:
-    """Measure what `BOUNDS` names; what is in `folder` is not done again.
-
-    Args:
-        llm: the model.
-        options: where the data lies, and what it runs on.
-        folder: takes a file a measurement.
-
-    Returns:
-        a list of {"name", "value", "bound", "met"}; bound and met are None where nothing is asked for.
-    """
-    return EvaluationBench(llm, options, folder, WHOLE.stop).results(BOUNDS, AT_MOST)
-
-
 class EvaluationBench(Bench):
     """The evaluator beside slower ways to the same figures."""
+
+    bounds = BOUNDS
+    at_most = AT_MOST
+    needed = WHOLE.stop
 
     def measurements(self) -> Iterator[tuple[str, Callable[[], Figures]]]:
         """Name and function of each."""
@@ -73,7 +59,9 @@ class EvaluationBench(Bench):
                 ("single teacher-forced", single, ("probes",)),
             )
         }
-        seconds, measured = self._in_turns({name: one.measure for name, one in evaluators.items()})
+        seconds, measured = self.in_turns(
+            {name: partial(one.measure, name.capitalize()) for name, one in evaluators.items()}, TURNS
+        )
         return {
             "speed-up": seconds["single"] / seconds["batched"],
             "speed-up, teacher-forced alone": seconds["single teacher-forced"] / seconds["batched teacher-forced"],
@@ -89,28 +77,14 @@ class EvaluationBench(Bench):
         (loader,) = plan.data(1).predict_dataloader()
         batches = list(loader)
 
-        def evaluated(title: str) -> Measurement:
-            return Evaluator(self.llm, self.records[WHOLE], options, self.trainer, ("probes",)).measure(title)
+        def evaluated() -> Measurement:
+            return Evaluator(self.llm, self.records[WHOLE], options, self.trainer, ("probes",)).measure("Evaluated")
 
-        def passed(title: str) -> None:
-            self._plain_passes(batches)
-
-        seconds, _ = self._in_turns({"evaluated": evaluated, "passed": passed})
+        seconds, _ = self.in_turns({"evaluated": evaluated, "passed": partial(self._plain_passes, batches)}, TURNS)
         return {
             "cost in forward passes": seconds["evaluated"] / seconds["passed"],
             "seconds a request": seconds["evaluated"] / len(self.records[WHOLE]),
         }
-
-    def _in_turns(self, ways: Mapping[str, Callable[[str], Any]]) -> tuple[Figures, dict[str, Any]]:
-        """Median seconds of each way, all being done in turns, and what each returned last."""
-        took: dict[str, list[float]] = {name: [] for name in ways}
-        returned = {}
-        for _ in range(TURNS):
-            for name, way in ways.items():
-                started = time.perf_counter()
-                returned[name] = way(name.capitalize())
-                took[name].append(time.perf_counter() - started)
-        return {name: median(seconds) for name, seconds in took.items()}, returned
 
     @torch.no_grad()
     def _plain_passes(self, batches: Sequence[RowBatch]) -> None:

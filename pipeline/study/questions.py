@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torchmetrics.functional import spearman_corrcoef
 
 from pipeline.attribution import GoldenProfile
+from pipeline.evaluation import Estimate
+from pipeline.evaluation.values import Column
 from pipeline.study.sweep import Grid
-
-RESAMPLES = 1000
 
 Row = dict[str, float | int | str | None]
 
@@ -29,28 +29,27 @@ class Edited:
 
     Attributes:
         figures: the mean of every metric.
-        score: the mean score, with its 95% bootstrap interval.
+        score: the mean score, with its 95% bootstrap interval over requests.
     """
 
     figures: dict[str, float]
-    score: float
-    low: float
-    high: float
+    score: Estimate
 
     @classmethod
     def at(cls, grid: Grid, places_R: NDArray[np.int64]) -> Edited:
         """Each request at a block of its own, given by the block's place in the grid."""
         each = np.arange(len(places_R))
-        scores_R = grid.scores[each, places_R]
-        drawn = np.random.default_rng(0).integers(len(each), size=(RESAMPLES, len(each)))
-        low, high = np.percentile(scores_R[drawn].mean(1), [2.5, 97.5])
         figures = {name: _mean(values[each, places_R]) for name, values in grid.values.items()}
-        return cls(figures, float(scores_R.mean()), float(low), float(high))
+        return cls(figures, _estimate(grid.scores[each, places_R]))
 
     def row(self, **first: float | int | str | None) -> Row:
         """As a table's row, behind the columns given."""
         shown = {name: value for name, value in self.figures.items() if "/" not in name}
-        return {**first, **shown, "score": self.score, "low": self.low, "high": self.high}
+        return {**first, **shown, "score": self.score.mean, "low": self.score.low, "high": self.score.high}
+
+
+def _estimate(values_R: NDArray[np.float64]) -> Estimate:
+    return Column(dict(enumerate(values_R.tolist()))).mean().estimate()
 
 
 def _mean(values: NDArray[np.float64]) -> float:
@@ -86,18 +85,15 @@ def golden_against_optimal(grid: Grid, golden: int, blocks: int) -> list[Row]:
     fixed = best_block(grid)
     middle = middle_block(grid, blocks)
     anywhere = {name: _mean(values) for name, values in grid.values.items()}
-    means_R = grid.scores.mean(1)
-    drawn = np.random.default_rng(0).integers(len(means_R), size=(RESAMPLES, len(means_R)))
-    low, high = np.percentile(means_R[drawn].mean(1), [2.5, 97.5])
     chosen = {
         "each request's own best block": (None, own_best),
         "best fixed block": (fixed, everywhere(grid, fixed)),
         "golden layer": (golden, everywhere(grid, golden)),
         "middle block": (middle, everywhere(grid, middle)),
-        "a block at random": (None, Edited(anywhere, float(means_R.mean()), float(low), float(high))),
+        "a block at random": (None, Edited(anywhere, _estimate(grid.scores.mean(1)))),
     }
     return [
-        edited.row(choice=name, block=block) | {"of the optimum": edited.score / own_best.score}
+        edited.row(choice=name, block=block) | {"of the optimum": edited.score.mean / own_best.score.mean}
         for name, (block, edited) in chosen.items()
     ]
 
@@ -141,7 +137,7 @@ def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks
             {
                 "selector": name,
                 "block": block,
-                "score": everywhere(grid, block).score,
+                "score": everywhere(grid, block).score.mean,
                 "regret": regret(grid, block),
                 "spearman": rank_correlation(scores, grid),
                 "spearman inside the fences": rank_correlation(scores, grid, profile.excluded),
@@ -163,7 +159,7 @@ def _half_swept(grid: Grid) -> Row:
         block = best_block(grid.taken(own))
         found.append(block)
         regrets.append(regret(grid.taken(other), block))
-        scores.append(everywhere(grid.taken(other), block).score)
+        scores.append(everywhere(grid.taken(other), block).score.mean)
     return {
         "selector": "sweep of the other half",
         "block": " and ".join(map(str, dict.fromkeys(found))),

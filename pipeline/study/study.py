@@ -116,6 +116,9 @@ def _grid_json(grid: Grid) -> dict[str, Any]:
 
 def check_study(sets: Sequence[RequestSet], options: StudyCommand) -> None:
     """Raise UserError for what can be known before the model is loaded: sets, methods and selectors that fail."""
+    names = [one.name for one in sets]
+    if len(set(names)) < len(names):
+        raise UserError(f"requests: {', '.join(names)}: expected files of different names, which tables tell apart")
     for one in sets:
         for method in options.methods:
             check_trial(method, options.edit, one.tried)

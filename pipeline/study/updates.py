@@ -17,9 +17,8 @@ import torch
 from pipeline.attribution import find_golden_layer
 from pipeline.evaluation import Evaluator
 from pipeline.files import write_text
-from pipeline.model import LLM
 from pipeline.model.llm import fingerprint
-from pipeline.options import AttributionOptions, BenchmarkCommand, StackedLocateOptions, UpdateCommand
+from pipeline.options import AttributionOptions, StackedLocateOptions, UpdateCommand
 from pipeline.requests import EditRequest
 from pipeline.study.bench import Bench, Figures
 from pipeline.study.editing import PROXY
@@ -44,25 +43,15 @@ BOUNDS: dict[str, Figures] = {  # what a figure is to reach: at least, or for th
     "queue of 1000000": {"submitted a second": 20_000, "take milliseconds": 50},
 }
 AT_LEAST = ("rewrite", "submitted a second")
-
-
-def benchmark_updates(llm: LLM, options: BenchmarkCommand, folder: Path) -> list[dict[str, Any]]:
-    """Measure everything that `BOUNDS` names; what is in `folder` is not done again.
-
-    Args:
-        llm: the model.
-        options: where the data lies, and what it runs on.
-        folder: takes a file a measurement, and the stores.
-
-    Returns:
-        a list of {"name", "value", "bound", "met"}; bound and met are None where nothing is asked for.
-    """
-    at_most = {name for figures in BOUNDS.values() for name in figures} - set(AT_LEAST)
-    return UpdatesBench(llm, options, folder, PROXY.stop).results(BOUNDS, at_most)
+AT_MOST = {name for figures in BOUNDS.values() for name in figures} - set(AT_LEAST)
 
 
 class UpdatesBench(Bench):
     """One method a measurement."""
+
+    bounds = BOUNDS
+    at_most = AT_MOST
+    needed = PROXY.stop
 
     def measurements(self) -> Iterator[tuple[str, Callable[[], Figures]]]:
         """Name and function of each, the quick ones first."""
