@@ -193,10 +193,11 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
         if isinstance(error, UserError) or not output.goes_on:
             output.drop_unfinished()  # it led to the error, or is none
         goes_on = output.goes_on
-        if (output.finished or goes_on) and not replaced:
+        finished = {name for name in output.finished if (path / name).is_file()}
+        if (finished or goes_on) and not replaced:
             for file in path.iterdir():
                 curves = goes_on and file.name.startswith("events.")
-                if file.is_file() and not curves and file.name not in output.finished | {OPTIONS_FILE}:
+                if file.is_file() and not curves and file.name not in finished | {OPTIONS_FILE}:
                     file.unlink()
             raise
         shutil.rmtree(path, ignore_errors=True)
