@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.model import LLM, first_statement, generate
+from pipeline.model.processes import from_first
 from pipeline.options import AttributionOptions, TrainerOptions
 from pipeline.requests import EditRequest
 
@@ -36,8 +37,9 @@ def with_old_answers(
     for start in range(0, len(asked), TOGETHER):
         prompts = [request.prompt for request in asked[start : start + TOGETHER]]
         file = work / f"old-answers-{start}.json" if work else None
-        if file and file.is_file():
-            texts += json.loads(file.read_text(encoding="utf-8"))
+        kept = from_first(json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None)
+        if kept is not None:
+            texts += kept
             continue
         told = generate(llm, prompts, batch_size=options.batch_size, trainer=trainer, title="Old answers")
         texts += told

@@ -25,6 +25,7 @@ from pipeline.editing.statistics import key_moments
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model import LLM, build_trainer, target_logits
+from pipeline.model.sharding import whole
 from pipeline.model.upper import handing_on
 from pipeline.options import EditOptions, FinetuneOptions, TrainerOptions, TrainingOptions
 from pipeline.requests import EditRequest, ListDataModule
@@ -110,7 +111,6 @@ class FineTune(LightningModule):
             callbacks,
             max_epochs=self.options.epochs,
             log_every_n_steps=1,
-            use_distributed_sampler=False,
             enable_checkpointing=checkpoint is not None,
             reload_dataloaders_every_n_epochs=1,  # so that an epoch's order hangs on its number alone
         ).fit(
@@ -175,7 +175,7 @@ class FineTune(LightningModule):
         with torch.no_grad():
             for name, weight in self._trained() if self.start else ():
                 start = self.start[name]
-                most = self.bound * start.float().square().mean().sqrt().item()
+                most = self.bound * whole(start).float().square().mean().sqrt().item()
                 weight.copy_(torch.clamp(weight, start - most, start + most))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -205,7 +205,7 @@ class FineTune(LightningModule):
     def step_of(self, weight: nn.Parameter) -> float:
         """Adam's step size for a weight."""
         assert isinstance(self.options, FinetuneOptions)
-        return self.options.learning_rate * weight.detach().float().square().mean().sqrt().item()
+        return self.options.learning_rate * whole(weight).float().square().mean().sqrt().item()
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, weight) for name, weight in self.named_parameters() if weight.requires_grad]

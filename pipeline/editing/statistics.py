@@ -19,7 +19,9 @@ from pipeline.errors import UserError
 from pipeline.files import cache_folder, write_shared
 from pipeline.model import LLM, TargetRow, build_trainer, generate, sizes
 from pipeline.model.joining import PLAIN
+from pipeline.model.processes import of_all
 from pipeline.model.targets import tokenize
+from pipeline.model.trainer import predict
 from pipeline.model.upper import passing_through
 from pipeline.options import StatisticsOptions, TrainerOptions
 from pipeline.requests import ListDataModule
@@ -64,7 +66,8 @@ def key_moments(
     folder = cache_folder(options.cache)
     source = Path(text).read_bytes() if text and Path(text).is_file() else b"the model's own text"
     files = {name: folder / f"moment-{_digest(llm, name, options.tokens, source)}.safetensors" for name in names}
-    missing = [name for name in names if not files[name].is_file()]
+    lacking = of_all([name for name in names if not files[name].is_file()])
+    missing = [name for name in names if any(name in each for each in lacking)]
     found = {name: _read(file, llm, name) for name, file in files.items() if name not in missing}
     if not missing:
         return found
@@ -78,8 +81,7 @@ def key_moments(
             f"need at least {2 * most}"
         )
     with llm.frozen():
-        data = ListDataModule((windows, _collate, 8))
-        build_trainer(trainer, "Key statistics").predict(module, datamodule=data, return_predictions=False)
+        predict(build_trainer(trainer, "Key statistics"), module, ListDataModule((windows, _collate, 8)))
     for name, moment in module.moments.items():
         _write(files[name], {"moment": moment}, {"fingerprint": llm.fingerprint, "projection": name})
     return found | module.moments
@@ -190,7 +192,7 @@ class KeyMoments(LightningModule):
         self.sums = nn.ModuleList(SecondMoment(inputs) for inputs in self.inputs)
         self.moments: dict[str, Tensor] = {}
 
-    def predict_step(self, input_ids_BT: Tensor) -> None:
+    def predict_step(self, input_ids_BT: Tensor) -> list[None]:
         with ExitStack() as hooks:
             for name, sums in zip(self.names, self.sums, strict=True):
                 projection = self.model.get_submodule(name)
@@ -198,6 +200,7 @@ class KeyMoments(LightningModule):
                 hooks.callback(handle.remove)
             hooks.enter_context(passing_through(self.llm, self.above))
             self.model(input_ids=input_ids_BT, use_cache=False, logits_to_keep=1)
+        return []
 
     def on_predict_end(self) -> None:
         for name, sums in zip(self.names, self.sums, strict=True):

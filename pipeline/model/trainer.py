@@ -8,14 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pipeline.errors import UserError
 from pipeline.model.interrupts import StopBetweenBatches
+from pipeline.model.processes import SHARDED, of_all, world_size
 from pipeline.model.progress import StageProgressBar
+from pipeline.model.sharding import in_step
+from pipeline.model.strategy import ShardedStrategy
 from pipeline.options import TrainerOptions
+from pipeline.requests import ListDataModule
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 
@@ -44,18 +50,24 @@ def build_trainer(
     Raises:
         UserError: when the accelerator, devices or strategy do not exist here.
     """
+    precision: dict[str, Any] = {"precision": options.precision}
+    strategy: str | Strategy = options.strategy
+    if strategy in SHARDED:
+        strategy = ShardedStrategy(world_size())
+        if options.precision == "64-true":  # which Lightning takes of a model-parallel strategy as a plugin only
+            precision = {"plugins": [DoublePrecision()]}
     try:
         return Trainer(
             accelerator=options.accelerator,
-            devices=int(options.devices) if str(options.devices).isdigit() else options.devices,
+            devices=options.devices_asked,
             num_nodes=options.num_nodes,
-            strategy=options.strategy,
-            precision=options.precision,  # type: ignore[arg-type]
+            strategy=strategy,
             logger=logger,
             callbacks=[StageProgressBar(title), *callbacks, StopBetweenBatches()],
             enable_model_summary=False,
             inference_mode=False,
-            **{"enable_checkpointing": False, **settings},
+            use_distributed_sampler=False,  # the data modules deal batches out
+            **{"enable_checkpointing": False, **precision, **settings},
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -70,21 +82,13 @@ def check_shares(trainer: Trainer, items: int) -> None:
         )
 
 
-def predict(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> list[Any]:
-    """Run `Trainer.predict` over a data module whose steps return lists; all ranks' items, as one list."""
-    outputs: list[Any] = trainer.predict(module, datamodule=data) or []
-    batches = [batch for stream in outputs for batch in stream] if outputs and _nested(outputs) else outputs
-    items = [item for batch in batches for item in batch]
-    if trainer.world_size == 1:
-        return items
-    gathered: list[list[Any]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(gathered, items)
-    return [item for part in gathered for item in part]
-
-
-def _nested(outputs: list[Any]) -> bool:
-    """Lightning wraps the outputs of several loaders in a list a loader; of one loader, it does not."""
-    return isinstance(outputs[0], list) and bool(outputs[0]) and isinstance(outputs[0][0], list)
+def predict(trainer: Trainer, module: LightningModule, data: ListDataModule) -> list[Any]:
+    """Run `Trainer.predict` over a data module whose steps return lists; all processes' items, as one list."""
+    with in_step(module.model):
+        outputs: list[Any] = trainer.predict(module, datamodule=data) or []
+    if len(data.streams) > 1:  # of several loaders Lightning gives a list each
+        outputs = [batch for stream in outputs for batch in stream]
+    return [item for part in of_all([item for batch in outputs for item in batch]) for item in part]
 
 
 def hush(verbose: bool) -> None:

@@ -13,21 +13,26 @@ from torch.utils.data import DataLoader
 class ListDataModule(LightningDataModule):
     """Batches of items that are in memory: for `fit` shuffled anew each epoch, for `predict` in order.
 
+    For `predict` they are dealt out to devices batch by batch; of few items, each device gets a part.
     Sort the items by length before, so that little is padded.
 
     Args:
         streams: for `predict`, one or several (items, collate, batch size); for `fit`, exactly one.
         seed: seed of the shuffling.
+        in_step: for `predict`, give all devices as many batches, some of them twice: what comes of them must be
+            known by its number, not counted.
     """
 
     def __init__(
         self,
         *streams: tuple[Sequence[Any], Callable[[list[Any]], Any], int],
         seed: int = 0,
+        in_step: bool = False,
     ) -> None:
         super().__init__()
         self.streams = streams
         self.seed = seed
+        self.in_step = in_step
 
     def train_dataloader(self) -> DataLoader:
         ((items, collate, batch_size),) = self.streams
@@ -41,4 +46,16 @@ class ListDataModule(LightningDataModule):
         )
 
     def predict_dataloader(self) -> list[DataLoader]:
-        return [DataLoader(items, batch_size=size, collate_fn=collate) for items, collate, size in self.streams]  # type: ignore[arg-type]
+        def loader(items: Sequence[Any], collate: Callable[[list[Any]], Any], size: int) -> DataLoader:
+            return DataLoader(self._dealt(items, size), collate_fn=lambda one: collate(one[0]))  # type: ignore[arg-type]
+
+        return [loader(*stream) for stream in self.streams]
+
+    def _dealt(self, items: Sequence[Any], size: int) -> list[list[Any]]:
+        """This device's batches of items."""
+        rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        size = min(size, max(1, -(-len(items) // devices)))
+        batches = [list(items[at : at + size]) for at in range(0, len(items), size)]
+        if self.in_step and len(batches) % devices:
+            batches += [batches[-1]] * (devices - len(batches) % devices)
+        return batches[rank::devices]
