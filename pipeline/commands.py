@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,7 +66,7 @@ def run(options: RunCommand) -> None:
             proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
             check_method(proxy, options.attribution)
         edits = accept(edits, options.edit)
-        llm = _load(options)
+        llm = _load(options, requests=requests)
         if options.profile:
             choose_layers(llm, profile, options.edit)
             _note_chat(llm, "profile", profile.chat)
@@ -85,7 +85,7 @@ def attribute(options: AttributeCommand) -> None:
     with _working(options, "attribute") as log:
         requests = _read_requests(options)
         check_method(requests, options)
-        _find_golden_layer(log, _load(options), requests, options, options)
+        _find_golden_layer(log, _load(options, requests=requests), requests, options, options)
 
 
 def edit(options: EditCommand) -> None:
@@ -100,7 +100,7 @@ def edit(options: EditCommand) -> None:
         after = WeightUpdate.load(options.after) if options.after else None
         if profile is None and not options.layers:
             raise UserError("edit: where? give --profile FILE, which `run.py attribute` makes, or --layers N")
-        llm = _load(options)
+        llm = _load(options, requests=requests)
         choose_layers(llm, profile, options)
         if profile:
             _note_chat(llm, "profile", profile.chat)
@@ -119,7 +119,7 @@ def evaluate(options: EvaluateCommand) -> None:
     with _working(options, "evaluate") as log:
         requests = _read_requests(options)
         update = WeightUpdate.load(options.update) if options.update else None
-        llm = _load(options)
+        llm = _load(options, requests=requests)
         if update:
             _note_chat(llm, "update", update.chat)
         measured = evaluate(llm, requests, update, options, options.trainer)
@@ -308,16 +308,21 @@ def _working(options: Any, command: str, may_change: Collection[str] = ()) -> An
     return run_log(command, options.output, options.overwrite, asdict(options), resume, may_change)
 
 
-def _load(options: ModelOptions, model: str | None = None) -> LLM:
+def _load(options: ModelOptions, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:
+    """Start the other processes, if any, see that all were given the same, and load the model."""
     from pipeline.model import load_model, weights_dtype
-    from pipeline.model.processes import SHARDED, launch
+    from pipeline.model.processes import check_alike, launch
+    from pipeline.options.shared import SHARDED
 
     if not isinstance(options, ComputeOptions):
         return load_model(model or options.model, verbose=options.verbose, chat=options.chat)
-    device = launch(options.trainer)
-    spread = device if options.trainer.strategy in SHARDED else None
-    dtype = weights_dtype(options.trainer)
-    return load_model(model or options.model, dtype, options.verbose, options.chat, spread)
+    trainer = getattr(options, "one_device", options.trainer)
+    device = launch(trainer)
+    check_alike("requests", requests)
+    spread = device if trainer.strategy in SHARDED else None
+    llm = load_model(model or options.model, weights_dtype(trainer), options.verbose, options.chat, spread)
+    check_alike("model", [llm.fingerprint])
+    return llm
 
 
 def _explain(options: EvaluateCommand) -> None:

@@ -1,4 +1,4 @@
-"""Several processes give what one gives: scores, metrics and edits, from numbers of requests that they do not divide.
+"""Several processes give what one gives: scores, metrics and edits, also where they do not divide the requests.
 
 Commands run as `python run.py ... --trainer.strategy ddp --trainer.devices 2` on CPU, with gloo.
 """
@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -236,3 +239,127 @@ def test_the_same_edit(
     for side in ("before", "after"):
         for name in ("rewrite", "rephrase", "locality", "portability"):
             assert metrics(several)[side][name] == metrics(one)[side][name], (side, name)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_three_processes_and_checkpointed_blocks(
+    strategy: str, asked: list[str], text: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Three do not divide seven requests in batches of two; blocks run twice; some answers are found first."""
+    words = ["run", *asked, *LOGIC, "--proxy_fraction", "0.6", "--attribution.old_answers", "model"]
+    words += [*METHODS["finetune"], "--attribution.batch_size", "2", "--evaluation.text", text]
+    words += ["--edit.method", "finetune", "--edit.statistics.text", text, "--edit.statistics.tokens", "256"]
+    words += ["--edit.finetune.batch_size", "2", "--edit.statistics.cache", str(tmp_path / "cache")]
+    one, _ = tmp_path / "one", main([*words, *CPU, "--output", str(tmp_path / "one")])
+    again = ["--trainer.activation_checkpointing", "true"]
+    told = processes(*words, *again, "--output", str(tmp_path / "three"), strategy=strategy, number=3)
+    assert told.returncode == 0, told.stderr
+    scores = [GoldenProfile.load(folder).scores for folder in (one, tmp_path / "three")]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-9)
+    weights = [load_file(folder / "update.safetensors") for folder in (one, tmp_path / "three")]
+    assert apart(*weights, tiny_folder) < 1e-7
+
+
+def test_two_hosts(asked: list[str], tmp_path: Path) -> None:
+    """Two torchrun agents on the loopback, a process each."""
+    assert main(["attribute", *asked, *LOGIC, *CPU, "--output", str(tmp_path / "one")]) == 0
+    port = free_port()
+
+    def host(rank: int) -> subprocess.Popen[str]:
+        agent = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
+        agent += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        words = ["attribute", *asked, *LOGIC, *CPU, "--output", str(tmp_path / "two")]
+        words += ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "fsdp2"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *agent, str(RUN), *words],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    hosts = [host(0), host(1)]
+    try:
+        said = [started.communicate(timeout=TIMEOUT)[0] for started in hosts]
+    finally:
+        for started in hosts:
+            end_group(started.pid)
+    assert [started.returncode for started in hosts] == [0, 0], said
+    assert [text.count("written to") for text in said] == [1, 0]
+    scores = [GoldenProfile.load(tmp_path / name).scores for name in ("one", "two")]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-9)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def test_a_process_that_dies_ends_the_others(asked: list[str], tmp_path: Path) -> None:
+    """Killed in the middle of its work, its end is told once, and in time."""
+    words = ["attribute", *asked, *CPU, "--batch_size", "1", "--output", str(tmp_path / "out")]
+    words += ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
+    dying = tmp_path / "dying.py"
+    dying.write_text(
+        "import os, signal, sys\n"
+        "from pipeline.attribution.lga import AttributionModule\n"
+        "from pipeline.cli import main\n"
+        "scores = AttributionModule.scores\n"
+        "def die(self, batch):\n"
+        "    if self.global_rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return scores(self, batch)\n"
+        "AttributionModule.scores = die\n"
+        "sys.exit(main())\n"
+    )
+    began = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, str(dying), *words], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)},
+    ) as started:  # fmt: skip
+        try:
+            failed = started.communicate(timeout=TIMEOUT)[1]
+        finally:
+            end_group(started.pid)
+    assert started.returncode == 1
+    assert failed.count("error:") == 1 and "Traceback" not in failed
+    assert "process" in failed
+    assert time.monotonic() - began < TIMEOUT / 2
+
+
+def test_hosts_with_different_files(asked: list[str], request_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_text(
+        "import os, sys\n"
+        "from pipeline.cli import main\n"
+        "at = sys.argv.index('--requests') + 1\n"
+        "if os.environ.get('LOCAL_RANK') == '1':\n"
+        "    sys.argv[at] = 'demo'\n"
+        "sys.exit(main())\n"
+    )
+    words = ["attribute", *asked, *CPU, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    told = subprocess.run(
+        [sys.executable, str(other), *words, "--output", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=TIMEOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)},
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert told.stderr.count("error: requests: not the same in all 2 processes: process 1 on ") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["attribute", "--method", "sweep"],
+            "trainer.strategy: fsdp2; --method sweep needs the whole model on each",
+        ),
+        (["study"], "trainer.strategy: fsdp2; study needs the whole model on each device: auto or ddp"),
+        (["attribute", "--trainer.accelerator", "gpu"], "trainer: "),
+    ],
+)
+def test_what_a_strategy_cannot_do(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if "gpu" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert main([*words, "--trainer.strategy", "fsdp2", "--trainer.devices", "2"]) != 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {said}")

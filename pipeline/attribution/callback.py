@@ -16,6 +16,7 @@ from pipeline.attribution.inner_products import CapturedInput
 from pipeline.errors import UserError
 from pipeline.model import Block, TargetBatch
 from pipeline.model.blocks import by_row
+from pipeline.model.checkpointing import runs_again
 
 
 class GradientAttribution(Callback):
@@ -103,7 +104,7 @@ class GradientAttribution(Callback):
 
     def _hook(self, layer: int, name: str) -> Any:
         def forward(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:
+            if not output.requires_grad or runs_again():
                 return
             if name in self._seen:
                 raise UserError(f"model: {name} runs twice in one pass; attribution expects once")

@@ -14,6 +14,7 @@ from pipeline.attribution.old_answers import with_old_answers
 from pipeline.attribution.scoring import ScoringModule, score_batches, tokens_at_once
 from pipeline.attribution.selector import Runtime, Values
 from pipeline.model import LLM, TargetBatch, TargetRow, collate_targets, encode, sizes, target_losses
+from pipeline.model.checkpointing import checkpointing
 from pipeline.model.targets import last_token
 from pipeline.options import AttributionOptions
 from pipeline.requests import EditRequest
@@ -37,16 +38,17 @@ def score_gradients(
         requests = with_old_answers(llm, requests, options, runtime.trainer, runtime.work)
     shared = max(1, last_token(llm, requests[0].prompt, 1)) if estimator.positions else 1
     attribution = GradientAttribution(llm.blocks, options.scope, estimator, shared)
-    return score_batches(
-        AttributionModule(llm, attribution),
-        encode_sides(llm, requests, estimator.sides, estimator.needs_subject),
-        tokens=tokens_of,
-        most=tokens_at_once(llm, kept_of_a_token(llm)),
-        batch_size=options.batch_size,
-        runtime=runtime,
-        title="Attribution",
-        callbacks=[attribution],
-    )
+    with checkpointing(llm, runtime.trainer.activation_checkpointing):
+        return score_batches(
+            AttributionModule(llm, attribution),
+            encode_sides(llm, requests, estimator.sides, estimator.needs_subject),
+            tokens=tokens_of,
+            most=tokens_at_once(llm, kept_of_a_token(llm)),
+            batch_size=options.batch_size,
+            runtime=runtime,
+            title="Attribution",
+            callbacks=[attribution],
+        )
 
 
 def encode_sides(

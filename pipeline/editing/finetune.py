@@ -25,6 +25,7 @@ from pipeline.editing.statistics import key_moments
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model import LLM, build_trainer, target_logits
+from pipeline.model.checkpointing import checkpointing
 from pipeline.model.sharding import whole
 from pipeline.model.upper import handing_on
 from pipeline.options import EditOptions, FinetuneOptions, TrainerOptions, TrainingOptions
@@ -104,7 +105,7 @@ class FineTune(LightningModule):
             callbacks.append(ModelCheckpoint(runtime.work, CHECKPOINT, enable_version_counter=False))
         checkpoint = runtime.work / f"{CHECKPOINT}.ckpt" if runtime.work else None
         data = ListDataModule((range(len(self.taught)), self._share, self.options.batch_size), seed=runtime.seed)
-        build_trainer(
+        trainer = build_trainer(
             runtime.trainer,
             "Editing",
             runtime.logger,
@@ -113,12 +114,14 @@ class FineTune(LightningModule):
             log_every_n_steps=1,
             enable_checkpointing=checkpoint is not None,
             reload_dataloaders_every_n_epochs=1,  # so that an epoch's order hangs on its number alone
-        ).fit(
-            self,
-            datamodule=data,
-            ckpt_path=checkpoint if checkpoint and checkpoint.is_file() else None,
-            weights_only=True,
         )
+        with checkpointing(self.llm, runtime.trainer.activation_checkpointing):
+            trainer.fit(
+                self,
+                datamodule=data,
+                ckpt_path=checkpoint if checkpoint and checkpoint.is_file() else None,
+                weights_only=True,
+            )
 
     def _share(self, picked: Sequence[int]) -> Lesson:
         """This device's part of a batch over all devices: requests bare or, every second epoch, under a context.

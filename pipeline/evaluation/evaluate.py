@@ -180,7 +180,7 @@ class Evaluator:
             return kept
         reader = Reader(self.llm, self.plan.offsets, self.first)
         with self.llm.frozen():
-            readings = Readings.of(predict(trainer, reader, self.plan.data(trainer.world_size)))
+            readings = Readings.of(predict(trainer, reader, self.plan.data()))
         if file and self.first is None:
             with suppress(OSError):  # a full disk costs the next command time, and this one nothing
                 readings.keep(file)

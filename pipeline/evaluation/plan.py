@@ -14,7 +14,7 @@ from pipeline.evaluation.answers import inner_ends
 from pipeline.evaluation.divergence import MOST_PROBES, compared_offsets
 from pipeline.evaluation.reading import collate
 from pipeline.evaluation.readings import kept_file
-from pipeline.evaluation.rows import at_least, pack
+from pipeline.evaluation.rows import pack
 from pipeline.evaluation.texts import (
     Asked,
     Scored,
@@ -144,8 +144,8 @@ class Plan:
         part.questions = [question for question in self.questions if question.number in needed]
         return part
 
-    def data(self, devices: int) -> ListDataModule:
-        """All batches, at least one a device.
+    def data(self) -> ListDataModule:
+        """All batches.
 
         Ordinary text is a window a batch: all its tokens are scored, each against the whole vocabulary. Long
         generations are apart from answers, which end sooner.
@@ -159,7 +159,7 @@ class Plan:
             alike = [question for question in self.questions if (question.inner_ends is None) == long]
             batches += in_batches(alike, lambda question: len(question.token_ids), most, tokens)
         pad = partial(collate, pad_token_id=self.llm.pad_token_id)
-        return ListDataModule((at_least(batches, devices), pad, 1))
+        return ListDataModule((batches, pad, 1))
 
     def file(self, trainer: TrainerOptions) -> Path:
         """Where the base model's readings of all this are kept."""

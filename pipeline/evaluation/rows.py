@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,16 +56,6 @@ def pack(texts: Sequence[TargetRow], numbers: Sequence[int] | None = None) -> li
             rows.append(Row(read))
         rows[-1].spans.append(Span(number, start - 1, texts[number].token_ids[start:]))
     return rows
-
-
-def at_least(batches: list[list[Any]], devices: int) -> list[list[Any]]:
-    """The same items in at least one batch a device; the last is read twice where items are too few."""
-    while len(batches) < devices:
-        largest = max(range(len(batches)), key=lambda number: len(batches[number]))
-        items = batches[largest]
-        half = (len(items) + 1) // 2
-        batches[largest : largest + 1] = [items[:half], items[half:] or items]
-    return batches
 
 
 @dataclass  # Lightning moves batches to the device by setting their fields

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,7 +110,6 @@ def generate(
         return []
     rows = encode_prompts(llm, prompts, max_new_tokens, joining)
     runner = build_trainer(trainer or TrainerOptions(), title)
-    rows *= math.ceil(runner.world_size / len(rows))  # every device needs one; the same prompt twice is harmless
     data = ListDataModule((rows, lambda part: collate_prompts(part, llm.pad_token_id), batch_size))
     with llm.frozen():
         texts = dict(predict(runner, GreedyModule(llm, max_new_tokens), data))

@@ -24,9 +24,9 @@ from torch import distributed
 from pipeline.errors import UserError
 from pipeline.files import STARTED
 from pipeline.options import TrainerOptions
+from pipeline.options.shared import SHARDED
 
 GRACE = 20  # seconds that a process has to see that another has failed, and to tidy up
-SHARDED = ("fsdp", "fsdp2")  # strategies that spread a model's weights over the devices
 
 
 def launch(options: TrainerOptions) -> torch.device:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.blocks import Block
 from pipeline.model.llm import LLM
 
 
@@ -22,16 +21,20 @@ from pipeline.model.llm import LLM
 def handing_on(llm: LLM, layer: int, enter_BTD: Tensor) -> Iterator[None]:
     """Inside the `with`, blocks below `layer` do not run: they hand on what enters that block."""
     put_out = _as_blocks_do(llm, enter_BTD)
-    with _instead(llm, llm.blocks[:layer], lambda *_args, **_kwargs: put_out):
+    blocks = [llm.model.get_submodule(block.name) for block in llm.blocks[:layer]]
+    with running_instead(blocks, [lambda *_args, **_kwargs: put_out] * len(blocks)):
         yield
 
 
 @contextmanager
 def passing_through(llm: LLM, layer: int) -> Iterator[None]:
     """Inside the `with`, block `layer` and those above do not run: they put out what they get."""
-    with _instead(
-        llm, llm.blocks[layer:], lambda hidden_states, *_args, **_kwargs: _as_blocks_do(llm, hidden_states)
-    ):
+
+    def put_out(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        return _as_blocks_do(llm, hidden_states)
+
+    blocks = [llm.model.get_submodule(block.name) for block in llm.blocks[layer:]]
+    with running_instead(blocks, [put_out] * len(blocks)):
         yield
 
 
@@ -77,11 +80,11 @@ def _as_blocks_do(llm: LLM, hidden_BTD: Tensor) -> Tensor | tuple[Tensor, None]:
 
 
 @contextmanager
-def _instead(llm: LLM, blocks: Sequence[Block], forward: Callable[..., Any]) -> Iterator[None]:
-    modules = [llm.model.get_submodule(block.name) for block in blocks]
+def running_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Inside the `with`, modules run these in place of their own forwards; hooks of theirs still run."""
     own = [vars(module).get("forward") for module in modules]  # libraries wrap a module's forward like this, too
     try:
-        for module in modules:
+        for module, forward in zip(modules, forwards, strict=True):
             module.forward = forward
         yield
     finally:

@@ -31,6 +31,8 @@ class RunCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions):
         ComputeOptions.__post_init__(self)
         if not 0 < self.proxy_fraction < 1:
             raise UserError(f"proxy_fraction: {self.proxy_fraction} is not between 0 and 1")
+        if self.attribution.method == "sweep":
+            self.trainer.check_whole("--attribution.method sweep")
 
 
 @dataclass(kw_only=True)
@@ -44,6 +46,8 @@ class AttributeCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptio
         RequestOptions.__post_init__(self)
         ComputeOptions.__post_init__(self)
         AttributionOptions.__post_init__(self)
+        if self.method == "sweep":
+            self.trainer.check_whole("--method sweep")
 
 
 @dataclass(kw_only=True)
@@ -138,6 +142,7 @@ class BenchmarkCommand(ModelOptions, OutputOptions, ComputeOptions):
     def __post_init__(self) -> None:
         ComputeOptions.__post_init__(self)
         check_choice("what", self.what, BENCHMARKS)
+        self.trainer.check_whole("benchmark")
 
 
 @dataclass(kw_only=True)
@@ -164,5 +169,7 @@ class GenerateCommand(ModelOptions, RequestOptions, ComputeOptions):
         check_at_least("batch_size", self.batch_size, 1)
         if self.store is not None and self.update is not None:
             raise UserError("generate: give --update or --store, not both")
+        if self.store is not None:
+            self.trainer.check_whole("a store")
         if self.follow and self.store is None:
             raise UserError("follow: what? name a store with --store DIR")

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import UserError, check_at_least, check_choice
 
-STRATEGIES = ("auto", "ddp", "fsdp", "fsdp2")
+SHARDED = ("fsdp", "fsdp2")  # strategies that spread a model's weights over the devices
+STRATEGIES = ("auto", "ddp", *SHARDED)
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 
@@ -30,6 +31,13 @@ class TrainerOptions:
         check_at_least("trainer.num_nodes", self.num_nodes, 1)
         check_choice("trainer.precision", self.precision, PRECISIONS)
         check_choice("trainer.strategy", self.strategy, STRATEGIES)
+
+    def check_whole(self, what: str) -> None:
+        """Raise UserError when the strategy spreads the model's weights, which `what` cannot do with."""
+        if self.strategy in SHARDED:
+            raise UserError(
+                f"trainer.strategy: {self.strategy}; {what} needs the whole model on each device: auto or ddp"
+            )
 
     @property
     def devices_asked(self) -> int | str:

@@ -39,6 +39,7 @@ class StudyCommand(ModelOptions, OutputOptions, ComputeOptions):
 
     def __post_init__(self) -> None:
         ComputeOptions.__post_init__(self)
+        self.trainer.check_whole("study")
         check_at_least("limit", self.limit, 2)
         for name in ("proxy", "every", "together"):
             check_at_least(name, getattr(self, name), 1)

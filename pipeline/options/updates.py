@@ -127,6 +127,7 @@ class ProvingOptions(StoreOptions, ComputeOptions):
         ComputeOptions.__post_init__(self)
         if str(self.trainer.devices) not in ("auto", "1") or self.trainer.num_nodes != 1:
             raise UserError(f"trainer.devices: {self.trainer.devices}; a store is worked on by one device")
+        self.trainer.check_whole("a store")
 
     @property
     def one_device(self) -> TrainerOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from torch.utils.data import DataLoader
 class ListDataModule(LightningDataModule):
     """Batches of items that are in memory: for `fit` shuffled anew each epoch, for `predict` in order.
 
-    For `predict` they are dealt out to devices batch by batch; of few items, each device gets a part.
+    For `predict` they are dealt out to devices batch by batch, in batches of even size.
     Sort the items by length before, so that little is padded.
 
     Args:
         streams: for `predict`, one or several (items, collate, batch size); for `fit`, exactly one.
         seed: seed of the shuffling.
         in_step: for `predict`, give all devices as many batches, some of them twice: what comes of them must be
-            known by its number, not counted.
+            known by its number, not counted. So must it be where there are fewer items than devices.
     """
 
     def __init__(
@@ -52,10 +53,10 @@ class ListDataModule(LightningDataModule):
         return [loader(*stream) for stream in self.streams]
 
     def _dealt(self, items: Sequence[Any], size: int) -> list[list[Any]]:
-        """This device's batches of items."""
+        """This device's batches of items; at least one, if need be a copy of another's."""
         rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        size = min(size, max(1, -(-len(items) // devices)))
-        batches = [list(items[at : at + size]) for at in range(0, len(items), size)]
-        if self.in_step and len(batches) % devices:
-            batches += [batches[-1]] * (devices - len(batches) % devices)
-        return batches[rank::devices]
+        number = max(-(-len(items) // size), min(len(items), devices))
+        ends = [min(size * n, len(items)) if devices == 1 else len(items) * n // number for n in range(number + 1)]
+        batches = [list(items[start:end]) for start, end in pairwise(ends)]
+        short = -number % devices if self.in_step else max(0, devices - number)
+        return (batches + [batches[-1]] * short)[rank::devices]

@@ -74,7 +74,7 @@ class EvaluationBench(Bench):
         """Rewrite, rephrase and locality, from texts to figures, beside plain passes over the same batches."""
         options = EvaluationOptions(keep_base=False)
         plan = Plan(self.llm, self.records[WHOLE], options, ("probes",))
-        (loader,) = plan.data(1).predict_dataloader()
+        (loader,) = plan.data().predict_dataloader()
         batches = list(loader)
 
         def evaluated() -> Measurement:
