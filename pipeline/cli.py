@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sqlite3
 import sys
 import traceback
@@ -21,10 +22,11 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from pipeline.commands import COMMANDS
 from pipeline.errors import UserError
+from pipeline.interrupts import interrupts
 
 DEFAULT_COMMAND = "run"
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
-USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+USAGE_ERROR, FAILED = 2, 1
 
 KINDS = {
     "list[int]": "a list of whole numbers",
@@ -39,8 +41,13 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the process's exit code: 0, 1 (failed), 2 (usage) or 130 (interrupted)."""
+    """Run one command; returns the process's exit code: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with interrupts.heeding():
+        return _run(words)
+
+
+def _run(words: list[str]) -> int:
     if words and words[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -51,10 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[name].function(options)
         sys.stdout.flush()
     except (SystemExit, KeyboardInterrupt) as leaving:
-        if isinstance(leaving, SystemExit) and not isinstance(leaving.__context__, KeyboardInterrupt):
+        by_signal = interrupts.noted or signal.SIGINT
+        if isinstance(leaving, SystemExit) and not (
+            interrupts.noted or isinstance(leaving.__context__, KeyboardInterrupt)
+        ):
             return int(leaving.code or 0)  # --help and --print_config end here
-        print("interrupted", file=sys.stderr)  # Lightning turns Ctrl-C into SystemExit
-        return INTERRUPTED
+        by = " by SIGTERM" if by_signal == signal.SIGTERM else ""
+        print(f"interrupted{by}", file=sys.stderr)  # Lightning turns it into SystemExit
+        return 128 + by_signal
     except BrokenPipeError:  # who reads what is printed has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
@@ -101,8 +102,11 @@ def generate(
     trainer: TrainerOptions | None = None,
     title: str = "Generating",
     joining: Joining | None = None,
+    kept: Path | None = None,
 ) -> list[str]:
     """Greedy continuations of prompts, in the prompts' order; `joining` puts them otherwise than the LLM does.
+
+    With `kept`, whose name stands for all of this, what an interrupted call has generated is not generated again.
 
     Raises:
         UserError: when a prompt and its answer do not fit the model's context.
@@ -114,7 +118,7 @@ def generate(
     rows *= math.ceil(runner.world_size / len(rows))  # every device needs one; the same prompt twice is harmless
     data = ListDataModule((rows, lambda part: collate_prompts(part, llm.pad_token_id), batch_size))
     with llm.frozen():
-        texts = dict(predict(runner, GreedyModule(llm, max_new_tokens), data))
+        texts = dict(predict(runner, GreedyModule(llm, max_new_tokens), data, kept))
     return [texts[index] for index in range(len(prompts))]
 
 

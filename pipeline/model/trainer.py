@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pipeline.errors import UserError
+from pipeline.model.batch_log import BatchLog
 from pipeline.model.interrupts import StopBetweenBatches
+from pipeline.model.memory import in_halves
 from pipeline.model.progress import StageProgressBar
 from pipeline.options import TrainerOptions
+from pipeline.requests import ListDataModule
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 
@@ -55,6 +60,7 @@ def build_trainer(
             callbacks=[StageProgressBar(title), *callbacks, StopBetweenBatches()],
             enable_model_summary=False,
             inference_mode=False,
+            use_distributed_sampler=False,  # the data modules deal batches out
             **{"enable_checkpointing": False, **settings},
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
@@ -70,21 +76,47 @@ def check_shares(trainer: Trainer, items: int) -> None:
         )
 
 
-def predict(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> list[Any]:
-    """Run `Trainer.predict` over a data module whose steps return lists; all ranks' items, as one list."""
-    outputs: list[Any] = trainer.predict(module, datamodule=data) or []
-    batches = [batch for stream in outputs for batch in stream] if outputs and _nested(outputs) else outputs
-    items = [item for batch in batches for item in batch]
-    if trainer.world_size == 1:
-        return items
-    gathered: list[list[Any]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(gathered, items)
-    return [item for part in gathered for item in part]
+def predict(trainer: Trainer, module: LightningModule, data: ListDataModule, kept: Path | None = None) -> list[Any]:
+    """Run `Trainer.predict` over a data module whose steps return lists; all processes' items, as one list.
+
+    A batch for which the memory does not suffice is run in halves.
+
+    Args:
+        trainer: runs the stage.
+        module: what is run.
+        data: its batches.
+        kept: where each batch's items are kept as they come (see `BatchLog`); what is found there is not done
+            again, and its items come first.
+
+    Raises:
+        UserError: when the memory does not suffice for one item.
+    """
+    log, devices = None, trainer.world_size
+    if kept:
+        sizes = "-".join(data.sizes(devices))  # batches of other sizes are others
+        log = BatchLog(kept.with_name(f"{kept.name}-{sizes}"), trainer.global_rank)
+    done = log.read() if log else {}
+    data.done = {*data.done, *done}
+    items = [item for outputs in done.values() for item in outputs]
+    if data.places(devices) - data.done:
+        with in_halves(trainer, module, data, not _in_step(trainer), log):
+            outputs: list[Any] = trainer.predict(module, datamodule=data) or []
+        if len(data.streams) > 1:  # of several loaders Lightning gives a list each
+            outputs = [batch for stream in outputs for batch in stream]
+        found = [item for batch in outputs for item in batch]
+        gathered = [found]
+        if devices > 1:
+            gathered = [[] for _ in range(devices)]
+            torch.distributed.all_gather_object(gathered, found)
+        items += [item for part in gathered for item in part]
+    if log:
+        log.close()
+    return items
 
 
-def _nested(outputs: list[Any]) -> bool:
-    """Lightning wraps the outputs of several loaders in a list a loader; of one loader, it does not."""
-    return isinstance(outputs[0], list) and bool(outputs[0]) and isinstance(outputs[0][0], list)
+def _in_step(trainer: Trainer) -> bool:
+    """Whether a pass on one device needs one on every other."""
+    return trainer.world_size > 1 and isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def hush(verbose: bool) -> None:

@@ -21,10 +21,15 @@ class TrainerOptions:
     """auto, ddp, or any other strategy of Lightning."""
     precision: str = "32-true"
     """32-true, 64-true, bf16-mixed, bf16-true or 16-mixed."""
+    micro_batch: int | None = None
+    """The most requests that a device trains on at once; the rest of its part of a batch follows before the step,
+    with the same result. Default: all; halved where the memory does not suffice."""
 
     def __post_init__(self) -> None:
         check_at_least("trainer.num_nodes", self.num_nodes, 1)
         check_choice("trainer.precision", self.precision, PRECISIONS)
+        if self.micro_batch is not None:
+            check_at_least("trainer.micro_batch", self.micro_batch, 1)
 
 
 @dataclass(kw_only=True)

@@ -2,43 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 
 class ListDataModule(LightningDataModule):
     """Batches of items that are in memory: for `fit` shuffled anew each epoch, for `predict` in order.
 
+    For `predict` they are dealt out to devices batch by batch; of few items, each device gets a part.
     Sort the items by length before, so that little is padded.
 
     Args:
         streams: for `predict`, one or several (items, collate, batch size); for `fit`, exactly one.
         seed: seed of the shuffling.
+        in_step: for `predict`, give all devices as many batches, some of them twice: what comes of them must be
+            known by its number, not counted.
+
+    Attributes:
+        done: for `predict`, batches to leave out, by stream and number.
+        dealt: by stream, this device's batches with their numbers, once they are dealt.
+        begun: for `fit`, an epoch that an interrupted fit began, and how many of its batches were run.
     """
 
     def __init__(
         self,
         *streams: tuple[Sequence[Any], Callable[[list[Any]], Any], int],
         seed: int = 0,
+        in_step: bool = False,
     ) -> None:
         super().__init__()
         self.streams = streams
         self.seed = seed
+        self.in_step = in_step
+        self.done: set[tuple[int, int]] = set()
+        self.dealt: list[list[tuple[int, list[Any]]]] = []
+        self.begun = (0, 0)
+
+    def sizes(self, devices: int) -> list[str]:
+        """By stream, how many items there are, and in a batch."""
+        return [f"{len(items)}x{_size(items, size, devices)}" for items, _, size in self.streams]
+
+    def places(self, devices: int) -> set[tuple[int, int]]:
+        """All batches, by stream and number."""
+        return {
+            (stream, number) for stream in range(len(self.streams)) for number, _ in self._batches(stream, devices)
+        }
 
     def train_dataloader(self) -> DataLoader:
-        ((items, collate, batch_size),) = self.streams
+        ((items, collate, size),) = self.streams
         epoch = self.trainer.current_epoch if self.trainer else 0
-        order = torch.Generator().manual_seed(self.seed + epoch)  # so that a resumed epoch has the order it had
+        generator = torch.Generator().manual_seed(self.seed + epoch)  # so that a resumed epoch has the order it had
+        order = torch.randperm(len(items), generator=generator).tolist()
+        batches = [order[at : at + size] for at in range(0, len(order), size)]
+        begun, done = self.begun
         return DataLoader(
             items,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            sampler=torch.randperm(len(items), generator=order).tolist(),
+            batch_sampler=_Rest(batches, done if epoch == begun else 0),
             collate_fn=collate,
         )
 
     def predict_dataloader(self) -> list[DataLoader]:
-        return [DataLoader(items, batch_size=size, collate_fn=collate) for items, collate, size in self.streams]  # type: ignore[arg-type]
+        def loader(collate: Callable[[list[Any]], Any], dealt: list[tuple[int, list[Any]]]) -> DataLoader:
+            return DataLoader(dealt, collate_fn=lambda one: collate(one[0][1]))  # type: ignore[arg-type]
+
+        self.dealt = [self._dealt(number) for number in range(len(self.streams))]
+        return [loader(collate, dealt) for (_, collate, _), dealt in zip(self.streams, self.dealt, strict=True)]
+
+    def _dealt(self, stream: int) -> list[tuple[int, list[Any]]]:
+        """This device's batches of a stream, each with its number."""
+        rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batches = self._batches(stream, devices)
+        left = [batch for batch in batches if (stream, batch[0]) not in self.done]
+        if len(left) < devices:  # each device needs one; one that is done twice is harmless
+            left += [batch for batch in batches if (stream, batch[0]) in self.done][: devices - len(left)]
+        if self.in_step and len(left) % devices:
+            left += [left[-1]] * (devices - len(left) % devices)
+        return left[rank::devices]
+
+    def _batches(self, stream: int, devices: int) -> list[tuple[int, list[Any]]]:
+        """A stream's batches of items, each with its number."""
+        items, _, size = self.streams[stream]
+        size = _size(items, size, devices)
+        return [(number, list(items[at : at + size])) for number, at in enumerate(range(0, len(items), size))]
+
+
+def _size(items: Sequence[Any], size: int, devices: int) -> int:
+    """How many items a batch has: of few, each device gets a part."""
+    return min(size, max(1, -(-len(items) // devices)))
+
+
+class _Rest(Sampler[list[int]]):
+    """An epoch's batches without the first ones, but counted in full, as Lightning counts."""
+
+    def __init__(self, batches: Sequence[list[int]], done: int) -> None:
+        self.batches = batches
+        self.done = done
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches[self.done :])
+
+    def __len__(self) -> int:
+        return len(self.batches)
