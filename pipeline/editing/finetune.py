@@ -68,7 +68,7 @@ class FineTune(LightningModule):
         super().__init__()
         self.strict_loading = False  # a checkpoint holds what is trained
         self.automatic_optimization = False  # a batch's gradient is summed up over micro-batches
-        self.followed = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in FOLLOWED})
+        self.followed = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in FOLLOWED})
         self.llm = llm
         self.model = llm.model
         self.layers = list(layers)

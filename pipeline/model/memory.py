@@ -64,10 +64,14 @@ class Halving:
     def __init__(
         self, trainer: Trainer, module: LightningModule, data: ListDataModule, alone: bool, log: BatchLog | None
     ) -> None:
-        self.trainer, self.data, self.alone, self.log = trainer, data, alone, log
+        self.trainer, self.module, self.data, self.alone, self.log = trainer, module, data, alone, log
         self.run = module.predict_step
         self.named = set(inspect.signature(self.run).parameters)
-        self.parts = 1  # that a batch is run in; batches are alike, so what was too much once will be again
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the module runs a batch: batches are alike, so what was too much once will be again."""
+        return vars(self.module).get("parts", 1)
 
     def step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[Any]:
         """A batch's outputs, as the module's own step gives them."""
@@ -88,7 +92,7 @@ class Halving:
             if len(halves) == 1 or not self.alone:
                 raise UserError(f"trainer: {found}; {INSTEAD if self.alone else BATCHES}")
             left[:1] = [(half, 2 * parts) for half in halves]
-            self.parts = max(self.parts, 2 * parts)
+            self.module.parts = max(self.parts, 2 * parts)  # type: ignore[assignment]
         if self.log:
             self.log.append((dataloader_idx, number), outputs)
         return outputs
