@@ -48,6 +48,7 @@ class StopBetweenBatches(Callback):
         interrupts.raise_if_noted()
         self._open.close()
 
-    def on_exception(self, *_: Any) -> None:
-        interrupts.listen()  # Lightning has just switched Ctrl-C off
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        trainer._signal_connector._original_handlers.clear()  # what it would put back at the end are ours
+        interrupts.listen()  # it has just switched Ctrl-C off
         self._open.close()
