@@ -6,6 +6,7 @@ after so many calls of one of its functions: always at the same moment.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -26,7 +27,6 @@ from pipeline.attribution.lga import AttributionModule
 from pipeline.cli import main
 from pipeline.editing import WeightUpdate
 from pipeline.editing.finetune import FineTune
-from pipeline.editing.keys import KeyReading
 from pipeline.editing.statistics import KeyMoments
 from pipeline.editing.values import ValueSearch
 from pipeline.evaluation.alone import AloneReader
@@ -50,6 +50,9 @@ ENDS = {INT: 130, TERM: 143, KILL: -9}
 
 MEASURED = "--generation prompts --batch_size 4 --max_new_tokens 3"
 TRAINED = "--epochs 3 --batch_size 3 --learnt 0 --whiten 0 --contexts 2"
+
+
+STEPS = (AloneReader, Reader, GreedyModule, AttributionModule, KeyMoments, ValueSearch, FineTune)
 
 
 def under(group: str, words: str) -> str:
@@ -104,11 +107,20 @@ class Scene:
             signal.signal(INT, signal.default_int_handler)
             os.chdir(self.folder)
             os.environ["XDG_CACHE_HOME"] = str(self.folder / "cache")
+            for owner in STEPS:
+                count(owner, self._calls(owner))
             before()
             with (self.folder / "shown").open("a") as shown, redirect_stdout(shown), redirect_stderr(shown):
                 code = main([*self.words, "--output", "out", *words])
         finally:
             os._exit(code)
+
+    def _calls(self, owner: type) -> Path:
+        return self.folder / f"calls-of-{owner.__name__}"
+
+    def steps(self, owner: type) -> int:
+        """How many batches a stage has begun, in all runs of the command."""
+        return self._calls(owner).stat().st_size if self._calls(owner).exists() else 0
 
     @property
     def shown(self) -> str:
@@ -125,7 +137,7 @@ def ending(owner: Any, name: str, calls: int, by: signal.Signals) -> Callable[[]
     def patch() -> None:
         function, left = getattr(owner, name), iter(range(calls - 1))
 
-        @wraps(function)  # Lightning reads a step's signature
+        @wraps(inspect.unwrap(function))  # Lightning reads a step's signature
         def counted(*args: Any, **kwargs: Any) -> Any:
             given = function(*args, **kwargs)
             if next(left, None) is None:
@@ -137,21 +149,18 @@ def ending(owner: Any, name: str, calls: int, by: signal.Signals) -> Callable[[]
     return patch
 
 
-def counting(owner: Any, name: str, file: Path) -> Callable[[], None]:
-    """Makes a process write a dot for every call of a function."""
+def count(owner: Any, file: Path) -> None:
+    """Write a dot into a file for every batch that a stage begins."""
+    name = "training_step" if owner is FineTune else "predict_step"
+    function = getattr(owner, name)
 
-    def patch() -> None:
-        function = getattr(owner, name)
+    @wraps(function)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with file.open("a") as opened:
+            opened.write(".")
+        return function(*args, **kwargs)
 
-        @wraps(function)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with file.open("a") as opened:
-                opened.write(".")
-            return function(*args, **kwargs)
-
-        setattr(owner, name, counted)
-
-    return patch
+    setattr(owner, name, counted)
 
 
 @pytest.fixture(scope="module")
@@ -174,43 +183,40 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole_of(
-    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, list[str]], dict[str, bytes]]:
-    """What a command writes that nothing interrupts."""
-    found: dict[str, dict[str, bytes]] = {}
+def whole_of(tiny_folder: Path, asked: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scene]:
+    """A command that nothing interrupts."""
+    found: dict[str, Scene] = {}
 
-    def run(name: str, words: list[str]) -> dict[str, bytes]:
+    def run(name: str) -> Scene:
         if name not in found:
-            scene = Scene(tmp_path_factory.mktemp("whole") / name, words)
-            assert scene.child() == 0, scene.shown
-            found[name] = scene.files
+            words = [*COMMANDS[name].split(), "--model", str(tiny_folder), "--requests", asked]
+            found[name] = Scene(tmp_path_factory.mktemp("whole") / name, words)
+            assert found[name].child() == 0, found[name].shown
         return found[name]
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("command", "owner", "name", "calls", "by"),
+    ("command", "owner", "name", "calls", "by", "again"),
     [
-        ("attribute", commands, "_load", 1, TERM),
-        ("attribute", GreedyModule, "predict_step", 2, KILL),
-        ("attribute", AttributionModule, "predict_step", 3, TERM),
-        ("attribute", GoldenProfile, "save", 1, KILL),
-        ("memit", GreedyModule, "predict_step", 1, KILL),
-        ("memit", KeyMoments, "predict_step", 1, TERM),
-        ("memit", ValueSearch, "predict_step", 2, INT),
-        ("memit", KeyReading, "predict_step", 1, KILL),
-        ("memit", WeightUpdate, "save", 1, KILL),
-        ("memit", Reader, "predict_step", 9, TERM),
-        ("finetune", FineTune, "training_step", 5, TERM),
-        ("finetune", FineTune, "training_step", 8, KILL),
-        ("finetune", FineTune, "fit", 1, KILL),
-        ("lora", FineTune, "training_step", 4, INT),
-        ("evaluate", Reader, "predict_step", 3, KILL),
-        ("evaluate", RunLog, "keep_metrics", 1, INT),
-        ("study", Results, "keep", 2, TERM),
-        ("study", AloneReader, "predict_step", 5, KILL),
+        ("attribute", commands, "_load", 1, TERM, 0),
+        ("attribute", GreedyModule, "predict_step", 2, KILL, 1),
+        ("attribute", AttributionModule, "predict_step", 3, TERM, 0),
+        ("attribute", GoldenProfile, "save", 1, KILL, 0),
+        ("memit", GreedyModule, "predict_step", 1, KILL, 1),
+        ("memit", KeyMoments, "predict_step", 1, TERM, 0),
+        ("memit", ValueSearch, "predict_step", 2, INT, 0),
+        ("memit", WeightUpdate, "save", 1, KILL, 0),
+        ("memit", Reader, "predict_step", 9, TERM, 0),
+        ("finetune", FineTune, "training_step", 5, TERM, 0),
+        ("finetune", FineTune, "training_step", 8, KILL, 2),  # from the epoch's beginning, for it is a short one
+        ("finetune", FineTune, "fit", 1, KILL, 0),
+        ("lora", FineTune, "training_step", 4, INT, 0),
+        ("evaluate", Reader, "predict_step", 3, KILL, 1),
+        ("evaluate", RunLog, "keep_metrics", 1, INT, 0),
+        ("study", Results, "keep", 2, TERM, 0),
+        ("study", AloneReader, "predict_step", 3, KILL, 3),  # a block's batches
     ],
 )
 def test_resumed_ends_in_the_same_bytes(
@@ -219,14 +225,15 @@ def test_resumed_ends_in_the_same_bytes(
     name: str,
     calls: int,
     by: signal.Signals,
-    tiny_folder: Path,
-    asked: str,
+    again: int,
     tmp_path: Path,
-    whole_of: Callable[[str, list[str]], dict[str, bytes]],
+    whole_of: Callable[[str], Scene],
 ) -> None:
-    words = [*COMMANDS[command].split(), "--model", str(tiny_folder), "--requests", asked]
-    expected = whole_of(command, words)
-    scene = Scene(tmp_path / "cut", words)
+    """And no more batches than `again` are run twice of the stage that is cut off, and of those before it."""
+    whole = whole_of(command)
+    scene = Scene(tmp_path / "cut", whole.words)
     assert scene.child(before=ending(owner, name, calls, by)) == ENDS[by], scene.shown
     assert scene.child("--resume") == 0, scene.shown
-    assert scene.files == expected
+    assert scene.files == whole.files
+    repeated = {one.__name__: scene.steps(one) - whole.steps(one) for one in STEPS}
+    assert sum(repeated.values()) == again, repeated

@@ -36,12 +36,15 @@ class StopBetweenBatches(Callback):
         interrupts.listen()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        interrupts.raise_if_noted()  # not at the end of the batch before: what keeps the training comes first there
+        interrupts.raise_if_noted()  # not at the end of the batch before: what keeps its results comes first there
+
+    def on_predict_batch_start(self, *_: Any) -> None:
+        interrupts.raise_if_noted()
 
     def on_train_end(self, *_: Any) -> None:
         interrupts.raise_if_noted()
 
-    def on_predict_batch_end(self, *_: Any) -> None:
+    def on_predict_end(self, *_: Any) -> None:
         interrupts.raise_if_noted()
 
     def teardown(self, *_: Any, **__: Any) -> None:
