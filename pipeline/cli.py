@@ -70,14 +70,27 @@ def _run(words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
+        code = USAGE_ERROR if isinstance(error, UsageError) else FAILED
         line = user_line(error)
-        if line is None:
-            raise
-        if verbose:
-            traceback.print_exc()
-        print(f"error: {line}", file=sys.stderr)
-        return USAGE_ERROR if isinstance(error, UsageError) else FAILED
+        if not _is_told():
+            if line is None or verbose:
+                traceback.print_exc()
+            if line is not None:
+                print(f"error: {line}", file=sys.stderr)
+        _end_processes(code)
+        return code
     return 0
+
+
+def _is_told() -> bool:
+    """Whether another process of this command tells of its failure."""
+    processes = sys.modules.get("pipeline.model.processes")  # not there: no other processes
+    return bool(processes and processes.is_told())
+
+
+def _end_processes(code: int) -> None:
+    if processes := sys.modules.get("pipeline.model.processes"):
+        processes.end(code)
 
 
 class UsageError(UserError):
@@ -96,6 +109,8 @@ def user_line(error: Exception) -> str | None:
         return f"no permission for {error.filename}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError) and re.search("Connection (closed|reset) by peer|Broken pipe", str(error)):
+        return "trainer: another process of this command has ended"
     if "No space left on device" in str(error) or "File too large" in str(error):  # raised inside libraries
         return "no room left on the disk while writing the output"
     return None

@@ -291,8 +291,11 @@ def _prepare(options: ModelOptions | RequestsCommand) -> None:
     from lightning.pytorch import seed_everything
 
     from pipeline.model import hush
+    from pipeline.model.processes import launch
 
     hush(options.verbose)
+    if "LOCAL_RANK" in os.environ and isinstance(options, ComputeOptions):
+        launch(options.trainer)  # another process, or torchrun, has started this one: join, to fail together
     seed_everything(getattr(options, "seed", 0), verbose=False)
 
 
@@ -307,9 +310,14 @@ def _working(options: Any, command: str, may_change: Collection[str] = ()) -> An
 
 def _load(options: ModelOptions, model: str | None = None) -> LLM:
     from pipeline.model import load_model, weights_dtype
+    from pipeline.model.processes import SHARDED, launch
 
-    trainer = options.trainer if isinstance(options, ComputeOptions) else None
-    return load_model(model or options.model, weights_dtype(trainer), options.verbose, options.chat)
+    if not isinstance(options, ComputeOptions):
+        return load_model(model or options.model, verbose=options.verbose, chat=options.chat)
+    device = launch(options.trainer)
+    spread = device if options.trainer.strategy in SHARDED else None
+    dtype = weights_dtype(options.trainer)
+    return load_model(model or options.model, dtype, options.verbose, options.chat, spread)
 
 
 def _explain(options: EvaluateCommand) -> None:

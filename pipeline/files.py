@@ -19,6 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own
 from pipeline.errors import UserError
 
 OPTIONS_FILE = "options.yaml"  # written first into every output folder: it marks the folder as ours
+STARTED = "GOLDEN_LAYERS_STARTED"  # the environment variable that tells a command's processes when it began
 WORK_MARK = "mark.txt"  # says whose the work in progress is
 NOT_RESUMED = {"output", "overwrite", "resume", "verbose"}  # options that a resumed command may change
 
@@ -87,7 +88,7 @@ def cache_folder(named: str | None) -> Path:
 
 def default_output(command: str) -> Path:
     """A new folder under runs/, named by command and time; processes started by this one name the same."""
-    started = os.environ.setdefault("GOLDEN_LAYERS_STARTED", f"{datetime.now():%Y%m%d-%H%M%S}")
+    started = os.environ.setdefault(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}")
     return Path("runs") / f"{command}-{started}"
 
 

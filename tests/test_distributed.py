@@ -1,4 +1,4 @@
-"""Two processes give what one gives: scores, metrics and edits, from a number of requests that two do not divide.
+"""Several processes give what one gives: scores, metrics and edits, from numbers of requests that they do not divide.
 
 Commands run as `python run.py ... --trainer.strategy ddp --trainer.devices 2` on CPU, with gloo.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +25,40 @@ pytestmark = pytest.mark.distributed
 
 RUN = Path(__file__).parent.parent / "run.py"
 CPU = ("--trainer.accelerator", "cpu")
-TWO = (*CPU, "--trainer.devices", "2", "--trainer.strategy", "ddp")
-TIMEOUT = 180  # seconds: two processes that wait for each other wait for ever
+TIMEOUT = 180  # seconds: processes that wait for each other wait for ever
 
 
-def two_processes(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command on two processes."""
-    return subprocess.run(
-        [sys.executable, str(RUN), *words, *TWO],
-        capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def processes(*words: str, strategy: str = "ddp", number: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a command on several processes, of which none outlives it."""
+    command = [sys.executable, str(RUN), *words, *CPU]
+    command += ["--trainer.devices", str(number), "--trainer.strategy", strategy]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as started:  # fmt: skip
+        try:
+            told, failed = started.communicate(timeout=TIMEOUT)
+        finally:
+            end_group(started.pid)
+    return subprocess.CompletedProcess(command, started.returncode, told, failed)
 
 
-def in_both_ways(folder: Path, *words: str) -> tuple[Path, Path]:
-    """The output folders of a command that one process ran and that two ran."""
-    one, two = folder / "one", folder / "two"
-    assert main([*words, *CPU, "--output", str(one)]) == 0
-    told = two_processes(*words, "--output", str(two))
+def end_group(group: int) -> None:
+    """Kill what is left of a group of processes."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def in_both_ways(folder: Path, *words: str, strategy: str = "ddp", number: int = 2) -> tuple[Path, Path]:
+    """The output folders of a command that one process ran and that several ran."""
+    one, several = folder / "one", folder / "several"
+    if not one.exists():
+        assert main([*words, *CPU, "--output", str(one)]) == 0
+    told = processes(*words, "--output", str(several), strategy=strategy, number=number)
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("written to") == 1
-    assert kinds(two) == kinds(one)  # written once: no second events file, nothing of the second process
-    return one, two
+    assert kinds(several) == kinds(one)  # written once: no second events file, nothing of the other processes
+    return one, several
 
 
 def kinds(folder: Path) -> list[str]:
@@ -88,7 +103,7 @@ def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:
     assert metrics(one)["after"]["rewrite"]["mean"] > 0.5  # a figure that could go wrong
     agree(one, two)
     assert main(["evaluate", *asked, *words, *CPU, "--output", str(tmp_path / "kept")]) == 0
-    told = two_processes("evaluate", *asked, *words, "--output", str(tmp_path / "taken"))  # the base as one read it
+    told = processes("evaluate", *asked, *words, "--output", str(tmp_path / "taken"))  # the base as one read it
     assert told.returncode == 0, told.stderr
     agree(one, tmp_path / "taken")
 
@@ -168,7 +183,7 @@ def test_one_old_answer_to_be_found(asked: list[str], request_file: Path, tmp_pa
 
 
 def test_fewer_requests_than_devices(asked: list[str], tmp_path: Path) -> None:
-    told = two_processes("attribute", *asked, "--limit", "1", "--output", str(tmp_path / "out"))
+    told = processes("attribute", *asked, "--limit", "1", "--output", str(tmp_path / "out"))
     assert told.returncode == 1
     assert [line.partition(":")[0] for line in told.stderr.splitlines()] == ["error"]
     assert not (tmp_path / "out").exists()
@@ -187,8 +202,38 @@ def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_pat
         "--finetune.batch_size",
         "2",
     ]
-    told = two_processes("edit", *asked, *broken, "--evaluation.text", text, "--output", str(tmp_path / "out"))
+    told = processes("edit", *asked, *broken, "--evaluation.text", text, "--output", str(tmp_path / "out"))
     assert told.returncode == 1
     assert "the loss is not a number in step 1, in the batch of requests capital-" in told.stderr
     assert "Traceback" not in told.stderr
     assert not (tmp_path / "out").exists()
+
+
+LOGIC = ["--trainer.precision", "64-true"]  # what is left is the logic, not the rounding
+STRATEGIES = ["ddp", "fsdp2"]
+METHODS = {
+    "finetune": ["--edit.finetune.batch_size", "4", "--edit.finetune.epochs", "3", "--edit.finetune.learnt", "0"],
+    "lora": ["--edit.lora.batch_size", "4", "--edit.lora.epochs", "3", "--edit.lora.learnt", "0"],
+    "memit": ["--edit.locate.batch_size", "2"],
+    "one_pass": ["--edit.one_pass.batch_size", "2"],
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_edit(
+    method: str, strategy: str, asked: list[str], text: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The main job: scores, the change of the golden layer, and every teacher-forced figure."""
+    words = ["run", *asked, *LOGIC, "--proxy_fraction", "0.4", "--edit.method", method, *METHODS[method]]
+    words += ["--edit.statistics.text", text, "--edit.statistics.tokens", "256"]
+    words += ["--edit.statistics.cache", str(tmp_path / "cache"), "--evaluation.text", text]
+    one, several = in_both_ways(tmp_path, *words, "--evaluation.keep_base", "false", strategy=strategy)
+    expected, found = GoldenProfile.load(one), GoldenProfile.load(several)
+    assert found.scores == pytest.approx(expected.scores, rel=1e-9)
+    assert found.golden_layers == expected.golden_layers
+    weights = [load_file(folder / "update.safetensors") for folder in (one, several)]
+    assert apart(*weights, tiny_folder) < 1e-7
+    for side in ("before", "after"):
+        for name in ("rewrite", "rephrase", "locality", "portability"):
+            assert metrics(several)[side][name] == metrics(one)[side][name], (side, name)

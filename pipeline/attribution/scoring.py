@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.attribution.selector import Runtime, Values
 from pipeline.errors import UserError
 from pipeline.model import LLM, build_trainer
+from pipeline.model.processes import from_first
 from pipeline.model.trainer import check_shares, predict
 from pipeline.requests import ListDataModule, in_batches
 
@@ -129,19 +130,19 @@ def score_batches(
     together = min(batch_size, len(items) // runner.world_size)
     batches = in_batches(list(enumerate(items)), lambda item: tokens(item[1]), together, most)
     module.score_log = ScoreLog(runtime.work, len(module.llm.blocks))
-    kept = module.score_log.read()
+    kept = from_first(module.score_log.read())
     done = set(kept["number"].tolist())
     left = [batch for batch in batches if not done.issuperset(number for number, _ in batch)]
     if left:
-        others = [batch for batch in batches if batch not in left] if len(left) < runner.world_size else []
-        left += others[: runner.world_size - len(left)]  # every device needs one; scored twice is harmless
 
         def collate(part: list[list[Item]]) -> tuple[list[int], Any]:
             (batch,) = part
             return [number for number, _ in batch], module.collate([item for _, item in batch])
 
         with module.llm.frozen():
-            kept = np.concatenate([kept, *predict(runner, module, ListDataModule((left, collate, 1)))])
+            kept = np.concatenate(
+                [kept, *predict(runner, module, ListDataModule((left, collate, 1), in_step=True))]
+            )
     values_NL = np.empty((len(items), len(module.llm.blocks)))
     values_NL[kept["number"]] = kept["scores"]
     return values_NL

@@ -74,6 +74,7 @@ class AdaptersAlone(LightningModule):
     def __init__(self, method: Lora, pupils: Sequence[Pupil], seed: int) -> None:
         super().__init__()
         self.llm, self.options, self.whiteners = method.llm, method.options, method.whiteners
+        self.model = self.llm.model
         self.layer = method.layers[0]
         self.pupils = pupils
         with method.adapted(seed) as adapted:

@@ -21,6 +21,7 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
 from pipeline.files import claim
 from pipeline.model import LLM
+from pipeline.model.sharding import whole
 from pipeline.options import EditOptions, TrainerOptions
 from pipeline.requests import EditRequest, fact, settle
 
@@ -96,7 +97,7 @@ def edit(
     with earlier.applied(llm), restored(llm, method.weight_names):
         with llm.frozen():
             method.run(requests, runtime)
-        changed = {name: parameters[name].detach().cpu().clone() for name in method.weight_names}
+        changed = {name: whole(parameters[name]).cpu().clone() for name in method.weight_names}
     return WeightUpdate(
         model=llm.name,
         fingerprint=llm.fingerprint,

@@ -31,6 +31,8 @@ from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model import LLM, build_trainer, target_logits
 from pipeline.model.memory import INSTEAD, attempt
+from pipeline.model.processes import from_first
+from pipeline.model.sharding import whole
 from pipeline.model.upper import handing_on
 from pipeline.options import EditOptions, FinetuneOptions, TrainerOptions, TrainingOptions
 from pipeline.requests import EditRequest, ListDataModule
@@ -126,7 +128,7 @@ class FineTune(LightningModule):
         ).fit(
             self,
             datamodule=self.data,
-            ckpt_path=last_checkpoint(runtime.work) if runtime.work else None,
+            ckpt_path=from_first(last_checkpoint(runtime.work) if runtime.work else None),
             weights_only=True,
         )
 
@@ -246,7 +248,7 @@ class FineTune(LightningModule):
         """Keep every entry of a weight within `bound` of where it started (FT-L's norm constraint)."""
         for name, weight in self._trained() if self.start else ():
             start = self.start[name]
-            most = self.bound * start.float().square().mean().sqrt().item()
+            most = self.bound * whole(start).float().square().mean().sqrt().item()
             weight.copy_(torch.clamp(weight, start - most, start + most))
 
     def on_train_epoch_end(self) -> None:
@@ -282,7 +284,7 @@ class FineTune(LightningModule):
     def step_of(self, weight: nn.Parameter) -> float:
         """Adam's step size for a weight."""
         assert isinstance(self.options, FinetuneOptions)
-        return self.options.learning_rate * weight.detach().float().square().mean().sqrt().item()
+        return self.options.learning_rate * whole(weight).float().square().mean().sqrt().item()
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, weight) for name, weight in self.named_parameters() if weight.requires_grad]

@@ -13,6 +13,7 @@ from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.method import Runtime
 from pipeline.editing.update import WeightUpdate
 from pipeline.model import LLM
+from pipeline.model.sharding import whole
 from pipeline.options import EditOptions, TrainerOptions
 from pipeline.requests import EditRequest, fact
 
@@ -54,10 +55,10 @@ def leave_out(
     layers, gone = _layers(llm, update), {fact(request) for request in requests}
     left = [request for request in update.requests if fact(request) not in gone]
     method = LocateThenEdit(llm, layers, options, update.state)
-    base = {name: llm.model.get_parameter(name).detach().cpu().clone() for name in method.weight_names}
+    base = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in method.weight_names}
     with update.applied(llm), restored(llm, method.weight_names), llm.frozen():
         method.leave_out(requests, Runtime(trainer or TrainerOptions(), seed=seed, earlier=left))
-        changed = {name: llm.model.get_parameter(name).detach().cpu().clone() for name in base}
+        changed = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in base}
     changed = {name: _snapped(tensor, base[name]) for name, tensor in changed.items()}
     unlike = {name: tensor for name, tensor in changed.items() if not torch.equal(tensor, base[name])}
     others = {name: tensor for name, tensor in update.tensors.items() if name not in changed}

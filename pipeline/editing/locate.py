@@ -25,6 +25,7 @@ from pipeline.editing.statistics import key_moments
 from pipeline.editing.values import Located, ValueSearch, locate
 from pipeline.model import LLM
 from pipeline.model.blocks import Projection
+from pipeline.model.sharding import add
 from pipeline.model.targets import last_token, prompt_tokens
 from pipeline.options import EditOptions, LocateOptions
 from pipeline.requests import EditRequest
@@ -162,7 +163,6 @@ class LocateThenEdit:
             yield text_II / text_II.trace() + weight * near_II / near_II.trace()
 
 
-@torch.no_grad()
 def _change(down: Projection, change_OI: Tensor) -> None:
     stored = change_OI if isinstance(down, torch.nn.Linear) else change_OI.T  # Conv1D stores (I, O)
-    down.weight += stored.to(down.weight)
+    add(down.weight, stored)

@@ -17,6 +17,7 @@ from pipeline.editing.method import Runtime
 from pipeline.editing.update import ADAPTER_PREFIX
 from pipeline.errors import UserError
 from pipeline.model import LLM, sizes
+from pipeline.model.sharding import add
 from pipeline.options import EditOptions, LoraOptions
 from pipeline.requests import EditRequest
 
@@ -108,12 +109,11 @@ class Lora(FineTune):
         return self.options.learning_rate
 
 
-@torch.no_grad()
 def _merge(adapted: PeftModel, sign: int) -> None:
     """Add the adapter's change to the weights beside it, or take it away."""
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
-            module.get_base_layer().weight += sign * module.get_delta_weight("default")  # type: ignore[operator]
+            add(module.get_base_layer().weight, sign * module.get_delta_weight("default"))  # type: ignore[arg-type, operator]
 
 
 def adapter_config(llm: LLM, layers: Sequence[int], options: LoraOptions) -> dict[str, Any]:

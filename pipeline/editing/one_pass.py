@@ -27,6 +27,7 @@ from pipeline.editing.method import Runtime
 from pipeline.errors import UserError
 from pipeline.model import LLM, TargetBatch, build_trainer, collate_targets, encode, target_losses
 from pipeline.model.blocks import Projection
+from pipeline.model.sharding import add
 from pipeline.model.trainer import check_shares, predict
 from pipeline.options import EditOptions
 from pipeline.requests import EditRequest, ListDataModule
@@ -77,15 +78,14 @@ class OnePass:
         rows = encode(self.llm, [(r.prompt, r.new_answer) for r in requests], tags=[r.id for r in requests])
         rows.sort(key=lambda row: len(row.token_ids))
         collate = partial(collate_targets, pad_token_id=self.llm.pad_token_id)
-        data = ListDataModule((rows, collate, self.options.batch_size))
+        data = ListDataModule((rows, collate, self.options.batch_size), in_step=True)
         runner = build_trainer(runtime.trainer, "One pass")
         check_shares(runner, len(rows))
-        batches = predict(runner, CaptureModule(self.llm, self.projections), data)
+        batches = dict(predict(runner, CaptureModule(self.llm, self.projections), data)).values()
         for name, projection in self.projections.items():
             parts = zip(*(batch[name] for batch in batches), strict=True)
             self._change(name, projection, Captured(*(torch.cat(part).double() for part in parts)))
 
-    @torch.no_grad()
     def _change(self, name: str, projection: Projection, captured: Captured) -> None:
         """v = −η ‖h‖² g of normalised h and g, then the ridge solution.
 
@@ -101,7 +101,7 @@ class OnePass:
         value_NO = -eta * input_NI.square().sum(1, keepdim=True) * gradient_NO
         change_OI = ridge_solution(captured.input_NI, value_NO, self.options.ridge)
         stored = change_OI if isinstance(projection, nn.Linear) else change_OI.T  # Conv1D stores (I, O)
-        projection.weight += stored.to(projection.weight)
+        add(projection.weight, stored)
 
     def _statistics(self, name: str, vectors_ND: Tensor) -> RunningStatistics:
         """The statistics of one kind of vector with those of this update merged in; kept in `state`."""
@@ -172,20 +172,19 @@ class CaptureModule(LightningModule):
         self.modules_by_name = dict(projections)
 
     @torch.enable_grad()
-    def predict_step(self, batch: TargetBatch) -> list[dict[str, Captured]]:
-        """One item a batch: each projection's vectors, on the CPU."""
+    def predict_step(self, batch: TargetBatch) -> list[tuple[str, dict[str, Captured]]]:
+        """One item a batch: its first request, and each projection's vectors, on the CPU."""
         with capturing(self.modules_by_name) as seen:
             losses_B = target_losses(self.model, batch)
         if not losses_B.isfinite().all():
             raise UserError(f"edit: the loss is not a number in the batch of requests {', '.join(batch.tags)}")
         gradients = torch.autograd.grad(losses_B.sum(), [output for _, output in seen.values()])
         edited_N = batch.row_N * batch.input_ids_BT.shape[1] + batch.position_N
-        return [
-            {
-                name: Captured(*(x.detach().flatten(0, -2)[edited_N].cpu() for x in (*pair, gradient)))
-                for (name, pair), gradient in zip(seen.items(), gradients, strict=True)
-            }
-        ]
+        captured = {
+            name: Captured(*(x.detach().flatten(0, -2)[edited_N].cpu() for x in (*pair, gradient)))
+            for (name, pair), gradient in zip(seen.items(), gradients, strict=True)
+        }
+        return [(batch.tags[0], captured)]
 
 
 @contextmanager

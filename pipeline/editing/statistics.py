@@ -23,6 +23,7 @@ from pipeline.files import cache_folder, write_shared
 from pipeline.model import LLM, TargetRow, build_trainer, generate, sizes
 from pipeline.model.batch_log import BatchLog
 from pipeline.model.joining import PLAIN
+from pipeline.model.processes import from_first, of_all
 from pipeline.model.targets import tokenize
 from pipeline.model.trainer import predict
 from pipeline.model.upper import passing_through
@@ -71,7 +72,8 @@ def key_moments(
     folder = cache_folder(options.cache)
     source = Path(text).read_bytes() if text and Path(text).is_file() else b"the model's own text"
     files = {name: folder / f"moment-{_digest(llm, name, options.tokens, source)}.safetensors" for name in names}
-    missing = [name for name in names if not files[name].is_file()]
+    lacking = of_all([name for name in names if not files[name].is_file()])
+    missing = [name for name in names if any(name in each for each in lacking)]
     found = {name: _read(file, llm, name) for name, file in files.items() if name not in missing}
     if not missing:
         return found
@@ -137,8 +139,11 @@ def own_text(llm: LLM, tokens: int, trainer: TrainerOptions, folder: Path) -> li
     """
     name = f"text-{_digest(llm, '', tokens, repr((WINDOW, OPENINGS)).encode())}"
     file = folder / f"{name}.json"
+    kept: list[str] | None = None
     with suppress(FileNotFoundError, ValueError):  # a damaged one is written anew
-        return [str(text) for text in json.loads(file.read_text(encoding="utf-8"))]
+        kept = [str(text) for text in json.loads(file.read_text(encoding="utf-8"))]
+    if (kept := from_first(kept)) is not None:
+        return kept
     length = min(WINDOW, (llm.context_length or 2 * WINDOW) // 2)
     seeds = _continuations(llm, -(-tokens // (length * len(OPENINGS))))
     told = generate(llm, seeds, length, 32, trainer, "Own text", PLAIN, kept=folder / name)

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.files import require_room, write_json, write_whole
 from pipeline.model import LLM
+from pipeline.model.sharding import put
 from pipeline.requests import EditRequest
 
 ADAPTER_PREFIX = "lora."  # of an adapter's tensors in an update's state
@@ -78,7 +79,7 @@ class WeightUpdate:
         parameters = dict(llm.model.named_parameters())
         replaced = {name: parameters[name].detach().clone() for name in self.tensors}
         for name, tensor in self.tensors.items():
-            parameters[name].copy_(tensor)
+            put(parameters[name], tensor)
         return WeightUpdate(self.model, self.fingerprint, "undo", self.layers, replaced)
 
     @rank_zero_only

@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from pipeline.editing.contexts import in_context
 from pipeline.editing.method import Runtime
 from pipeline.errors import UserError
-from pipeline.files import write_whole
+from pipeline.files import write_shared
 from pipeline.model import LLM, build_trainer, encode
+from pipeline.model.processes import from_first
+from pipeline.model.sharding import anywhere
 from pipeline.model.suffix import Suffixes, SuffixRow, SuffixRunner
 from pipeline.model.targets import last_token, prompt_tokens, row_means
 from pipeline.model.trainer import predict
@@ -80,6 +82,7 @@ class ValueSearch(LightningModule):
         self.visit = visit
         self.climbs = climbs
         self.work: Path | None = None
+        self.model = llm.model
         self.runner = SuffixRunner(llm, layer)
         self._captured: dict[
             tuple[int, int], tuple[list[Suffixes], Tensor]
@@ -93,14 +96,15 @@ class ValueSearch(LightningModule):
         """Every request's change of the output, in the requests' order, (G, O).
 
         With a work folder, found values are kept there batch by batch, and a search goes on from what is there.
-        Runs under `Trainer.predict`: requests are searched for apart, so that processes need not keep step.
+        Runs under `Trainer.predict`: requests are searched for apart, so that processes need not keep step, but
+        where the model's weights are spread over them.
         """
         self.work = runtime.work
-        found = self._kept()
+        found = from_first(self._kept())
         left = [each for each in located if each.number not in found]
         if left:
             batches = in_batches(left, Located.tokens, self.options.batch_size, SEARCHED_TOGETHER)
-            data = ListDataModule((batches, lambda picked: picked[0], 1))
+            data = ListDataModule((batches, lambda picked: picked[0], 1), in_step=True)
             found |= dict(predict(build_trainer(runtime.trainer, "Finding values", runtime.logger), self, data))
         return torch.stack([found[each.number] for each in located])
 
@@ -133,10 +137,9 @@ class ValueSearch(LightningModule):
 
     def _keep(self, found: Sequence[tuple[int, Tensor]]) -> None:
         if self.work:
-            self.work.mkdir(parents=True, exist_ok=True)
             file = self.work / f"values-{self.visit}-{found[0][0]}.safetensors"
             tensors = {str(number): change_O for number, change_O in found}
-            write_whole(file, lambda partial: save_file(tensors, partial))
+            write_shared(file, lambda partial: save_file(tensors, partial))
 
     def _kept(self) -> dict[int, Tensor]:
         """What an interrupted search of this visit has found, by request number."""
@@ -150,7 +153,7 @@ class ValueSearch(LightningModule):
         unit_GO = torch.zeros_like(parts[0].output_BO).requires_grad_(True)  # changes over scale
         learnt_GO = torch.zeros_like(unit_GO)
         adam = torch.optim.Adam([unit_GO], lr=options.step)
-        running = torch.arange(len(batch), device=unit_GO.device)
+        running, live = torch.arange(len(batch), device=unit_GO.device), True
         for step in range(options.steps + 1):
             nll_G, kl_G = self._losses(parts, (unit_GO * scale_G[:, None])[running], base_GV[running])
             if not nll_G.isfinite().all():
@@ -159,10 +162,11 @@ class ValueSearch(LightningModule):
                     f"edit: the loss is not a number in step {step}, in the batch of requests {ids}; "
                     "try a smaller --locate.step"
                 )
-            learnt_GO[running] = unit_GO.detach()[running]
-            self._show(step, nll_G)
-            going = nll_G > options.learnt
-            if step == options.steps or not going.any():
+            if live:
+                learnt_GO[running] = unit_GO.detach()[running]
+                self._show(step, nll_G)
+            going = (nll_G > options.learnt) & live
+            if step == options.steps or not anywhere(self.model, bool(going.any())):
                 break
             loss = nll_G + options.kl * kl_G + options.decay * unit_GO[running].square().sum(-1)
             adam.zero_grad()
@@ -170,8 +174,9 @@ class ValueSearch(LightningModule):
             adam.step()
             with torch.no_grad():
                 unit_GO *= options.bound / unit_GO.norm(dim=-1, keepdim=True).clamp(min=options.bound)
-            running = running[going]
-            if not going.all():
+            live = bool(going.any())  # if not, this process goes on for the others' sake alone
+            if live and not going.all():
+                running = running[going]
                 parts = [part.subset(going.nonzero().squeeze(1)) for part in parts]
         return learnt_GO * scale_G[:, None]
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.sharding import on_mesh_of
+
 
 def whitener(moment_II: Tensor, ridge: float) -> Tensor:
     """P (I, I) for inputs of second moment C: symmetric, and text's inputs keep their mean squared norm under it.
@@ -60,4 +62,5 @@ class WhitenedAdam(torch.optim.Adam):
 
     def _whitened(self, tensor: Tensor, weight: nn.Parameter) -> Tensor:
         P, inputs = self.whiteners[weight]
-        return tensor @ P.to(tensor) if inputs == 1 else P.to(tensor) @ tensor
+        P = on_mesh_of(P.to(device=tensor.device, dtype=tensor.dtype), weight)
+        return tensor @ P if inputs == 1 else P @ tensor

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule
 
 from pipeline.editing import WeightUpdate
 from pipeline.evaluation.metrics import Estimate, Resampled
@@ -19,9 +18,11 @@ from pipeline.evaluation.readings import Readings
 from pipeline.evaluation.values import Values, figures, values_of
 from pipeline.model import LLM, build_trainer
 from pipeline.model.llm import fingerprint
+from pipeline.model.processes import from_first
+from pipeline.model.sharding import whole
 from pipeline.model.trainer import check_shares, predict
 from pipeline.options import EvaluationOptions, TrainerOptions
-from pipeline.requests import EditRequest, ListDataModule
+from pipeline.requests import EditRequest
 
 Metrics = dict[str, Estimate]
 
@@ -109,7 +110,7 @@ def relative_changes(llm: LLM, update: WeightUpdate) -> dict[str, float]:
     """‖change‖ / ‖before‖ of every tensor of an update, the model being the base."""
     changes = {}
     for name, tensor in update.tensors.items():
-        before = llm.model.get_parameter(name).detach().cpu().float()
+        before = whole(llm.model.get_parameter(name)).cpu().float()
         changes[name] = ((tensor.cpu().float() - before).norm() / before.norm().clamp(min=1e-30)).item()
     return changes
 
@@ -178,15 +179,13 @@ class Evaluator:
         """What the model says, read now or, for the base model, kept from before."""
         trainer = build_trainer(self.trainer, title)
         check_shares(trainer, len(self.plan.requests))
-        devices, file = trainer.world_size, self._file()
-        kept = Readings.kept(file) if file else None
-        if file and devices > 1 and not self._all_found(kept is not None, devices):
-            kept = None
+        file = self._file()
+        kept = from_first(Readings.kept(file) if file else None)
         if kept:
             return kept
         reader = Reader(self.llm, self.plan.offsets, self.first)
         with self.llm.frozen():
-            readings = Readings.of(predict(trainer, reader, self.plan.data(devices), self._log()))
+            readings = Readings.of(predict(trainer, reader, self.plan.data(trainer.world_size), self._log()))
         if file and self.first is None:
             with suppress(OSError):  # a full disk costs the next command time, and this one nothing
                 readings.keep(file)
@@ -202,19 +201,3 @@ class Evaluator:
         if self.work is None:
             return None
         return self.work / f"readings-{fingerprint(self.llm.model)}-{self.plan.file(self.trainer).stem}"
-
-    def _all_found(self, found: bool, devices: int) -> bool:
-        """Whether every process has found kept readings: one alone that has not would wait for the others."""
-        trainer = build_trainer(self.trainer, "Kept figures")
-        return all(predict(trainer, Findings(found), ListDataModule(([0] * devices, list, 1))))
-
-
-class Findings(LightningModule):
-    """Tells what each process has found."""
-
-    def __init__(self, found: bool) -> None:
-        super().__init__()
-        self.found = found
-
-    def predict_step(self, batch: list[int]) -> list[bool]:
-        return [self.found]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.errors import UserError
 from pipeline.model.blocks import Block, find_blocks
 from pipeline.model.joining import PLAIN, chat_joining, closing_tokens
+from pipeline.model.sharding import sampled
 
 SAMPLES = 1024  # values of each tensor that go into a fingerprint
 
@@ -136,7 +137,5 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-        digest.update(values.float().cpu().numpy().tobytes())
+        digest.update(sampled(parameter, SAMPLES).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

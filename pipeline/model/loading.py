@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -17,12 +18,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pipeline.errors import UserError
 from pipeline.model.blocks import check_config, find_blocks
 from pipeline.model.llm import LLM
+from pipeline.model.sharding import load_sharded
 
 BUNDLED = "smollm2"
 
 
 def load_model(
-    name: str = BUNDLED, dtype: torch.dtype = torch.float32, verbose: bool = False, chat: bool = False
+    name: str = BUNDLED,
+    dtype: torch.dtype = torch.float32,
+    verbose: bool = False,
+    chat: bool = False,
+    spread: torch.device | None = None,
 ) -> LLM:
     """Load a model for editing; never runs code that comes with the weights.
 
@@ -31,6 +37,8 @@ def load_model(
         dtype: of the weights in memory.
         verbose: show what the libraries say meanwhile.
         chat: put prompts into the tokenizer's chat template, in every stage.
+        spread: spread the blocks' weights over all processes (see `pipeline.model.sharding`), this one's share on
+            this device; None: the whole model on the CPU.
 
     Raises:
         UserError: when there is no such model, or it cannot be read or edited; where its config tells, before any
@@ -38,21 +46,43 @@ def load_model(
     """
     source, gguf_file = _locate(name)
     options = {"gguf_file": gguf_file} if gguf_file else {}
+    with _explained(name), nullcontext() if verbose else redirect_stderr(StringIO()):
+        if not Path(source).is_dir():
+            source = _reachable(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        if not gguf_file:
+            _check_structure(source, name)
+
+    def weights() -> PreTrainedModel:
+        with _explained(name), nullcontext() if verbose else redirect_stderr(StringIO()):
+            return _weights(source, gguf_file, name, dtype)
+
+    return LLM(load_sharded(weights, spread, name) if spread else weights(), tokenizer, name, chat)
+
+
+def _weights(source: str, gguf_file: str | None, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model itself, whole."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=None if gguf_file else True,
+        output_loading_info=True,
+        **({"gguf_file": gguf_file} if gguf_file else {}),
+    )
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise UserError(f"model: {name!r} lacks {len(missing)} of its weights, such as {missing[0]}")
+    if gguf_file:
+        _forget_quantization(model)
+    return model
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What the libraries raise about a model, as one line."""
     try:
-        with nullcontext() if verbose else redirect_stderr(StringIO()):
-            if not Path(source).is_dir():
-                source = _reachable(source)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-            if not gguf_file:
-                _check_structure(source, name)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=None if gguf_file else True,
-                output_loading_info=True,
-                **options,
-            )
+        yield
     except UserError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -61,13 +91,6 @@ def load_model(
             f"model: {name!r} cannot be loaded; expected {BUNDLED!r}, a Hugging Face name, a folder with "
             f"config.json, tokenizer and safetensors, or a GGUF file ({reason})"
         ) from error
-    model, found = loaded
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
-        raise UserError(f"model: {name!r} lacks {len(missing)} of its weights, such as {missing[0]}")
-    if gguf_file:
-        _forget_quantization(model)
-    return LLM(model, tokenizer, name, chat)
 
 
 def _check_structure(source: str, name: str) -> None:

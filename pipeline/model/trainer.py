@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pipeline.errors import UserError
 from pipeline.model.batch_log import BatchLog
 from pipeline.model.interrupts import StopBetweenBatches
 from pipeline.model.memory import in_halves
+from pipeline.model.processes import SHARDED, from_first, of_all, world_size
 from pipeline.model.progress import StageProgressBar
+from pipeline.model.sharding import in_step, is_sharded
+from pipeline.model.strategy import ShardedStrategy
 from pipeline.options import TrainerOptions
 from pipeline.requests import ListDataModule
 
@@ -49,19 +53,24 @@ def build_trainer(
     Raises:
         UserError: when the accelerator, devices or strategy do not exist here.
     """
+    precision: dict[str, Any] = {"precision": options.precision}
+    strategy: str | Strategy = options.strategy
+    if strategy in SHARDED:
+        strategy = ShardedStrategy(world_size())
+        if options.precision == "64-true":  # which Lightning takes of a model-parallel strategy as a plugin only
+            precision = {"plugins": [DoublePrecision()]}
     try:
         return Trainer(
             accelerator=options.accelerator,
-            devices=int(options.devices) if str(options.devices).isdigit() else options.devices,
+            devices=options.devices_asked,
             num_nodes=options.num_nodes,
-            strategy=options.strategy,
-            precision=options.precision,  # type: ignore[arg-type]
+            strategy=strategy,
             logger=logger,
             callbacks=[StageProgressBar(title), *callbacks, StopBetweenBatches()],
             enable_model_summary=False,
             inference_mode=False,
             use_distributed_sampler=False,  # the data modules deal batches out
-            **{"enable_checkpointing": False, **settings},
+            **{"enable_checkpointing": False, **precision, **settings},
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -95,28 +104,19 @@ def predict(trainer: Trainer, module: LightningModule, data: ListDataModule, kep
     if kept:
         sizes = "-".join(data.sizes(devices))  # batches of other sizes are others
         log = BatchLog(kept.with_name(f"{kept.name}-{sizes}"), trainer.global_rank)
-    done = log.read() if log else {}
+    done = from_first(log.read() if log else {})
     data.done = {*data.done, *done}
     items = [item for outputs in done.values() for item in outputs]
     if data.places(devices) - data.done:
-        with in_halves(trainer, module, data, not _in_step(trainer), log):
+        alone = devices == 1 or not is_sharded(module)
+        with in_halves(trainer, module, data, alone, log), in_step(module.model):
             outputs: list[Any] = trainer.predict(module, datamodule=data) or []
         if len(data.streams) > 1:  # of several loaders Lightning gives a list each
             outputs = [batch for stream in outputs for batch in stream]
-        found = [item for batch in outputs for item in batch]
-        gathered = [found]
-        if devices > 1:
-            gathered = [[] for _ in range(devices)]
-            torch.distributed.all_gather_object(gathered, found)
-        items += [item for part in gathered for item in part]
+        items += [item for part in of_all([item for batch in outputs for item in batch]) for item in part]
     if log:
         log.close()
     return items
-
-
-def _in_step(trainer: Trainer) -> bool:
-    """Whether a pass on one device needs one on every other."""
-    return trainer.world_size > 1 and isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def hush(verbose: bool) -> None:

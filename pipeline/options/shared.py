@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import UserError, check_at_least, check_choice
 
+STRATEGIES = ("auto", "ddp", "fsdp", "fsdp2")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 
@@ -18,18 +19,27 @@ class TrainerOptions:
     num_nodes: int = 1
     """How many hosts."""
     strategy: str = "auto"
-    """auto, ddp, or any other strategy of Lightning."""
+    """ddp: the whole model on every device; fsdp or fsdp2 (the same): its blocks' weights spread over the devices,
+    for models that one device does not hold; auto: ddp where there are several devices."""
     precision: str = "32-true"
     """32-true, 64-true, bf16-mixed, bf16-true or 16-mixed."""
     micro_batch: int | None = None
     """The most requests that a device trains on at once; the rest of its part of a batch follows before the step,
     with the same result. Default: all; halved where the memory does not suffice."""
+    activation_checkpointing: bool = False
+    """Keep only what enters a block, and run it again when its gradients are due: less memory for more time."""
 
     def __post_init__(self) -> None:
         check_at_least("trainer.num_nodes", self.num_nodes, 1)
         check_choice("trainer.precision", self.precision, PRECISIONS)
         if self.micro_batch is not None:
             check_at_least("trainer.micro_batch", self.micro_batch, 1)
+        check_choice("trainer.strategy", self.strategy, STRATEGIES)
+
+    @property
+    def devices_asked(self) -> int | str:
+        """`devices` as Lightning takes it: a number is how many."""
+        return int(self.devices) if str(self.devices).isdigit() else self.devices
 
 
 @dataclass(kw_only=True)

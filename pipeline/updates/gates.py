@@ -10,6 +10,7 @@ import torch
 from pipeline.editing import WeightUpdate
 from pipeline.evaluation import Estimate
 from pipeline.model import LLM
+from pipeline.model.sharding import whole
 from pipeline.options import GateOptions
 
 BATCH = ("rewrite", "rephrase", "locality")
@@ -79,7 +80,7 @@ def drift(llm: LLM, update: WeightUpdate | None) -> float:
     """The largest ‖W' − W‖ / ‖W‖ (Frobenius) over the weights that an update changes; 0 for none."""
     shares = [0.0]
     for name, tensor in (update.tensors if update else {}).items():
-        base = llm.model.get_parameter(name).detach().float().cpu()
+        base = whole(llm.model.get_parameter(name)).float().cpu()
         shares.append(((tensor.float() - base).norm() / base.norm()).item())
     return max(shares)
 

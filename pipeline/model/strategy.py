@@ -1,0 +1,94 @@
+"""Lightning's model-parallel strategy (FSDP2) for models that were spread when they were loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from pipeline.model.sharding import as_spread, put, whole
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Trains and runs models whose weights `load_model` has spread over all devices.
+
+    What is trained beside the model's own weights (an adapter's factors) is whole on every device; its gradients
+    are averaged here, those of spread weights by FSDP2. A checkpoint holds what is trained, whole, as one device's.
+
+    Args:
+        devices: over all hosts.
+    """
+
+    def __init__(self, devices: int) -> None:
+        super().__init__(data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup(self, trainer: Trainer) -> None:
+        """As the parent's, for a model that is in its place already."""
+        assert self.accelerator is not None and self.model is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()  # what a stage has beside the model
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Average what FSDP2 does not."""
+        super().post_backward(closure_loss)
+        assert self.lightning_module is not None
+        for weight in self.lightning_module.parameters():
+            if weight.grad is not None and not isinstance(weight.grad, DTensor):
+                distributed.all_reduce(weight.grad)
+                weight.grad /= self.world_size
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What is trained, whole, on the CPU."""
+        return {name: whole(weight).cpu() for name, weight in _trained(self.lightning_module).items()}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Put what was trained back."""
+        trained = _trained(self.lightning_module)
+        for name, tensor in checkpoint["state_dict"].items():
+            put(trained[name], tensor)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimiser's state, whole, on the CPU."""
+        own = getattr(optimizer, "_optimizer", optimizer)
+        state: dict[str, Any] = tree_map_only(Tensor, lambda tensor: whole(tensor).cpu(), own.state_dict())
+        return state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Put the optimiser's state back, spread as its weights are."""
+        Strategy.load_optimizer_state_dict(self, checkpoint)
+        for optimizer in self.optimizers:
+            for weight, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == weight.shape:
+                        state[name] = as_spread(value, weight)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """As from one device: every process reads it."""
+        torch.cuda.empty_cache()
+        loaded: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        return loaded
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+
+def _trained(module: LightningModule | None) -> dict[str, Tensor]:
+    assert module is not None
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
