@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sqlite3
 import sys
 import traceback
@@ -21,10 +22,11 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from pipeline.commands import COMMANDS
 from pipeline.errors import UserError
+from pipeline.interrupts import interrupts
 
 DEFAULT_COMMAND = "run"
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
-USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+USAGE_ERROR, FAILED = 2, 1
 
 KINDS = {
     "list[int]": "a list of whole numbers",
@@ -39,8 +41,13 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the process's exit code: 0, 1 (failed), 2 (usage) or 130 (interrupted)."""
+    """Run one command; returns the process's exit code: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with interrupts.heeding():
+        return _run(words)
+
+
+def _run(words: list[str]) -> int:
     if words and words[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -51,35 +58,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[name].function(options)
         sys.stdout.flush()
     except (SystemExit, KeyboardInterrupt) as leaving:
-        if isinstance(leaving, SystemExit) and not isinstance(leaving.__context__, KeyboardInterrupt):
+        by_signal = interrupts.noted or signal.SIGINT
+        if isinstance(leaving, SystemExit) and not (
+            interrupts.noted or isinstance(leaving.__context__, KeyboardInterrupt)
+        ):
             return int(leaving.code or 0)  # --help and --print_config end here
-        print("interrupted", file=sys.stderr)  # Lightning turns Ctrl-C into SystemExit
-        return INTERRUPTED
+        by = " by SIGTERM" if by_signal == signal.SIGTERM else ""
+        print(f"interrupted{by}", file=sys.stderr)  # Lightning turns it into SystemExit
+        return 128 + by_signal
     except BrokenPipeError:  # who reads what is printed has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
         code = USAGE_ERROR if isinstance(error, UsageError) else FAILED
         line = user_line(error)
-        if not _is_told():
+        processes = sys.modules.get("pipeline.model.processes")  # not there: there is this one alone
+        several = processes is not None and processes.world_size() > 1
+        if line is None and not several:
+            raise
+        if processes is None or not processes.is_told():  # the first of several to fail tells
             if line is None or verbose:
                 traceback.print_exc()
             if line is not None:
                 print(f"error: {line}", file=sys.stderr)
-        _end_processes(code)
+        if processes is not None:
+            processes.end(code)
         return code
     return 0
-
-
-def _is_told() -> bool:
-    """Whether another process of this command tells of its failure."""
-    processes = sys.modules.get("pipeline.model.processes")  # not there: no other processes
-    return bool(processes and processes.is_told())
-
-
-def _end_processes(code: int) -> None:
-    if processes := sys.modules.get("pipeline.model.processes"):
-        processes.end(code)
 
 
 class UsageError(UserError):

@@ -122,7 +122,7 @@ def evaluate(options: EvaluateCommand) -> None:
         llm = _load(options, requests=requests)
         if update:
             _note_chat(llm, "update", update.chat)
-        measured = evaluate(llm, requests, update, options, options.trainer)
+        measured = evaluate(llm, requests, update, options, options.trainer, log.work)
         log.keep_metrics(llm.name, requests, measured)
 
 
@@ -390,8 +390,16 @@ def _edit_and_prove(
 
     Evaluator(llm, requests, evaluation, compute.trainer)  # texts that do not fit are found before the edit
     update = log.update_kept() or edit(
-        llm, requests, profile, edit_options, compute.trainer, log.tensorboard, compute.seed, after, log.work
+        llm,
+        requests,
+        profile,
+        edit_options,
+        compute.trainer,
+        log.tensorboard,
+        compute.seed,
+        after,
+        log.work / "edit",
     )
     with log.keeping(update):
-        measured = evaluate(llm, update.requests, update, evaluation, compute.trainer)
+        measured = evaluate(llm, update.requests, update, evaluation, compute.trainer, log.work)
     log.keep_metrics(llm.name, update.requests, measured, update, profile)

@@ -111,11 +111,16 @@ def check_resumed(folder: Path, options: dict[str, Any], may_change: Collection[
         raise UserError(f"resume: {folder}: was started with another {', '.join(changed)}; give the same options")
 
 
+def is_fresh(folder: Path) -> bool:
+    """Whether a folder holds nothing, or does not exist; a file that a kill has cut off is nothing."""
+    return not folder.exists() or (folder.is_dir() and all(at.suffix == ".partial" for at in folder.iterdir()))
+
+
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raise UserError when `folder` cannot become the output folder; touches nothing."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: {folder}: a file; expected a folder's name")
-    if folder.is_dir() and any(folder.iterdir()):
+    if not is_fresh(folder):
         if not overwrite:
             raise UserError(f"output: {folder}: holds something already; name another folder or pass --overwrite")
         if Path.cwd().is_relative_to(folder.resolve()):
@@ -143,9 +148,9 @@ class OutputFolder:
         self.resumed = resumed
 
     @rank_zero_only
-    def drop_unfinished(self) -> None:
-        """What was in progress is finished."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+    def drop_unfinished(self, stage: str = "") -> None:
+        """What was in progress is finished: all of it, or one stage's part."""
+        shutil.rmtree(self.unfinished / stage, ignore_errors=True)
 
     @property
     def goes_on(self) -> bool:
@@ -179,7 +184,7 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
         check_output(path, overwrite)
     existed = path.is_dir()
     replaced = (
-        path.with_name(f".{path.name}.replaced") if existed and any(path.iterdir()) and not output.resumed else None
+        path.with_name(f".{path.name}.replaced") if existed and not is_fresh(path) and not output.resumed else None
     )
     if replaced:
         if replaced.exists():
@@ -188,7 +193,11 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
     made = [parent for parent in [path, *path.parents] if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / OPTIONS_FILE, yaml.safe_dump(options, sort_keys=False))
+        saved = {
+            **options,
+            **({"resume": False} if "resume" in options else {}),
+        }  # a resumed command's are the same
+        write_text(path / OPTIONS_FILE, yaml.safe_dump(saved, sort_keys=False))
         yield
     except BaseException as error:
         if isinstance(error, UserError) or not output.goes_on:

@@ -801,7 +801,8 @@ def test_an_interrupt_while_measuring_keeps_the_finished_update(
 
     monkeypatch.setattr(RunLog, "keep_metrics", interrupt)
     assert main([*editing, "--output", "out"]) == 130
-    assert names_in(elsewhere / "out") == {"options.yaml", "update.json", "update.safetensors"}
+    kept = {"options.yaml", "update.json", "update.safetensors"}
+    assert names_in(elsewhere / "out") == {*kept, "events", "unfinished"}, "what was read is kept, too"
     assert WeightUpdate.load(elsewhere / "out").layers
     assert "kept in out: update.json, update.safetensors" in capsys.readouterr().out
 
@@ -875,7 +876,9 @@ def test_resume_needs_what_was_interrupted(
     editing: list[str], made: SimpleNamespace, elsewhere: Path, refused: Callable[..., str]
 ) -> None:
     assert "name the interrupted command's folder with --output" in refused(*editing, "--resume")
-    assert "holds no options.yaml" in refused(*editing, "--resume", "--output", "none")
+    (elsewhere / "foreign").mkdir()
+    (elsewhere / "foreign" / "notes.txt").touch()
+    assert "holds no options.yaml" in refused(*editing, "--resume", "--output", "foreign")
     shutil.copytree(made.edited, elsewhere / "other")
     message = refused(*editing, "--resume", "--output", "other")
     assert "was started with another finetune, layers, limit, profile, requests" in message

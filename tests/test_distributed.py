@@ -138,11 +138,12 @@ EDITING = (
 )
 
 
-@pytest.mark.parametrize("batch_size", ["4", "1"])
+@pytest.mark.parametrize(("batch_size", "micro_batch"), [("4", "4"), ("1", "1"), ("4", "1")])
 def test_an_edit_keeps_its_global_batch(
-    batch_size: str, asked: list[str], text: str, tiny_folder: Path, tmp_path: Path
+    batch_size: str, micro_batch: str, asked: list[str], text: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     words = [*EDITING, "--finetune.batch_size", batch_size, "--evaluation.text", text]
+    words += ["--trainer.micro_batch", micro_batch]
     one, two = in_both_ways(tmp_path, "edit", *asked, *words)
     expected, found = load_file(one / "update.safetensors"), load_file(two / "update.safetensors")
     assert set(found) == set(expected)

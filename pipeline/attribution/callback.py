@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -67,9 +67,6 @@ class GradientAttribution(Callback):
         for layer, projections in enumerate(self.projections):
             for name, module in projections.items():
                 self._handles.append(module.register_forward_hook(self._hook(layer, name)))
-
-    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        self.begin(batch[1])
 
     def begin(self, batch: TargetBatch) -> None:
         """A batch is about to run."""

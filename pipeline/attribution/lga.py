@@ -109,6 +109,7 @@ class AttributionModule(ScoringModule):
 
     def scores(self, batch: TargetBatch) -> Tensor:
         """What the callback makes of the gradients, (P, L)."""
+        self.attribution.begin(batch)
         with embeddings_require_grad(self.model.get_input_embeddings()):
             losses = target_losses(self.model, batch)
         losses.sum().backward()

@@ -6,19 +6,24 @@ Breadth-first mini-batches at one well-chosen layer are what makes plain fine-tu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.editing.checkpoints import KeepTraining, last_checkpoint
 from pipeline.editing.lessons import Lesson, Row, collate, read_rows
 from pipeline.editing.method import Runtime
 from pipeline.editing.statistics import key_moments
@@ -26,12 +31,17 @@ from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model import LLM, build_trainer, target_logits
 from pipeline.model.checkpointing import checkpointing
+from pipeline.model.memory import INSTEAD, attempt
+from pipeline.model.processes import from_first
 from pipeline.model.sharding import whole
 from pipeline.model.upper import handing_on
 from pipeline.options import EditOptions, FinetuneOptions, TrainerOptions, TrainingOptions
 from pipeline.requests import EditRequest, ListDataModule
 
-CHECKPOINT = "epoch"
+FOLLOWED = ("loss", "accuracy", "unlearnt")
+Share = tuple[
+    list[int], list[Lesson]
+]  # the numbers of a batch's requests, and a device's part of it in micro-batches
 
 
 class FineTune(LightningModule):
@@ -60,6 +70,8 @@ class FineTune(LightningModule):
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds what is trained
+        self.automatic_optimization = False  # a batch's gradient is summed up over micro-batches
+        self.followed = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in FOLLOWED})
         self.llm = llm
         self.model = llm.model
         self.layers = list(layers)
@@ -100,11 +112,11 @@ class FineTune(LightningModule):
             patience=self.options.epochs,
             check_on_train_epoch_end=True,
         )
-        callbacks: list[Callback] = [learnt]
-        if runtime.work:
-            callbacks.append(ModelCheckpoint(runtime.work, CHECKPOINT, enable_version_counter=False))
-        checkpoint = runtime.work / f"{CHECKPOINT}.ckpt" if runtime.work else None
-        data = ListDataModule((range(len(self.taught)), self._share, self.options.batch_size), seed=runtime.seed)
+        callbacks: list[Callback] = [learnt, *([KeepTraining(runtime.work)] if runtime.work else [])]
+        self.micro_batch = runtime.trainer.micro_batch or self.options.batch_size
+        self.data = ListDataModule(
+            (range(len(self.taught)), self._share, self.options.batch_size), seed=runtime.seed
+        )
         trainer = build_trainer(
             runtime.trainer,
             "Editing",
@@ -112,32 +124,91 @@ class FineTune(LightningModule):
             callbacks,
             max_epochs=self.options.epochs,
             log_every_n_steps=1,
-            enable_checkpointing=checkpoint is not None,
+            enable_checkpointing=runtime.work is not None,
             reload_dataloaders_every_n_epochs=1,  # so that an epoch's order hangs on its number alone
         )
         with checkpointing(self.llm, runtime.trainer.activation_checkpointing):
             trainer.fit(
                 self,
-                datamodule=data,
-                ckpt_path=checkpoint if checkpoint and checkpoint.is_file() else None,
+                datamodule=self.data,
+                ckpt_path=from_first(last_checkpoint(runtime.work) if runtime.work else None),
                 weights_only=True,
             )
 
-    def _share(self, picked: Sequence[int]) -> Lesson:
+    def _share(self, picked: Sequence[int]) -> Share:
         """This device's part of a batch over all devices: requests bare or, every second epoch, under a context.
 
-        A device for which no row is left takes one along that counts nothing: all must take part in a step.
+        All devices must take part in a step, in as many micro-batches: one for which no row is left takes one along
+        that counts nothing.
         """
         epoch, rank, devices = self.current_epoch, self.trainer.global_rank, self.trainer.world_size
         rows = [variant(self.taught[number], epoch, number) for number in picked]
         turn = epoch * len(self.taught)  # so that every epoch brings other names
         others = [self.others[(number + turn) % len(self.others)] for number in picked[::2] if self.others]
         idle = replace(rows[0], target=replace(rows[0].target, tag=None))
-        own = rows[rank::devices] or [idle]
-        return collate(own, others[rank::devices], len(rows), len(others), self.llm.pad_token_id)
+        parts = -(-len(rows) // (devices * self.micro_batch))
+        lessons = [
+            collate(
+                rows[rank::devices][part::parts] or [idle],
+                others[rank::devices][part::parts],
+                len(rows),
+                len(others),
+                self.llm.pad_token_id,
+            )
+            for part in range(parts)
+        ]
+        return list(picked), lessons
 
-    def training_step(self, lesson: Lesson) -> Tensor:
-        """This device's part of the loss, such that DDP's mean over devices is the mean over all rows."""
+    def training_step(self, share: Share) -> None:
+        """One optimiser step on a batch, in smaller micro-batches from now on where the memory does not suffice."""
+        picked, lessons = share
+        while True:
+            optimizer = self.optimizers()
+            assert isinstance(optimizer, LightningOptimizer)
+            optimizer.zero_grad()
+            suffices, found = attempt(partial(self._differentiate, lessons))
+            if suffices:
+                break
+            lessons = self._smaller(picked, lessons, found)
+        optimizer.step()
+        self._bind()
+        self._follow(found, lessons[0].rows)
+
+    def _smaller(self, picked: Sequence[int], lessons: Sequence[Lesson], failed: str) -> list[Lesson]:
+        """The same batch in micro-batches of half the size."""
+        largest = max(sum(tag is not None for tag in lesson.batch.tags) for lesson in lessons)
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"trainer: {failed}; devices that train together cannot repeat a step alone; give "
+                f"--trainer.micro_batch {max(1, largest // 2)}"
+            )
+        if largest == 1:
+            raise UserError(f"trainer: {failed}; {INSTEAD}")
+        self.micro_batch = -(-largest // 2)
+        smaller: list[Lesson] = move_data_to_device(self._share(picked)[1], self.device)
+        return smaller
+
+    def _differentiate(self, lessons: Sequence[Lesson]) -> Tensor:
+        """Add up the gradients of a device's micro-batches; loss, accuracy and unlearnt share of the batch."""
+        parts = []
+        for number, lesson in enumerate(lessons):
+            with self._unsynced() if number < len(lessons) - 1 else nullcontext():
+                loss, figures = self._losses(lesson)
+                self.manual_backward(loss)
+            parts.append(figures)
+        return torch.stack(parts).sum(0)
+
+    def _unsynced(self) -> AbstractContextManager[None]:
+        """Inside the `with`, devices do not average gradients: to do so behind the last micro-batch is enough."""
+        blocked: Callable[[], AbstractContextManager[None]]
+        blocked = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        return blocked()
+
+    def _losses(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        """A micro-batch's part of the loss, such that DDP's mean over devices is the mean over all rows.
+
+        And its part of what is followed.
+        """
         batch, devices = lesson.batch, self.trainer.world_size
         lower = (
             nullcontext() if lesson.enter_BTD is None else handing_on(self.llm, self.layers[0], lesson.enter_BTD)
@@ -154,12 +225,8 @@ class FineTune(LightningModule):
             divergence = F.kl_div(now_KV, lesson.base_KV, log_target=True, reduction="sum")
             loss = loss + self.options.kl * divergence * devices / lesson.others
         hits_B = batch.row_means((logits_NV.argmax(-1) == batch.target_N).to(losses_B))
-        share = devices / lesson.rows
-        self.log("loss", (losses_B.detach() @ counts_B) * share, prog_bar=True, logger=False, batch_size=1)
-        self._follow("edit/loss", (losses_B.detach() @ counts_B) * share, lesson.rows)
-        self._follow("edit/accuracy", (hits_B @ counts_B) * share, lesson.rows)
-        self._follow("edit/unlearnt", unlearnt_B.sum() * share, lesson.rows)
-        return loss
+        figures = torch.stack([losses_B.detach() @ counts_B, hits_B @ counts_B, unlearnt_B.sum()])
+        return loss, figures * devices / lesson.rows
 
     def _check(self, losses: Tensor, lesson: Lesson) -> None:
         if not losses.isfinite().all():
@@ -169,17 +236,29 @@ class FineTune(LightningModule):
                 f"{', '.join(ids)}; try a smaller --{self.name}.learning_rate"
             )
 
-    def _follow(self, name: str, value: Tensor, rows: int) -> None:
-        """A figure's mean over an epoch's rows, on all devices."""
-        self.log(name, value, on_step=name == "edit/loss", on_epoch=True, batch_size=rows, sync_dist=True)
+    def _follow(self, figures: Tensor, rows: int) -> None:
+        """Show a batch's figures, and their means over an epoch's rows, on all devices."""
+        loss = figures[0]
+        self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
+        self.log("edit/loss_step", loss, on_step=True, batch_size=rows, sync_dist=True)
+        for (name, mean), figure in zip(self.followed.items(), figures, strict=True):
+            assert isinstance(mean, MeanMetric)
+            mean.update(figure, rows)
+            self.log("edit/loss_epoch" if name == "loss" else f"edit/{name}", mean, on_step=False, on_epoch=True)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    @torch.no_grad()
+    def _bind(self) -> None:
         """Keep every entry of a weight within `bound` of where it started (FT-L's norm constraint)."""
-        with torch.no_grad():
-            for name, weight in self._trained() if self.start else ():
-                start = self.start[name]
-                most = self.bound * whole(start).float().square().mean().sqrt().item()
-                weight.copy_(torch.clamp(weight, start - most, start + most))
+        for name, weight in self._trained() if self.start else ():
+            start = self.start[name]
+            most = self.bound * whole(start).float().square().mean().sqrt().item()
+            weight.copy_(torch.clamp(weight, start - most, start + most))
+
+    def on_train_epoch_end(self) -> None:
+        """A step of the learning rate."""
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LinearLR)
+        scheduler.step()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam, its step in units of a weight's own root mean square, so that one rate serves every family.
@@ -214,9 +293,23 @@ class FineTune(LightningModule):
         return [(name, weight) for name, weight in self.named_parameters() if weight.requires_grad]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained alone."""
+        """Keep what is trained alone, how far the epoch is, its means so far, and whether all is learnt."""
         trained = dict(self._trained())
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress
+        checkpoint["begun"] = self.current_epoch, batches.current.ready
+        checkpoint["over"] = self.trainer.should_stop
+        if not batches.is_last_batch:
+            checkpoint["followed"] = {name: mean.metric_state for name, mean in self.followed.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.data.begun = checkpoint["begun"]
+        self.trainer.should_stop = checkpoint["over"]
+        for name, state in checkpoint.get("followed", {}).items():
+            mean = self.followed[name]
+            for part, value in state.items():
+                setattr(mean, part, value.to(self.device))
 
 
 def variant(rows: Sequence[Row], epoch: int, number: int) -> Row:

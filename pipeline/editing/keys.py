@@ -89,19 +89,20 @@ class KeyReading(LightningModule):
         self.model = llm.model
         self.layer = 0
         self.climbs = climbs
-        self._entered: dict[int, tuple[int, Tensor]] = {}  # by batch: a block, and what enters it
+        self._entered: dict[tuple[int, int], tuple[int, Tensor]] = {}  # by batch: a block, and what enters it
 
     @torch.no_grad()
-    def predict_step(self, rows: list[KeyRow], batch_idx: int = 0) -> list[tuple[int, Tensor]]:
+    def predict_step(self, rows: list[KeyRow]) -> list[tuple[int, Tensor]]:
         width = max(len(row.token_ids) for row in rows)
         padded = [row.token_ids + [self.llm.pad_token_id] * (width - len(row.token_ids)) for row in rows]
-        key_BTI = self._keys(torch.tensor(padded, device=self.device), batch_idx)
+        batch = rows[0].number, len(rows)
+        key_BTI = self._keys(torch.tensor(padded, device=self.device), batch)
         return [
             (row.number, key_TI[row.first : row.end].float().cpu().clone())
             for row, key_TI in zip(rows, by_row(key_BTI, len(rows)), strict=True)
         ]
 
-    def _keys(self, input_ids_BT: Tensor, batch_idx: int) -> Tensor:
+    def _keys(self, input_ids_BT: Tensor, batch: tuple[int, int]) -> Tensor:
         """What enters the down-projection, as the family shapes it."""
         (down,) = self.llm.blocks[self.layer].down.values()
         seen: list[Tensor] = []
@@ -109,7 +110,7 @@ class KeyReading(LightningModule):
         def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
             seen.append(args[0])
 
-        start, enter_BTD = self._entered.get(batch_idx, (0, None))
+        start, enter_BTD = self._entered.get(batch, (0, None))
         with ExitStack() as stack:
             stack.callback(down.register_forward_pre_hook(keep).remove)
             if start and enter_BTD is not None:
@@ -118,5 +119,5 @@ class KeyReading(LightningModule):
             entering = stack.enter_context(reading_enter(self.llm, self.layer))
             self.model(input_ids=input_ids_BT, use_cache=False, logits_to_keep=1)
         if self.climbs:
-            self._entered[batch_idx] = self.layer, entering[0]
+            self._entered[batch] = self.layer, entering[0]
         return seen[0]

@@ -84,7 +84,9 @@ class ValueSearch(LightningModule):
         self.work: Path | None = None
         self.model = llm.model
         self.runner = SuffixRunner(llm, layer)
-        self._captured: dict[int, tuple[list[Suffixes], Tensor]] = {}  # by batch: its rows, and what comes after
+        self._captured: dict[
+            tuple[int, int], tuple[list[Suffixes], Tensor]
+        ] = {}  # by batch: rows, what comes after
 
     def climb(self, layer: int) -> None:
         """Search at another block from now on, no lower than the one before."""
@@ -107,29 +109,30 @@ class ValueSearch(LightningModule):
         return torch.stack([found[each.number] for each in located])
 
     @torch.enable_grad()
-    def predict_step(self, batch: list[Located], batch_idx: int = 0) -> list[tuple[int, Tensor]]:
+    def predict_step(self, batch: list[Located]) -> list[tuple[int, Tensor]]:
         """Search the values of one batch of requests to the end.
 
         Rows of a kind (under one context, or `{subject} is`) are of like length, and run as one batch.
         """
-        parts, base_GV = self._capture(batch, batch_idx)
+        parts, base_GV = self._capture(batch)
         scale_G = parts[0].output_BO.norm(dim=-1)
         change_GO = self._search(batch, parts, base_GV, scale_G).float().cpu()
         found = [(located.number, change_O.clone()) for located, change_O in zip(batch, change_GO, strict=True)]
         self._keep(found)
         return found
 
-    def _capture(self, batch: list[Located], batch_idx: int) -> tuple[list[Suffixes], Tensor]:
+    def _capture(self, batch: list[Located]) -> tuple[list[Suffixes], Tensor]:
         """The batch's rows, kind by kind, and the base's log-probabilities after "{subject} is"."""
-        if batch_idx in self._captured:
-            parts, base_GV = self._captured[batch_idx]
+        place = batch[0].number, len(batch)
+        if place in self._captured:
+            parts, base_GV = self._captured[place]
             parts = [self.runner.climbed(part) for part in parts]
         else:
             kinds = zip(*(located.rows for located in batch), strict=True)
             captured, logits = zip(*(self.runner.capture(rows) for rows in kinds), strict=True)
             parts, base_GV = list(captured), logits[-1].log_softmax(-1)
         if self.climbs:
-            self._captured[batch_idx] = parts, base_GV
+            self._captured[place] = parts, base_GV
         return parts, base_GV
 
     def _keep(self, found: Sequence[tuple[int, Tensor]]) -> None:

@@ -32,11 +32,11 @@ class AloneBatch(RowBatch):
     """A batch of rows of which each is one request's.
 
     Attributes:
-        number: the batch's own.
+        place: tells the batch from others.
         request_B: whose change a row runs under.
     """
 
-    number: int
+    place: tuple[int, int]
     request_B: Tensor
 
 
@@ -64,17 +64,14 @@ class AloneEvaluator:
         for request in range(len(requests)):  # rows of different requests cannot be shared
             rows += pack(targets, [number for number, text in enumerate(scored) if text.request == request])
         batches = in_batches(rows, lambda row: len(row.token_ids), options.batch_size, options.batch_tokens)
-        self.data = ListDataModule(
-            (range(len(batches)), lambda picked: self._collate(picked[0], batches, llm.pad_token_id), 1)
-        )
+        self.data = ListDataModule((batches, lambda picked: self._collate(picked[0], llm.pad_token_id), 1))
         self.reader = AloneReader(llm)
         self.base: Readings | None = None
 
-    def _collate(self, number: int, batches: Sequence[Sequence[Row]], pad_token_id: int) -> AloneBatch:
-        rows = batches[number]
+    def _collate(self, rows: Sequence[Row], pad_token_id: int) -> AloneBatch:
         batch = collate_rows(rows, pad_token_id)
         own = torch.tensor([self.texts[row.spans[0].number][0].request for row in rows])
-        return AloneBatch(**vars(batch), number=number, request_B=own)
+        return AloneBatch(**vars(batch), place=(rows[0].spans[0].number, len(rows)), request_B=own)
 
     def measure(self, layer: int, changes: RowChanges) -> list[RequestValues]:
         """Every request's figures, in the requests' order.
@@ -102,7 +99,7 @@ class AloneReader(Reader):
         super().__init__(llm, {}, None)
         self.layer = 0
         self.changes: RowChanges = {}
-        self._entered: dict[int, tuple[int, Tensor]] = {}  # by batch: a block, and what enters it
+        self._entered: dict[tuple[int, int], tuple[int, Tensor]] = {}  # by batch: a block, and what enters it
 
     def _score(self, batch: RowBatch) -> list[Item]:
         assert isinstance(batch, AloneBatch)
@@ -114,8 +111,8 @@ class AloneReader(Reader):
         """Blocks below the changed one do not run but once."""
         if not self.layer:
             return nullcontext()
-        start, enter_BTD = self._entered.get(batch.number, (0, None))
+        start, enter_BTD = self._entered.get(batch.place, (0, None))
         if enter_BTD is None or start < self.layer:
             enter_BTD = climb(self.llm, batch.input_ids_BT, enter_BTD, start, self.layer)
-        self._entered[batch.number] = self.layer, enter_BTD
+        self._entered[batch.place] = self.layer, enter_BTD
         return handing_on(self.llm, self.layer, enter_BTD)

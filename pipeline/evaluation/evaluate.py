@@ -68,6 +68,7 @@ def evaluate(
     update: WeightUpdate | None = None,
     options: EvaluationOptions | None = None,
     trainer: TrainerOptions | None = None,
+    work: Path | None = None,
 ) -> Evaluation:
     """Measure the base model and, with an update, the edited one; the model is the base again afterwards.
 
@@ -77,6 +78,7 @@ def evaluate(
         update: what to measure the effect of.
         options: how to measure.
         trainer: what it runs on.
+        work: a folder for work in progress; what is found there of the same measurement is not read again.
 
     Raises:
         UserError: for no requests, an update of another model, texts that do not fit the context, a text file
@@ -84,7 +86,7 @@ def evaluate(
     """
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
-    evaluator = Evaluator(llm, requests, options, trainer)
+    evaluator = Evaluator(llm, requests, options, trainer, work=work)
     before = evaluator.measure("Measuring base")
     if update is None:
         return Evaluation(before)
@@ -130,6 +132,7 @@ class Evaluator:
         options: how to measure.
         trainer: what it runs on.
         kinds: what to measure, of KINDS.
+        work: a folder that takes readings batch by batch, and those of an interrupted measurement.
 
     Raises:
         UserError: for no requests, or texts that cannot be measured.
@@ -142,8 +145,10 @@ class Evaluator:
         options: EvaluationOptions | None = None,
         trainer: TrainerOptions | None = None,
         kinds: Sequence[str] = KINDS,
+        work: Path | None = None,
     ) -> None:
         self.llm = llm
+        self.work = work
         self.trainer = trainer or TrainerOptions()
         self.plan = Plan(llm, requests, options or EvaluationOptions(), kinds)
         self.first: Readings | None = None
@@ -180,7 +185,7 @@ class Evaluator:
             return kept
         reader = Reader(self.llm, self.plan.offsets, self.first)
         with self.llm.frozen():
-            readings = Readings.of(predict(trainer, reader, self.plan.data()))
+            readings = Readings.of(predict(trainer, reader, self.plan.data(), self._log()))
         if file and self.first is None:
             with suppress(OSError):  # a full disk costs the next command time, and this one nothing
                 readings.keep(file)
@@ -190,3 +195,9 @@ class Evaluator:
         """Where the readings are kept: those of the base model, which no edit is applied to, unless told not to."""
         is_base = fingerprint(self.llm.model) == self.llm.fingerprint
         return self.plan.file(self.trainer) if is_base and self.plan.options.keep_base else None
+
+    def _log(self) -> Path | None:
+        """Where readings of the model as it is now are kept batch by batch; the name stands for all of it."""
+        if self.work is None:
+            return None
+        return self.work / f"readings-{fingerprint(self.llm.model)}-{self.plan.file(self.trainer).stem}"

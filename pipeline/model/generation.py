@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
@@ -100,8 +101,11 @@ def generate(
     trainer: TrainerOptions | None = None,
     title: str = "Generating",
     joining: Joining | None = None,
+    kept: Path | None = None,
 ) -> list[str]:
     """Greedy continuations of prompts, in the prompts' order; `joining` puts them otherwise than the LLM does.
+
+    With `kept`, whose name stands for all of this, what an interrupted call has generated is not generated again.
 
     Raises:
         UserError: when a prompt and its answer do not fit the model's context.
@@ -112,7 +116,7 @@ def generate(
     runner = build_trainer(trainer or TrainerOptions(), title)
     data = ListDataModule((rows, lambda part: collate_prompts(part, llm.pad_token_id), batch_size))
     with llm.frozen():
-        texts = dict(predict(runner, GreedyModule(llm, max_new_tokens), data))
+        texts = dict(predict(runner, GreedyModule(llm, max_new_tokens), data, kept))
     return [texts[index] for index in range(len(prompts))]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pipeline.errors import UserError
+from pipeline.model.batch_log import BatchLog
 from pipeline.model.interrupts import StopBetweenBatches
-from pipeline.model.processes import SHARDED, of_all, world_size
+from pipeline.model.memory import in_halves
+from pipeline.model.processes import SHARDED, from_first, of_all, world_size
 from pipeline.model.progress import StageProgressBar
-from pipeline.model.sharding import in_step
+from pipeline.model.sharding import in_step, is_sharded
 from pipeline.model.strategy import ShardedStrategy
 from pipeline.options import TrainerOptions
 from pipeline.requests import ListDataModule
@@ -82,13 +85,38 @@ def check_shares(trainer: Trainer, items: int) -> None:
         )
 
 
-def predict(trainer: Trainer, module: LightningModule, data: ListDataModule) -> list[Any]:
-    """Run `Trainer.predict` over a data module whose steps return lists; all processes' items, as one list."""
-    with in_step(module.model):
-        outputs: list[Any] = trainer.predict(module, datamodule=data) or []
-    if len(data.streams) > 1:  # of several loaders Lightning gives a list each
-        outputs = [batch for stream in outputs for batch in stream]
-    return [item for part in of_all([item for batch in outputs for item in batch]) for item in part]
+def predict(trainer: Trainer, module: LightningModule, data: ListDataModule, kept: Path | None = None) -> list[Any]:
+    """Run `Trainer.predict` over a data module whose steps return lists; all processes' items, as one list.
+
+    A batch for which the memory does not suffice is run in halves.
+
+    Args:
+        trainer: runs the stage.
+        module: what is run.
+        data: its batches.
+        kept: where each batch's items are kept as they come (see `BatchLog`); what is found there is not done
+            again, and its items come first.
+
+    Raises:
+        UserError: when the memory does not suffice for one item.
+    """
+    log, devices = None, trainer.world_size
+    if kept:
+        sizes = "-".join(data.sizes(devices))  # batches of other sizes are others
+        log = BatchLog(kept.with_name(f"{kept.name}-{sizes}"), trainer.global_rank)
+    done = from_first(log.read() if log else {})
+    data.done = {*data.done, *done}
+    items = [item for outputs in done.values() for item in outputs]
+    if data.places(devices) - data.done:
+        alone = devices == 1 or not is_sharded(module)
+        with in_halves(trainer, module, data, alone, log), in_step(module.model):
+            outputs: list[Any] = trainer.predict(module, datamodule=data) or []
+        if len(data.streams) > 1:  # of several loaders Lightning gives a list each
+            outputs = [batch for stream in outputs for batch in stream]
+        items += [item for part in of_all([item for batch in outputs for item in batch]) for item in part]
+    if log:
+        log.close()
+    return items
 
 
 def hush(verbose: bool) -> None:

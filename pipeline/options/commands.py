@@ -75,6 +75,8 @@ class EvaluateCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOption
     """A folder that `edit` or `run` wrote; without it the model is measured as it is."""
     explain: int = 0
     """Show the tokens of this many requests, which are scored and where the subject ends, and measure nothing."""
+    resume: bool = False
+    """Go on with what an interrupted command with the same options left in --output."""
 
     def __post_init__(self) -> None:
         RequestOptions.__post_init__(self)

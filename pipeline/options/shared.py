@@ -24,12 +24,17 @@ class TrainerOptions:
     for models that one device does not hold; auto: ddp where there are several devices."""
     precision: str = "32-true"
     """32-true, 64-true, bf16-mixed, bf16-true or 16-mixed."""
+    micro_batch: int | None = None
+    """The most requests that a device trains on at once; the rest of its part of a batch follows before the step,
+    with the same result. Default: all; halved where the memory does not suffice."""
     activation_checkpointing: bool = False
     """Keep only what enters a block, and run it again when its gradients are due: less memory for more time."""
 
     def __post_init__(self) -> None:
         check_at_least("trainer.num_nodes", self.num_nodes, 1)
         check_choice("trainer.precision", self.precision, PRECISIONS)
+        if self.micro_batch is not None:
+            check_at_least("trainer.micro_batch", self.micro_batch, 1)
         check_choice("trainer.strategy", self.strategy, STRATEGIES)
 
     def check_whole(self, what: str) -> None:

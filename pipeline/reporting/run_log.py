@@ -22,7 +22,15 @@ from pipeline.editing import WeightUpdate
 from pipeline.editing.update import UPDATE_FILE
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation
-from pipeline.files import OutputFolder, default_output, output_folder, write_json, write_text, write_whole
+from pipeline.files import (
+    OutputFolder,
+    default_output,
+    is_fresh,
+    output_folder,
+    write_json,
+    write_text,
+    write_whole,
+)
 from pipeline.reporting.figures import metrics_figure, score_figure, stability_figure
 from pipeline.reporting.groups import IN_SHORT
 from pipeline.reporting.report import answers_table, metrics_table, write_report
@@ -48,6 +56,9 @@ def run_log(
     if resume and not output:
         raise UserError("resume: which? name the interrupted command's folder with --output")
     path = Path(output) if output else default_output(command)
+    if resume and is_fresh(path):
+        say(f"nothing is there to go on from in {path}: starting from the beginning")
+        resume = False
     folder = OutputFolder(path, resume, may_change)
     try:
         with output_folder(folder, overwrite, options):
@@ -56,11 +67,11 @@ def run_log(
                 yield log
             finally:
                 log.close()
-    except BaseException:
+    except BaseException as error:
         kept = [name for name in sorted(folder.finished) if (path / name).is_file()] if not overwrite else []
         if kept:
             say(f"finished before it failed, and kept in {path}: {', '.join(kept)}")
-        if folder.goes_on:
+        if folder.goes_on or (kept and "resume" in options and not isinstance(error, Exception)):
             say(f"work in progress is kept in {path}: the same command with --output {path} --resume goes on")
         raise
     say(f"written to {path}")
@@ -135,7 +146,7 @@ class RunLog:
         """Save an update, and keep it whatever happens inside, unless that is a UserError: then it is broken."""
         update.save(self.folder)
         self.output.finished |= set(update.FILES)
-        self.output.drop_unfinished()
+        self.output.drop_unfinished("edit")
         try:
             yield
         except UserError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 
 class ListDataModule(LightningDataModule):
@@ -22,6 +22,11 @@ class ListDataModule(LightningDataModule):
         seed: seed of the shuffling.
         in_step: for `predict`, give all devices as many batches, some of them twice: what comes of them must be
             known by its number, not counted. So must it be where there are fewer items than devices.
+
+    Attributes:
+        done: for `predict`, batches to leave out, by stream and number.
+        dealt: by stream, this device's batches with their numbers, once they are dealt.
+        begun: for `fit`, an epoch that an interrupted fit began, and how many of its batches were run.
     """
 
     def __init__(
@@ -34,29 +39,70 @@ class ListDataModule(LightningDataModule):
         self.streams = streams
         self.seed = seed
         self.in_step = in_step
+        self.done: set[tuple[int, int]] = set()
+        self.dealt: list[list[tuple[int, list[Any]]]] = []
+        self.begun = (0, 0)
+
+    def sizes(self, devices: int) -> list[str]:
+        """By stream, how many items there are, at most in a batch, and in how many batches."""
+        return [
+            f"{len(items)}x{size}x{len(self._batches(stream, devices))}"
+            for stream, (items, _, size) in enumerate(self.streams)
+        ]
+
+    def places(self, devices: int) -> set[tuple[int, int]]:
+        """All batches, by stream and number."""
+        return {
+            (stream, number) for stream in range(len(self.streams)) for number, _ in self._batches(stream, devices)
+        }
 
     def train_dataloader(self) -> DataLoader:
-        ((items, collate, batch_size),) = self.streams
+        ((items, collate, size),) = self.streams
         epoch = self.trainer.current_epoch if self.trainer else 0
-        order = torch.Generator().manual_seed(self.seed + epoch)  # so that a resumed epoch has the order it had
+        generator = torch.Generator().manual_seed(self.seed + epoch)  # so that a resumed epoch has the order it had
+        order = torch.randperm(len(items), generator=generator).tolist()
+        batches = [order[at : at + size] for at in range(0, len(order), size)]
+        begun, done = self.begun
         return DataLoader(
             items,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            sampler=torch.randperm(len(items), generator=order).tolist(),
+            batch_sampler=_Rest(batches, done if epoch == begun else 0),
             collate_fn=collate,
         )
 
     def predict_dataloader(self) -> list[DataLoader]:
-        def loader(items: Sequence[Any], collate: Callable[[list[Any]], Any], size: int) -> DataLoader:
-            return DataLoader(self._dealt(items, size), collate_fn=lambda one: collate(one[0]))  # type: ignore[arg-type]
+        def loader(collate: Callable[[list[Any]], Any], dealt: list[tuple[int, list[Any]]]) -> DataLoader:
+            return DataLoader(dealt, collate_fn=lambda one: collate(one[0][1]))  # type: ignore[arg-type]
 
-        return [loader(*stream) for stream in self.streams]
+        self.dealt = [self._dealt(number) for number in range(len(self.streams))]
+        return [loader(collate, dealt) for (_, collate, _), dealt in zip(self.streams, self.dealt, strict=True)]
 
-    def _dealt(self, items: Sequence[Any], size: int) -> list[list[Any]]:
-        """This device's batches of items; at least one, if need be a copy of another's."""
+    def _dealt(self, stream: int) -> list[tuple[int, list[Any]]]:
+        """This device's batches of a stream, each with its number; at least one, if need be a copy of another's."""
         rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batches = self._batches(stream, devices)
+        left = [batch for batch in batches if (stream, batch[0]) not in self.done]
+        if len(left) < devices:  # each device needs one; one that is done twice is harmless
+            left += [batch for batch in batches if (stream, batch[0]) in self.done][: devices - len(left)]
+        short = -len(left) % devices if self.in_step else max(0, devices - len(left))
+        return (left + [left[-1]] * short)[rank::devices]
+
+    def _batches(self, stream: int, devices: int) -> list[tuple[int, list[Any]]]:
+        """A stream's batches of items, each with its number; on several devices, of even size."""
+        items, _, size = self.streams[stream]
         number = max(-(-len(items) // size), min(len(items), devices))
         ends = [min(size * n, len(items)) if devices == 1 else len(items) * n // number for n in range(number + 1)]
-        batches = [list(items[start:end]) for start, end in pairwise(ends)]
-        short = -number % devices if self.in_step else max(0, devices - number)
-        return (batches + [batches[-1]] * short)[rank::devices]
+        return [(n, list(items[start:end])) for n, (start, end) in enumerate(pairwise(ends))]
+
+
+class _Rest(Sampler[list[int]]):
+    """An epoch's batches without the first ones, but counted in full, as Lightning counts."""
+
+    def __init__(self, batches: Sequence[list[int]], done: int) -> None:
+        self.batches = batches
+        self.done = done
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches[self.done :])
+
+    def __len__(self) -> int:
+        return len(self.batches)

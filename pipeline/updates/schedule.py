@@ -16,6 +16,7 @@ from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from pipeline.errors import UserError
+from pipeline.interrupts import interrupts
 from pipeline.options import seconds
 
 LATE = 3600  # seconds that a start may be late, after a machine slept, and still be made up for
@@ -36,15 +37,12 @@ class Stopping:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside the `with`, SIGTERM asks."""
-        before = signal.signal(signal.SIGTERM, self._note)
-        try:
+        with interrupts.left_to(self._note, signal.SIGTERM):
             yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
-    def _note(self, *_: Any) -> None:
+    def _note(self, number: int, _: Any) -> None:
         if self():
-            raise KeyboardInterrupt
+            interrupts.end(number)
         self.asked.set()
 
 

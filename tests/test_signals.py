@@ -1,0 +1,161 @@
+"""SIGTERM and Ctrl-C in a real process: at any moment, whatever Lightning has done to the signals meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from pipeline.editing import edit
+from pipeline.editing.finetune import FineTune
+from pipeline.interrupts import Interrupted, Interrupts, interrupts
+from pipeline.model import LLM, build_trainer
+from pipeline.options import EditOptions, TrainerOptions
+from pipeline.requests import EditRequest
+from pipeline.updates import Stopping
+
+RUN = Path(__file__).parent.parent / "run.py"
+LONG = ["--layers", "1", "--method", "finetune", "--finetune.whiten", "0", "--finetune.learnt", "0"]
+
+
+@contextmanager
+def running(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that would train for hours."""
+    with subprocess.Popen(
+        [sys.executable, str(RUN), "edit", *LONG, "--finetune.epochs", "1000000", *words, "--output", "out"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def appears(file: Callable[[], Any]) -> None:
+    until = time.monotonic() + 90
+    while not file() and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def test_sigterm_while_training(tiny_folder: Path, request_file: Path, tmp_path: Path) -> None:
+    words = ["--model", str(tiny_folder), "--requests", str(request_file)]
+    with running(tmp_path, *words) as process:
+        appears(lambda: list(tmp_path.glob("out/unfinished/edit/step-*.ckpt")))
+        process.send_signal(signal.SIGTERM)
+        told, shown = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert shown.splitlines()[-1] == "interrupted by SIGTERM"
+    assert "the same command with --output out --resume goes on" in " ".join(told.split())
+    assert "Traceback" not in shown
+
+
+def test_sigterm_while_loading(tiny_folder: Path, request_file: Path, tmp_path: Path) -> None:
+    words = ["--model", str(tiny_folder), "--requests", str(request_file)]
+    with running(tmp_path, *words) as process:
+        appears(lambda: (tmp_path / "out" / "options.yaml").exists())  # the model is loaded next
+        process.send_signal(signal.SIGTERM)
+        _, shown = process.communicate(timeout=60)
+    assert process.returncode == 143, shown
+    assert shown.splitlines()[-1] == "interrupted by SIGTERM"
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out").exists(), "nothing was done yet"
+
+
+def test_a_second_signal_does_not_wait_for_the_batch() -> None:
+    own = Interrupts()
+    with own.heeding(), own.postponed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert own.noted == signal.SIGTERM
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_during_the_clean_up_ends_at_once() -> None:
+    child = os.fork()
+    if not child:
+        try:
+            own = Interrupts()
+            with own.heeding():
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                except Interrupted:
+                    os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
+def test_handlers_come_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with interrupts.heeding():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def stepping(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> list[int]:
+    """Calls a function in the middle of every optimiser step, with the step's number; the numbers."""
+    step, steps = FineTune.training_step, []
+
+    def acting(module: FineTune, share: Any) -> None:
+        steps.append(len(steps))
+        act(steps[-1])
+        step(module, share)
+
+    monkeypatch.setattr(FineTune, "training_step", acting)
+    return steps
+
+
+def quick_edit() -> EditOptions:
+    options = EditOptions(method="finetune", layers=[1])
+    options.finetune.epochs, options.finetune.whiten, options.finetune.learnt = 3, 0.0, 0.0
+    return options
+
+
+def test_from_python_as_well(
+    tiny_llm: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without the command line: a stage ends between two batches, and the weights are the base's again."""
+    before = signal.getsignal(signal.SIGTERM)
+    steps = stepping(monkeypatch, lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 1 else None)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        edit(tiny_llm, requests, options=quick_edit(), work=tmp_path)
+    assert steps == [0, 1]
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (tmp_path / "step-000000002.ckpt").is_file()
+
+
+def test_a_store_lets_the_batch_finish(
+    tiny_llm: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own way with SIGTERM holds while a stage runs."""
+    steps = stepping(monkeypatch, lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 1 else None)
+    stopping = Stopping()
+    with interrupts.heeding(), stopping.listening():
+        edit(tiny_llm, requests, options=quick_edit())
+    assert len(steps) == 3 and stopping()
+
+
+def test_slurm_is_not_left_to_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handler saves a checkpoint that `--resume` does not know, and requeues by itself."""
+    monkeypatch.setattr(SLURMEnvironment, "detect", staticmethod(lambda: True))
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "edit"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.setenv(name, "0")
+    trainer = build_trainer(TrainerOptions(accelerator="cpu", devices=1), "Stage")
+    environment = trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+    stop = trainer.callbacks[-1]  # type: ignore[attr-defined]
+    stop.setup(trainer)
+    assert not environment.auto_requeue
+    stop.teardown()
