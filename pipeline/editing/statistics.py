@@ -25,6 +25,7 @@ from pipeline.options import StatisticsOptions, TrainerOptions
 from pipeline.requests import ListDataModule
 
 WINDOW = 128  # tokens of text that are read together
+READ_TOGETHER = 8  # windows
 OPENINGS = (
     "The",
     "In",
@@ -78,7 +79,7 @@ def key_moments(
             f"need at least {2 * most}"
         )
     with llm.frozen():
-        data = ListDataModule((windows, _collate, 8))
+        data = ListDataModule((windows, _collate, READ_TOGETHER))
         build_trainer(trainer, "Key statistics").predict(module, datamodule=data, return_predictions=False)
     for name, moment in module.moments.items():
         _write(files[name], {"moment": moment}, {"fingerprint": llm.fingerprint, "projection": name})
