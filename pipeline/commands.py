@@ -28,6 +28,7 @@ from pipeline.options import (
     GenerateCommand,
     HistoryCommand,
     ModelOptions,
+    PlanCommand,
     RequestOptions,
     RequestsCommand,
     RetractCommand,
@@ -216,6 +217,22 @@ def study(options: StudyCommand) -> None:
         log.keep_study(run_study(_load(options), sets, options, log.folder))
 
 
+def plan(options: PlanCommand) -> None:
+    """Say what memory a device will need for attribution, edits and evaluation; no weight is read."""
+    from pipeline.files import write_json
+    from pipeline.planning import plan_memory
+    from pipeline.reporting import show_plan
+
+    if options.output is None:
+        _prepare(options)
+        show_plan(plan_memory(options))
+        return
+    with _working(options, "plan") as log:
+        planned = plan_memory(options)
+        write_json(log.folder / "plan.json", planned.to_dict())
+        show_plan(planned)
+
+
 def benchmark(options: BenchmarkCommand) -> None:
     """Measure editing, evaluation or a store against what is asked of it, as a table and benchmark.json."""
     from pipeline.files import write_json
@@ -249,6 +266,7 @@ COMMANDS = {
     "export": Command(export, ExportCommand, words=("version",)),
     "generate": Command(generate, GenerateCommand),
     "study": Command(study, StudyCommand),
+    "plan": Command(plan, PlanCommand),
     "benchmark": Command(benchmark, BenchmarkCommand, words=("what",)),
     "submit": Command(update_commands.submit, SubmitCommand, words=("file",)),
     "update": Command(update_commands.update, UpdateCommand),

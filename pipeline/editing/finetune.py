@@ -193,7 +193,7 @@ class FineTune(LightningModule):
         parts = []
         for number, lesson in enumerate(lessons):
             with self._unsynced() if number < len(lessons) - 1 else nullcontext():
-                loss, figures = self._losses(lesson)
+                loss, figures = self.losses(lesson)
                 self.manual_backward(loss)
             parts.append(figures)
         return torch.stack(parts).sum(0)
@@ -204,7 +204,7 @@ class FineTune(LightningModule):
         blocked = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         return blocked()
 
-    def _losses(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    def losses(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
         """A micro-batch's part of the loss, such that DDP's mean over devices is the mean over all rows.
 
         And its part of what is followed.

@@ -32,7 +32,7 @@ from pipeline.pace import Pace
 from pipeline.requests import ListDataModule
 
 WINDOW = 128  # tokens of text that are read together
-TOGETHER = 8  # windows in a batch
+READ_TOGETHER = 8  # windows
 OPENINGS = (
     "The",
     "In",
@@ -226,7 +226,7 @@ class KeyMoments(LightningModule):
     def read(self, windows: Sequence[TargetRow], trainer: TrainerOptions) -> dict[str, Tensor]:
         """The moments over windows of text, by name."""
         runner = build_trainer(trainer, "Key statistics")
-        data = ListDataModule((windows, _collate, TOGETHER))
+        data = ListDataModule((windows, _collate, READ_TOGETHER))
         if runner.world_size == 1:
             self._go_on()
             data.done = {(0, number) for number in range(self.done)}

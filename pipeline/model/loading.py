@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import check_config, find_blocks
@@ -91,6 +91,32 @@ def _explained(name: str) -> Iterator[None]:
             f"model: {name!r} cannot be loaded; expected {BUNDLED!r}, a Hugging Face name, a folder with "
             f"config.json, tokenizer and safetensors, or a GGUF file ({reason})"
         ) from error
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """A model's config alone; no weight is read, also of a GGUF file.
+
+    Args:
+        name: as for `load_model`, except that a folder needs no more than its config.json.
+
+    Raises:
+        UserError: when there is no such model, or its config says that it cannot be edited.
+    """
+    source, gguf_file = _locate(name)
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        with redirect_stderr(StringIO()):
+            if not Path(source).is_dir():
+                source = _reachable(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model: the config of {name!r} cannot be read; expected {BUNDLED!r}, a Hugging Face name, a folder "
+            f"with config.json, or a GGUF file ({reason})"
+        ) from error
+    check_config(config, repr(name))
+    return config
 
 
 def _check_structure(source: str, name: str) -> None:

@@ -27,6 +27,7 @@ from pipeline.options.editing import (
     TrainingOptions,
 )
 from pipeline.options.evaluation import EvaluationOptions
+from pipeline.options.planning import PlanCommand
 from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions, TrainerOptions
 from pipeline.options.study import StudyCommand
 from pipeline.options.updates import (
@@ -67,6 +68,7 @@ __all__ = [
     "ModelOptions",
     "OnePassOptions",
     "OutputOptions",
+    "PlanCommand",
     "ProvingOptions",
     "RequestOptions",
     "RequestsCommand",

@@ -11,7 +11,7 @@ from pipeline.reporting.stores import (
     tell_submitted,
     tell_worked,
 )
-from pipeline.reporting.terminal import say, show_answers, show_benchmark, show_tokens
+from pipeline.reporting.terminal import say, show_answers, show_benchmark, show_plan, show_tokens
 
 __all__ = [
     "RunLog",
@@ -23,6 +23,7 @@ __all__ = [
     "show_facts",
     "show_history",
     "show_on_board",
+    "show_plan",
     "show_story",
     "show_tokens",
     "show_version",

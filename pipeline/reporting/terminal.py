@@ -13,6 +13,7 @@ from rich.table import Table
 from pipeline.attribution import GoldenProfile
 from pipeline.evaluation import Evaluation
 from pipeline.model.explain import ShownToken
+from pipeline.planning import MemoryPlan, Need
 from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label
 from pipeline.requests import EditRequest
 from pipeline.study import Study
@@ -107,6 +108,29 @@ def show_tokens(request: EditRequest, tokens: Sequence[ShownToken]) -> None:
 def say(text: str) -> None:
     """One plain line."""
     Console(soft_wrap=True).print(text, highlight=False, markup=False)
+
+
+@rank_zero_only
+def show_plan(plan: MemoryPlan) -> None:
+    """What a device needs, stage by stage, and the longest batch that fits."""
+    devices = "1 device" if plan.devices == 1 else f"{plan.devices} devices ({plan.strategy})"
+    say(
+        f"{plan.model}: {plan.parameters / 1e6:,.0f} M weights, {plan.blocks} blocks, golden layer {plan.layer}, "
+        f"{plan.precision}, {devices}, rows of {plan.length} tokens; GB on each device"
+    )
+    table = Table("stage", box=None, header_style="bold", pad_edge=False)
+    for column in ("at once", "weights", "beside", "in all", f"longest batch in {plan.memory / 1e9:.3g} GB"):
+        table.add_column(column, justify="right")
+    for need in plan.stages:
+        figures = [f"{size / 1e9:.2f}" for size in (need.weights, need.beside, need.total)]
+        table.add_row(need.stage, str(need.batch), *figures, _longest(need))
+    Console().print(table, highlight=False)
+
+
+def _longest(need: Need) -> str:
+    if not need.fits and not need.longest_batch:
+        return "does not fit"
+    return "any" if need.longest_batch is None else f"{need.longest_batch:,}"
 
 
 @rank_zero_only
