@@ -236,13 +236,16 @@ def plan(options: PlanCommand) -> None:
 def benchmark(options: BenchmarkCommand) -> None:
     """Measure editing, evaluation or a store against what is asked of it, as a table and benchmark.json."""
     from pipeline.files import write_json
-    from pipeline.reporting import show_benchmark
+    from pipeline.reporting import say, show_benchmark
     from pipeline.study import BENCHMARKS
 
     with _working(options, "benchmark") as log:
-        results = BENCHMARKS[options.what](_load(options), options, log.work).results()
+        bench = BENCHMARKS[options.what](_load(options), options, log.work)
+        results = bench.results()
         write_json(log.folder / "benchmark.json", results)
         show_benchmark(results)
+        if bench.note:
+            say(bench.note)
 
 
 class Command(NamedTuple):
@@ -309,11 +312,11 @@ def _prepare(options: ModelOptions | RequestsCommand) -> None:
     from lightning.pytorch import seed_everything
 
     from pipeline.model import hush
-    from pipeline.model.processes import launch
+    from pipeline.model.processes import is_one_of_several, launch
 
     hush(options.verbose)
-    if "LOCAL_RANK" in os.environ and isinstance(options, ComputeOptions):
-        launch(options.trainer)  # another process, or torchrun, has started this one: join, to fail together
+    if isinstance(options, ComputeOptions) and is_one_of_several():
+        launch(options.trainer)  # join at once: to name one output folder, and to fail together
     seed_everything(getattr(options, "seed", 0), verbose=False)
 
 
@@ -334,7 +337,7 @@ def _load(options: ModelOptions, model: str | None = None, requests: Sequence[Ed
 
     if not isinstance(options, ComputeOptions):
         return load_model(model or options.model, verbose=options.verbose, chat=options.chat)
-    trainer = getattr(options, "one_device", options.trainer)
+    trainer = options.trainer
     device = launch(trainer)
     check_alike("requests", requests)
     spread = device if trainer.strategy in SHARDED else None

@@ -193,10 +193,7 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
     made = [parent for parent in [path, *path.parents] if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        saved = {
-            **options,
-            **({"resume": False} if "resume" in options else {}),
-        }  # a resumed command's are the same
+        saved = options | ({"resume": False} if "resume" in options else {})  # as the first command's
         write_text(path / OPTIONS_FILE, yaml.safe_dump(saved, sort_keys=False))
         yield
     except BaseException as error:

@@ -24,6 +24,7 @@ from transformers import (
 
 from pipeline import UserError
 from pipeline.model import LLM, collate_targets, encode, hush, load_model, target_losses
+from pipeline.options import EditOptions, StatisticsOptions
 from pipeline.requests import EditRequest, Probe, load_requests
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -65,6 +66,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
         texts, trainers.BpeTrainer(vocab_size=500, special_tokens=["<end>"], initial_alphabet=alphabet)
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+
+
+def edit_options(folder: Path, tokens: int, epochs: int, batch_size: int) -> EditOptions:
+    """Options of an edit of block 1 that trains so many epochs on every row, with statistics of its own text."""
+    text = folder / "text.txt"
+    text.write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 40)
+    options = EditOptions(layers=[1])
+    for training in (options.finetune, options.lora):
+        training.epochs, training.batch_size, training.learnt = epochs, batch_size, 0.0
+    options.statistics = StatisticsOptions(text=str(text), tokens=tokens, cache=str(folder / "cache"))
+    return options
 
 
 SIZES: dict[str, Any] = {

@@ -14,7 +14,7 @@ from conftest import SHARED
 
 from pipeline.model import LLM
 from pipeline.options import BenchmarkCommand, EditOptions, FinetuneOptions, LocateOptions
-from pipeline.study import attribution, editing, evaluation
+from pipeline.study import attribution, distributed, editing, evaluation, full_size
 
 ROOT = Path(__file__).parent.parent
 
@@ -116,3 +116,43 @@ def test_memory_is_what_lives_at_once() -> None:
 
     assert attribution.most_alive(one_after_the_other) == pytest.approx(4e6, rel=0.01)
     assert attribution.most_alive(together) == pytest.approx(20e6, rel=0.01)
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
+def test_two_processes_send_the_golden_layers_gradients_alone(
+    tiny_llm: LLM, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ATTRIBUTED": 4, "TAUGHT": 3, "EPOCHS": 2, "PROCESSES": (2,)}.items():
+        monkeypatch.setattr(distributed, name, value)
+    options = BenchmarkCommand(what="distributed", data=str(SHARED), model=str(tiny_folder))
+    bench = distributed.DistributedBench(tiny_llm, options, tmp_path)
+    by_name = {result["name"]: result["value"] for result in bench.results()}
+    for stage in ("attribution", "fine-tuning"):
+        assert by_name[f"processes, {stage}: requests a second, 2 processes"] > 0
+    assert by_name["processes, attribution: bytes a batch, 2 processes"] == 0  # devices need nothing of each other
+    sent = by_name["processes, fine-tuning: bytes of gradients a step, sent by each of 2"]
+    assert sent == by_name["processes, fine-tuning: bytes of the golden layer's trained weights"] == 4 * 3 * 32 * 48
+    assert sent < by_name["processes, fine-tuning: bytes of all weights"] / 5
+    assert 0 < by_name["processes, fine-tuning: bytes of anything else a step"] < 1000
+    assert (bench.note is None) == torch.cuda.is_available()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
+def test_a_full_size_model_is_measured(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SOME": slice(0, 8), "TURNS": 1, "EPOCHS": 1}.items():
+        monkeypatch.setattr(full_size, name, value)
+    shape = full_size.LLAMA_3_8B | {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 5}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 2000}
+    bench = distributed.DistributedBench(
+        tiny_llm, BenchmarkCommand(what="distributed", data=str(SHARED)), tmp_path / "out"
+    )
+    for what in ("attribution", "fine-tuning"):
+        figures = bench.full_size(what, shape, "cpu")
+        assert {"requests a second", "tokens a second", "peak memory in GB"} <= set(figures)
+        assert "model FLOPs utilisation" not in figures  # of a CPU, nobody knows
+        if what == "attribution":
+            assert figures["time over a plain pass"] > 1
+            assert figures["planned memory over measured"] == pytest.approx(1, abs=0.2)
+        else:  # what is kept of so small a model's requests lies in the same memory here
+            assert 0.5 < figures["planned memory over measured"] < 1.2

@@ -779,7 +779,7 @@ def test_an_interrupt_leaves_nothing(
     moment: str, editing: list[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     places: dict[str, tuple[Any, str]] = {

@@ -12,14 +12,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import make_tiny
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.attribution import GoldenProfile
 from pipeline.cli import main
@@ -31,13 +34,17 @@ CPU = ("--trainer.accelerator", "cpu")
 TIMEOUT = 180  # seconds: processes that wait for each other wait for ever
 
 
-def processes(*words: str, strategy: str = "ddp", number: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a command on several processes, of which none outlives it."""
-    command = [sys.executable, str(RUN), *words, *CPU]
+def processes(
+    *words: str, strategy: str = "ddp", number: int = 2, cache: Path | None = None, program: Path = RUN
+) -> subprocess.CompletedProcess[str]:
+    """Run a command on several processes, of which none outlives it; in a `cache` of their own, if one is named."""
+    command = [sys.executable, str(program), *words, *CPU]
     command += ["--trainer.devices", str(number), "--trainer.strategy", strategy]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)}
+        | ({"XDG_CACHE_HOME": str(cache)} if cache else {}),
     ) as started:  # fmt: skip
         try:
             told, failed = started.communicate(timeout=TIMEOUT)
@@ -57,7 +64,8 @@ def in_both_ways(folder: Path, *words: str, strategy: str = "ddp", number: int =
     one, several = folder / "one", folder / "several"
     if not one.exists():
         assert main([*words, *CPU, "--output", str(one)]) == 0
-    told = processes(*words, "--output", str(several), strategy=strategy, number=number)
+    cache = folder / "cache"  # its own: statistics of one process would hide what several make of them
+    told = processes(*words, "--output", str(several), strategy=strategy, number=number, cache=cache)
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("written to") == 1
     assert kinds(several) == kinds(one)  # written once: no second events file, nothing of the other processes
@@ -151,25 +159,6 @@ def test_an_edit_keeps_its_global_batch(
     assert json.loads((two / "update.json").read_text())["requests"][6]["id"] == "capital-6"
 
 
-@pytest.mark.parametrize("method", ["memit", "lora", "one_pass"])
-def test_every_kind_of_edit(method: str, asked: list[str], text: str, tiny_folder: Path, tmp_path: Path) -> None:
-    group = "locate" if method == "memit" else method
-    words = ["--method", method, "--layers", "1", f"--{group}.batch_size", "2", "--evaluation.text", text]
-    words += [
-        "--statistics.text",
-        text,
-        "--statistics.tokens",
-        "256",
-        "--statistics.cache",
-        str(tmp_path / "cache"),
-    ]
-    if method == "lora":
-        words += ["--lora.epochs", "2", "--lora.learnt", "0"]
-    one, two = in_both_ways(tmp_path, "edit", *asked, *words)
-    expected, found = load_file(one / "update.safetensors"), load_file(two / "update.safetensors")
-    assert apart(expected, found, tiny_folder) < 1e-4
-
-
 def apart(expected: dict[str, Tensor], found: dict[str, Tensor], base: Path) -> float:
     """How far two edits' changes lie apart, as a share of the change; other padding alone gives some 1e-5."""
     weights = load_file(base / "model.safetensors")
@@ -222,21 +211,41 @@ METHODS = {
 }
 
 
+@pytest.fixture
+def gpt2(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A tiny GPT-2's folder: float64 throughout, where Llama's norms are float32; weights as (inputs, outputs)."""
+    folder = tmp_path / "gpt2"
+    make_tiny("gpt2", tokenizer).model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_edit(
-    method: str, strategy: str, asked: list[str], text: str, tiny_folder: Path, tmp_path: Path
+    method: str, strategy: str, request_file: Path, text: str, gpt2: Path, tmp_path: Path
 ) -> None:
     """The main job: scores, the change of the golden layer, and every teacher-forced figure."""
-    words = ["run", *asked, *LOGIC, "--proxy_fraction", "0.4", "--edit.method", method, *METHODS[method]]
+    words = [
+        "run",
+        "--model",
+        str(gpt2),
+        "--requests",
+        str(request_file),
+        *LOGIC,
+        "--proxy_fraction",
+        "0.4",
+        "--edit.method",
+        method,
+        *METHODS[method],
+    ]
     words += ["--edit.statistics.text", text, "--edit.statistics.tokens", "256"]
-    words += ["--edit.statistics.cache", str(tmp_path / "cache"), "--evaluation.text", text]
-    one, several = in_both_ways(tmp_path, *words, "--evaluation.keep_base", "false", strategy=strategy)
+    one, several = in_both_ways(tmp_path, *words, "--evaluation.text", text, strategy=strategy)
     expected, found = GoldenProfile.load(one), GoldenProfile.load(several)
     assert found.scores == pytest.approx(expected.scores, rel=1e-9)
     assert found.golden_layers == expected.golden_layers
     weights = [load_file(folder / "update.safetensors") for folder in (one, several)]
-    assert apart(*weights, tiny_folder) < 1e-7
+    assert apart(*weights, gpt2) < 1e-7
     for side in ("before", "after"):
         for name in ("rewrite", "rephrase", "locality", "portability"):
             assert metrics(several)[side][name] == metrics(one)[side][name], (side, name)
@@ -244,37 +253,55 @@ def test_the_same_edit(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_three_processes_and_checkpointed_blocks(
-    strategy: str, asked: list[str], text: str, tiny_folder: Path, tmp_path: Path
+    strategy: str, request_file: Path, text: str, gpt2: Path, tmp_path: Path
 ) -> None:
-    """Three do not divide seven requests in batches of two; blocks run twice; some answers are found first."""
-    words = ["run", *asked, *LOGIC, "--proxy_fraction", "0.6", "--attribution.old_answers", "model"]
+    """Three divide neither the batches nor two windows of text; old answers are found; blocks run twice."""
+    words = ["run", "--model", str(gpt2), "--requests", str(request_file), *LOGIC, "--proxy_fraction", "0.6"]
+    words += ["--attribution.old_answers", "model"]
     words += [*METHODS["finetune"], "--attribution.batch_size", "2", "--evaluation.text", text]
     words += ["--edit.method", "finetune", "--edit.statistics.text", text, "--edit.statistics.tokens", "256"]
-    words += ["--edit.finetune.batch_size", "2", "--edit.statistics.cache", str(tmp_path / "cache")]
+    words += ["--edit.finetune.batch_size", "2"]
     one, _ = tmp_path / "one", main([*words, *CPU, "--output", str(tmp_path / "one")])
     again = ["--trainer.activation_checkpointing", "true"]
-    told = processes(*words, *again, "--output", str(tmp_path / "three"), strategy=strategy, number=3)
+    words += [*again, "--output", str(tmp_path / "three")]
+    told = processes(*words, strategy=strategy, number=3, cache=tmp_path / "cache")
     assert told.returncode == 0, told.stderr
     scores = [GoldenProfile.load(folder).scores for folder in (one, tmp_path / "three")]
     assert scores[1] == pytest.approx(scores[0], rel=1e-9)
     weights = [load_file(folder / "update.safetensors") for folder in (one, tmp_path / "three")]
-    assert apart(*weights, tiny_folder) < 1e-7
+    assert apart(*weights, gpt2) < 1e-7
 
 
-def test_two_hosts(asked: list[str], tmp_path: Path) -> None:
-    """Two torchrun agents on the loopback, a process each."""
+def by_torchrun(rank: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """A host's agent, and nothing of the environment."""
+    agent = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
+    agent += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return ["-m", "torch.distributed.run", *agent], {}
+
+
+def by_srun(rank: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """A task as SLURM starts it: the environment says which one it is."""
+    told = {"NTASKS": 2, "JOB_NAME": "edit", "JOB_ID": 1, "PROCID": rank, "LOCALID": 0, "NODEID": rank}
+    told |= {"NTASKS_PER_NODE": 1, "NODELIST": "127.0.0.1", "NNODES": 2}
+    return [], {f"SLURM_{name}": str(value) for name, value in told.items()} | {"MASTER_PORT": str(port)}
+
+
+@pytest.mark.parametrize("started_by", [by_torchrun, by_srun])
+def test_two_hosts(
+    started_by: Callable[[int, int], tuple[list[str], dict[str, str]]], asked: list[str], tmp_path: Path
+) -> None:
+    """Two hosts on the loopback, a process each, name one default output folder and write it once."""
     assert main(["attribute", *asked, *LOGIC, *CPU, "--output", str(tmp_path / "one")]) == 0
     port = free_port()
 
     def host(rank: int) -> subprocess.Popen[str]:
-        agent = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
-        agent += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-        words = ["attribute", *asked, *LOGIC, *CPU, "--output", str(tmp_path / "two")]
+        agent, told = started_by(rank, port)
+        words = ["attribute", *asked, *LOGIC, *CPU]
         words += ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "fsdp2"]
         return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *agent, str(RUN), *words],
+            [sys.executable, *agent, str(RUN), *words], cwd=tmp_path,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GOLDEN_LAYERS_STARTED": f"at-{rank}"} | told,
         )  # fmt: skip
 
     hosts = [host(0), host(1)]
@@ -285,7 +312,9 @@ def test_two_hosts(asked: list[str], tmp_path: Path) -> None:
             end_group(started.pid)
     assert [started.returncode for started in hosts] == [0, 0], said
     assert [text.count("written to") for text in said] == [1, 0]
-    scores = [GoldenProfile.load(tmp_path / name).scores for name in ("one", "two")]
+    (folder,) = (tmp_path / "runs").iterdir()  # although hosts would name it differently, by when they started
+    assert folder.name == "attribute-at-0" and not (folder / "unfinished").exists()
+    scores = [GoldenProfile.load(at).scores for at in (tmp_path / "one", folder)]
     assert scores[1] == pytest.approx(scores[0], rel=1e-9)
 
 
@@ -364,3 +393,34 @@ def test_what_a_strategy_cannot_do(words: list[str], said: str, capsys: pytest.C
         pytest.skip("there is a GPU here")
     assert main([*words, "--trainer.strategy", "fsdp2", "--trainer.devices", "2"]) != 0
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora"])
+def test_an_interrupted_spread_training_goes_on(
+    method: str, request_file: Path, text: str, gpt2: Path, tmp_path: Path
+) -> None:
+    """Both processes are killed behind an epoch; resumed by two, the edit is that of one process."""
+    words = ["edit", "--model", str(gpt2), "--requests", str(request_file), *LOGIC, "--layers", "1"]
+    words += ["--method", method, "--evaluation.text", text, "--statistics.text", text]
+    words += [word.replace("--edit.", "--") for word in METHODS[method]] + ["--statistics.tokens", "256"]
+    assert main([*words, *CPU, "--output", str(tmp_path / "one")]) == 0
+    dying = tmp_path / "dying.py"
+    dying.write_text(
+        "import os, signal, sys\n"
+        "from pipeline.cli import main\n"
+        "from pipeline.editing.finetune import FineTune\n"
+        "def die(self):\n"
+        "    if self.current_epoch == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "FineTune.on_train_epoch_start = die\n"
+        "sys.exit(main())\n"
+    )
+    words += ["--output", str(tmp_path / "two")]
+    killed = processes(*words, strategy="fsdp2", program=dying)
+    assert killed.returncode == -signal.SIGKILL
+    kept = list((tmp_path / "two" / "unfinished").rglob("*.ckpt"))
+    assert kept and sum(file.stat().st_size for file in kept) < (gpt2 / "model.safetensors").stat().st_size
+    told = processes(*words, "--resume", strategy="fsdp2")
+    assert told.returncode == 0, told.stderr
+    weights = [load_file(tmp_path / name / "update.safetensors") for name in ("one", "two")]
+    assert apart(*weights, gpt2) < 1e-7

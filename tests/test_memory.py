@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from conftest import edit_options, refusal
 from torch import Tensor, nn
 
 from pipeline.attribution import score_requests
@@ -23,7 +23,6 @@ from pipeline.options import (
     AttributionOptions,
     EditOptions,
     EvaluationOptions,
-    StatisticsOptions,
     TrainerOptions,
 )
 from pipeline.requests import EditRequest
@@ -64,14 +63,9 @@ def room_for(llm: LLM, rows: int, error: str = "gpu") -> Iterator[list[int]]:
 
 @pytest.fixture
 def options(tmp_path: Path) -> EditOptions:
-    text = tmp_path / "text.txt"
-    text.write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 40)
-    options = EditOptions(layers=[1])
-    for training in (options.finetune, options.lora):
-        training.epochs, training.batch_size, training.learnt = 3, 4, 0.0
+    options = edit_options(tmp_path, tokens=1024, epochs=3, batch_size=4)
     options.locate.batch_size, options.locate.threshold, options.locate.steps = 4, 0.2, 3
     options.locate.neighbours = 3
-    options.statistics = StatisticsOptions(text=str(text), tokens=1024, cache=str(tmp_path / "cache"))
     return options
 
 

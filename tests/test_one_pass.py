@@ -38,7 +38,7 @@ def test_what_is_captured_is_plain_autograds(tiny: LLM, requests: list[EditReque
     rows = encode(tiny, [(r.prompt, r.new_answer) for r in requests])
     batch, projections = collate_targets(rows), tiny.blocks[2].mlp
     with tiny.frozen():
-        ((_, captured),) = CaptureModule(tiny, projections).predict_step(batch)
+        (captured,) = CaptureModule(tiny, projections).predict_step(batch)
     tiny.model.eval()
     for name, projection in projections.items():
         inputs, outputs, gradients = [], [], []

@@ -121,14 +121,13 @@ def test_what_is_planned_is_what_is_measured(medium: LLM, editing: EditOptions, 
         "attribution": lambda: score_requests(medium, requests, AttributionOptions(), CPU),
         "evaluation": lambda: evaluate(medium, requests, None, EvaluationOptions(keep_base=False), CPU),
     }
-    for method in options.method:  # what fine-tuning keeps of its requests lies in the same memory: few of them
+    for method in options.method:  # what training keeps of requests lies in the same memory here: few of them
         some = requests[:8] if method in edits.TRAINED else requests
         ways[method] = partial(run_edit, medium, some, replace(editing, method=method))
     for name, way in ways.items():
         weights, beside = weights_of(medium), most_alive(way)
-        print(name, planned[name].beside, beside)
         assert planned[name].weights == pytest.approx(weights, rel=0.01)
-        assert planned[name].beside == pytest.approx(beside, rel=0.3), name
+        assert planned[name].beside == pytest.approx(beside, rel=0.2), name
         assert planned[name].total == pytest.approx(weights + beside, rel=0.2), name
 
 
@@ -241,6 +240,7 @@ def test_what_cannot_be_planned_for(tmp_path: Path) -> None:
     assert "no such folder" in refused(model=str(tmp_path / "none"))
     assert "holds no config.json" in refused(model=str(tmp_path / "empty"))
     assert "there is" in refused(method=["sft"]) and "one_pass" in refused(method=["sft"])
+    assert "there is auto, ddp, fsdp, fsdp2" in refusal(lambda: TrainerOptions(strategy="deepspeed"))
     assert "it has 0 to 1" in refused(layer=2)
     assert "the context of" in refused(length=513)
     assert "give a device's with --memory" in refused(memory=None, trainer=TrainerOptions(accelerator="tpu"))
@@ -253,5 +253,9 @@ def test_what_cannot_be_planned_for(tmp_path: Path) -> None:
     assert "quantised (gptq)" in refused(model=str(broken))
     (broken / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
     assert "mixture of experts" in refused(model=str(broken))
+    (broken / "config.json").write_text(json.dumps(config | {"num_attention_heads": 7}))
+    assert "not a multiple of the number of attention heads" in refused(model=str(broken))
+    (broken / "config.json").write_text(json.dumps(config | {"pad_token_id": 5000}))
+    assert "no decoder can be made of its config" in refused(model=str(broken))
     (broken / "config.json").write_text("{")
     assert "the config of" in refused(model=str(broken))

@@ -8,26 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import refusal
+from conftest import edit_options, refusal
 from lightning.pytorch import LightningModule
 
 from pipeline.editing import METHODS, edit
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.values import ValueSearch
 from pipeline.model import LLM
-from pipeline.options import EditOptions, StatisticsOptions
+from pipeline.options import EditOptions
 from pipeline.requests import EditRequest
 
 
 @pytest.fixture
 def options(tmp_path: Path) -> EditOptions:
-    text = tmp_path / "text.txt"
-    text.write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 40)
-    options = EditOptions(layers=[1])
-    for training in (options.finetune, options.lora):
-        training.epochs, training.batch_size, training.learnt = 5, 3, 0.0
+    options = edit_options(tmp_path, tokens=512, epochs=5, batch_size=3)
     options.locate.batch_size, options.locate.threshold = 2, 0.2
-    options.statistics = StatisticsOptions(text=str(text), tokens=512, cache=str(tmp_path / "cache"))
     return options
 
 

@@ -39,9 +39,7 @@ from pipeline.options import EditOptions, FinetuneOptions, TrainerOptions, Train
 from pipeline.requests import EditRequest, ListDataModule
 
 FOLLOWED = ("loss", "accuracy", "unlearnt")
-Share = tuple[
-    list[int], list[Lesson]
-]  # the numbers of a batch's requests, and a device's part of it in micro-batches
+Share = tuple[list[int], list[Lesson]]  # a batch's requests by number, and a device's part in micro-batches
 
 
 class FineTune(LightningModule):

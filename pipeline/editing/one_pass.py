@@ -81,7 +81,7 @@ class OnePass:
         data = ListDataModule((rows, collate, self.options.batch_size), in_step=True)
         runner = build_trainer(runtime.trainer, "One pass")
         check_shares(runner, len(rows))
-        batches = dict(predict(runner, CaptureModule(self.llm, self.projections), data)).values()
+        batches = predict(runner, CaptureModule(self.llm, self.projections), data)
         for name, projection in self.projections.items():
             parts = zip(*(batch[name] for batch in batches), strict=True)
             self._change(name, projection, Captured(*(torch.cat(part).double() for part in parts)))
@@ -172,19 +172,20 @@ class CaptureModule(LightningModule):
         self.modules_by_name = dict(projections)
 
     @torch.enable_grad()
-    def predict_step(self, batch: TargetBatch) -> list[tuple[str, dict[str, Captured]]]:
-        """One item a batch: its first request, and each projection's vectors, on the CPU."""
+    def predict_step(self, batch: TargetBatch) -> list[dict[str, Captured]]:
+        """One item a batch: each projection's vectors, on the CPU."""
         with capturing(self.modules_by_name) as seen:
             losses_B = target_losses(self.model, batch)
         if not losses_B.isfinite().all():
             raise UserError(f"edit: the loss is not a number in the batch of requests {', '.join(batch.tags)}")
         gradients = torch.autograd.grad(losses_B.sum(), [output for _, output in seen.values()])
         edited_N = batch.row_N * batch.input_ids_BT.shape[1] + batch.position_N
-        captured = {
-            name: Captured(*(x.detach().flatten(0, -2)[edited_N].cpu() for x in (*pair, gradient)))
-            for (name, pair), gradient in zip(seen.items(), gradients, strict=True)
-        }
-        return [(batch.tags[0], captured)]
+        return [
+            {
+                name: Captured(*(x.detach().flatten(0, -2)[edited_N].cpu() for x in (*pair, gradient)))
+                for (name, pair), gradient in zip(seen.items(), gradients, strict=True)
+            }
+        ]
 
 
 @contextmanager

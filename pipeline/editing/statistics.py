@@ -23,6 +23,7 @@ from pipeline.files import cache_folder, write_shared
 from pipeline.model import LLM, TargetRow, build_trainer, generate, sizes
 from pipeline.model.batch_log import BatchLog
 from pipeline.model.joining import PLAIN
+from pipeline.model.memory import free_memory
 from pipeline.model.processes import from_first, of_all
 from pipeline.model.targets import tokenize
 from pipeline.model.trainer import predict
@@ -91,6 +92,8 @@ def key_moments(
     for name, moment in moments.items():
         _write(files[name], {"moment": moment}, {"fingerprint": llm.fingerprint, "projection": name})
     progress.unlink(missing_ok=True)
+    del module
+    free_memory()  # a metric refers to itself, and its sums, larger than a weight, would stay for a while
     return found | moments
 
 
@@ -189,7 +192,7 @@ class SecondMoment(Metric):
 
     def update(self, key_BTI: Tensor) -> None:
         """Count every position's key."""
-        key_NI = key_BTI.flatten(0, -2).float()
+        key_NI = key_BTI.flatten(0, -2).to(torch.promote_types(key_BTI.dtype, torch.float32))
         self.total += (key_NI.T @ key_NI).double()
         self.count += len(key_NI)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -46,7 +46,7 @@ def load_model(
     """
     source, gguf_file = _locate(name)
     options = {"gguf_file": gguf_file} if gguf_file else {}
-    with _explained(name), nullcontext() if verbose else redirect_stderr(StringIO()):
+    with _explained(repr(name)), nullcontext() if verbose else redirect_stderr(StringIO()):
         if not Path(source).is_dir():
             source = _reachable(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
@@ -54,7 +54,7 @@ def load_model(
             _check_structure(source, name)
 
     def weights() -> PreTrainedModel:
-        with _explained(name), nullcontext() if verbose else redirect_stderr(StringIO()):
+        with _explained(repr(name)), nullcontext() if verbose else redirect_stderr(StringIO()):
             return _weights(source, gguf_file, name, dtype)
 
     return LLM(load_sharded(weights, spread, name) if spread else weights(), tokenizer, name, chat)
@@ -79,17 +79,19 @@ def _weights(source: str, gguf_file: str | None, name: str, dtype: torch.dtype) 
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """What the libraries raise about a model, as one line."""
+def _explained(what: str, folder: str = "config.json, tokenizer and safetensors") -> Iterator[None]:
+    """What the libraries raise about a model, as one line: what cannot be loaded, and what a folder would hold."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, StrictDataclassError):  # its first line names a class of the library's
+            reason = " ".join(str(error).split())
         raise UserError(
-            f"model: {name!r} cannot be loaded; expected {BUNDLED!r}, a Hugging Face name, a folder with "
-            f"config.json, tokenizer and safetensors, or a GGUF file ({reason})"
+            f"model: {what} cannot be loaded; expected {BUNDLED!r}, a Hugging Face name, a folder with "
+            f"{folder}, or a GGUF file ({reason})"
         ) from error
 
 
@@ -104,17 +106,10 @@ def load_config(name: str) -> PreTrainedConfig:
     """
     source, gguf_file = _locate(name)
     options = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        with redirect_stderr(StringIO()):
-            if not Path(source).is_dir():
-                source = _reachable(source)
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"model: the config of {name!r} cannot be read; expected {BUNDLED!r}, a Hugging Face name, a folder "
-            f"with config.json, or a GGUF file ({reason})"
-        ) from error
+    with _explained(f"the config of {name!r}", "config.json"), redirect_stderr(StringIO()):
+        if not Path(source).is_dir():
+            source = _reachable(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     check_config(config, repr(name))
     return config
 

@@ -74,8 +74,10 @@ class Halving:
         return vars(self.module).get("parts", 1)
 
     def step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[Any]:
-        """A batch's outputs, as the module's own step gives them."""
-        number, items = self.data.dealt[dataloader_idx][batch_idx]
+        """A batch's outputs, as the module's own step gives them; none of a copy, run for other devices' sake."""
+        number, items, is_copy = self.data.dealt[dataloader_idx][batch_idx]
+        if is_copy and not self.data.in_step:
+            return []
         places = {"batch_idx": batch_idx, "dataloader_idx": dataloader_idx}
         places = {name: place for name, place in places.items() if name in self.named}
         left = [(part, self.parts) for part in parted(items, self.parts)]
@@ -93,6 +95,8 @@ class Halving:
                 raise UserError(f"trainer: {found}; {INSTEAD if self.alone else BATCHES}")
             left[:1] = [(half, 2 * parts) for half in halves]
             self.module.parts = max(self.parts, 2 * parts)  # type: ignore[assignment]
+        if is_copy:
+            return []
         if self.log:
             self.log.append((dataloader_idx, number), outputs)
         return outputs

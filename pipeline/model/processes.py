@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
@@ -27,6 +28,11 @@ from pipeline.options import TrainerOptions
 from pipeline.options.shared import SHARDED
 
 GRACE = 20  # seconds that a process has to see that another has failed, and to tidy up
+
+
+def is_one_of_several() -> bool:
+    """Whether another process of this command, torchrun or SLURM has started this one."""
+    return "LOCAL_RANK" in os.environ or SLURMEnvironment.detect()
 
 
 def launch(options: TrainerOptions) -> torch.device:

@@ -9,10 +9,11 @@ weight by weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -161,30 +162,44 @@ def anywhere(model: nn.Module, here: bool) -> bool:
     return bool(found.item())
 
 
-@contextmanager
-def in_step(model: Any) -> Iterator[None]:
-    """Inside the `with`, every process may run as many passes as it likes: those that are done help the others.
+class KeepStep(Callback):
+    """Lets every process run as many passes of a spread model as it likes: those that are done help the others.
 
     A pass gathers each block's weights from all processes, so all must take part in each. Before a pass, a process
-    says that it runs one; at the end of the `with` it runs idle ones while others still say so. Passes with a
-    backward pass are to be dealt out evenly beforehand: an idle one has none.
+    says that it runs one; behind its last batch it runs idle ones while others still say so. Passes with a backward
+    pass are to be dealt out evenly beforehand: an idle one has none.
     """
-    if not is_sharded(model):
-        yield
-        return
-    device = next(model.parameters()).device
 
-    def running(passes: int) -> Tensor:
-        total = torch.tensor(passes, device=device)
-        distributed.all_reduce(total)
-        return total
+    def __init__(self) -> None:
+        self._open = ExitStack()
 
-    handle = model.register_forward_pre_hook(lambda *_: (running(1), None)[1], prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    with torch.no_grad():
-        while running(0).item():
-            model(input_ids=token, use_cache=False)
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_sharded(pl_module):
+            handle = _decoder(pl_module).register_forward_pre_hook(lambda *_: (_running(pl_module, 1), None)[1])
+            self._open.callback(handle.remove)
+
+    @torch.no_grad()
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open.close()
+        if not is_sharded(pl_module):
+            return
+        token = torch.zeros(1, 1, dtype=torch.int64, device=pl_module.device)
+        while _running(pl_module, 0):
+            _decoder(pl_module)(input_ids=token, use_cache=False)
+
+    def on_exception(self, *_: Any) -> None:
+        self._open.close()
+
+
+def _decoder(module: LightningModule) -> nn.Module:
+    """The model that a stage's module wraps."""
+    decoder = module.model
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def _running(module: LightningModule, passes: int) -> int:
+    """How many processes run a pass now."""
+    total = torch.tensor(passes, device=module.device)
+    distributed.all_reduce(total)
+    return int(total.item())

@@ -21,7 +21,7 @@ from pipeline.model.interrupts import StopBetweenBatches
 from pipeline.model.memory import in_halves
 from pipeline.model.processes import SHARDED, from_first, of_all, world_size
 from pipeline.model.progress import StageProgressBar
-from pipeline.model.sharding import in_step, is_sharded
+from pipeline.model.sharding import KeepStep, is_sharded
 from pipeline.model.strategy import ShardedStrategy
 from pipeline.options import TrainerOptions
 from pipeline.requests import ListDataModule
@@ -66,7 +66,7 @@ def build_trainer(
             num_nodes=options.num_nodes,
             strategy=strategy,
             logger=logger,
-            callbacks=[StageProgressBar(title), *callbacks, StopBetweenBatches()],
+            callbacks=[StageProgressBar(title), KeepStep(), *callbacks, StopBetweenBatches()],
             enable_model_summary=False,
             inference_mode=False,
             use_distributed_sampler=False,  # the data modules deal batches out
@@ -109,7 +109,7 @@ def predict(trainer: Trainer, module: LightningModule, data: ListDataModule, kep
     items = [item for outputs in done.values() for item in outputs]
     if data.places(devices) - data.done:
         alone = devices == 1 or not is_sharded(module)
-        with in_halves(trainer, module, data, alone, log), in_step(module.model):
+        with in_halves(trainer, module, data, alone, log):
             outputs: list[Any] = trainer.predict(module, datamodule=data) or []
         if len(data.streams) > 1:  # of several loaders Lightning gives a list each
             outputs = [batch for stream in outputs for batch in stream]

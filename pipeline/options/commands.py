@@ -8,7 +8,7 @@ from pipeline.options.editing import EditOptions
 from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions
 
-BENCHMARKS = ("attribution", "editing", "evaluation", "updates")
+BENCHMARKS = ("attribution", "distributed", "editing", "evaluation", "updates")
 EXPORTS = ("merged", "update", "adapter")
 
 
@@ -133,9 +133,10 @@ class BenchmarkCommand(ModelOptions, OutputOptions, ComputeOptions):
     """Options of `benchmark`."""
 
     what: str = "editing"
-    """attribution: what LGA costs in time and memory; editing: every method, alone, in batches and one update after
-    another; evaluation: what measuring costs, and whether batches change it; updates: a store over twenty weeks,
-    under kills, with two updates at once, on a full disk, and with a long queue."""
+    """attribution: what LGA costs in time and memory; distributed: what two processes bring and send each other,
+    and a model of 8 billion weights where there is a GPU; editing: every method, alone, in batches and one update
+    after another; evaluation: what measuring costs, and whether batches change it; updates: a store over twenty
+    weeks, under kills, with two updates at once, on a full disk, and with a long queue."""
     data: str = "../shared/data"
     """Folder with counterfact_easyedit.json and, for key statistics, enwiki_plain.txt."""
     resume: bool = False

@@ -49,9 +49,9 @@ def shape_of(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> Shape:
     with mode:
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, AssertionError, RuntimeError) as error:
             raise UserError(
-                f"model: {name!r}: no decoder can be made of its config ({str(error).splitlines()[0]})"
+                f"model: {name!r}: no decoder can be made of its config ({' '.join(str(error).split())})"
             ) from error
         model.generation_config = None  # what ends a text is of no account
         return Shape(model.eval().requires_grad_(False), name, mode)

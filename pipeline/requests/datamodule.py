@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
+
+
+class Dealt(NamedTuple):
+    """A batch for `predict`: its number in its stream, its items, and whether it counts nothing."""
+
+    number: int
+    items: list[Any]
+    is_copy: bool = False
 
 
 class ListDataModule(LightningDataModule):
@@ -20,12 +28,11 @@ class ListDataModule(LightningDataModule):
     Args:
         streams: for `predict`, one or several (items, collate, batch size); for `fit`, exactly one.
         seed: seed of the shuffling.
-        in_step: for `predict`, give all devices as many batches, some of them twice: what comes of them must be
-            known by its number, not counted. So must it be where there are fewer items than devices.
+        in_step: for `predict`, let all devices run as many batches.
 
     Attributes:
         done: for `predict`, batches to leave out, by stream and number.
-        dealt: by stream, this device's batches with their numbers, once they are dealt.
+        dealt: by stream, this device's batches, once they are dealt.
         begun: for `fit`, an epoch that an interrupted fit began, and how many of its batches were run.
     """
 
@@ -40,7 +47,7 @@ class ListDataModule(LightningDataModule):
         self.seed = seed
         self.in_step = in_step
         self.done: set[tuple[int, int]] = set()
-        self.dealt: list[list[tuple[int, list[Any]]]] = []
+        self.dealt: list[list[Dealt]] = []
         self.begun = (0, 0)
 
     def sizes(self, devices: int) -> list[str]:
@@ -70,21 +77,19 @@ class ListDataModule(LightningDataModule):
         )
 
     def predict_dataloader(self) -> list[DataLoader]:
-        def loader(collate: Callable[[list[Any]], Any], dealt: list[tuple[int, list[Any]]]) -> DataLoader:
-            return DataLoader(dealt, collate_fn=lambda one: collate(one[0][1]))  # type: ignore[arg-type]
+        def loader(collate: Callable[[list[Any]], Any], dealt: list[Dealt]) -> DataLoader:
+            return DataLoader(dealt, collate_fn=lambda one: collate(one[0].items))  # type: ignore[arg-type]
 
         self.dealt = [self._dealt(number) for number in range(len(self.streams))]
         return [loader(collate, dealt) for (_, collate, _), dealt in zip(self.streams, self.dealt, strict=True)]
 
-    def _dealt(self, stream: int) -> list[tuple[int, list[Any]]]:
-        """This device's batches of a stream, each with its number; at least one, if need be a copy of another's."""
+    def _dealt(self, stream: int) -> list[Dealt]:
+        """This device's batches of a stream: at least one, for Lightning takes no fewer, if need be a copy."""
         rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches = self._batches(stream, devices)
-        left = [batch for batch in batches if (stream, batch[0]) not in self.done]
-        if len(left) < devices:  # each device needs one; one that is done twice is harmless
-            left += [batch for batch in batches if (stream, batch[0]) in self.done][: devices - len(left)]
-        short = -len(left) % devices if self.in_step else max(0, devices - len(left))
-        return (left + [left[-1]] * short)[rank::devices]
+        batches = [Dealt(number, items) for number, items in self._batches(stream, devices)]
+        left = [batch for batch in batches if (stream, batch.number) not in self.done]
+        short = -len(left) % devices if self.in_step and left else max(0, devices - len(left))
+        return (left + [batches[-1]._replace(is_copy=True)] * short)[rank::devices]
 
     def _batches(self, stream: int, devices: int) -> list[tuple[int, list[Any]]]:
         """A stream's batches of items, each with its number; on several devices, of even size."""

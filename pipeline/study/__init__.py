@@ -2,6 +2,7 @@
 
 from pipeline.study.attribution import AttributionBench
 from pipeline.study.bench import Bench
+from pipeline.study.distributed import DistributedBench
 from pipeline.study.editing import EditingBench
 from pipeline.study.evaluation import EvaluationBench
 from pipeline.study.study import Study, run_study
@@ -10,6 +11,7 @@ from pipeline.study.updates import UpdatesBench
 
 BENCHMARKS: dict[str, type[Bench]] = {
     "attribution": AttributionBench,
+    "distributed": DistributedBench,
     "editing": EditingBench,
     "evaluation": EvaluationBench,
     "updates": UpdatesBench,

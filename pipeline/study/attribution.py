@@ -58,7 +58,7 @@ class AttributionBench(Bench):
 
     bounds = BOUNDS
     at_most = AT_MOST
-    files = SETS
+    files: Sequence[str] = SETS
     needed = 2 * MANY
 
     def measurements(self) -> Iterator[tuple[str, Callable[[], Figures]]]:

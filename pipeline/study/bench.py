@@ -36,6 +36,7 @@ class Bench:
         at_most: figures that are to be small.
         files: request sets that are to be in the data's folder.
         needed: how many records CounterFact is to have.
+        note: what is left out on this machine, in a line.
 
     Raises:
         UserError: when the data is not there.
@@ -45,6 +46,7 @@ class Bench:
     at_most: Collection[str] = ()
     files: Sequence[str] = (COUNTERFACT,)
     needed = 1
+    note: str | None = None
 
     def __init__(self, llm: LLM, options: BenchmarkCommand, folder: Path) -> None:
         self.llm = llm
