@@ -76,13 +76,14 @@ def _run(words: list[str]) -> int:
         several = processes is not None and processes.world_size() > 1
         if line is None and not several:
             raise
-        if processes is None or not processes.is_told():  # the first of several to fail tells
+        told = processes is not None and processes.is_told()
+        if not told:  # the first of several to fail tells
             if line is None or verbose:
                 traceback.print_exc()
             if line is not None:
                 print(f"error: {line}", file=sys.stderr)
         if processes is not None:
-            processes.end(code)
+            processes.end(code, told)
         return code
     return 0
 

@@ -29,6 +29,7 @@ from pipeline.options import (
     HistoryCommand,
     ModelOptions,
     PlanCommand,
+    ProvingOptions,
     RequestOptions,
     RequestsCommand,
     RetractCommand,
@@ -36,6 +37,7 @@ from pipeline.options import (
     ScheduleCommand,
     StudyCommand,
     SubmitCommand,
+    TrainerOptions,
     UpdateCommand,
     VerifyCommand,
     VersionCommand,
@@ -316,7 +318,7 @@ def _prepare(options: ModelOptions | RequestsCommand) -> None:
 
     hush(options.verbose)
     if isinstance(options, ComputeOptions) and is_one_of_several():
-        launch(options.trainer)  # join at once: to name one output folder, and to fail together
+        launch(_trainer(options))  # join at once: to name one output folder, and to fail together
     seed_everything(getattr(options, "seed", 0), verbose=False)
 
 
@@ -337,13 +339,18 @@ def _load(options: ModelOptions, model: str | None = None, requests: Sequence[Ed
 
     if not isinstance(options, ComputeOptions):
         return load_model(model or options.model, verbose=options.verbose, chat=options.chat)
-    trainer = options.trainer
+    trainer = _trainer(options)
     device = launch(trainer)
     check_alike("requests", requests)
     spread = device if trainer.strategy in SHARDED else None
     llm = load_model(model or options.model, weights_dtype(trainer), options.verbose, options.chat, spread)
     check_alike("model", [llm.fingerprint])
     return llm
+
+
+def _trainer(options: ComputeOptions) -> TrainerOptions:
+    """What a command runs on: a store is worked on by one device."""
+    return options.one_device if isinstance(options, ProvingOptions) else options.trainer
 
 
 def _explain(options: EvaluateCommand) -> None:

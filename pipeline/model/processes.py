@@ -140,10 +140,16 @@ def is_told() -> bool:
     return False
 
 
-def end(code: int = 1) -> None:
-    """End this process, of several, and those that it has started; others see that its connections have ended."""
+def end(code: int = 1, told: bool = False) -> None:
+    """End this process, of several, and those that it has started; others see that its connections have ended.
+
+    Where another process tells of the failure, it is given the time to.
+    """
     if world_size() == 1:
         return
+    waiting = time.monotonic() + GRACE if told else 0.0
+    while time.monotonic() < waiting and all(process.poll() is None for process in _started):
+        time.sleep(0.1)
     for process in _started:
         with suppress(OSError):
             process.kill()

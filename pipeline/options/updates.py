@@ -8,7 +8,7 @@ from pipeline.errors import UserError, check_above, check_at_least, check_at_mos
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.editing import EditOptions, LocateOptions
 from pipeline.options.evaluation import EvaluationOptions
-from pipeline.options.shared import ComputeOptions
+from pipeline.options.shared import ComputeOptions, TrainerOptions
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -128,7 +128,11 @@ class ProvingOptions(StoreOptions, ComputeOptions):
         if str(self.trainer.devices) not in ("auto", "1") or self.trainer.num_nodes != 1:
             raise UserError(f"trainer.devices: {self.trainer.devices}; a store is worked on by one device")
         self.trainer.check_whole("a store")
-        self.trainer = replace(self.trainer, devices=1)
+
+    @property
+    def one_device(self) -> TrainerOptions:
+        """The trainer's options, on one device."""
+        return replace(self.trainer, devices=1)
 
 
 @dataclass(kw_only=True)

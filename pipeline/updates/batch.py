@@ -161,14 +161,14 @@ class Halving:
             rest = [one.request for place, one in enumerate(self.batch) if place not in {*self.accepted, *part}]
             if self.whole and self._can_leave_out(rest):
                 return leave_out(
-                    self.llm, self.whole, rest, self.options.edit, self.options.trainer, self.options.seed
+                    self.llm, self.whole, rest, self.options.edit, self.options.one_device, self.options.seed
                 )
             update = edit(
                 self.llm,
                 [self.batch[place].request for place in part],
                 self.profile,
                 self.options.edit,
-                self.options.trainer,
+                self.options.one_device,
                 seed=self.options.seed,
                 after=self.update,
             )

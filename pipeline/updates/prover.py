@@ -58,12 +58,12 @@ class Prover:
     def __init__(self, llm: LLM, ground: Ground, requests: Sequence[EditRequest], options: ProvingOptions) -> None:
         self.llm, self.ground, self.options = llm, ground, options
         self.seconds = 0.0
-        self.evaluator = Evaluator(llm, requests, options.evaluation, options.trainer)
+        self.evaluator = Evaluator(llm, requests, options.evaluation, options.one_device)
         with self._timed():
             self.perplexity = ground.perplexity or self._base_perplexity()
             earlier = self._sample({fact(request) for request in requests})
             self.earlier = (
-                Evaluator(llm, earlier, options.evaluation, options.trainer, ("probes",)) if earlier else None
+                Evaluator(llm, earlier, options.evaluation, options.one_device, ("probes",)) if earlier else None
             )
         self.before = self.measure(ground.update, range(len(requests)), KINDS)
         if missed := failed(self.before.gates(options.gates, WHOLE)):

@@ -93,9 +93,9 @@ def _edited_back(store: Store, llm: LLM, number: int, options: RetractCommand) -
 def _without(store: Store, llm: LLM, ground: Ground, request: EditRequest, options: RetractCommand) -> WeightUpdate:
     assert ground.update
     if can_leave_out(llm, ground.update, [request], options.edit.method):
-        return leave_out(llm, ground.update, [request], options.edit, options.trainer, options.seed)
-    (answered,) = with_old_answers(llm, [request], options.attribution, options.trainer)
+        return leave_out(llm, ground.update, [request], options.edit, options.one_device, options.seed)
+    (answered,) = with_old_answers(llm, [request], options.attribution, options.one_device)
     back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
     profile = golden_profile(store, llm, [back], options)
-    update = edit(llm, [back], profile, options.edit, options.trainer, seed=options.seed, after=ground.update)
+    update = edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=ground.update)
     return update

@@ -143,7 +143,7 @@ def golden_profile(
         profile = GoldenProfile.load(given or store.folder)
     else:
         answered = [request for request in requests if request.old_answer] or list(requests)
-        profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.trainer, "the queue")
+        profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.one_device, "the queue")
     choose_layers(llm, profile, options.edit)
     if keep:
         profile.save(store.folder)
