@@ -19,6 +19,7 @@ from pipeline.options import (
     AttributionOptions,
     BenchmarkCommand,
     ComputeOptions,
+    DemoCommand,
     DiffCommand,
     EditCommand,
     EditOptions,
@@ -78,6 +79,14 @@ def run(options: RunCommand) -> None:
             llm.check_layers(options.edit.layers or [])
             profile = _find_golden_layer(log, llm, proxy, options.attribution, options)
         _edit_and_prove(log, llm, edits, profile, options, options.edit, options.evaluation)
+
+
+def demo(options: DemoCommand) -> None:
+    """See it all on a handful of facts: old answers, golden layer, edit, new answers, what else moved, and back."""
+    from pipeline.demo import show
+
+    with _working(options, "demo") as log:
+        show(_load(options), options, log)
 
 
 def attribute(options: AttributeCommand) -> None:
@@ -264,6 +273,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "run": Command(run, RunCommand),
+    "demo": Command(demo, DemoCommand),
     "attribute": Command(attribute, AttributeCommand),
     "edit": Command(edit, EditCommand),
     "evaluate": Command(evaluate, EvaluateCommand),

@@ -86,6 +86,19 @@ class EvaluateCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOption
 
 
 @dataclass(kw_only=True)
+class DemoCommand(ModelOptions, OutputOptions, ComputeOptions):
+    """Options of `demo`."""
+
+    facts: int = 8
+    """How many of the demo requests to edit."""
+
+    def __post_init__(self) -> None:
+        ComputeOptions.__post_init__(self)
+        if not 1 <= self.facts <= 40:
+            raise UserError(f"facts: {self.facts} is not between 1 and 40")
+
+
+@dataclass(kw_only=True)
 class RequestsCommand(ModelOptions, RequestOptions, ComputeOptions):
     """Options of `requests`."""
 
