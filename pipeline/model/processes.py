@@ -74,7 +74,7 @@ def _instead_of_lightnings_observer() -> None:
     """Watch the started processes; Lightning's own watcher kills this one before it can tidy up and say why."""
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
-            thread._finished = True  # type: ignore[attr-defined]
+            thread._child_processes = []  # type: ignore[attr-defined]  # with none to watch it ends by itself
     threading.Thread(target=_watch, daemon=True, name="watching-processes").start()
 
 
