@@ -51,6 +51,12 @@ def write_json(path: Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def file_digest(path: Path) -> str:
+    """A file's SHA-256, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def require_room(folder: Path, size: int) -> None:
     """Raise UserError when fewer than `size` bytes are free where `folder` is or will be."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())

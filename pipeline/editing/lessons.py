@@ -148,7 +148,7 @@ class Reading(LightningModule):
         self.first_other = first_other
 
     @torch.no_grad()
-    def predict_step(self, batch: TargetBatch, batch_idx: int, dataloader_idx: int = 0) -> list[tuple[int, Read]]:
+    def predict_step(self, batch: TargetBatch) -> list[tuple[int, Read]]:
         base: list[Tensor] | list[None] = [None] * len(batch.tags)
         with reading_enter(self.llm, self.layer) as entering:
             if batch.tags[0] >= self.first_other:
