@@ -246,9 +246,9 @@ def plan(options: PlanCommand) -> None:
 
 def benchmark(options: BenchmarkCommand) -> None:
     """Measure editing, evaluation or a store against what is asked of it, as a table and benchmark.json."""
+    from pipeline.benchmarks import BENCHMARKS
     from pipeline.files import write_json
     from pipeline.reporting import say, show_benchmark
-    from pipeline.study import BENCHMARKS
 
     with _working(options, "benchmark") as log:
         bench = BENCHMARKS[options.what](_load(options), options, log.work)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and output folders that never hide a failure."""
+"""Files that are written whole or not at all, and folders for what is kept or in progress."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own, without torch
-
 from pipeline.errors import UserError
 
-OPTIONS_FILE = "options.yaml"  # written first into every output folder: it marks the folder as ours
-STARTED = "GOLDEN_LAYERS_STARTED"  # the environment variable that tells a command's processes when it began
 WORK_MARK = "mark.txt"  # says whose the work in progress is
-NOT_RESUMED = {"output", "overwrite", "resume", "verbose"}  # options that a resumed command may change
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], mark: str = "") -> Path:
@@ -58,6 +51,12 @@ def write_json(path: Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def file_digest(path: Path) -> str:
+    """A file's SHA-256, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def require_room(folder: Path, size: int) -> None:
     """Raise UserError when fewer than `size` bytes are free where `folder` is or will be."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
@@ -84,138 +83,3 @@ def cache_folder(named: str | None) -> Path:
     """The folder for what is found once and kept: as named, or golden-layers in the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return Path(named) if named else home / "golden-layers"
-
-
-def default_output(command: str) -> Path:
-    """A new folder under runs/, named by command and time; processes started by this one name the same."""
-    started = os.environ.setdefault(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}")
-    return Path("runs") / f"{command}-{started}"
-
-
-def check_resumed(folder: Path, options: dict[str, Any], may_change: Collection[str] = ()) -> None:
-    """Raise UserError unless `folder` holds what a command left whose options differ in those named at most."""
-    if not (folder / OPTIONS_FILE).is_file():
-        raise UserError(f"resume: {folder}: holds no {OPTIONS_FILE}; expected an interrupted command's --output")
-    try:
-        started = yaml.safe_load((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        started = None
-    if not isinstance(started, dict):
-        raise UserError(f"resume: {folder / OPTIONS_FILE}: damaged")
-    changed = [
-        name
-        for name in sorted({*started, *options} - NOT_RESUMED - {*may_change})
-        if started.get(name) != yaml.safe_load(yaml.safe_dump(options.get(name)))
-    ]
-    if changed:
-        raise UserError(f"resume: {folder}: was started with another {', '.join(changed)}; give the same options")
-
-
-def is_fresh(folder: Path) -> bool:
-    """Whether a folder holds nothing, or does not exist; a file that a kill has cut off is nothing."""
-    return not folder.exists() or (folder.is_dir() and all(at.suffix == ".partial" for at in folder.iterdir()))
-
-
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Raise UserError when `folder` cannot become the output folder; touches nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output: {folder}: a file; expected a folder's name")
-    if not is_fresh(folder):
-        if not overwrite:
-            raise UserError(f"output: {folder}: holds something already; name another folder or pass --overwrite")
-        if Path.cwd().is_relative_to(folder.resolve()):
-            raise UserError(f"output: {folder}: the working folder lies in it; start from outside to replace it")
-        if not (folder / OPTIONS_FILE).is_file():
-            raise UserError(f"output: {folder}: was not written by this program; --overwrite leaves it alone")
-
-
-class OutputFolder:
-    """A command's output folder while it works: its path, and what to do with it on an error.
-
-    Attributes:
-        path: the folder.
-        finished: files in it that are whole and worth more than a clean disk.
-        unfinished: a folder in it for work in progress, which an interrupted command leaves for `--resume`.
-        resumed: whether the command goes on with what one before it left.
-        may_change: options that a resumed command may be given anew.
-    """
-
-    def __init__(self, path: Path, resumed: bool = False, may_change: Collection[str] = ()) -> None:
-        self.path = path
-        self.may_change = may_change
-        self.finished: set[str] = set()
-        self.unfinished = path / "unfinished"
-        self.resumed = resumed
-
-    @rank_zero_only
-    def drop_unfinished(self, stage: str = "") -> None:
-        """What was in progress is finished: all of it, or one stage's part."""
-        shutil.rmtree(self.unfinished / stage, ignore_errors=True)
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether there is work in progress worth keeping: more than the mark of whose it is."""
-        return any(file.is_file() and file.name != WORK_MARK for file in self.unfinished.rglob("*"))
-
-
-@contextmanager
-def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]) -> Iterator[None]:
-    """The folder a command writes to, on rank zero; on an error only what is `finished` stays in it.
-
-    An interrupt leaves the work in progress as well.
-
-    What an overwritten folder held comes back when the command fails, and goes when it succeeds.
-
-    Args:
-        output: the folder, to be made with its parents.
-        overwrite: whether what an earlier command wrote may be replaced.
-        options: the resolved options, saved first.
-
-    Raises:
-        UserError: when the folder holds something and may not be overwritten.
-    """
-    path = output.path.resolve() if output.path.is_symlink() else output.path
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        yield
-        return
-    if output.resumed:
-        check_resumed(path, options, output.may_change)
-    else:
-        check_output(path, overwrite)
-    existed = path.is_dir()
-    replaced = (
-        path.with_name(f".{path.name}.replaced") if existed and not is_fresh(path) and not output.resumed else None
-    )
-    if replaced:
-        if replaced.exists():
-            raise UserError(f"output: {replaced}: left by a command that was killed; move it back or remove it")
-        path.rename(replaced)
-    made = [parent for parent in [path, *path.parents] if not parent.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        saved = options | ({"resume": False} if "resume" in options else {})  # as the first command's
-        write_text(path / OPTIONS_FILE, yaml.safe_dump(saved, sort_keys=False))
-        yield
-    except BaseException as error:
-        if isinstance(error, UserError) or not output.goes_on:
-            output.drop_unfinished()  # it led to the error, or is none
-        goes_on = output.goes_on
-        finished = {name for name in output.finished if (path / name).is_file()}
-        if (finished or goes_on) and not replaced:
-            for file in path.iterdir():
-                curves = goes_on and file.name.startswith("events.")
-                if file.is_file() and not curves and file.name not in finished | {OPTIONS_FILE}:
-                    file.unlink()
-            raise
-        shutil.rmtree(path, ignore_errors=True)
-        for parent in made[1:]:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        if replaced:
-            replaced.rename(path)
-        elif existed:
-            path.mkdir()
-        raise
-    output.drop_unfinished()
-    if replaced:
-        shutil.rmtree(replaced)

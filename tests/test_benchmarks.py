@@ -12,9 +12,9 @@ import torch
 import yaml
 from conftest import SHARED
 
+from pipeline.benchmarks import attribution, distributed, editing, evaluation, full_size
 from pipeline.model import LLM
 from pipeline.options import BenchmarkCommand, EditOptions, FinetuneOptions, LocateOptions
-from pipeline.study import attribution, distributed, editing, evaluation, full_size
 
 ROOT = Path(__file__).parent.parent
 

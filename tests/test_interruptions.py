@@ -27,7 +27,7 @@ from pipeline.attribution.lga import AttributionModule
 from pipeline.cli import main
 from pipeline.editing import WeightUpdate
 from pipeline.editing.finetune import FineTune
-from pipeline.editing.statistics import KeyMoments
+from pipeline.editing.moments import KeyMoments
 from pipeline.editing.values import ValueSearch
 from pipeline.evaluation.alone import AloneReader
 from pipeline.evaluation.reading import Reader

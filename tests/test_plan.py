@@ -16,6 +16,7 @@ from families import ENDS, FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.attribution import score_requests
+from pipeline.benchmarks.attribution import most_alive
 from pipeline.cli import main
 from pipeline.editing.edit import METHODS
 from pipeline.editing.method import Runtime
@@ -37,7 +38,6 @@ from pipeline.planning.case import Case
 from pipeline.planning.memory import longest_batch, weight_bytes
 from pipeline.planning.shape import shape_of
 from pipeline.requests import EditRequest
-from pipeline.study.attribution import most_alive
 
 CPU = TrainerOptions(accelerator="cpu", devices=1)
 LAYER = 1

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from test_updates import Team
 
+from pipeline.benchmarks.kills import kill_at_random
+from pipeline.benchmarks.pressure import crowd, full_disk
+from pipeline.benchmarks.scene import Scene
 from pipeline.model import LLM
 from pipeline.requests import EditRequest
-from pipeline.study.kills import Scene, crowd, full_disk, kill_at_random
 
 
 @pytest.fixture

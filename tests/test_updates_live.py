@@ -21,7 +21,7 @@ from pipeline.requests import EditRequest
 from pipeline.updates import LiveModel, Store, load_version, rollback, verify, version_folder
 from pipeline.updates import live as live_module
 from pipeline.updates.database import DATABASE, MIGRATIONS, connect
-from pipeline.updates.versions import read_file, read_manifest
+from pipeline.updates.versions import read_file, read_manifest, text_digest
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +143,7 @@ def test_a_manifest_that_another_put_there(team: Team) -> None:
     folder = version_folder(team.store.folder, 1)
     whole = (folder / "manifest.json").read_bytes()
     body = whole.decode().partition("\n")[2].replace('"parent": 0', '"parent": 2').removesuffix("\n")
-    from pipeline.updates.versions import _text_digest
-
-    (folder / "manifest.json").write_text(f"{_text_digest(body)}\n{body}\n")
+    (folder / "manifest.json").write_text(f"{text_digest(body)}\n{body}\n")
     assert read_manifest(folder).parent == 2
     assert "not the one that the database knows" in dict(verify(team.store, lambda _: team.llm))[1]
     (folder / "manifest.json").write_bytes(whole)

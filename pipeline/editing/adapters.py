@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,18 +10,16 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from peft import get_peft_model_state_dict
 from torch import Tensor
-from torch.nn import functional as F
 
-from pipeline.editing.finetune import variant
 from pipeline.editing.lessons import Lesson, Row, collate, read_rows
 from pipeline.editing.lora import Lora
 from pipeline.editing.method import Runtime
+from pipeline.editing.training import variant
 from pipeline.editing.whitening import WhitenedAdam
 from pipeline.errors import UserError
 from pipeline.model import LLM, build_trainer, target_logits
 from pipeline.model.row_changes import LowRank, RowChanges, changed_rows
 from pipeline.model.trainer import predict
-from pipeline.model.upper import handing_on
 from pipeline.options import EditOptions
 from pipeline.requests import EditRequest, ListDataModule
 
@@ -130,10 +127,9 @@ class AdaptersAlone(LightningModule):
         own = torch.tensor([*running, *running][: len(rows) + len(others)], device=self.device)
         scale = self.options.alpha / self.options.rank
         changes = {name: LowRank(scale * B, A).rows(own) for name, (B, A) in trained.items()}
-        with self._lower(lesson), changed_rows(self.llm, changes):
+        with lesson.handed_on(self.llm, self.layer), changed_rows(self.llm, changes):
             logits_NV = target_logits(self.llm.model, lesson.batch)
-        batch = lesson.batch
-        losses_B = batch.row_means(F.cross_entropy(logits_NV, batch.target_N, reduction="none"))[: len(rows)]
+        losses_B = lesson.batch.losses(logits_NV)[: len(rows)]
         if not losses_B.isfinite().all():
             raise UserError(
                 f"edit: the loss is not a number in epoch {epoch}, block {self.layer}; "
@@ -142,12 +138,6 @@ class AdaptersAlone(LightningModule):
         unlearnt_B = losses_B.detach() > self.options.learnt
         loss = (losses_B * unlearnt_B).sum()
         if lesson.base_KV is not None:
-            now_KV = logits_NV[-len(lesson.base_KV) :].log_softmax(-1)
-            loss = loss + self.options.kl * F.kl_div(now_KV, lesson.base_KV, log_target=True, reduction="sum")
+            loss = loss + self.options.kl * lesson.divergence(logits_NV)
         loss.backward()
         return unlearnt_B.tolist()
-
-    def _lower(self, lesson: Lesson) -> AbstractContextManager[None]:
-        if lesson.enter_BTD is None:
-            return nullcontext()
-        return handing_on(self.llm, self.layer, lesson.enter_BTD)

@@ -24,7 +24,7 @@ def can_leave_out(llm: LLM, update: WeightUpdate, requests: Sequence[EditRequest
     """Whether the update can be had without these requests: all were located, and so have columns of their own."""
     if METHODS[method].make is not LocateThenEdit:
         return False
-    held = {number for layer in _layers(llm, update) for number in _columns(llm, update, layer).owner_n.tolist()}
+    held = {number for layer in _layers(update) for number in _columns(llm, update, layer).owner_n.tolist()}
     return all(owner(request) in held for request in requests)
 
 
@@ -52,7 +52,7 @@ def leave_out(
     Raises:
         UserError: when the update was made for another model.
     """
-    layers, gone = _layers(llm, update), {fact(request) for request in requests}
+    layers, gone = _layers(update), {fact(request) for request in requests}
     left = [request for request in update.requests if fact(request) not in gone]
     method = LocateThenEdit(llm, layers, options, update.state)
     base = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in method.weight_names}
@@ -74,7 +74,7 @@ def leave_out(
     )
 
 
-def _layers(llm: LLM, update: WeightUpdate) -> list[int]:
+def _layers(update: WeightUpdate) -> list[int]:
     """Blocks that the update holds columns for."""
     return [layer for layer in update.layers if f"locate.{layer}.owner_n" in update.state]
 

@@ -7,6 +7,7 @@ what the unedited model says after the unrelated prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,12 +15,13 @@ from itertools import islice
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.editing.contexts import CONTEXTS, in_context, neighbours
 from pipeline.model import LLM, TargetBatch, TargetRow, build_trainer, collate_targets, encode, target_logits
 from pipeline.model.targets import prompt_tokens
 from pipeline.model.trainer import predict
-from pipeline.model.upper import passing_through, reading_enter
+from pipeline.model.upper import handing_on, passing_through, reading_enter
 from pipeline.options import TrainerOptions, TrainingOptions
 from pipeline.requests import EditRequest, ListDataModule
 
@@ -27,9 +29,7 @@ UNRELATED = 1024  # the most unrelated prompts: what comes after each is kept, a
 NAMES_EACH = 3  # other names that a request's prompt is tried with, a new one every epoch
 READ_TOGETHER = 16  # rows
 
-Readings = tuple[
-    int, Tensor | None, Tensor | None
-]  # row's number, what enters the block (T, D), what comes next (V)
+Read = tuple[Tensor | None, Tensor | None]  # of a row, what enters the block (T, D), and what comes next (V)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,16 @@ class Lesson:
     others: int
     enter_BTD: Tensor | None
     base_KV: Tensor | None
+
+    def handed_on(self, llm: LLM, layer: int) -> AbstractContextManager[None]:
+        """Inside the `with`, blocks below `layer` do not run where what they put out was read."""
+        return nullcontext() if self.enter_BTD is None else handing_on(llm, layer, self.enter_BTD)
+
+    def divergence(self, logits_NV: Tensor) -> Tensor:
+        """Σ KL(base ‖ now), in nats, over what comes after the unrelated prompts; there must be some."""
+        assert self.base_KV is not None
+        now_KV = logits_NV[-len(self.base_KV) :].log_softmax(-1)
+        return F.kl_div(now_KV, self.base_KV, log_target=True, reduction="sum")
 
 
 def read_rows(
@@ -111,7 +121,7 @@ def collate(taught: Sequence[Row], others: Sequence[Row], rows: int, all_others:
 
 def _read(
     llm: LLM, layer: int, taught: Sequence[TargetRow], others: Sequence[TargetRow], trainer: TrainerOptions
-) -> dict[int, tuple[Tensor | None, Tensor | None]]:
+) -> dict[int, Read]:
     """Readings by a row's number, requests' rows first; nothing is read that block 0 would not save."""
     numbered = [replace(row, tag=number) for number, row in enumerate([*taught, *others])]
     pad = partial(collate_targets, pad_token_id=llm.pad_token_id)
@@ -123,8 +133,8 @@ def _read(
     if not streams:
         return {}
     module = Reading(llm, layer, first_other=len(taught))
-    found: list[Readings] = predict(build_trainer(trainer, "Reading"), module, ListDataModule(*streams))
-    return {number: (enter, base) for number, enter, base in found}
+    found: list[tuple[int, Read]] = predict(build_trainer(trainer, "Reading"), module, ListDataModule(*streams))
+    return dict(found)
 
 
 class Reading(LightningModule):
@@ -138,7 +148,7 @@ class Reading(LightningModule):
         self.first_other = first_other
 
     @torch.no_grad()
-    def predict_step(self, batch: TargetBatch, batch_idx: int, dataloader_idx: int = 0) -> list[Readings]:
+    def predict_step(self, batch: TargetBatch) -> list[tuple[int, Read]]:
         base: list[Tensor] | list[None] = [None] * len(batch.tags)
         with reading_enter(self.llm, self.layer) as entering:
             if batch.tags[0] >= self.first_other:
@@ -150,4 +160,4 @@ class Reading(LightningModule):
         if self.layer:
             ends = [int(batch.position_N[batch.row_N == row].max()) + 2 for row in range(len(batch.tags))]
             enter = [enter_TD[:end].cpu().clone() for enter_TD, end in zip(entering[0], ends, strict=True)]
-        return list(zip(batch.tags, enter, base, strict=True))
+        return list(zip(batch.tags, zip(enter, base, strict=True), strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import require_room, write_json, write_whole
+from pipeline.files import file_digest, require_room, write_json, write_whole
 from pipeline.model import LLM
 from pipeline.model.sharding import put
 from pipeline.requests import EditRequest
@@ -150,7 +149,7 @@ class WeightUpdate:
         try:
             described = json.loads((folder / UPDATE_FILE).read_text(encoding="utf-8"))
             for name, digest in described["sha256"].items():
-                if not (folder / name).is_file() or _sha256(folder / name) != digest:
+                if not (folder / name).is_file() or file_digest(folder / name) != digest:
                     raise UserError(f"update: {folder / name}: changed since it was written (SHA-256 differs)")
             return cls(
                 model=described["model"],
@@ -177,9 +176,4 @@ def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write tensors, whole or not at all; the file's SHA-256."""
-    return _sha256(write_whole(path, lambda partial: partial.write_bytes(tensors_to_bytes(_portable(tensors)))))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(write_whole(path, lambda partial: partial.write_bytes(tensors_to_bytes(_portable(tensors)))))

@@ -23,9 +23,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
 from pipeline.errors import UserError
-from pipeline.files import STARTED
 from pipeline.options import TrainerOptions
 from pipeline.options.shared import SHARDED
+from pipeline.output import STARTED
 
 GRACE = 20  # seconds that a process has to see that another has failed, and to tidy up
 

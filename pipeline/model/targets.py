@@ -60,6 +60,10 @@ class TargetBatch:
         """Mean of a value over each row's target tokens, shape (B,)."""
         return row_means(values_N, self.row_N, len(self.input_ids_BT))
 
+    def losses(self, logits_NV: Tensor) -> Tensor:
+        """ℓ(x, y) of every row under these logits: mean over its target tokens of −log p, in nats, shape (B,)."""
+        return self.row_means(F.cross_entropy(logits_NV, self.target_N, reduction="none"))
+
 
 def row_means(values_N: Tensor, row_N: Tensor, rows: int) -> Tensor:
     """Mean of the values of each of `rows` rows, shape (rows,), where `row_N` says which row a value belongs to."""
@@ -190,8 +194,8 @@ def target_logits(model: PreTrainedModel, batch: TargetBatch) -> Tensor:
 
 
 def target_losses(model: PreTrainedModel, batch: TargetBatch) -> Tensor:
-    """ℓ(x, y) of every row: mean over its target tokens of −log p, in nats, shape (B,)."""
-    return batch.row_means(F.cross_entropy(target_logits(model, batch), batch.target_N, reduction="none"))
+    """ℓ(x, y) of every row under the model, in nats, shape (B,): see `TargetBatch.losses`."""
+    return batch.losses(target_logits(model, batch))
 
 
 def last_token(llm: LLM, prompt: str, end: int, answer: str = "") -> int:

@@ -19,11 +19,12 @@ from pipeline.errors import UserError
 from pipeline.model.batch_log import BatchLog
 from pipeline.model.interrupts import StopBetweenBatches
 from pipeline.model.memory import in_halves
-from pipeline.model.processes import SHARDED, from_first, of_all, world_size
+from pipeline.model.processes import from_first, of_all, world_size
 from pipeline.model.progress import StageProgressBar
 from pipeline.model.sharding import KeepStep, is_sharded
 from pipeline.model.strategy import ShardedStrategy
 from pipeline.options import TrainerOptions
+from pipeline.options.shared import SHARDED
 from pipeline.requests import ListDataModule
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}

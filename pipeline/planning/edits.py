@@ -52,7 +52,7 @@ def trained_bytes(case: Case, options: EditOptions) -> int:
     """Bytes of the weights that fine-tuning or LoRA trains, which are those of their gradients."""
     module = TRAINED[options.method](case.shape, [case.layer], options)
     with _ready(module):
-        return sum(weight.numel() * weight.element_size() for _, weight in module._trained())
+        return sum(weight.numel() * weight.element_size() for _, weight in module.trained())
 
 
 @contextmanager

@@ -14,8 +14,9 @@ import torch
 from pipeline.attribution import GradientAttribution
 from pipeline.attribution.lga import AttributionModule, collate_sides, kept_of_a_token, tokens_of
 from pipeline.attribution.scoring import tokens_at_once
+from pipeline.editing.moments import KeyMoments
 from pipeline.editing.one_pass import CaptureModule
-from pipeline.editing.statistics import WINDOW, KeyMoments
+from pipeline.editing.ordinary_text import WINDOW
 from pipeline.evaluation.answering import continuations
 from pipeline.evaluation.reading import Reader
 from pipeline.evaluation.readings import Readings

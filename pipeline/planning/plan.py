@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.editing.edit import METHODS
-from pipeline.editing.statistics import READ_TOGETHER
+from pipeline.editing.moments import READ_TOGETHER
 from pipeline.errors import UserError, check_choice
 from pipeline.model import weights_dtype
 from pipeline.model.loading import load_config

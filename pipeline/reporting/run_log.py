@@ -22,15 +22,8 @@ from pipeline.editing import WeightUpdate
 from pipeline.editing.update import UPDATE_FILE
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation
-from pipeline.files import (
-    OutputFolder,
-    default_output,
-    is_fresh,
-    output_folder,
-    write_json,
-    write_text,
-    write_whole,
-)
+from pipeline.files import write_json, write_text, write_whole
+from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
 from pipeline.reporting.figures import metrics_figure, score_figure, stability_figure
 from pipeline.reporting.groups import IN_SHORT
 from pipeline.reporting.report import answers_table, metrics_table, write_report

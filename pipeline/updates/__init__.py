@@ -1,19 +1,12 @@
-"""Knowledge updates over time: the queue, the gates, versions that build on one another, the schedule.
-
-from pipeline.updates import LiveModel, Store, submit, update
-
-with Store("runs/store", "smollm2", make=True) as store:
-    submit(store, "facts.jsonl")
-    update(store, UpdateCommand(store="runs/store"), load_model)
-"""
+"""Knowledge updates over time: the queue, the gates, versions that build on one another, the schedule."""
 
 from pipeline.updates.history import counts, events, find, request_row, story, versions
 from pipeline.updates.lineage import Difference, check_number, difference, in_force, rollback
 from pipeline.updates.live import Answers, LiveModel
-from pipeline.updates.queue import Submitted, submit
 from pipeline.updates.retract import Retracted, retract
 from pipeline.updates.schedule import Stopping, run_schedule, trigger
 from pipeline.updates.store import BusyError, Store
+from pipeline.updates.submit import Submitted, submit
 from pipeline.updates.update import Worked, update
 from pipeline.updates.verify import verify
 from pipeline.updates.versions import load_version, read_metrics, version_folder

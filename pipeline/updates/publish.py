@@ -67,26 +67,34 @@ def publish(
     shutil.rmtree(version_folder(store.folder, number), ignore_errors=True)
     digest = write_version(store.folder, manifest, fill)
     try:
-        with transaction(store.database) as database:
-            if store.current != parent:
-                raise OvertakenError
-            database.execute(
-                "INSERT INTO versions (number, parent, made, manifest) VALUES (?, ?, ?, ?)",
-                (number, parent, store.clock(), digest),
-            )
-            superseded = _enter(store, number, batch, change)
-            _hold_back(store, batch, held)
-            database.execute(
-                "UPDATE batches SET outcome = 'published', version = ? WHERE number = ?", (number, batch)
-            )
-            store.set_about("current", number)
-            store.tell("published", batch=batch, version=number, parent=parent)
+        superseded = _make_current(store, manifest, digest, batch, change, held)
     except BaseException:  # an interrupt may fall behind the commit: the database knows
         if not store.database.execute("SELECT 1 FROM versions WHERE number = ?", (number,)).fetchone():
             shutil.rmtree(version_folder(store.folder, number), ignore_errors=True)
         raise
     store.point()
     return number, superseded
+
+
+def _make_current(
+    store: Store, manifest: Manifest, digest: str, batch: int, change: Change, held: Sequence[HeldBack]
+) -> list[Contradiction]:
+    """In one transaction: the version is the current one, its batch is over, and every request knows."""
+    with transaction(store.database) as database:
+        if store.current != manifest.parent:
+            raise OvertakenError
+        database.execute(
+            "INSERT INTO versions (number, parent, made, manifest) VALUES (?, ?, ?, ?)",
+            (manifest.version, manifest.parent, store.clock(), digest),
+        )
+        superseded = _enter(store, manifest.version, change)
+        _hold_back(store, batch, held)
+        database.execute(
+            "UPDATE batches SET outcome = 'published', version = ? WHERE number = ?", (manifest.version, batch)
+        )
+        store.set_about("current", manifest.version)
+        store.tell("published", batch=batch, version=manifest.version, parent=manifest.parent)
+    return superseded
 
 
 def hold_back(store: Store, batch: int, held: Sequence[HeldBack]) -> None:
@@ -101,7 +109,7 @@ def _hold_back(store: Store, batch: int, held: Sequence[HeldBack]) -> None:
         mark(store, number, "held back", "taken", reason=reason, figures=json.dumps(figures))
 
 
-def _enter(store: Store, version: int, batch: int, change: Change) -> list[Contradiction]:
+def _enter(store: Store, version: int, change: Change) -> list[Contradiction]:
     """Give every request the state that the version puts it in; applied ones of the same facts give way."""
     superseded = []
     for request in change.applied:

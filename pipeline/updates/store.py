@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files import file_digest
 from pipeline.updates.database import DATABASE, connect, transaction
 from pipeline.updates.locks import LockedError, locked
 from pipeline.updates.versions import (
     BASE,
+    MANIFEST,
     VERSIONS,
     Manifest,
-    file_digest,
     remove_unfinished,
     version_folder,
     write_version,
@@ -89,7 +90,7 @@ class Store:
             )
             database.execute(
                 "INSERT INTO versions (number, made, manifest, shown) VALUES (?, ?, ?, 1)",
-                (BASE, time.time(), file_digest(folder / "manifest.json")),
+                (BASE, time.time(), file_digest(folder / MANIFEST)),
             )
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from pipeline.editing import WeightUpdate
 from pipeline.editing.update import TENSORS_FILE
 from pipeline.errors import UserError
+from pipeline.files import file_digest
 
 BASE = 0
 VERSIONS, MANIFEST = "versions", "manifest.json"
@@ -73,7 +74,7 @@ def write_version(store: Path, manifest: Manifest, fill: Callable[[Path], Any] |
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         files = {name: file_digest(partial / name) for name in names}
         body = manifest.model_copy(update={"files": files}).model_dump_json(indent=1)
-        (partial / MANIFEST).write_text(f"{_text_digest(body)}\n{body}\n", encoding="utf-8")
+        (partial / MANIFEST).write_text(f"{text_digest(body)}\n{body}\n", encoding="utf-8")
         digest = file_digest(partial / MANIFEST)
         for path in [*partial.rglob("*"), partial]:
             _to_disk(path)
@@ -110,7 +111,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         raise UserError(f"version: {folder}: holds no {MANIFEST}")
     digest, _, body = file.read_bytes().decode(errors="replace").partition("\n")
-    if _text_digest(body.removesuffix("\n")) != digest:
+    if text_digest(body.removesuffix("\n")) != digest:
         raise UserError(f"version: {file}: changed since it was written (SHA-256 differs)")
     try:
         manifest = Manifest.model_validate_json(body)
@@ -188,11 +189,6 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return figures
 
 
-def file_digest(path: Path) -> str:
-    """A file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _text_digest(text: str) -> str:
+def text_digest(text: str) -> str:
+    """A text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -25,11 +25,11 @@ from pipeline.attribution.lga import (
     tokens_of,
 )
 from pipeline.attribution.scoring import tokens_at_once
+from pipeline.benchmarks.bench import COUNTERFACT, Bench, Figures
 from pipeline.model import TargetBatch, encode, target_logits, target_losses
 from pipeline.model.targets import collate_targets
 from pipeline.options import AttributionOptions, StudyCommand
 from pipeline.requests import EditRequest, in_batches, load_requests
-from pipeline.study.bench import COUNTERFACT, Bench, Figures
 from pipeline.study.study import parted, run_study
 
 SOME = slice(0, 64)  # records

@@ -1,4 +1,4 @@
-"""`python -m pipeline.study.watched FOLDER COMMAND …`: runs a command, and writes down what its processes do.
+"""`python -m pipeline.benchmarks.watched FOLDER COMMAND …`: runs a command, and writes down what its processes do.
 
 Every process, those that Lightning starts included, leaves `FOLDER/rank-N.json`: by the name of what ran, when its
 first step began and its last one ended, how many steps there were, and the bytes of gradients and of other tensors

@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from pipeline.attribution import find_golden_layer
+from pipeline.benchmarks.bench import Bench, Figures
 from pipeline.editing import WeightUpdate, edit
 from pipeline.evaluation import Evaluator
 from pipeline.model import collate_targets, encode, target_losses
@@ -28,7 +29,6 @@ from pipeline.options import (
     StatisticsOptions,
 )
 from pipeline.requests import EditRequest
-from pipeline.study.bench import Bench, Figures
 
 PROXY = slice(1000, 1128)  # records that name the golden layer
 BATCH, ALONE, MANY = slice(0, 100), slice(0, 20), slice(0, 1000)

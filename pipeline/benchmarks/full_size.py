@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from pipeline.benchmarks.attribution import AttributionBench, most_alive
+from pipeline.benchmarks.bench import COUNTERFACT, Figures
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.lessons import Lesson
 from pipeline.editing.method import Runtime
@@ -28,8 +30,6 @@ from pipeline.planning import edits, passes
 from pipeline.planning.case import Case
 from pipeline.planning.memory import weight_bytes
 from pipeline.planning.shape import shape_of
-from pipeline.study.attribution import AttributionBench, most_alive
-from pipeline.study.bench import COUNTERFACT, Figures
 
 LLAMA_3_8B: dict[str, Any] = {
     "hidden_size": 4096,

@@ -1,6 +1,6 @@
 """`run.py benchmark distributed`: what more processes bring, what they send each other, and a full-size model.
 
-Commands of run.py are run by one process and by two (`pipeline.study.watched`), on this machine's CPU: on a machine
+Commands of run.py are run by one process and by two (`pipeline.benchmarks.watched`), on this machine's CPU: on one
 of few cores two processes are no faster, and nothing is asked of that. What they send is the same anywhere.
 """
 
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.benchmarks.bench import Bench, Figures
+from pipeline.benchmarks.full_size import LLAMA_3_8B, FullSize, random_llm
 from pipeline.errors import UserError
 from pipeline.files import write_text
 from pipeline.model import LLM
 from pipeline.options import BenchmarkCommand
-from pipeline.study.bench import Bench, Figures
-from pipeline.study.full_size import LLAMA_3_8B, FullSize, random_llm
 
 ROOT = Path(__file__).parent.parent.parent
 PROCESSES = (1, 2)
@@ -39,7 +39,7 @@ NO_GPU = "no GPU here: attribution and fine-tuning of a model of Llama 3 8B's sh
 BOUNDS: dict[str, Figures] = {f"{FULL_SIZE}, attribution": {"time over a plain pass": 2.5}}
 AT_MOST = ("time over a plain pass",)
 
-Watched = list[dict[str, dict[str, float]]]  # by process and by stage: see `pipeline.study.watched`
+Watched = list[dict[str, dict[str, float]]]  # by process and by stage: see `pipeline.benchmarks.watched`
 
 
 class DistributedBench(Bench):
@@ -103,7 +103,7 @@ class DistributedBench(Bench):
             spread = "ddp" if processes > 1 else "auto"
             told = subprocess.run(
                 [
-                    *(sys.executable, "-m", "pipeline.study.watched", made, command),
+                    *(sys.executable, "-m", "pipeline.benchmarks.watched", made, command),
                     *("--model", self.options.model, "--requests", str(folder / "requests.jsonl")),
                     *("--output", str(folder / "out"), "--trainer.accelerator", "cpu"),
                     *("--trainer.devices", str(processes), "--trainer.strategy", spread),

@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
+from pipeline.benchmarks.bench import Bench, Figures
 from pipeline.evaluation import Evaluator, Measurement
 from pipeline.evaluation.plan import Plan
 from pipeline.evaluation.rows import RowBatch
 from pipeline.model.targets import head_reads_only
 from pipeline.options import EvaluationOptions
-from pipeline.study.bench import Bench, Figures
 
 TOGETHER = slice(0, 100)  # records measured in batches and one text at a time
 WHOLE = slice(0, 1000)  # records whose cost is put beside plain forward passes

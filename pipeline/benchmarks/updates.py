@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from pipeline.attribution import find_golden_layer
+from pipeline.benchmarks.bench import Bench, Figures
+from pipeline.benchmarks.editing import PROXY
+from pipeline.benchmarks.kills import kill_at_random
+from pipeline.benchmarks.pressure import crowd, full_disk
+from pipeline.benchmarks.scene import Scene
 from pipeline.evaluation import Evaluator
 from pipeline.files import write_text
 from pipeline.model.llm import fingerprint
 from pipeline.options import AttributionOptions, StackedLocateOptions, UpdateCommand
 from pipeline.requests import EditRequest
-from pipeline.study.bench import Bench, Figures
-from pipeline.study.editing import PROXY
-from pipeline.study.kills import Scene, crowd, full_disk, kill_at_random
 from pipeline.updates import LiveModel, Store, check_number, load_version, rollback, submit, update, versions
 from pipeline.updates.queue import take
 
