@@ -24,7 +24,7 @@ from pipeline.options import RunCommand
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-PROGRESS = re.compile(r"\d+/\d+ .*left ")
+PROGRESS = re.compile(r": \d+/\d+ (in|after|when it stopped,) ")
 STORE = ["--store", "DIR"]
 REQUIRED = {  # flags without which a command cannot be asked for its config
     "export": ["--update", "DIR"],
