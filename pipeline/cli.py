@@ -6,6 +6,7 @@ Only jsonargparse and the option dataclasses are imported here; a command brings
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -43,6 +44,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit code: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     with interrupts.heeding():
         return _run(words)
 
