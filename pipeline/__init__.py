@@ -14,6 +14,8 @@ Names are looked up when they are used, so that importing the package costs noth
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "pipeline.attribution": ("GoldenProfile", "find_golden_layer"),
     "pipeline.editing": ("WeightUpdate", "edit", "export_merged"),

@@ -6,6 +6,7 @@ Only jsonargparse and the option dataclasses are imported here; a command brings
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -14,20 +15,20 @@ import sqlite3
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from pipeline.commands import COMMANDS
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.interrupts import interrupts
+from pipeline.shipped import DEFAULT_CONFIG, about, find_config, program, shipped_configs
 
 DEFAULT_COMMAND = "run"
-DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
 USAGE_ERROR, FAILED = 2, 1
 
+CONFIG_HELP = "YAML file of options, or the name of one that comes with the project; flags override it."
 KINDS = {
     "list[int]": "a list of whole numbers",
     "list[str]": "a list of texts",
@@ -43,6 +44,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit code: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     with interrupts.heeding():
         return _run(words)
 
@@ -50,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     if words and words[0] in ("-h", "--help"):
         print(overview())
+        return 0
+    if words and words[0] == "--version":
+        print(about())
         return 0
     name = words.pop(0) if words and not words[0].startswith("-") else DEFAULT_COMMAND
     verbose = any(word in ("--verbose", "--verbose=true") for word in words)
@@ -116,11 +123,13 @@ def overview() -> str:
     lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: python run.py [COMMAND] [--config FILE] [--FLAG VALUE ...]",
+            f"usage: {program()} [COMMAND] [--config FILE] [--FLAG VALUE ...]",
+            f"       {program()} COMMAND --help | --version",
             "",
             "Find the golden layer of a language model, edit facts there, prove it, keep it.",
             "",
-            "commands (COMMAND --help tells its flags; without a command: run, with configs/default.yaml)",
+            f"configs that come with the project: {', '.join(shipped_configs())}",
+            "without a command: run, with the config default; the commands are",
             *lines,
         ]
     )
@@ -130,12 +139,12 @@ def build_parser(name: str) -> ArgumentParser:
     """The parser of one command, its options flat and their groups nested."""
     command = COMMANDS[name]
     parser = ArgumentParser(
-        prog=f"run.py {name}",
+        prog=f"{program()} {name}",
         description=command.help,
         exit_on_error=False,
-        default_config_files=[DEFAULT_CONFIG] if name == DEFAULT_COMMAND else [],
+        default_config_files=[shipped_configs()[DEFAULT_CONFIG]] if name == DEFAULT_COMMAND else [],
     )
-    parser.add_argument("--config", action="config", help="YAML file of options; flags override it.")
+    parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_class_arguments(command.options, as_group=False)
     return parser
 
@@ -148,11 +157,11 @@ def parse(name: str, words: Sequence[str]) -> object:
     """
     if name not in COMMANDS:
         raise UsageError(
-            f"command {name!r} does not exist{_closest(name, COMMANDS)}; there is {', '.join(COMMANDS)}"
+            f"command {name!r} does not exist{did_you_mean(name, COMMANDS)}; there is {', '.join(COMMANDS)}"
         )
     parser = build_parser(name)
-    words = _normalized(parser, name, words)
     try:
+        words = _normalized(parser, name, words)
         values = parser.parse_args(words)
         values.pop("config", None)
         return COMMANDS[name].options(**parser.instantiate_classes(values).as_dict())
@@ -183,13 +192,14 @@ def _normalized(parser: ArgumentParser, name: str, words: Sequence[str]) -> list
         flag = given.replace("-", "_").replace("__", "--", 1)
         if flag not in flags and flag not in _paths(flags):
             raise UsageError(
-                f"flag {given} does not exist{_closest(flag, flags)}; `run.py {name} --help` lists them"
+                f"flag {given} does not exist{did_you_mean(flag, flags)}; `{program()} {name} --help` lists them"
             )
         values = [value] if equals else []
         while not equals and rest and not rest[0].startswith("--"):
             values.append(rest.pop(0))
-        if flag == "--config":
-            _check_keys(values[0] if values else "", flags)
+        if flag == "--config" and values:
+            values[0] = str(find_config(values[0]))
+            _check_keys(values[0], flags)
         kind = str(getattr(flags.get(flag), "_typehint", ""))
         if "list[" in kind and values and not values[0].startswith("["):
             values = [json.dumps([yaml.safe_load(one) if "int" in kind else one for one in values])]
@@ -209,11 +219,8 @@ def _check_keys(file: str, flags: Mapping[str, object]) -> None:
     """Refuse a YAML file with a key that is no option, naming the key and the closest option."""
     known = {f.removeprefix("--") for f, a in flags.items() if hasattr(a, "_typehint") and not f.endswith("+")}
     groups = _paths(known)
-    path = Path(file)
-    if not path.is_file():
-        raise UsageError(f"config: {file}: no such file; expected a YAML file of options")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"config: {file}: malformed YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -226,7 +233,7 @@ def _check_keys(file: str, flags: Mapping[str, object]) -> None:
             group = key.rpartition(".")[0]
             there = sorted(one for one in known | groups if one.rpartition(".")[0] == group)
             raise UsageError(
-                f"config: {file}: key {key!r} does not exist{_closest(key, known)}; there is {', '.join(there)}"
+                f"config: {file}: key {key!r} does not exist{did_you_mean(key, known)}; there is {', '.join(there)}"
             )
         kind = str(getattr(flags.get(f"--{key}"), "_typehint", "None"))
         if value is None and not re.search("None|Optional", kind):
@@ -242,11 +249,6 @@ def _flat(content: dict[str, object], prefix: str = "") -> Iterator[tuple[str, o
         yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _plain(parser: ArgumentParser, error: ArgumentError) -> str:

@@ -43,6 +43,7 @@ from pipeline.options import (
     VerifyCommand,
     VersionCommand,
 )
+from pipeline.shipped import program
 
 if TYPE_CHECKING:
     from pipeline.attribution import GoldenProfile
@@ -111,7 +112,7 @@ def edit(options: EditCommand) -> None:
         profile = GoldenProfile.load(options.profile) if options.profile else None
         after = WeightUpdate.load(options.after) if options.after else None
         if profile is None and not options.layers:
-            raise UserError("edit: where? give --profile FILE, which `run.py attribute` makes, or --layers N")
+            raise UserError(f"edit: where? give --profile FILE, which `{program()} attribute` makes, or --layers N")
         llm = _load(options, requests=requests)
         choose_layers(llm, profile, options)
         if profile:

@@ -23,6 +23,7 @@ from pipeline.options import (
     VersionCommand,
     time_of,
 )
+from pipeline.shipped import program
 
 if TYPE_CHECKING:
     from pipeline.editing import WeightUpdate
@@ -140,7 +141,7 @@ def rollback(options: VersionCommand) -> None:
             f"{len(change.gained)} more"
         )
         if change.lost:
-            say("the former are held back; `run.py submit FILE --again` queues them anew")
+            say(f"the former are held back; `{program()} submit FILE --again` queues them anew")
 
 
 def verify(options: VerifyCommand) -> None:

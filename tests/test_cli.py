@@ -24,7 +24,7 @@ from pipeline.options import RunCommand
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-PROGRESS = re.compile(r"\d+/\d+ .*left ")
+PROGRESS = re.compile(r": \d+/\d+ (in|after|when it stopped,) ")
 STORE = ["--store", "DIR"]
 REQUIRED = {  # flags without which a command cannot be asked for its config
     "export": ["--update", "DIR"],
@@ -340,7 +340,7 @@ def test_a_config_that_is_no_file(form: str, there: str, tmp_path: Path, refused
         path.mkdir()
     line = refused("attribute", *form.format(path).split())
     assert str(path) in line
-    assert "no such file" in line
+    assert ("is a folder" if there == "folder" else "no such file") in line
 
 
 def test_a_config_that_is_no_text(tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -10,6 +10,7 @@ from pipeline.editing import WeightUpdate
 from pipeline.evaluation import Evaluation
 from pipeline.reporting.groups import figure_text, grouped, label, meaning
 from pipeline.requests import EditRequest
+from pipeline.shipped import program
 
 EXAMPLES = 8
 
@@ -72,9 +73,9 @@ def write_report(
         parts += _why(profile)
     parts += [
         "## Using it, undoing it\n",
-        f"- `python run.py export --model {update.model} --update {folder} --output DIR` writes the edited model "
+        f"- `{program()} export --model {update.model} --update {folder} --output DIR` writes the edited model "
         "as a plain Hugging Face folder.\n"
-        f"- `python run.py generate --model {update.model}{' --chat' if update.chat else ''} --update {folder} "
+        f"- `{program()} generate --model {update.model}{' --chat' if update.chat else ''} --update {folder} "
         '--prompt "..."` answers with base and edited model side by side.\n'
         "- The base model is untouched: the update is `update.safetensors`, and leaving it out is undoing it.\n",
     ]
