@@ -19,6 +19,7 @@ from pipeline.model.llm import fingerprint
 from pipeline.options import AttributionOptions, DemoCommand, EditOptions, StatisticsOptions
 from pipeline.reporting import RunLog, say, show_answers
 from pipeline.requests import load_requests, split_by_subject
+from pipeline.shipped import program
 
 STEPS = 6
 BARS = "▁▂▃▄▅▆▇█"
@@ -95,8 +96,8 @@ def show(llm: LLM, options: DemoCommand, log: RunLog) -> None:
     )
     tell(f"The update, its report and figures are kept in {log.folder}. From here:")
     for command in (
-        f'python run.py generate --update {log.folder} --prompt "{facts[0].prompt}"',
-        f"python run.py edit --requests facts.jsonl --profile {log.folder}",
+        f'{program()} generate --update {log.folder} --prompt "{facts[0].prompt}"',
+        f"{program()} edit --requests facts.jsonl --profile {log.folder}",
         f"tensorboard --logdir {log.folder.parent}",
     ):
         say(f"  {command}")

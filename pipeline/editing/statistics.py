@@ -57,10 +57,14 @@ def _find(
     llm: LLM, names: Sequence[str], options: StatisticsOptions, trainer: TrainerOptions, progress: Path
 ) -> dict[str, Tensor]:
     """The moments, read now; `progress` takes the sums meanwhile."""
-    text = windows(llm, options, trainer)
-    tokens = sum(len(window.token_ids) for window in text)
     module = KeyMoments(llm, names, progress)
     most = max(module.inputs)
+    if options.tokens < 2 * most:
+        raise UserError(
+            f"statistics.tokens: {options.tokens} is too few; statistics of {most} inputs need at least {2 * most}"
+        )
+    text = windows(llm, options, trainer)
+    tokens = sum(len(window.token_ids) for window in text)
     if tokens < 2 * most:
         raise UserError(
             f"statistics.text: {options.text or 'the model itself'} gives {tokens} tokens; statistics of {most} "
