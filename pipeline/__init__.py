@@ -8,7 +8,9 @@
     update = edit(llm, requests[80:], profile)
     print(evaluate(llm, requests[80:], update).after.metrics)
 
-Names are looked up when they are used, so that importing the package costs nothing.
+Names are looked up when they are used, so that importing the package costs nothing. Each has an example in its
+docstring; options are shown where they are given. Stores of updates over time have a package of their own,
+`pipeline.updates`.
 """
 
 from importlib import import_module
@@ -33,7 +35,7 @@ _HOMES = {
         "StatisticsOptions",
         "TrainerOptions",
     ),
-    "pipeline.updates": ("LiveModel", "Store"),
+    "pipeline.updates": ("LiveModel",),
     "pipeline.requests": ("EditRequest", "Probe", "load_requests", "split_by_subject"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

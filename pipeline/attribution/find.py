@@ -63,6 +63,11 @@ def find_golden_layer(
 
     Raises:
         UserError: as `score_requests` and `choose` do.
+
+    Example:
+        >>> profile = find_golden_layer(llm, requests, AttributionOptions(order="magnitude"))
+        >>> profile.golden_layers == profile.ranking[:1]
+        True
     """
     options = options or AttributionOptions()
     scores = score_requests(llm, requests, options, trainer, seed)

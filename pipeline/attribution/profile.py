@@ -33,6 +33,11 @@ class GoldenProfile(BaseModel):
         chat: whether prompts were put into the tokenizer's chat template.
         stability: what resampling the requests does to scores and choice; None: it does not depend on them, or the
             profile is of an earlier version.
+
+    Example:
+        >>> file = profile.save(folder)
+        >>> GoldenProfile.load(file) == profile
+        True
     """
 
     model_config = ConfigDict(frozen=True)

@@ -72,6 +72,13 @@ def edit(
     Raises:
         UserError: for requests that the method cannot take (see `accept`), an unknown layer, a profile or earlier
             update of another model, or a loss that is not a number.
+
+    Example:
+        >>> options = EditOptions(locate=LocateOptions(steps=10), statistics=StatisticsOptions(tokens=1024))
+        >>> update = edit(llm, requests[:3], profile, options)
+        >>> both = edit(llm, requests[3:], profile, options, after=update)
+        >>> both.requests == requests
+        True
     """
     options = options or EditOptions()
     requests = accept(requests, options)

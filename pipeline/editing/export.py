@@ -23,6 +23,13 @@ def export_merged(llm: LLM, update: WeightUpdate, folder: Path) -> None:
 
     Raises:
         UserError: when the disk has no room, or the update was made for another model.
+
+    Example:
+        >>> options = EditOptions(method="lora", lora=LoraOptions(rank=2, epochs=4, whiten=0.0))
+        >>> export_merged(llm, edit(llm, requests, profile, options), folder)
+        >>> edited = load_model(str(folder))
+        >>> edited.fingerprint == llm.fingerprint
+        False
     """
     require_room(folder, sum(parameter.nbytes for parameter in llm.model.parameters()))
     partial = folder / ".partial"

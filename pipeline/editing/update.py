@@ -44,15 +44,22 @@ class WeightUpdate:
         state: what a later edit on top of this one goes on from (keys, running statistics), by name.
         adapter: LoraConfig's arguments, when the whole change is that of one LoRA adapter.
         chat: whether the facts were taught in the tokenizer's chat template.
+
+    Example:
+        >>> options = EditOptions(method="one_pass", one_pass=OnePassOptions(rate=2.0))
+        >>> edit(llm, requests, profile, options).save(folder)
+        >>> update = WeightUpdate.load(folder)
+        >>> with update.applied(llm):
+        ...     answers = generate(llm, ["The capital of Peru is"])
     """
+
+    FILES: ClassVar = (STATE_FILE, TENSORS_FILE, UPDATE_FILE)
 
     model: str
     fingerprint: str
     method: str
     layers: list[int]
     tensors: dict[str, Tensor]
-    FILES: ClassVar = (STATE_FILE, TENSORS_FILE, UPDATE_FILE)
-
     requests: list[EditRequest] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)

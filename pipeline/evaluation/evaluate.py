@@ -83,6 +83,13 @@ def evaluate(
     Raises:
         UserError: for no requests, an update of another model, texts that do not fit the context, a text file
             too short.
+
+    Example:
+        >>> learnt = EditOptions(method="finetune", finetune=FinetuneOptions(epochs=30, whiten=0.0))
+        >>> update = edit(llm, requests, profile, learnt)
+        >>> measured = evaluate(llm, requests, update, EvaluationOptions(generation="prompts"))
+        >>> measured.difference["rewrite"].mean > 0
+        True
     """
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)

@@ -103,12 +103,26 @@ def generate(
     joining: Joining | None = None,
     kept: Path | None = None,
 ) -> list[str]:
-    """Greedy continuations of prompts, in the prompts' order; `joining` puts them otherwise than the LLM does.
+    """Greedy continuations of prompts, in the prompts' order.
 
-    With `kept`, whose name stands for all of this, what an interrupted call has generated is not generated again.
+    Args:
+        llm: the model; its weights stay as they are.
+        prompts: texts, each continued from its end.
+        max_new_tokens: the longest continuation; the model may end it earlier.
+        batch_size: prompts that run together; it changes the speed alone.
+        trainer: what it runs on.
+        title: the stage's name on the progress bar.
+        joining: puts prompts otherwise than the LLM does.
+        kept: a file's name that stands for all of this; what an interrupted call has generated is kept under it,
+            and not generated again.
 
     Raises:
         UserError: when a prompt and its answer do not fit the model's context.
+
+    Example:
+        >>> answers = generate(llm, ["The capital of Peru is"], 4, trainer=TrainerOptions(accelerator="cpu"))
+        >>> len(answers)
+        1
     """
     if not prompts:
         return []

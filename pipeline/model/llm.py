@@ -39,7 +39,10 @@ class LLM:
         UserError: when the model's structure is not supported, or a chat is asked for without a chat template.
 
     Example:
-        llm = LLM(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> llm = LLM(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        >>> llm.blocks[0].weight_names("down")
+        ['model.layers.0.mlp.down_proj.weight']
     """
 
     def __init__(

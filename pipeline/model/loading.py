@@ -43,6 +43,11 @@ def load_model(
     Raises:
         UserError: when there is no such model, or it cannot be read or edited; where its config tells, before any
             weight is read.
+
+    Example:
+        >>> llm = load_model("smollm2")
+        >>> len(llm.blocks)
+        30
     """
     source, gguf_file = _locate(name)
     options = {"gguf_file": gguf_file} if gguf_file else {}

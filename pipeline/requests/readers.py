@@ -40,7 +40,17 @@ def load_requests(
     skip_bad: bool = False,
     tell: Callable[[str], Any] = warnings.warn,
 ) -> list[EditRequest]:
-    """Read edit requests: `stream_requests`, as a list."""
+    """Read edit requests: `stream_requests`, as a list.
+
+    Example:
+        >>> load_requests("demo", limit=1)[0].prompt
+        'The capital of Germany is'
+        >>> try:
+        ...     load_requests("facts.jsonl")
+        ... except UserError as error:
+        ...     print(error)
+        requests: facts.jsonl: no such file; expected a JSON, JSONL or CSV file, `hf:NAME`, or `demo`
+    """
     return list(stream_requests(source, limit, offset, skip_bad, tell))
 
 

@@ -10,7 +10,12 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Probe(BaseModel):
-    """A prompt with its right answer; `axis` names the kind of probe where a benchmark has several."""
+    """A prompt with its right answer; `axis` names the kind of probe where a benchmark has several.
+
+    Example:
+        >>> Probe(prompt="The capital of Japan is", answer="Tokyo").answer
+        'Tokyo'
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,6 +37,15 @@ class EditRequest(BaseModel):
         locality: probes that must not change.
         portability: probes whose answers follow from the new answer.
         source: where the request comes from.
+
+    Example:
+        >>> near = Probe(prompt="The capital of Japan is", answer="Tokyo")
+        >>> request = EditRequest(
+        ...     id="capital-01", prompt="The capital of Germany is", subject="Germany", new_answer="London",
+        ...     locality=(near,),
+        ... )
+        >>> request.names_subject
+        True
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

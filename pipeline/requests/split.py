@@ -19,6 +19,11 @@ def split_by_subject(
 
     Raises:
         UserError: when there are too few subjects for two sets.
+
+    Example:
+        >>> proxy, edits = split_by_subject(load_requests("demo"), proxy_fraction=0.5)
+        >>> len(proxy), len(edits)
+        (80, 80)
     """
     groups: dict[str, list[int]] = {}
     for index, request in enumerate(requests):

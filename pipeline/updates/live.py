@@ -1,8 +1,4 @@
-"""The live model, for whoever serves: follows a store's current version, without a restart or a reload.
-
-live = LiveModel("runs/store", llm)
-answers, version = live.generate(["The capital of Germany is"])
-"""
+"""The live model, for whoever serves: follows a store's current version, without a restart or a reload."""
 
 from __future__ import annotations
 
@@ -47,6 +43,10 @@ class LiveModel:
 
     Raises:
         UserError: when the store is for another base model, or a version's file was changed.
+
+    Example:
+        >>> live = LiveModel(store, llm)
+        >>> answers, version = live.generate(["The capital of Germany is"])
     """
 
     def __init__(self, store: str | Path, llm: LLM) -> None:
