@@ -339,7 +339,8 @@ def _working(options: Any, command: str, may_change: Collection[str] = ()) -> An
 
     _prepare(options)
     resume = getattr(options, "resume", False)
-    return run_log(command, options.output, options.overwrite, asdict(options), resume, may_change)
+    saved = asdict(options) | {"overwrite": False}  # who repeats the command by them replaces nothing unasked
+    return run_log(command, options.output, options.overwrite, saved, resume, may_change)
 
 
 def _load(options: ModelOptions, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:

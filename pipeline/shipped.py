@@ -52,7 +52,8 @@ def find_config(named: str) -> Path:
     shipped = shipped_configs()
     if path.parent in (Path(), Path("configs")) and path.suffix in ("", ".yaml") and path.stem in shipped:
         return shipped[path.stem]
-    what = "is a folder" if path.is_dir() else f"no such file{did_you_mean(path.stem, shipped)}"
+    hint = did_you_mean(path.stem, shipped)
+    what = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else f"no such file{hint}"
     raise UserError(
         f"config: {named}: {what}; expected a YAML file of options, or one that comes with the project: "
         f"{', '.join(shipped)}"

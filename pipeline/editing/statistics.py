@@ -36,8 +36,10 @@ def key_moments(
         UserError: when the text cannot be read or is too short for the keys' dimension.
     """
     text = options.text
+    if text and not Path(text).is_file():  # before what is kept is looked up by its content
+        raise UserError(f"statistics.text: {text}: no such file; expected plain UTF-8 text")
     folder = cache_folder(options.cache)
-    source = Path(text).read_bytes() if text and Path(text).is_file() else b"the model's own text"
+    source = Path(text).read_bytes() if text else b"the model's own text"
     files = {name: folder / f"moment-{digest(llm, name, options.tokens, source)}.safetensors" for name in names}
     lacking = of_all([name for name in names if not files[name].is_file()])
     missing = [name for name in names if any(name in each for each in lacking)]

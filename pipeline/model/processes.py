@@ -56,7 +56,7 @@ def launch(options: TrainerOptions) -> torch.device:
         if distributed.is_initialized():
             return fabric.device
         fabric.launch()
-    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"trainer: {reason}") from error
     rank_zero_only.rank = fabric.global_rank  # type: ignore[attr-defined]

@@ -139,6 +139,8 @@ class ExportCommand(ModelOptions, OutputOptions):
             raise UserError("chat: nothing is asked of a model that is exported; leave --chat out")
         if (self.update is None) == (self.store is None):
             raise UserError("export: what? give either --update DIR or --store DIR")
+        if self.version is not None and self.store is None:
+            raise UserError(f"version: {self.version} of which store? give --store DIR in place of --update")
 
 
 @dataclass(kw_only=True)
