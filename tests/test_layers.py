@@ -13,6 +13,7 @@ PACKAGE = ROOT / "pipeline"
 UNDER_ALL = {"errors", "files", "output", "interrupts", "pace", "options", "shipped"}  # what every room may import
 DOORS = {
     "cli",
+    "parsing",
     "commands",
     "update_commands",
     "demo",
