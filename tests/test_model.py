@@ -482,7 +482,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantised": (reconfigure(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised (gptq)"),
     "mixture of experts": (make_mixture, "a mixture of experts"),
     "cut weights": (cut_weights, "cannot be loaded"),
-    "other sizes": (reconfigure(intermediate_size=64), "cannot be loaded"),
+    "other sizes": (
+        reconfigure(intermediate_size=64),
+        "(32, 48); its config asks for (32, 64) (and so in 11 more)",
+    ),
+    "heads that do not fit": (reconfigure(num_attention_heads=5), "not a multiple of the number of attention"),
+    "no heads": (reconfigure(num_key_value_heads=0), "no decoder can be made of its config (ZeroDivisionError"),
+    "a padding token that is not there": (reconfigure(pad_token_id=5000), "Padding_idx must be within"),
+    "a number that is none": (reconfigure(hidden_size="32"), "'hidden_size' expected int, got str"),
+    "no such type": (reconfigure(dtype="float3"), "no attribute 'float3'"),
     "missing weights": (reconfigure(num_hidden_layers=5), "model.layers.4"),
 }
 
