@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import SUPPRESS
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,29 @@ def build_parser(name: str) -> ArgumentParser:
     command = COMMANDS[name]
     parser = ArgumentParser(
         prog=f"{program()} {name}",
+        usage=_usage(name),
         description=command.help,
         exit_on_error=False,
         default_config_files=[shipped_configs()[DEFAULT_CONFIG]] if name == DEFAULT_COMMAND else [],
     )
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_class_arguments(command.options, as_group=False)
+    groups = _paths({flag for action in parser._actions for flag in action.option_strings})
+    for action in parser._actions:
+        if groups.intersection(action.option_strings):  # a group is given by its options, which follow
+            action.help = SUPPRESS
+        if "--print_config" in action.option_strings:
+            action.help = "Show what all options come to, as a config, and end."
     return parser
+
+
+def _usage(name: str) -> str:
+    """A command with what it cannot do without; dozens of flags would be no usage."""
+    command = COMMANDS[name]
+    required = [f.name for f in fields(command.options) if f.default is MISSING and f.default_factory is MISSING]
+    words = [word.upper() if word in required else f"[{word.upper()}]" for word in command.words]
+    flags = [f"--{flag} {flag.upper()}" for flag in required if flag not in command.words]
+    return " ".join([program(), name, *words, *flags, "[--config FILE] [--FLAG VALUE ...]"])
 
 
 def _made(options: type, values: Mapping[str, Any], path: str = "") -> Any:

@@ -121,6 +121,23 @@ def test_help_of_a_command_names_every_flag(name: str, capsys: pytest.CaptureFix
     assert COMMANDS[name].help in " ".join(text.split())
 
 
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("run", "run [--config FILE] [--FLAG VALUE ...]"),
+        ("diff", "diff OLDER NEWER --store STORE [--config FILE] [--FLAG VALUE ...]"),
+        ("export", "export [VERSION] [--config FILE] [--FLAG VALUE ...]"),
+    ],
+)
+def test_usage_is_what_a_command_cannot_do_without(
+    name: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: python run.py {usage}\n\n")
+    assert "Path to a configuration file" not in text
+
+
 @pytest.mark.parametrize("words", [["--help"], ["attribute", "--help"]], ids=" ".join)
 def test_help_imports_no_heavy_library(words: list[str]) -> None:
     told = subprocess.run(
