@@ -248,14 +248,11 @@ def plan(options: PlanCommand) -> None:
 def benchmark(options: BenchmarkCommand) -> None:
     """Measure editing, evaluation or a store against what is asked of it, as a table and benchmark.json."""
     from pipeline.benchmarks import BENCHMARKS
-    from pipeline.files import write_json
-    from pipeline.reporting import say, show_benchmark
+    from pipeline.reporting import say
 
     with _working(options, "benchmark") as log:
         bench = BENCHMARKS[options.what](_load(options), options, log.work)
-        results = bench.results()
-        write_json(log.folder / "benchmark.json", results)
-        show_benchmark(results)
+        log.keep_benchmark(bench.results(), bench.llm.name)
         if bench.note:
             say(bench.note)
 

@@ -11,6 +11,8 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
+from plain_loop import TEXT
+from teams import Team
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
@@ -142,6 +144,12 @@ def tiny_llm(tokenizer: PreTrainedTokenizerFast) -> LLM:
     return make_tiny("llama", tokenizer)
 
 
+@pytest.fixture
+def team(tiny_llm: LLM, tmp_path: Path) -> Team:
+    """A team with a new store for a tiny Llama."""
+    return Team(tiny_llm, tmp_path)
+
+
 def make_tiny(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LLM:
     torch.manual_seed(seed)
     model = FAMILIES[family](len(tokenizer))
@@ -200,6 +208,14 @@ def requests() -> list[EditRequest]:
         )
         for number, (country, new, old) in enumerate(facts)
     ]
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """Ordinary text of a few windows."""
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file
 
 
 @pytest.fixture

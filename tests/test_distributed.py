@@ -1,25 +1,14 @@
-"""Several processes give what one gives: scores, metrics and edits, also where they do not divide the requests.
-
-Commands run as `python run.py ... --trainer.strategy ddp --trainer.devices 2` on CPU, with gloo.
-"""
+"""Several processes give what one gives: scores, metrics and edits, also where they do not divide the requests."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from conftest import make_tiny
+from processes import CPU, LOGIC, in_both_ways, metrics, processes
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -28,56 +17,6 @@ from pipeline.attribution import GoldenProfile
 from pipeline.cli import main
 
 pytestmark = pytest.mark.distributed
-
-RUN = Path(__file__).parent.parent / "run.py"
-CPU = ("--trainer.accelerator", "cpu")
-TIMEOUT = 180  # seconds: processes that wait for each other wait for ever
-
-
-def processes(
-    *words: str, strategy: str = "ddp", number: int = 2, cache: Path | None = None, program: Path = RUN
-) -> subprocess.CompletedProcess[str]:
-    """Run a command on several processes, of which none outlives it; in a `cache` of their own, if one is named."""
-    command = [sys.executable, str(program), *words, *CPU]
-    command += ["--trainer.devices", str(number), "--trainer.strategy", strategy]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)}
-        | ({"XDG_CACHE_HOME": str(cache)} if cache else {}),
-    ) as started:  # fmt: skip
-        try:
-            told, failed = started.communicate(timeout=TIMEOUT)
-        finally:
-            end_group(started.pid)
-    return subprocess.CompletedProcess(command, started.returncode, told, failed)
-
-
-def end_group(group: int) -> None:
-    """Kill what is left of a group of processes."""
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-
-
-def in_both_ways(folder: Path, *words: str, strategy: str = "ddp", number: int = 2) -> tuple[Path, Path]:
-    """The output folders of a command that one process ran and that several ran."""
-    one, several = folder / "one", folder / "several"
-    if not one.exists():
-        assert main([*words, *CPU, "--output", str(one)]) == 0
-    cache = folder / "cache"  # its own: statistics of one process would hide what several make of them
-    told = processes(*words, "--output", str(several), strategy=strategy, number=number, cache=cache)
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("written to") == 1
-    assert kinds(several) == kinds(one)  # written once: no second events file, nothing of the other processes
-    return one, several
-
-
-def kinds(folder: Path) -> list[str]:
-    return sorted(path.name.partition(".out.")[0] for path in folder.iterdir())
-
-
-def metrics(folder: Path) -> Any:
-    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.fixture
@@ -201,7 +140,6 @@ def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-LOGIC = ["--trainer.precision", "64-true"]  # what is left is the logic, not the rounding
 STRATEGIES = ["ddp", "fsdp2"]
 METHODS = {
     "finetune": ["--edit.finetune.batch_size", "4", "--edit.finetune.epochs", "3", "--edit.finetune.learnt", "0"],
@@ -270,157 +208,6 @@ def test_three_processes_and_checkpointed_blocks(
     assert scores[1] == pytest.approx(scores[0], rel=1e-9)
     weights = [load_file(folder / "update.safetensors") for folder in (one, tmp_path / "three")]
     assert apart(*weights, gpt2) < 1e-7
-
-
-def by_torchrun(rank: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """A host's agent, and nothing of the environment."""
-    agent = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
-    agent += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    return ["-m", "torch.distributed.run", *agent], {}
-
-
-def by_srun(rank: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """A task as SLURM starts it: the environment says which one it is."""
-    told = {"NTASKS": 2, "JOB_NAME": "edit", "JOB_ID": 1, "PROCID": rank, "LOCALID": 0, "NODEID": rank}
-    told |= {"NTASKS_PER_NODE": 1, "NODELIST": "127.0.0.1", "NNODES": 2}
-    return [], {f"SLURM_{name}": str(value) for name, value in told.items()} | {"MASTER_PORT": str(port)}
-
-
-@pytest.mark.parametrize("started_by", [by_torchrun, by_srun])
-def test_two_hosts(
-    started_by: Callable[[int, int], tuple[list[str], dict[str, str]]], asked: list[str], tmp_path: Path
-) -> None:
-    """Two hosts on the loopback, a process each, name one default output folder and write it once."""
-    assert main(["attribute", *asked, *LOGIC, *CPU, "--output", str(tmp_path / "one")]) == 0
-    port = free_port()
-
-    def host(rank: int) -> subprocess.Popen[str]:
-        agent, told = started_by(rank, port)
-        words = ["attribute", *asked, *LOGIC, *CPU]
-        words += ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "fsdp2"]
-        return subprocess.Popen(
-            [sys.executable, *agent, str(RUN), *words], cwd=tmp_path,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GOLDEN_LAYERS_STARTED": f"at-{rank}"} | told,
-        )  # fmt: skip
-
-    hosts = [host(0), host(1)]
-    try:
-        said = [started.communicate(timeout=TIMEOUT)[0] for started in hosts]
-    finally:
-        for started in hosts:
-            end_group(started.pid)
-    assert [started.returncode for started in hosts] == [0, 0], said
-    assert [text.count("written to") for text in said] == [1, 0]
-    (folder,) = (tmp_path / "runs").iterdir()  # although hosts would name it differently, by when they started
-    assert folder.name == "attribute-at-0" and not (folder / "unfinished").exists()
-    scores = [GoldenProfile.load(at).scores for at in (tmp_path / "one", folder)]
-    assert scores[1] == pytest.approx(scores[0], rel=1e-9)
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
-
-
-def test_a_process_that_dies_ends_the_others(asked: list[str], tmp_path: Path) -> None:
-    """Killed in the middle of its work, its end is told once, and in time."""
-    words = ["attribute", *asked, *CPU, "--batch_size", "1", "--output", str(tmp_path / "out")]
-    words += ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
-    dying = tmp_path / "dying.py"
-    dying.write_text(
-        "import os, signal, sys\n"
-        "from pipeline.attribution.lga import AttributionModule\n"
-        "from pipeline.cli import main\n"
-        "scores = AttributionModule.scores\n"
-        "def die(self, batch):\n"
-        "    if self.global_rank == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return scores(self, batch)\n"
-        "AttributionModule.scores = die\n"
-        "sys.exit(main())\n"
-    )
-    began = time.monotonic()
-    with subprocess.Popen(
-        [sys.executable, str(dying), *words], stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)},
-    ) as started:  # fmt: skip
-        try:
-            failed = started.communicate(timeout=TIMEOUT)[1]
-        finally:
-            end_group(started.pid)
-    assert started.returncode == 1
-    assert failed.count("error:") == 1 and "Traceback" not in failed
-    assert "process" in failed
-    assert time.monotonic() - began < TIMEOUT / 2
-
-
-def test_one_process_short_of_memory(asked: list[str], tmp_path: Path) -> None:
-    """It halves its batches; where all share the weights it cannot, and one line says what to do instead."""
-    scarce = tmp_path / "scarce.py"
-    scarce.write_text(
-        "import os, sys, torch\n"
-        "from pipeline.cli import main\n"
-        "forward = torch.nn.Embedding.forward\n"
-        "def take(self, ids):\n"
-        "    if os.environ.get('LOCAL_RANK') == '1' and ids.dim() == 2 and len(ids) > 2:\n"
-        "        raise torch.OutOfMemoryError('CUDA out of memory.')\n"
-        "    return forward(self, ids)\n"
-        "torch.nn.Embedding.forward = take\n"
-        "sys.exit(main())\n"
-    )
-    words = ["attribute", *asked, "--batch_size", "2"]  # four rows: old and new answers
-    assert main([*words, *CPU, "--output", str(tmp_path / "one")]) == 0
-    told = processes(*words, "--output", str(tmp_path / "two"), program=scarce)
-    assert told.returncode == 0, told.stderr
-    scores = [GoldenProfile.load(tmp_path / name).scores for name in ("one", "two")]
-    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
-
-    told = processes(*words, "--output", str(tmp_path / "spread"), program=scarce, strategy="fsdp2")
-    assert told.returncode == 1
-    assert told.stderr.count("error:") == 1 and "Traceback" not in told.stderr
-    assert "CUDA out of memory" in told.stderr and "lower the stage's batch_size" in told.stderr
-    assert not (tmp_path / "spread").exists()
-
-
-def test_hosts_with_different_files(asked: list[str], request_file: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.py"
-    other.write_text(
-        "import os, sys\n"
-        "from pipeline.cli import main\n"
-        "at = sys.argv.index('--requests') + 1\n"
-        "if os.environ.get('LOCAL_RANK') == '1':\n"
-        "    sys.argv[at] = 'demo'\n"
-        "sys.exit(main())\n"
-    )
-    words = ["attribute", *asked, *CPU, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    told = subprocess.run(
-        [sys.executable, str(other), *words, "--output", str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=TIMEOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)},
-    )  # fmt: skip
-    assert told.returncode == 1
-    assert told.stderr.count("error: requests: not the same in all 2 processes: process 1 on ") == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (
-            ["attribute", "--method", "sweep"],
-            "trainer.strategy: fsdp2; --method sweep needs the whole model on each",
-        ),
-        (["study"], "trainer.strategy: fsdp2; study needs the whole model on each device: auto or ddp"),
-        (["attribute", "--trainer.accelerator", "gpu"], "trainer: "),
-    ],
-)
-def test_what_a_strategy_cannot_do(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if "gpu" in words and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    assert main([*words, "--trainer.strategy", "fsdp2", "--trainer.devices", "2"]) != 0
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {said}")
 
 
 @pytest.mark.parametrize("method", ["finetune", "lora"])

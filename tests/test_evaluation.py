@@ -1,4 +1,4 @@
-"""An evaluation says what a plain loop over single texts says, leaves the model alone, and tells how sure it is."""
+"""An evaluation says what a plain loop over single texts says, and leaves the model alone."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, make_tiny, refusal
-from torch import Tensor
+from plain_loop import (
+    TEXT,
+    locality_choices,
+    noise,
+    plain_answer,
+    plain_figures,
+)
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing import WeightUpdate
-from pipeline.evaluation import BootstrapMean, Estimate, Evaluation, evaluate
-from pipeline.evaluation.answers import contains_answer, inner_ends, is_exact_answer, statement
-from pipeline.evaluation.plan import ROOM
-from pipeline.evaluation.texts import DISTRACTORS
+from pipeline.evaluation import Estimate, Evaluation, evaluate
 from pipeline.model import LLM
 from pipeline.options import EvaluationOptions
 from pipeline.requests import EditRequest, Probe, load_requests
 
-TEXT = "The largest river of Egypt is the Nile. People in Japan speak of Tokyo, and Oslo is in Norway. " * 6
 RIVER = Probe(prompt="The largest river of Peru is", answer="the Nile in the far west")
 PLACE = Probe(prompt="Spain lies in", answer="the far west of Lima")
 
@@ -39,13 +40,6 @@ def requests(requests: list[EditRequest]) -> list[EditRequest]:
         "portability": (*first.portability, PLACE),
     }
     return [first.model_copy(update=more), *rest]
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text(TEXT)
-    return file
 
 
 @pytest.fixture(params=FAMILIES)
@@ -65,14 +59,6 @@ def taught(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, r
     return LLM(model, tokenizer, request.param)
 
 
-def noise(llm: LLM, scale: float, layer: int = 1) -> WeightUpdate:
-    """An update that adds noise to a block's MLP."""
-    torch.manual_seed(0)
-    weights = {name: llm.model.get_parameter(name).detach() for name in llm.blocks[layer].weight_names("mlp")}
-    noisy = {name: weight + scale * weight.std() * torch.randn_like(weight) for name, weight in weights.items()}
-    return WeightUpdate(llm.name, llm.fingerprint, "noise", [layer], noisy)
-
-
 def measure(
     llm: LLM, requests: list[EditRequest], update: WeightUpdate | None, text: Path, **options: Any
 ) -> Evaluation:
@@ -82,112 +68,6 @@ def measure(
 
 def means(metrics: dict[str, Estimate]) -> dict[str, float]:
     return {name: estimate.mean for name, estimate in metrics.items()}
-
-
-# The slow, plain way: one text at a time, without padding
-
-
-@torch.no_grad()
-def first_choices(llm: LLM, prompt: str, answer: str) -> tuple[Tensor, Tensor]:
-    """The model's first choices at an answer's tokens, and these tokens."""
-    start = len(llm.tokenizer(prompt).input_ids)
-    ids = torch.tensor([llm.tokenizer(f"{prompt} {answer}").input_ids])
-    return llm.model.eval()(input_ids=ids).logits[0, start - 1 : -1].argmax(-1), ids[0, start:]
-
-
-def accuracy(llm: LLM, prompt: str, answer: str) -> float:
-    choices, target = first_choices(llm, prompt, answer)
-    return (choices == target).double().mean().item()
-
-
-def locality_choices(llm: LLM, requests: list[EditRequest]) -> list[list[Tensor]]:
-    return [[first_choices(llm, probe.prompt, probe.answer)[0] for probe in r.locality] for r in requests]
-
-
-def share_kept(before: list[Tensor], after: list[Tensor]) -> float:
-    return float(np.mean([(a == b).double().mean().item() for a, b in zip(before, after, strict=True)]))
-
-
-@torch.no_grad()
-def plain_perplexity(llm: LLM, text: str) -> float:
-    ids = llm.tokenizer(text).input_ids
-    losses = []
-    for start in range(0, len(ids), 128):  # the tiny models' context
-        window = torch.tensor([ids[start : start + 128]])
-        log_probs = llm.model.eval()(input_ids=window).logits[0].log_softmax(-1)
-        losses += [-log_probs[place - 1, window[0, place]].item() for place in range(1, window.shape[1])]
-    return math.exp(sum(losses) / len(losses))
-
-
-@torch.no_grad()
-def likelihood(llm: LLM, prompt: str, answer: str) -> float:
-    """The geometric mean of an answer's tokens' probabilities."""
-    start = len(llm.tokenizer(prompt).input_ids)
-    ids = torch.tensor([llm.tokenizer(f"{prompt} {answer}").input_ids])
-    log_probs = llm.model.eval()(input_ids=ids).logits[0].log_softmax(-1)
-    places = range(start, ids.shape[1])
-    return math.exp(sum(log_probs[place - 1, ids[0, place]].item() for place in places) / len(places))
-
-
-@torch.no_grad()
-def plain_answer(llm: LLM, prompt: str, answer: str) -> str:
-    """One statement of the library's own greedy generation."""
-    ids = torch.tensor([llm.tokenizer(prompt).input_ids])
-    limit = min(16, len(llm.tokenizer(answer).input_ids) + ROOM)
-    told = llm.model.eval().generate(ids, max_new_tokens=limit, do_sample=False, pad_token_id=0)  # type: ignore[operator]
-    return statement(llm.tokenizer.decode(told[0, ids.shape[1] :], skip_special_tokens=True), inner_ends(answer))[0]
-
-
-def plain_generation(llm: LLM, requests: list[EditRequest]) -> dict[str, float]:
-    """What the model says, a prompt at a time, by the library's own generation."""
-    kinds = {
-        "generation": [[(r.prompt, r.new_answer)] for r in requests],
-        "rephrase": [[(prompt, r.new_answer) for prompt in r.rephrases] for r in requests],
-        "portability": [[(p.prompt, p.answer) for p in r.portability] for r in requests],
-        "distractor": [[(f"{DISTRACTORS[n % 4]} {r.prompt}", r.new_answer)] for n, r in enumerate(requests)],
-    }
-    figures = {}
-    for kind, asked in kinds.items():
-        said = [[plain_answer(llm, prompt, answer) for prompt, answer in each] for each in asked]
-        for name, judge in (("exact_match", is_exact_answer), ("containment", contains_answer)):
-            figures[f"{kind}_{name}"] = np.mean(
-                [
-                    np.mean([judge(text, answer) for text, (_, answer) in zip(texts, each, strict=True)])
-                    for texts, each in zip(said, asked, strict=True)
-                ]
-            )
-    return figures
-
-
-def plain_probabilities(llm: LLM, requests: list[EditRequest]) -> dict[str, float]:
-    """ROME's figures by a loop."""
-    compared = {
-        "efficacy": [[(r.prompt, r.new_answer, r.old_answer or "")] for r in requests],
-        "paraphrase": [[(prompt, r.new_answer, r.old_answer or "") for prompt in r.rephrases] for r in requests],
-        "neighbourhood": [[(p.prompt, p.answer, r.new_answer) for p in r.locality] for r in requests],
-    }
-    figures = {}
-    for name, requested in compared.items():
-        pairs = [
-            [(likelihood(llm, p, own), likelihood(llm, p, rival)) for p, own, rival in each] for each in requested
-        ]
-        figures[f"{name}_success"] = np.mean([np.mean([a > b for a, b in each]) for each in pairs])
-        figures[f"{name}_magnitude"] = np.mean([np.mean([a - b for a, b in each]) for each in pairs])
-    successes = [figures[f"{name}_success"] for name in compared]
-    return figures | {"rome_score": 3 / sum(1 / success for success in successes) if all(successes) else 0.0}
-
-
-def plain_figures(llm: LLM, requests: list[EditRequest], before: list[list[Tensor]]) -> dict[str, float]:
-    """Every figure of `evaluate`, each a mean over requests of a mean over the request's probes."""
-    scores = {
-        "rewrite": [accuracy(llm, r.prompt, r.new_answer) for r in requests],
-        "rephrase": [np.mean([accuracy(llm, p, r.new_answer) for p in r.rephrases]) for r in requests],
-        "locality": [share_kept(*pair) for pair in zip(before, locality_choices(llm, requests), strict=True)],
-        "portability": [np.mean([accuracy(llm, p.prompt, p.answer) for p in r.portability]) for r in requests],
-    }
-    forced = {name: float(np.mean(values)) for name, values in scores.items()}
-    generation, probability = plain_generation(llm, requests), plain_probabilities(llm, requests)
-    return generation | forced | probability | {"perplexity": plain_perplexity(llm, TEXT)}
 
 
 def test_figures_are_those_of_a_plain_loop(taught: LLM, requests: list[EditRequest], text_file: Path) -> None:
@@ -317,159 +197,6 @@ def test_a_text_that_cannot_be_scored_is_refused(
         (tmp_path / name).write_bytes(content)
     message = refusal(lambda: measure(tiny_llm, requests, None, tmp_path / name))
     assert message.startswith(f"text: {tmp_path / name}: ") and words in message
-
-
-# Exact answers
-
-EXACT = [
-    ("Paris", "Paris", True),
-    (" Paris.", "Paris", True),
-    ("paris\nIt lies on the Seine", "Paris", True),
-    ("Paris. It lies on the Seine.", "Paris", True),
-    ("“Paris”!", "Paris", True),
-    ('"Paris".', "Paris", True),
-    ("the Nile.", "Nile", True),
-    ("Nile;", "the Nile", True),
-    ("An apple?", "apple", True),
-    ("Dr. No.", "Dr. No", True),
-    ("Yahoo!", "Yahoo!", True),
-    ("3.5", "3.5", True),
-    ("Theodore", "odore", False),
-    ("Paris, France", "Paris", False),
-    ("Paris is big.", "Paris", False),
-    ("Paris-Nord", "Paris", False),
-    ("Paris.com", "Paris", False),
-    ("Paris (France).", "Paris", False),
-    ("Romeo.", "Rome", False),
-    ("Rome", "Romeo", False),
-    ("It is Paris.", "Paris", False),
-    ("3.5", "3", False),
-    ("C# is a language", "C#", False),
-    ("Anything", "?", False),
-    ("", "Paris", False),
-    ("\n", "Paris", False),
-    ("C++", "C++", True),
-    ("C#.", "C#", True),
-    ("C#.", "C++", False),
-    ("The Beatles and the Kinks", "Beatles and Kinks", True),
-    ("U.S.A.", "USA", True),
-    ("New  York", "new york", True),
-    ("100%.", "100%", True),
-    ('"Paris."', "Paris", True),
-    ("**Paris**", "Paris", True),
-    ("A\nQuestion", "A", True),
-    ("", "?", False),
-]
-
-
-@pytest.mark.parametrize(("generated", "answer", "exact"), EXACT)
-def test_an_exact_answer_says_that_and_no_more(generated: str, answer: str, exact: bool) -> None:
-    assert is_exact_answer(generated, answer) is exact
-    assert contains_answer(generated, answer) or not exact
-
-
-@pytest.mark.parametrize(
-    ("generated", "answer", "contained"),
-    [
-        ("It is Paris, of course", "Paris", True),
-        ("The composer of it is  Johann Sebastian\tBach", "Johann Sebastian Bach", True),
-        ("It is the U.S.A.", "USA", True),
-        ("Romeo and Juliet", "Rome", False),
-        ("York is new", "New York", False),
-        ("Written in C", "C++", False),
-        ("Written in C++.", "C++", True),
-        ("", "Paris", False),
-        ("Anything", "?", False),
-    ],
-)
-def test_an_answer_is_contained_as_whole_words(generated: str, answer: str, contained: bool) -> None:
-    assert contains_answer(generated, answer) is contained
-
-
-@pytest.mark.parametrize(
-    ("said", "ends", "expected"),
-    [
-        (" Paris. It lies on", 0, ("Paris.", True)),
-        (" Paris.", 0, ("Paris.", False)),  # "Paris.com" may be to come
-        ("\n\nParis\nIt", 0, ("Paris", True)),
-        (" 3.5 metres", 0, ("3.5 metres", False)),
-        (' "Yes." He', 0, ('"Yes."', True)),
-        (" Dr. No. The", 0, ("Dr.", True)),
-        (" Dr. No. The", inner_ends("Dr. No"), ("Dr. No.", True)),
-        ("", 0, ("", False)),
-    ],
-)
-def test_a_statement_ends_where_another_begins(said: str, ends: int, expected: tuple[str, bool]) -> None:
-    assert statement(said, ends) == expected
-
-
-# A mean and its interval
-
-
-def bootstrap(values: np.ndarray, weights: np.ndarray, units: np.ndarray) -> tuple[float, float]:
-    """95% interval by Efron's bootstrap over units."""
-    rng = np.random.default_rng(1)
-    numbers = np.unique(units)
-    total = np.array([(values * weights)[units == unit].sum() for unit in numbers])
-    weight = np.array([weights[units == unit].sum() for unit in numbers])
-    draws = rng.integers(len(numbers), size=(4000, len(numbers)))
-    low, high = np.percentile(total[draws].sum(1) / weight[draws].sum(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def random_values(per_unit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """300 units of so many values each, which have something in common within a unit; weights; units."""
-    rng = np.random.default_rng(0)
-    units = np.repeat(np.arange(300), per_unit)
-    values = rng.normal(2, 1, 300)[units] + rng.exponential(0.5, len(units))
-    return values, rng.uniform(0.2, 2, len(units)), units
-
-
-def add(mean: BootstrapMean, *columns: np.ndarray) -> None:
-    values, weights, units = (column.tolist() for column in columns)
-    mean.update(values, weights, units, [1 / (units.count(unit)) for unit in units])
-
-
-@pytest.mark.parametrize("per_unit", [1, 4])
-def test_the_interval_is_a_plain_bootstraps(per_unit: int) -> None:
-    values, weights, units = random_values(per_unit)
-    mean = BootstrapMean()
-    add(mean, values, weights, units)
-    estimate = mean.compute().estimate()
-    low, high = bootstrap(values, weights, units)
-    assert estimate.mean == pytest.approx(np.average(values, weights=weights))
-    assert estimate.count == 300
-    assert estimate.low == pytest.approx(low, abs=0.05 * (high - low))
-    assert estimate.high == pytest.approx(high, abs=0.05 * (high - low))
-
-
-def test_states_of_two_processes_add_up() -> None:
-    """However values are spread and ordered, and where a unit's own values are apart."""
-    columns = random_values(2)
-    whole, one, two = BootstrapMean(), BootstrapMean(), BootstrapMean()
-    add(whole, *columns)
-    order = np.random.default_rng(2).permutation(600)
-    for part, mean in ((order[:50], one), (order[50:], two)):
-        values, weights, units = (column[part].tolist() for column in columns)
-        mean.update(values, weights, units, [0.5] * len(part))
-    for state in ("total", "weight", "count"):
-        setattr(one, state, getattr(one, state) + getattr(two, state))
-    merged, expected = one.compute().estimate(), whole.compute().estimate()
-    assert merged.count == expected.count == 300
-    for name in ("mean", "low", "high"):
-        assert getattr(merged, name) == pytest.approx(getattr(expected, name), abs=1e-9)
-
-
-def test_more_values_give_a_narrower_interval() -> None:
-    few, many = BootstrapMean(), BootstrapMean()
-    columns = random_values(1)
-    add(few, *(column[:30] for column in columns))
-    add(many, *columns)
-    widths = [e.high - e.low for e in (mean.compute().estimate() for mean in (few, many))]
-    assert 2 < widths[0] / widths[1] < 5  # the square root of ten
-
-
-# The real model
 
 
 @pytest.mark.real_model

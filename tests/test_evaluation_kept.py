@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_tiny
-from test_evaluation import TEXT, noise
+from plain_loop import TEXT, noise
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.evaluation import Evaluation, evaluate

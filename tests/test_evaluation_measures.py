@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, make_tiny, refusal
-from test_evaluation import TEXT, first_choices, noise, text_file  # noqa: F401
+from plain_loop import TEXT, first_choices, noise
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing import WeightUpdate
@@ -45,7 +45,7 @@ def test_divergences_are_those_of_the_whole_vocabulary(
     family: str,
     tokenizer: PreTrainedTokenizerFast,
     requests: list[EditRequest],
-    text_file: Any,  # noqa: F811
+    text_file: Any,
 ) -> None:
     llm = make_tiny(family, tokenizer)
     update = noise(llm, 1)
@@ -81,7 +81,7 @@ def test_entropy_of_ngrams_by_hand() -> None:
     assert ngram_entropy("so so so so so so") == 0 and ngram_entropy("one") == ngram_entropy("") == 0
 
 
-def test_fluency_is_of_long_generations(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:  # noqa: F811
+def test_fluency_is_of_long_generations(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:
     before = measured(tiny_llm, requests, None, text_file, fluency=3, fluency_tokens=40).before
     said = [generate(tiny_llm, [requests[number].prompt], 40)[0] for number in (0, 2, 4)]
     assert before.metrics["fluency"].count == 3
@@ -89,7 +89,7 @@ def test_fluency_is_of_long_generations(tiny_llm: LLM, requests: list[EditReques
     assert "fluency" not in measured(tiny_llm, requests, None, text_file).before.metrics
 
 
-def test_axes_stand_beside_the_whole(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:  # noqa: F811
+def test_axes_stand_beside_the_whole(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:
     axes = ("Reasoning", "Subject_Aliasing")
     probes = [Probe(prompt=f"People of {axis} live in", answer="the far west", axis=axis) for axis in axes]
     requests[0] = requests[0].model_copy(update={"portability": tuple(probes), "locality": (probes[0],)})
@@ -105,7 +105,7 @@ def test_axes_stand_beside_the_whole(tiny_llm: LLM, requests: list[EditRequest],
 def test_a_request_without_an_old_answer_is_not_compared(
     tiny_llm: LLM,
     requests: list[EditRequest],
-    text_file: Any,  # noqa: F811
+    text_file: Any,
 ) -> None:
     requests[0] = requests[0].model_copy(update={"old_answer": None})
     metrics = measured(tiny_llm, requests, None, text_file, generation="none").before.metrics
@@ -125,7 +125,7 @@ def test_options_choose_what_is_generated(
     kinds: set[str],
     tiny_llm: LLM,
     requests: list[EditRequest],
-    text_file: Any,  # noqa: F811
+    text_file: Any,
 ) -> None:
     before = measured(tiny_llm, requests, None, text_file, generation=generation).before
     assert {name.removesuffix("_exact_match") for name in before.metrics if name.endswith("_exact_match")} == kinds
@@ -133,7 +133,7 @@ def test_options_choose_what_is_generated(
     assert len(before.answers) == 7 and any(before.answers) == bool(kinds)
 
 
-def test_changes_of_weights_are_relative(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:  # noqa: F811
+def test_changes_of_weights_are_relative(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:
     (name,) = tiny_llm.blocks[1].weight_names("down")
     weight = tiny_llm.model.get_parameter(name).detach()
     update = WeightUpdate(tiny_llm.name, tiny_llm.fingerprint, "scale", [1], {name: 1.25 * weight})
@@ -141,7 +141,7 @@ def test_changes_of_weights_are_relative(tiny_llm: LLM, requests: list[EditReque
     assert weights == {name: pytest.approx(0.25, rel=1e-5)}
 
 
-def test_weights_that_are_no_number_are_said_so(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:  # noqa: F811
+def test_weights_that_are_no_number_are_said_so(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:
     broken = noise(tiny_llm, math.nan)
     message = refusal(lambda: measured(tiny_llm, requests, broken, text_file, generation="none"))
     assert message == "evaluation: the model's loss is not a number: its weights are broken"
@@ -201,7 +201,7 @@ def test_batches_change_nothing(
     family: str,
     tokenizer: PreTrainedTokenizerFast,
     requests: list[EditRequest],
-    text_file: Any,  # noqa: F811
+    text_file: Any,
 ) -> None:
     llm = make_tiny(family, tokenizer)
     one, many = (

@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.attribution import METHODS as SELECTORS
 from pipeline.attribution import GoldenProfile
-from pipeline.cli import build_parser, main
+from pipeline.cli import main
 from pipeline.editing import METHODS as EDITS
 from pipeline.editing import WeightUpdate
+from pipeline.parsing import build_parser
 from pipeline.requests import layouts, load_requests
 
 ELSEWHERE = ("run.py benchmark", "run.py demo", "run.py plan", "--follow")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_updates import Team
+from teams import Team
 
 from pipeline.benchmarks.kills import kill_at_random
 from pipeline.benchmarks.pressure import crowd, full_disk

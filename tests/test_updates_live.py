@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny, refusal
-from test_updates import Team
+from teams import Team
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.model import LLM

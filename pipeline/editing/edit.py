@@ -93,19 +93,12 @@ def edit(
     runtime = Runtime(trainer or TrainerOptions(), logger, seed, work, left)
     method = kind.make(llm, layers, options, earlier.state)
     if work:
-        claim(
-            work,
-            "edit",
-            [
-                *(llm.fingerprint, llm.chat, options.method, layers, own, options.statistics),
-                *(requests, seed, earlier.requests),
-            ],
-        )
-    parameters = dict(llm.model.named_parameters())
+        about = [llm.fingerprint, llm.chat, options.method, layers, own, options.statistics]
+        claim(work, "edit", [*about, requests, seed, earlier.requests])
     with earlier.applied(llm), restored(llm, method.weight_names):
         with llm.frozen():
             method.run(requests, runtime)
-        changed = {name: whole(parameters[name]).cpu().clone() for name in method.weight_names}
+        changed = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in method.weight_names}
     return WeightUpdate(
         model=llm.name,
         fingerprint=llm.fingerprint,

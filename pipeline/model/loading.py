@@ -21,6 +21,8 @@ from pipeline.model.llm import LLM
 from pipeline.model.sharding import load_sharded
 
 BUNDLED = "smollm2"
+# what a config that contradicts itself makes the libraries raise, beside their own errors
+CONTRADICTIONS = (ArithmeticError, IndexError, TypeError, AttributeError, AssertionError)
 
 
 def load_model(
@@ -73,11 +75,18 @@ def _weights(source: str, gguf_file: str | None, name: str, dtype: torch.dtype) 
         trust_remote_code=False,
         use_safetensors=None if gguf_file else True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told of below
         **({"gguf_file": gguf_file} if gguf_file else {}),
     )
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
         raise UserError(f"model: {name!r} lacks {len(missing)} of its weights, such as {missing[0]}")
+    if wrong := sorted(loaded[1]["mismatched_keys"]):
+        key, found, asked = wrong[0]
+        raise UserError(
+            f"model: {name!r}: {key} is of shape {tuple(found)}; its config asks for {tuple(asked)}"
+            + (f" (and so in {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        )
     if gguf_file:
         _forget_quantization(model)
     return model
@@ -90,14 +99,41 @@ def _explained(what: str, folder: str = "config.json, tokenizer and safetensors"
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except StrictDataclassError as error:  # a library's class in its first line, what is wrong in its last
+        reason = str(error).strip().splitlines()[-1].partition("Error: ")[2]
+        raise _contradiction(what, reason or str(error)) from error
+    except CONTRADICTIONS as error:
+        raise _contradiction(what, f"{type(error).__name__}: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, StrictDataclassError):  # its first line names a class of the library's
-            reason = " ".join(str(error).split())
         raise UserError(
             f"model: {what} cannot be loaded; expected {BUNDLED!r}, a Hugging Face name, a folder with "
             f"{folder}, or a GGUF file ({reason})"
         ) from error
+
+
+def _contradiction(what: str, reason: str) -> UserError:
+    return UserError(f"model: {what}: no decoder can be made of its config ({' '.join(reason.split())})")
+
+
+def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrainedModel:
+    """A decoder as a config describes it, with weights that nobody has read.
+
+    Args:
+        config: the config.
+        name: what the user calls the model, for messages.
+        settings: what else `AutoModelForCausalLM.from_config` takes.
+
+    Raises:
+        UserError: when the config contradicts itself, or is none of a decoder.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise _contradiction(repr(name), str(error)) from error
+    except CONTRADICTIONS as error:
+        raise _contradiction(repr(name), f"{type(error).__name__}: {error}") from error
+    return model
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -128,7 +164,7 @@ def _check_structure(source: str, name: str) -> None:
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     check_config(config, repr(name))
     with torch.device("meta"):
-        find_blocks(AutoModelForCausalLM.from_config(config, trust_remote_code=False), name)
+        find_blocks(decoder_of(config, name), name)
 
 
 def _locate(name: str) -> tuple[str, str | None]:

@@ -104,29 +104,13 @@ class SuffixRunner:
     def capture(self, rows: Sequence[SuffixRow]) -> tuple[Suffixes, Tensor]:
         """Run rows unchanged; what later runs need, and the logits (N, V) of the positions that are read."""
         device = next(self.llm.model.parameters()).device
-        pad = self.llm.pad_token_id
-        width = max(1, *(row.start for row in rows))
-        prefix = [[pad] * (width - row.start) + row.token_ids[: row.start] for row in rows]
         suffix = [row.token_ids[row.start : row.end] for row in rows]
         length = max(map(len, suffix))
         start_B = torch.tensor([row.start for row in rows], device=device)
+        pad = self.llm.pad_token_id
         ids_BS = torch.tensor([ids + [pad] * (length - len(ids)) for ids in suffix], device=device)
-        mask_BP = (torch.arange(width, device=device) >= (width - start_B)[:, None]).long()
-        read = [
-            (number, place - 1, row.token_ids[place] if place < len(row.token_ids) else -1)
-            for number, row in enumerate(rows)
-            for place in range(row.target_start, max(len(row.token_ids), row.target_start + 1))
-        ]
-        row_N, place_N, target_N = torch.tensor(read, device=device).T
-        cache = DynamicCache()  # one that keeps every token: a family's own may drop what lies outside its window
-        self.llm.model(
-            input_ids=torch.tensor(prefix, device=device),
-            attention_mask=mask_BP,
-            position_ids=(mask_BP.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        row_N, place_N, target_N = torch.tensor(_read_places(rows), device=device).T
+        mask_BP, prefix = self._prefix(rows, start_B)
         empty = torch.empty(0, device=device)
         kept = Suffixes(
             ids_BS=ids_BS,
@@ -134,7 +118,7 @@ class SuffixRunner:
             mask_BT=torch.cat([mask_BP, torch.ones_like(ids_BS)], dim=1),
             layer=0,
             enter_BSD=empty,
-            prefix=[(keys, values) for keys, values, _ in cache],
+            prefix=prefix,
             key_BI=empty,
             output_BO=empty,
             row_N=row_N,
@@ -142,6 +126,23 @@ class SuffixRunner:
             target_N=target_N,
         )
         return self._noted(kept)
+
+    def _prefix(self, rows: Sequence[SuffixRow], start_B: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run what stands before suffixes, padded on the left; its mask (B, P), each block's keys and values."""
+        width = max(1, *(row.start for row in rows))
+        pad = [self.llm.pad_token_id]
+        ids = [pad * (width - row.start) + row.token_ids[: row.start] for row in rows]
+        mask_BP = (torch.arange(width, device=start_B.device) >= (width - start_B)[:, None]).long()
+        cache = DynamicCache()  # one that keeps every token: a family's own may drop what lies outside its window
+        self.llm.model(
+            input_ids=torch.tensor(ids, device=start_B.device),
+            attention_mask=mask_BP,
+            position_ids=(mask_BP.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return mask_BP, [(keys, values) for keys, values, _ in cache]
 
     @torch.no_grad()
     def climbed(self, rows: Suffixes) -> Suffixes:
@@ -190,3 +191,12 @@ class SuffixRunner:
                 use_cache=True,
             ).logits
         return logits.squeeze(0).to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _read_places(rows: Sequence[SuffixRow]) -> list[tuple[int, int, int]]:
+    """Of every logit that is read, the row, the place in its text, and the token that follows there (−1: none)."""
+    return [
+        (number, place - 1, row.token_ids[place] if place < len(row.token_ids) else -1)
+        for number, row in enumerate(rows)
+        for place in range(row.target_start, max(len(row.token_ids), row.target_start + 1))
+    ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.errors import UserError
 from pipeline.model import LLM
 from pipeline.model.blocks import find_blocks
 from pipeline.model.llm import put_out_tuples
+from pipeline.model.loading import decoder_of
 
 
 class Shape(LLM):
@@ -47,11 +49,6 @@ def shape_of(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> Shape:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        except (ValueError, KeyError, AssertionError, RuntimeError) as error:
-            raise UserError(
-                f"model: {name!r}: no decoder can be made of its config ({' '.join(str(error).split())})"
-            ) from error
+        model: Any = decoder_of(config, name, dtype=dtype)
         model.generation_config = None  # what ends a text is of no account
         return Shape(model.eval().requires_grad_(False), name, mode)

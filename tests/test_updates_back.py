@@ -1,0 +1,129 @@
+"""Going back: to any version, bit for bit, and on from there; a fact is retracted as if it had never been there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import refusal
+from teams import Team, other, same
+
+from pipeline.requests import EditRequest
+from pipeline.updates import (
+    Store,
+    difference,
+    in_force,
+    read_metrics,
+    rollback,
+    story,
+    version_folder,
+    versions,
+)
+
+
+def test_every_version_can_be_gone_back_to(team: Team, requests: list[EditRequest]) -> None:
+    team.submit(requests[:3])
+    team.update()
+    team.submit([other(requests[0], "Quito"), *requests[3:5]])
+    team.update()
+    made = {version: team.weights(version) for version in (1, 2)}
+    states = {2: team.states()}
+    assert states[2] == ["superseded", "applied", "applied", "applied", "applied", "applied"]
+    change = rollback(team.store, 1)
+    assert (change.gained, change.lost) == ([1], [4, 5, 6])
+    assert team.states() == ["applied"] * 3 + ["held back"] * 3
+    assert "version 2 was rolled back" in story(team.store, 5)[-1].what
+    rollback(team.store, 0)
+    assert team.states() == ["held back"] * 6
+    rollback(team.store, 2)
+    assert team.states() == states[2]
+    for version in (1, 2):
+        assert same(team.weights(version), made[version])
+    assert (team.store.folder / "current").readlink().name == "0002"
+
+
+def test_updates_go_on_after_a_rollback(team: Team, requests: list[EditRequest]) -> None:
+    for part in (requests[:2], requests[2:4]):
+        team.submit(part)
+        team.update()
+    rollback(team.store, 1)
+    team.submit(requests[4:5])
+    team.submit(requests[2:4], again=True)
+    (worked,) = team.update()
+    assert worked.version == 3
+    assert [row["parent"] for row in versions(team.store, 9)] == [1, 1, 0, None]
+    assert in_force(team.store, 3) == {1, 2, 3, 4, 5}
+    assert difference(team.store, 2, 3) == ([5], [])
+    assert "9 does not exist; there is 0 (the base model) to 3" in refusal(lambda: rollback(team.store, 9))
+
+
+def test_an_update_does_not_publish_over_a_rollback(
+    team: Team, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team.submit(requests[:2])
+    team.update()
+    team.submit(requests[2:4])
+    module = __import__("pipeline.updates.update", fromlist=["update"])
+    work = module.work_through
+
+    def slow(*arguments: Any) -> Any:
+        outcome = work(*arguments)
+        with Store(team.store.folder) as another:
+            rollback(another, 0)
+        return outcome
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "work_through", slow)
+        (worked,) = team.update()
+    assert worked.overtaken and worked.version is None
+    assert team.store.current == 0
+    assert team.states() == ["held back"] * 2 + ["queued"] * 2
+    assert not version_folder(team.store.folder, 2).exists()
+    assert team.update()[0].version == 2
+
+
+def test_retracting_a_located_fact_is_exact(team: Team, requests: list[EditRequest], tmp_path: Path) -> None:
+    team.submit(requests[:4])
+    team.update()
+    assert team.retract("3").version == 2
+    assert team.states() == ["applied", "applied", "retracted", "applied"]
+    (tmp_path / "never").mkdir()
+    never = Team(team.llm, tmp_path / "never")
+    never.submit([*requests[:2], requests[3]])
+    never.update()
+    for name, tensor in never.weights(1).items():
+        torch.testing.assert_close(team.weights(2)[name], tensor, rtol=1e-3, atol=1e-4)
+    for name in ("capital-0", "capital-1", "capital-3"):
+        team.retract(name)
+    assert team.weights(5) == {}, "the base, bit for bit"
+    assert in_force(team.store, 5) == set()
+    assert read_metrics(version_folder(team.store.folder, 5))["after"]["perplexity_ratio"] == 1
+    rollback(team.store, 1)
+    assert team.states() == ["applied"] * 4
+    assert "is retracted; only" not in refusal(lambda: team.retract("none"))
+
+
+def test_retracting_edits_a_trained_fact_back(team: Team, requests: list[EditRequest]) -> None:
+    team.options.edit.method = "finetune"
+    for name, value in {"epochs": 30, "learning_rate": 0.2, "learnt": 0.0, "whiten": 0.0, "kl": 0.0}.items():
+        setattr(team.options.edit.finetune, name, value)
+    team.submit(requests[:1])
+    team.update()
+    done = team.retract("1")
+    before, after = done.outcome.before.metrics["rewrite"].mean, done.outcome.after.metrics["rewrite"].mean
+    assert before > 0.9 > after
+    assert team.states() == ["retracted"]
+
+
+def test_retracting_what_is_in_the_queue(team: Team, requests: list[EditRequest]) -> None:
+    team.submit(requests[:2])
+    assert team.retract("capital-1").version is None
+    assert team.states() == ["queued", "retracted"]
+    assert "is retracted; only one that is queued or applied can go" in refusal(lambda: team.retract("2"))
+    assert "'nobody' does not exist" in refusal(lambda: team.retract("nobody"))
+    team.submit([other(requests[3], "Quito", id="capital-0")])
+    assert "2 have the id 'capital-0'; name one by its number: 1 (queued), 3 (queued)" in refusal(
+        lambda: team.retract("capital-0")
+    )

@@ -1,0 +1,166 @@
+"""Gates: a batch that fails is halved, what fails alone is held back with its figures, nothing else is."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import refusal
+from teams import OPEN, Team, other
+
+from pipeline.editing import WeightUpdate
+from pipeline.evaluation import Estimate
+from pipeline.options import GateOptions
+from pipeline.requests import EditRequest
+from pipeline.updates import (
+    batch,
+    prover,
+    request_row,
+)
+from pipeline.updates.gates import Figures
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[set[int]], float]], list[set[int]]]:
+    """Let the rewrite of a part of a batch be what a function says; what was tried is noted."""
+
+    def install(rewrite: Callable[[set[int]], float]) -> list[set[int]]:
+        tried: list[set[int]] = []
+
+        def measure(self: prover.Prover, update: Any, numbers: Any, kinds: Any = (), also: Any = ()) -> Figures:
+            if update is not self.ground.update:
+                tried.append(set(numbers))
+            value = rewrite(set(numbers)) if update is not self.ground.update else 0.0
+            return Figures({"rewrite": Estimate(value, 1, value, value)}, None, 1.0, 0.0)
+
+        monkeypatch.setattr(prover.Prover, "measure", measure)
+        return tried
+
+    return install
+
+
+@pytest.mark.parametrize("method", ["memit", "finetune"])
+def test_one_bad_fact_does_not_hold_back_the_others(
+    method: str, team: Team, requests: list[EditRequest], measured: Any
+) -> None:
+    team.options.edit.method = method
+    team.options.edit.finetune.epochs, team.options.edit.finetune.whiten = 1, 0.0
+    team.options.gates = GateOptions(rewrite=0.5)
+    tried = measured(lambda part: 0.25 if 2 in part else 0.75)
+    team.submit(requests)
+    (worked,) = team.update()
+    assert tried[:6] == [set(range(7)), {0, 1, 2}, {0}, {1, 2}, {1}, {2}]
+    reached = {"rewrite": 0.25, "perplexity": 1.0, "drift": 0.0}
+    assert worked.outcome.held == [(3, "rewrite 0.250 < 0.5", reached)]
+    assert team.states() == ["applied", "applied", "held back", *["applied"] * 4]
+    row = request_row(team.store, 3)
+    assert json.loads(row["figures"]) == reached
+    assert [one.subject for one in WeightUpdate.load(team.store.folder / "current").requests] == [
+        request.subject for request in requests if request.subject != "Portugal"
+    ]
+
+
+def test_halves_of_a_located_batch_are_what_editing_them_alone_gives(
+    team: Team, requests: list[EditRequest], measured: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    edits: list[int] = []
+    edit = batch.edit
+
+    def counting(*arguments: Any, **how: Any) -> WeightUpdate:
+        edits.append(1)
+        return edit(*arguments, **how)
+
+    monkeypatch.setattr(batch, "edit", counting)
+    team.options.gates = GateOptions(rewrite=0.5)
+    measured(lambda part: 0.25 if 2 in part else 0.75)
+    team.submit(requests)
+    team.update()
+    assert len(edits) == 1, "values are searched for once"
+    (tmp_path / "alone").mkdir()
+    alone = Team(team.llm, tmp_path / "alone")
+    alone.submit([request for request in requests if request.subject != "Portugal"])
+    alone.update()
+    for name, tensor in alone.weights(1).items():
+        torch.testing.assert_close(team.weights(1)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_that_fails_whole_publishes_nothing(team: Team, requests: list[EditRequest], measured: Any) -> None:
+    team.options.gates = GateOptions(rewrite=0.5)
+    measured(lambda part: 0.0)
+    team.submit(requests[:4])
+    (worked,) = team.update()
+    assert (worked.version, team.store.current) == (None, 0)
+    assert team.states() == ["held back"] * 4
+    assert team.update() == []
+    measured(lambda part: 1.0)
+    assert (team.submit(requests[:4]).left, team.submit(requests[:4], again=True).again) == (4, 4)
+    assert team.update()[0].version == 1
+
+
+@pytest.mark.parametrize(
+    ("gates", "word"),
+    [
+        (GateOptions(rewrite=1), "rewrite"),
+        (GateOptions(rewrite=0, locality=0, perplexity=None, drift=1e-6), "drift"),
+    ],
+)
+def test_every_gate_closes(gates: GateOptions, word: str, team: Team, requests: list[EditRequest]) -> None:
+    team.options.gates = gates
+    team.submit(requests[:1])
+    (worked,) = team.update()
+    assert worked.version is None
+    assert worked.outcome.held[0].reason.startswith(word)
+
+
+def test_a_version_in_force_that_misses_a_gate(team: Team, requests: list[EditRequest]) -> None:
+    team.submit(requests[:2])
+    team.update()
+    team.submit(requests[2:])
+    team.options.gates = GateOptions(rewrite=0, locality=0, earlier=1.0, perplexity=None)
+    line = refusal(team.update)
+    assert "version 1" in line and "earlier" in line
+    assert team.states() == ["applied"] * 2 + ["queued"] * 5
+
+
+def test_requests_that_the_method_cannot_take(team: Team, requests: list[EditRequest]) -> None:
+    nameless = requests[1].model_copy(update={"subject": None})
+    endless = requests[2].model_copy(update={"prompt": "Portugal " * 200, "subject": "Portugal"})
+    team.submit([requests[0], nameless, endless])
+    (worked,) = team.update()
+    assert team.states() == ["applied", "held back", "held back"]
+    assert [number for number, *_ in worked.outcome.held] == [2, 3]
+    assert "subject" in worked.outcome.held[0].reason and "tokens" in worked.outcome.held[1].reason
+
+
+def test_a_dry_run_changes_nothing(team: Team, requests: list[EditRequest]) -> None:
+    now = time.time()
+    team.submit([other(requests[0], "Quito")], not_before=now + 0.05)
+    team.submit(requests[:1])
+    time.sleep(0.1)  # both are due now, and the first is the newer one
+    team.submit(requests[1:2])
+    team.options.dry_run = True
+    before = list(team.store.database.iterdump())
+    (worked,) = team.update()
+    assert worked.version is None and worked.outcome.after
+    assert [one.request.new_answer for one in worked.outcome.applied] == ["Nairobi and more", "Quito"]
+    changed = set(team.store.database.iterdump()) ^ set(before)
+    assert all("fingerprint" in line for line in changed), "the model is known by now"
+    assert [path.name for path in (team.store.folder / "versions").iterdir()] == ["0000"]
+
+
+def test_gates_say_what_was_reached_and_asked() -> None:
+    share = Estimate(0.5, 9, 0.4, 0.6)
+    figures = Figures({"rewrite": share, "rephrase": share, "locality": share}, 0.5, 1.3, float("nan"))
+    told = {gate.name: str(gate) for gate in figures.gates(GateOptions(rephrase=0.2)) if not gate.passed}
+    assert told == {
+        "rewrite": "rewrite 0.500 < 0.6",
+        "perplexity": "perplexity 1.300 > 1.2",
+        "drift": "drift nan > 2",
+        "earlier": "earlier 0.500 < 0.6",
+    }
+    assert not Figures({"rewrite": share}, None, 1.3, 9.0).gates(OPEN), "0 and null ask for nothing"
