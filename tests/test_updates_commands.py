@@ -154,7 +154,7 @@ def test_the_config_is_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["submit"], ["--store", "--file"]),
+        (["submit"], ["--store", "FILE"]),
         (["update", "--gates.rewrite", "2"], ["gates.rewrite", "2", "1"]),
         (["update", "--gates.perplexity", "0.5"], ["gates.perplexity", "0.5"]),
         (["update", "--batch", "0"], ["batch", "0", "1"]),
@@ -166,9 +166,9 @@ def test_the_config_is_the_defaults() -> None:
         (["schedule", "--cron", "every day"], ["cron", "every day", "0 3 * * *"]),
         (["schedule", "--cron", "99 3 * * *"], ["cron", "99 3 * * *", "59"]),
         (["submit", "x.jsonl", "--not_before", "soon"], ["not_before", "soon", "2026"]),
-        (["rollback"], ["--version"]),
+        (["rollback"], ["VERSION"]),
         (["rollback", "last"], ["version", "last", "a whole number"]),
-        (["diff", "1"], ["newer"]),
+        (["diff", "1"], ["NEWER"]),
         (["history", "--limit", "0"], ["limit", "0"]),
         (["export"], ["--update", "--store"]),
         (["generate", "--follow"], ["follow", "--store"]),
