@@ -16,6 +16,8 @@ docstring; options are shown where they are given. Stores of updates over time h
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "pipeline.attribution": ("GoldenProfile", "find_golden_layer"),
     "pipeline.editing": ("WeightUpdate", "edit", "export_merged"),

@@ -19,6 +19,7 @@ from pipeline.options import (
     AttributionOptions,
     BenchmarkCommand,
     ComputeOptions,
+    DemoCommand,
     DiffCommand,
     EditCommand,
     EditOptions,
@@ -42,6 +43,7 @@ from pipeline.options import (
     VerifyCommand,
     VersionCommand,
 )
+from pipeline.shipped import program
 
 if TYPE_CHECKING:
     from pipeline.attribution import GoldenProfile
@@ -80,6 +82,14 @@ def run(options: RunCommand) -> None:
         _edit_and_prove(log, llm, edits, profile, options, options.edit, options.evaluation)
 
 
+def demo(options: DemoCommand) -> None:
+    """See it all on a handful of facts: old answers, golden layer, edit, new answers, what else moved, and back."""
+    from pipeline.demo import show
+
+    with _working(options, "demo") as log:
+        show(_load(options), options, log)
+
+
 def attribute(options: AttributeCommand) -> None:
     """Find the golden layer of a model from a set of edit requests, and keep it as a profile."""
     from pipeline.attribution import check_method
@@ -102,7 +112,7 @@ def edit(options: EditCommand) -> None:
         profile = GoldenProfile.load(options.profile) if options.profile else None
         after = WeightUpdate.load(options.after) if options.after else None
         if profile is None and not options.layers:
-            raise UserError("edit: where? give --profile FILE, which `run.py attribute` makes, or --layers N")
+            raise UserError(f"edit: where? give --profile FILE, which `{program()} attribute` makes, or --layers N")
         llm = _load(options, requests=requests)
         choose_layers(llm, profile, options)
         if profile:
@@ -238,14 +248,11 @@ def plan(options: PlanCommand) -> None:
 def benchmark(options: BenchmarkCommand) -> None:
     """Measure editing, evaluation or a store against what is asked of it, as a table and benchmark.json."""
     from pipeline.benchmarks import BENCHMARKS
-    from pipeline.files import write_json
-    from pipeline.reporting import say, show_benchmark
+    from pipeline.reporting import say
 
     with _working(options, "benchmark") as log:
         bench = BENCHMARKS[options.what](_load(options), options, log.work)
-        results = bench.results()
-        write_json(log.folder / "benchmark.json", results)
-        show_benchmark(results)
+        log.keep_benchmark(bench.results(), bench.llm.name)
         if bench.note:
             say(bench.note)
 
@@ -264,6 +271,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "run": Command(run, RunCommand),
+    "demo": Command(demo, DemoCommand),
     "attribute": Command(attribute, AttributeCommand),
     "edit": Command(edit, EditCommand),
     "evaluate": Command(evaluate, EvaluateCommand),
@@ -328,7 +336,8 @@ def _working(options: Any, command: str, may_change: Collection[str] = ()) -> An
 
     _prepare(options)
     resume = getattr(options, "resume", False)
-    return run_log(command, options.output, options.overwrite, asdict(options), resume, may_change)
+    saved = asdict(options) | {"overwrite": False}  # who repeats the command by them replaces nothing unasked
+    return run_log(command, options.output, options.overwrite, saved, resume, may_change)
 
 
 def _load(options: ModelOptions, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:

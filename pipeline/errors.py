@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 
 
@@ -10,11 +10,16 @@ class UserError(ValueError):
     """What is wrong, where (file, record or flag), what was expected and what exists, in one line."""
 
 
+def did_you_mean(name: str, known: Iterable[str], shown: Callable[[str], str] = str) -> str:
+    """A hint at the known name that is most like a wrong one; empty when none is."""
+    close = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {shown(close[0])}?)" if close else ""
+
+
 def check_choice(what: str, value: str, choices: Collection[str]) -> None:
     """Raise UserError unless `value` is one of `choices`, naming them all and the closest one."""
     if value not in choices:
-        close = get_close_matches(value, choices, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(value, choices, repr)
         raise UserError(f"{what}: {value!r} does not exist{hint}; there is {', '.join(sorted(choices))}")
 
 

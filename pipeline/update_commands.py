@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_choice
 from pipeline.options import (
     DiffCommand,
     ExportCommand,
@@ -23,6 +23,7 @@ from pipeline.options import (
     VersionCommand,
     time_of,
 )
+from pipeline.shipped import program
 
 if TYPE_CHECKING:
     from pipeline.editing import WeightUpdate
@@ -53,6 +54,7 @@ def update(options: UpdateCommand) -> None:
     from pipeline.updates import Stopping, Store
 
     _hush(options)
+    _check(options)
     stopping = Stopping()
     with Store(options.store, options.model, make=True) as store, stopping.listening():
         _update(store, options, stopping)
@@ -64,6 +66,7 @@ def schedule(options: ScheduleCommand) -> None:
     from pipeline.updates import Stopping, Store, run_schedule, trigger
 
     _hush(options)
+    _check(options)
     when, stopping = trigger(options.cron, options.every), Stopping()
 
     def work() -> None:
@@ -140,7 +143,7 @@ def rollback(options: VersionCommand) -> None:
             f"{len(change.gained)} more"
         )
         if change.lost:
-            say("the former are held back; `run.py submit FILE --again` queues them anew")
+            say(f"the former are held back; `{program()} submit FILE --again` queues them anew")
 
 
 def verify(options: VerifyCommand) -> None:
@@ -164,6 +167,7 @@ def retract(options: RetractCommand) -> None:
     from pipeline.updates import Store, retract
 
     _hush(options)
+    _check(options)
     with Store(options.store) as store:
         done = retract(store, options, _loading(options))
         if done.version is None:
@@ -221,6 +225,24 @@ def _model_of(store: Store, options: ModelOptions) -> str:
     """The model to load for a store: the one that it knows, unless another is named."""
     named = type(options).__dataclass_fields__["model"].default != options.model
     return options.model if named else store.model
+
+
+def _check(options: ProvingOptions) -> None:
+    """See that the options name what there is, before a store is made or a request is held back for their sake.
+
+    Raises:
+        UserError: for an unknown method, a missing or damaged profile, or a text that is no file.
+    """
+    from pipeline.attribution import GoldenProfile, check_method
+    from pipeline.editing import METHODS
+
+    check_choice("edit.method", options.edit.method, METHODS)
+    check_method([], options.attribution)
+    if profile := getattr(options, "profile", None):
+        GoldenProfile.load(profile)
+    for flag, text in (("edit.statistics", options.edit.statistics.text), ("evaluation", options.evaluation.text)):
+        if text and not Path(text).is_file():
+            raise UserError(f"{flag}.text: {text}: no such file; expected plain UTF-8 text")
 
 
 def _hush(options: StoreOptions) -> None:

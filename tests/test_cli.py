@@ -24,7 +24,7 @@ from pipeline.options import RunCommand
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-PROGRESS = re.compile(r"\d+/\d+ .*left ")
+PROGRESS = re.compile(r": \d+/\d+ (in|after|when it stopped,) ")
 STORE = ["--store", "DIR"]
 REQUIRED = {  # flags without which a command cannot be asked for its config
     "export": ["--update", "DIR"],
@@ -121,6 +121,23 @@ def test_help_of_a_command_names_every_flag(name: str, capsys: pytest.CaptureFix
     assert COMMANDS[name].help in " ".join(text.split())
 
 
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("run", "run [--config FILE] [--FLAG VALUE ...]"),
+        ("diff", "diff OLDER NEWER --store STORE [--config FILE] [--FLAG VALUE ...]"),
+        ("export", "export [VERSION] [--config FILE] [--FLAG VALUE ...]"),
+    ],
+)
+def test_usage_is_what_a_command_cannot_do_without(
+    name: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: python run.py {usage}\n\n")
+    assert "Path to a configuration file" not in text
+
+
 @pytest.mark.parametrize("words", [["--help"], ["attribute", "--help"]], ids=" ".join)
 def test_help_imports_no_heavy_library(words: list[str]) -> None:
     told = subprocess.run(
@@ -188,6 +205,7 @@ def test_flags_override_a_config(flags_first: bool, tmp_path: Path, received: li
         (["edit", "--finetune.learning_rate", "1e-3"], "finetune.learning_rate", 1e-3),
         (["edit", "--layers", "1"], "layers", [1]),
         (["edit", "--layers", "1", "2", "--limit", "3"], "layers", [1, 2]),
+        (["edit", "--layers", "1,2"], "layers", [1, 2]),
         (["edit", "--layers", "[1, 2]"], "layers", [1, 2]),
         (["generate", "--prompt", "The capital: of", "B's"], "prompt", ["The capital: of", "B's"]),
         (["generate", "--prompt", "12"], "prompt", ["12"]),
@@ -257,12 +275,27 @@ def test_the_default_config_says_what_the_options_say() -> None:
         (["attribute", "--modle", "x"], ["--modle", "--model?", "attribute --help"]),
         (["attribute", "--finetune.epochs", "2"], ["--finetune.epochs"]),
         (["run", "--edit.finetune.epoch", "2"], ["--edit.finetune.epoch", "--edit.finetune.epochs?"]),
-        (["attribute", "model"], ["model"]),
-        (["attribute", "-x"], ["-x"]),
+        (["attribute", "model"], ["'model' is not understood", "--NAME VALUE", "attribute --help"]),
+        (["attribute", "-x"], ["'-x' is not understood"]),
+        (["attribute", "--requests", "a", "b"], ["'b' is not understood"]),
+        (["diff", "1", "2", "3", *STORE], ["'3' is not understood", "OLDER, then NEWER, then flags"]),
+        (["diff", "1", *STORE], ["missing NEWER", "diff --help"]),
+        (["update"], ["missing --store"]),
         (["evaluate", "--explain", "-1"], ["explain", "-1", "0"]),
         (["export", "--update", "x", "--chat"], ["chat", "leave --chat out"]),
-        (["attribute", "--model"], ["--model"]),
-        (["attribute", "--top_k"], ["--top_k"]),
+        (["attribute", "--model"], ["model: no value", "a text"]),
+        (["attribute", "--model", ""], ["model: no value"]),
+        (["attribute", "--model="], ["model: no value"]),
+        (["attribute", "--limit", ""], ["limit: no value", "a whole number"]),
+        (["attribute", "--top_k"], ["top_k: no value", "a whole number"]),
+        (["attribute", "--config"], ["config: no value", "a file"]),
+        (["generate", "--prompt"], ["prompt: no value"]),
+        (["attribute", "--trainer", "5"], ["trainer: expected a mapping", "trainer.devices"]),
+        (["run", "--attribution.scope", "x"], ["attribution.scope: 'x'"]),
+        (["run", "--edit.finetune.scope", "x"], ["edit.finetune.scope: 'x'"]),
+        (["run", "--evaluation.generation", "x"], ["evaluation.generation: 'x'"]),
+        (["update", *STORE, "--gates.rewrite", "2"], ["error: gates.rewrite: 2.0"]),
+        (["export", "--update", "x", "--version", "3"], ["version: 3 of which store?", "--store"]),
         (["attribute", "--top_k", "two"], ["top_k", "two", "a whole number"]),
         (["attribute", "--top_k", "1.5"], ["top_k", "1.5", "a whole number"]),
         (["attribute", "--top_k", "0"], ["top_k", "0", "1"]),
@@ -318,7 +351,8 @@ def test_wrong_words_are_named_in_one_line(words: list[str], parts: list[str], r
         ("attribute", "top_k: many", ["top_k", "many", "a whole number"]),
         ("edit", "finetune:\n  epochs: many", ["finetune.epochs", "many", "a whole number"]),
         ("edit", "finetune:\n  epochs: 0", ["finetune.epochs", "0"]),
-        ("attribute", "scope: mlpp", ["scope", "'mlpp'", "attention, block, down, mlp"]),
+        ("attribute", "scope: mlpp", ["options.yaml: scope", "'mlpp'", "attention, block, down, mlp"]),
+        ("run", "edit:\n  lora:\n    rank: 0", ["options.yaml: edit.lora.rank: 0 is too small"]),
         pytest.param("run", "edit: 5", ["edit", "mapping"]),
         pytest.param("run", "edit:", ["edit", "mapping"]),
         pytest.param("attribute", "trainer:", ["trainer", "mapping"]),
@@ -340,13 +374,18 @@ def test_a_config_that_is_no_file(form: str, there: str, tmp_path: Path, refused
         path.mkdir()
     line = refused("attribute", *form.format(path).split())
     assert str(path) in line
-    assert "no such file" in line
+    assert ("is a folder" if there == "folder" else "no such file") in line
 
 
 def test_a_config_that_is_no_text(tmp_path: Path, refused: Callable[..., str]) -> None:
     file = tmp_path / "binary.yaml"
     file.write_bytes(b"\xff\xfe\x00")
     assert str(file) in refused("attribute", "--config", str(file))
+
+
+def test_a_flag_that_overrides_a_config_is_what_is_wrong(tmp_path: Path, refused: Callable[..., str]) -> None:
+    file = config_file(tmp_path, "scope: down")
+    assert refused("attribute", "--config", file, "--scope", "mlpp").startswith("error: scope: 'mlpp'")
 
 
 def test_the_keys_that_exist_are_keys(tmp_path: Path, refused: Callable[..., str]) -> None:

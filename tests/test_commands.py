@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -26,6 +27,8 @@ import yaml
 from conftest import make_tiny
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_cli import one_line
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -35,6 +38,7 @@ from pipeline.cli import main
 from pipeline.editing import FineTune, WeightUpdate
 from pipeline.model import load_model
 from pipeline.reporting import RunLog
+from pipeline.reporting.dashboards import CHIEF, tag
 from pipeline.reporting.groups import label
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +57,7 @@ METRICS = (
     *PROBABILITY,
     *("rome_score", "perplexity"),
 )
+HPARAMS = ("experiment", "session_start_info", "session_end_info")
 DIVERGENCES = ("locality_kl", "text_kl")  # to the base, so not before
 PNG = b"\x89PNG\r\n\x1a\n"
 PROFILE_FILES = {
@@ -60,6 +65,7 @@ PROFILE_FILES = {
     "scores.safetensors",
     "scores.png",
     "stability.png",
+    "agreement.png",
     "options.yaml",
     "events",
 }
@@ -155,6 +161,15 @@ def events(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0, "scalars": 0}).Reload()
 
 
+def texts(board: EventAccumulator) -> dict[str, str]:
+    """What the page of texts shows, by tag."""
+    shown = [each for each in board.Tags()["tensors"] if each.endswith("/text_summary")]
+    return {
+        each.removesuffix("/text_summary"): board.Tensors(each)[0].tensor_proto.string_val[0].decode()
+        for each in shown
+    }
+
+
 def names_in(folder: Path) -> set[str]:
     """Names of the files in a folder, TensorBoard's without their numbers."""
     return {"events" if path.name.startswith("events.") else path.name for path in folder.iterdir()}
@@ -179,7 +194,8 @@ def test_attribute_shows_its_scores_in_tensorboard(made: SimpleNamespace) -> Non
     scores = GoldenProfile.load(made.profile).scores
     assert [point.step for point in board.Scalars("attribution/score_by_block")] == [0, 1, 2, 3]
     assert [point.value for point in board.Scalars("attribution/score_by_block")] == pytest.approx(scores, rel=1e-6)
-    assert board.Images("attribution/scores")[0].encoded_image_string.startswith(PNG)
+    assert board.Images("attribution/1_scores")[0].encoded_image_string.startswith(PNG)
+    assert board.Tags()["images"] == ["attribution/1_scores", "attribution/2_stability", "attribution/3_agreement"]
 
 
 def test_edit_writes_update_metrics_and_report(made: SimpleNamespace, tiny_folder: Path) -> None:
@@ -283,17 +299,64 @@ def test_edit_shows_curves_and_answers_in_tensorboard(made: SimpleNamespace) -> 
     losses = [point.value for point in board.Scalars("edit/loss_epoch")]
     assert losses[0] > losses[-1]
     for name in METRICS:
-        points = board.Scalars(f"evaluation/{name}")
+        points = board.Scalars(tag(name))
         assert [point.step for point in points] == [0, 1]
         expected = [metrics[side][name]["mean"] for side in ("before", "after")]
         assert [point.value for point in points] == pytest.approx(expected, rel=1e-6)
-    texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in board.Tags()["tensors"]}
-    assert "The capital of Germany is" in texts["evaluation/answers/text_summary"]
-    assert "perplexity" in texts["evaluation/metrics/text_summary"]
-    assert "Edit of" in texts["report/text_summary"]
+    (report,) = texts(board).values()
+    assert "Edit of" in report and "The capital of Germany is" in report and "perplexity" in report
+    assert ".png" not in report  # pictures have a page of their own
     assert "evaluation/before_and_after" in board.Tags()["images"]
-    assert "_hparams_/session_start_info" in board.summary_metadata
-    assert "final/rewrite" in board.Tags()["scalars"]
+
+
+def test_tensorboard_holds_everything_once_in_the_order_of_reading(made: SimpleNamespace) -> None:
+    board = events(made.edited)
+    tags = board.Tags()["scalars"]
+    for each in tags:
+        steps = [point.step for point in board.Scalars(each)]
+        assert len(set(steps)) == len(steps) > 0, each
+    assert "epoch" not in tags and not [each for each in tags if each.startswith("final")]
+    assert all(len(board.Images(each)) == 1 for each in board.Tags()["images"])
+    groups = list(dict.fromkeys(each.partition("/")[0] for each in sorted(tags)))
+    assert groups == [
+        *("attribution", "edit", "evaluation_1_by_generation", "evaluation_2_teacher-forced"),
+        *("evaluation_3_by_probability", "evaluation_4_damage"),
+    ]
+    forced = [each.partition("/")[2] for each in sorted(tags) if each.startswith(groups[3])]
+    assert forced == ["1_rewrite", "2_rephrase", "3_locality", "4_portability"]
+
+
+def test_tensorboard_compares_runs_by_method_and_block(made: SimpleNamespace) -> None:
+    board = events(made.edited)
+    found = {key: board.summary_metadata[f"_hparams_/{key}"].plugin_data.content for key in HPARAMS}
+    experiment = HParamsPluginData.FromString(found["experiment"]).experiment
+    assert [info.name for info in experiment.hparam_infos][:4] == ["method", "block", "requests", "block chosen by"]
+    tags = board.Tags()["scalars"]
+    assert {info.name.tag for info in experiment.metric_infos} <= set(tags)
+    assert [info.display_name for info in experiment.metric_infos][:3] == [
+        "generation exact match",
+        "rewrite",
+        "rephrase",
+    ]
+    row = HParamsPluginData.FromString(found["session_start_info"]).session_start_info.hparams
+    (layer,) = GoldenProfile.load(made.profile).golden_layers
+    assert (row["method"].string_value, row["block"].number_value, row["requests"].number_value) == (
+        "finetune",
+        layer,
+        6,
+    )
+    assert row["block chosen by"].string_value == "lga, signed"
+    assert (row["epochs"].number_value, row["learning rate"].number_value) == (3, 0.2)
+
+
+def test_one_chart_holds_rewrite_rephrase_and_locality(made: SimpleNamespace) -> None:
+    board = events(made.edited)
+    layout = Layout.FromString(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: chart.multiline.tag for category in layout.category for chart in category.chart}
+    tags = board.Tags()["scalars"]
+    for title, patterns in charts.items():
+        assert all(len([each for each in tags if re.match(pattern, each)]) == 1 for pattern in patterns), title
+    assert charts["rewrite, rephrase, locality"] == [f"{re.escape(tag(name))}$" for name in CHIEF]
 
 
 def test_run_finds_edits_and_proves(asked: list[str], text_file: str, elsewhere: Path) -> None:
@@ -351,7 +414,8 @@ def test_evaluate_without_an_update(asked: list[str], text_file: str, elsewhere:
     metrics = read_json(elsewhere / "out" / "metrics.json")
     assert set(metrics) == {"model", "requests", "before"}
     assert [metrics["before"][name]["count"] for name in METRICS[:-1]] == [7] * (len(METRICS) - 1)
-    assert [point.step for point in events(elsewhere / "out").Scalars("evaluation/rewrite")] == [0]
+    assert [point.step for point in events(elsewhere / "out").Scalars(tag("rewrite"))] == [0]
+    assert list(texts(events(elsewhere / "out"))) == ["evaluation/metrics", "evaluation/answers"]
 
 
 def test_evaluate_measures_what_edit_measured(

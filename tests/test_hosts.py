@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import CPU, LOGIC, RUN, TIMEOUT, end_group
+from processes import CPU, LOGIC, RUN, TIMEOUT, end_group, processes
 
 from pipeline.attribution import GoldenProfile
 from pipeline.cli import main
@@ -107,6 +107,34 @@ def test_a_process_that_dies_ends_the_others(asked: list[str], tmp_path: Path) -
     assert failed.count("error:") == 1 and "Traceback" not in failed
     assert "process" in failed
     assert time.monotonic() - began < TIMEOUT / 2
+
+
+def test_one_process_short_of_memory(asked: list[str], tmp_path: Path) -> None:
+    """It halves its batches; where all share the weights it cannot, and one line says what to do instead."""
+    scarce = tmp_path / "scarce.py"
+    scarce.write_text(
+        "import os, sys, torch\n"
+        "from pipeline.cli import main\n"
+        "forward = torch.nn.Embedding.forward\n"
+        "def take(self, ids):\n"
+        "    if os.environ.get('LOCAL_RANK') == '1' and ids.dim() == 2 and len(ids) > 2:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory.')\n"
+        "    return forward(self, ids)\n"
+        "torch.nn.Embedding.forward = take\n"
+        "sys.exit(main())\n"
+    )
+    words = ["attribute", *asked, "--batch_size", "2"]  # four rows: old and new answers
+    assert main([*words, *CPU, "--output", str(tmp_path / "one")]) == 0
+    told = processes(*words, "--output", str(tmp_path / "two"), program=scarce)
+    assert told.returncode == 0, told.stderr
+    scores = [GoldenProfile.load(tmp_path / name).scores for name in ("one", "two")]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+
+    told = processes(*words, "--output", str(tmp_path / "spread"), program=scarce, strategy="fsdp2")
+    assert told.returncode == 1
+    assert told.stderr.count("error:") == 1 and "Traceback" not in told.stderr
+    assert "CUDA out of memory" in told.stderr and "lower the stage's batch_size" in told.stderr
+    assert not (tmp_path / "spread").exists()
 
 
 def test_hosts_with_different_files(asked: list[str], request_file: Path, tmp_path: Path) -> None:

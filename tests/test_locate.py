@@ -211,6 +211,8 @@ def test_bad_input(tiny_llm: LLM, requests: list[EditRequest], options: EditOpti
     assert "no such file" in refusal(lambda: edit(tiny_llm, requests, options=options))
     (tmp_path / "missing.txt").write_text("Too short.")
     assert "need at least 96" in refusal(lambda: edit(tiny_llm, requests, options=options))
+    options.statistics.tokens = 64
+    assert "statistics.tokens: 64 is too few" in refusal(lambda: edit(tiny_llm, requests, options=options))
 
 
 @pytest.mark.parametrize("method", LOCATING)

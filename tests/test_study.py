@@ -234,7 +234,9 @@ def test_a_study_answers_its_questions(
     assert {"lga", "lga without fences", "causal_tracing", "sweep of the other half"} <= compared
     report = (out / "study.md").read_text()
     assert "| golden layer |" in report and "own best" in report
-    assert {file.name for file in out.glob("*.png")} == {"sweep-demo-memit.png", "selectors-demo-memit.png"}
+    assert {file.name for file in out.glob("*.png")} == {
+        f"{kind}-demo-memit.png" for kind in ("sweep", "squares", "selectors")
+    }
 
     seconds = study["sweeps"]["demo"]["memit"]["seconds"]
     assert main([*command, "--every", "2", "--methods", "[memit,rome]", "--resume"]) == 0  # a method more

@@ -184,13 +184,21 @@ def test_months_at_a_glance_in_tensorboard(team: Team, requests: list[EditReques
     show_on_board(team.store)
     show_on_board(team.store)
     board = EventAccumulator(str(team.store.folder / "tensorboard")).Reload()
-    for tag in (
-        "rewrite/before", "rewrite/after", "locality/after", "perplexity/after", "perplexity_ratio/after",
-        "drift/after", "requests/applied", "requests/held_back", "requests/facts",
+    tags = board.Tags()
+    for name in (
+        "version_0_requests/1_applied", "version_0_requests/4_facts", "version_2_teacher-forced/1_rewrite",
+        "version_2_teacher-forced/3_locality", "version_4_damage/perplexity_ratio", "version_4_damage/drift",
     ):  # fmt: skip
-        assert [point.step for point in board.Scalars(tag)] == [1, 2, 3], tag
-    assert [point.value for point in board.Scalars("requests/facts")] == [3, 6, 7]
-    assert [point.step for point in board.Scalars("earlier_facts/after")] == [2, 3]
+        assert [point.step for point in board.Scalars(name)] == [1, 2, 3], name
+    assert [point.value for point in board.Scalars("version_0_requests/4_facts")] == [3, 6, 7]
+    assert [point.step for point in board.Scalars("version_2_teacher-forced/5_earlier_facts")] == [2, 3]
+    assert len({name.partition("/")[0] for name in tags["scalars"]}) <= 6
+    tables = board.Tensors("version/figures/text_summary")
+    assert [table.step for table in tables] == [1, 2, 3]
+    assert "| rewrite |" in tables[-1].tensor_proto.string_val[0].decode()
+    assert [image.step for image in board.Images("version/over_time")] == [3]
+    assert (team.store.folder / "tensorboard" / "months.png").read_bytes().startswith(b"\x89PNG")
+    assert len(board.Tensors("custom_scalars__config__")) == 1
 
 
 def test_an_interrupt_right_after_publishing_undoes_nothing(

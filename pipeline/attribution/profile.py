@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.attribution.stability import Stability
 from pipeline.errors import UserError
 from pipeline.files import write_text
+from pipeline.shipped import program
 
 PROFILE_FILE = "golden_profile.json"
 
@@ -89,7 +90,7 @@ class GoldenProfile(BaseModel):
         path = Path(path)
         path = path / PROFILE_FILE if path.is_dir() else path
         if not path.is_file():
-            raise UserError(f"profile: {path}: no such file; `run.py attribute` makes one")
+            raise UserError(f"profile: {path}: no such file; `{program()} attribute` makes one")
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from pipeline.attribution.selector import Values
 from pipeline.errors import UserError
 from pipeline.files import write_whole
+from pipeline.shipped import program
 
 SCORES_FILE = "scores.safetensors"
 
@@ -52,7 +53,7 @@ class Scores:
         path = Path(path)
         path = path / SCORES_FILE if path.is_dir() else path
         if not path.is_file():
-            raise UserError(f"scores: {path}: no such file; `run.py attribute` makes one")
+            raise UserError(f"scores: {path}: no such file; `{program()} attribute` makes one")
         try:
             with safe_open(path, "numpy") as opened:
                 about = json.loads(opened.metadata()["about"])

@@ -24,6 +24,7 @@ from pipeline.model import LLM
 from pipeline.model.sharding import whole
 from pipeline.options import EditOptions, TrainerOptions
 from pipeline.requests import EditRequest, fact, settle
+from pipeline.shipped import program
 
 
 class Method(NamedTuple):
@@ -162,7 +163,7 @@ def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions)
         llm.check_layers(options.layers)
         return sorted(set(options.layers))
     if profile is None:
-        raise UserError("edit: where? give --profile FILE, which `run.py attribute` makes, or --layers N")
+        raise UserError(f"edit: where? give --profile FILE, which `{program()} attribute` makes, or --layers N")
     llm.check_made_for("profile", profile.model, profile.fingerprint)
     llm.check_layers(profile.golden_layers)
     return sorted(profile.golden_layers)

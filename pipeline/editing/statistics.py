@@ -36,8 +36,10 @@ def key_moments(
         UserError: when the text cannot be read or is too short for the keys' dimension.
     """
     text = options.text
+    if text and not Path(text).is_file():  # before what is kept is looked up by its content
+        raise UserError(f"statistics.text: {text}: no such file; expected plain UTF-8 text")
     folder = cache_folder(options.cache)
-    source = Path(text).read_bytes() if text and Path(text).is_file() else b"the model's own text"
+    source = Path(text).read_bytes() if text else b"the model's own text"
     files = {name: folder / f"moment-{digest(llm, name, options.tokens, source)}.safetensors" for name in names}
     lacking = of_all([name for name in names if not files[name].is_file()])
     missing = [name for name in names if any(name in each for each in lacking)]
@@ -57,10 +59,14 @@ def _find(
     llm: LLM, names: Sequence[str], options: StatisticsOptions, trainer: TrainerOptions, progress: Path
 ) -> dict[str, Tensor]:
     """The moments, read now; `progress` takes the sums meanwhile."""
-    text = windows(llm, options, trainer)
-    tokens = sum(len(window.token_ids) for window in text)
     module = KeyMoments(llm, names, progress)
     most = max(module.inputs)
+    if options.tokens < 2 * most:
+        raise UserError(
+            f"statistics.tokens: {options.tokens} is too few; statistics of {most} inputs need at least {2 * most}"
+        )
+    text = windows(llm, options, trainer)
+    tokens = sum(len(window.token_ids) for window in text)
     if tokens < 2 * most:
         raise UserError(
             f"statistics.text: {options.text or 'the model itself'} gives {tokens} tokens; statistics of {most} "

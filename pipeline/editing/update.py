@@ -21,6 +21,7 @@ from pipeline.files import file_digest, require_room, write_json, write_whole
 from pipeline.model import LLM
 from pipeline.model.sharding import put
 from pipeline.requests import EditRequest
+from pipeline.shipped import program
 
 ADAPTER_PREFIX = "lora."  # of an adapter's tensors in an update's state
 UPDATE_FILE, TENSORS_FILE, STATE_FILE = "update.json", "update.safetensors", "state.safetensors"
@@ -152,7 +153,9 @@ class WeightUpdate:
         folder = Path(folder)
         for name in (UPDATE_FILE, TENSORS_FILE):
             if not (folder / name).is_file():
-                raise UserError(f"update: {folder}: holds no {name}; expected a folder that `run.py edit` wrote")
+                raise UserError(
+                    f"update: {folder}: holds no {name}; expected a folder that `{program()} edit` wrote"
+                )
         try:
             described = json.loads((folder / UPDATE_FILE).read_text(encoding="utf-8"))
             for name, digest in described["sha256"].items():

@@ -81,6 +81,7 @@ class ValueSearch(LightningModule):
         self.options = options
         self.visit = visit
         self.climbs = climbs
+        self.shown = 0  # steps
         self.work: Path | None = None
         self.model = llm.model
         self.runner = SuffixRunner(llm, layer)
@@ -164,7 +165,7 @@ class ValueSearch(LightningModule):
                 )
             if live:
                 learnt_GO[running] = unit_GO.detach()[running]
-                self._show(step, nll_G)
+                self._show(nll_G)
             going = (nll_G > options.learnt) & live
             if step == options.steps or not anywhere(self.model, bool(going.any())):
                 break
@@ -193,6 +194,8 @@ class ValueSearch(LightningModule):
         losses_N = F.cross_entropy(logits_NV, part.target_N, reduction="none")
         return row_means(losses_N, part.row_N, len(part.ids_BS))
 
-    def _show(self, step: int, nll_G: Tensor) -> None:
+    def _show(self, nll_G: Tensor) -> None:
+        """Show the mean loss of the batch at work; batch follows batch on one axis."""
         if self.logger:
-            self.logger.log_metrics({"edit/value_loss": nll_G.mean().item()}, step)
+            self.logger.log_metrics({"edit/value_loss": nll_G.mean().item()}, self.shown)
+        self.shown += 1

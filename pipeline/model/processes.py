@@ -56,7 +56,7 @@ def launch(options: TrainerOptions) -> torch.device:
         if distributed.is_initialized():
             return fabric.device
         fabric.launch()
-    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"trainer: {reason}") from error
     rank_zero_only.rank = fabric.global_rank  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ def _instead_of_lightnings_observer() -> None:
     """Watch the started processes; Lightning's own watcher kills this one before it can tidy up and say why."""
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
-            thread._finished = True  # type: ignore[attr-defined]
+            thread._child_processes = []  # type: ignore[attr-defined]  # with none to watch it ends by itself
     threading.Thread(target=_watch, daemon=True, name="watching-processes").start()
 
 

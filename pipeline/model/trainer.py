@@ -73,7 +73,7 @@ def build_trainer(
             use_distributed_sampler=False,  # the data modules deal batches out
             **{"enable_checkpointing": False, **precision, **settings},
         )
-    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"trainer: {reason}") from error
 

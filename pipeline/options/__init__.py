@@ -10,6 +10,7 @@ from pipeline.options.attribution import AttributionOptions
 from pipeline.options.commands import (
     AttributeCommand,
     BenchmarkCommand,
+    DemoCommand,
     EditCommand,
     EvaluateCommand,
     ExportCommand,
@@ -53,6 +54,7 @@ __all__ = [
     "AttributionOptions",
     "BenchmarkCommand",
     "ComputeOptions",
+    "DemoCommand",
     "DiffCommand",
     "EditCommand",
     "EditOptions",

@@ -14,9 +14,10 @@ class AttributionOptions:
     """How the golden layer is found."""
 
     method: str = "lga"
-    """lga: layer gradient analysis, with kin under research (lga_past_first, lga_cosine, lga_cosine_past_first,
-    lga_cosine_last); gradient_norm: size of the new answer's gradient; causal_tracing: ROME's; sweep: the truth,
-    by editing each request alone at each block; middle: the middle block; fixed: the one that --layer names."""
+    """lga: layer gradient analysis, with kin under research (lga_past_first, lga_subject, lga_cosine,
+    lga_cosine_past_first, lga_cosine_last); gradient_norm, gradient_norm_subject: size of the new answer's
+    gradient, over all tokens or at the subject's last; causal_tracing: ROME's; sweep: the truth, by editing each
+    request alone at each block; middle: the middle block; fixed: the one that --layer names."""
     layer: int | None = None
     """fixed: the block, counted from 0."""
     scope: str = "mlp"

@@ -86,6 +86,19 @@ class EvaluateCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOption
 
 
 @dataclass(kw_only=True)
+class DemoCommand(ModelOptions, OutputOptions, ComputeOptions):
+    """Options of `demo`."""
+
+    facts: int = 8
+    """How many of the demo requests to edit."""
+
+    def __post_init__(self) -> None:
+        ComputeOptions.__post_init__(self)
+        if not 1 <= self.facts <= 40:
+            raise UserError(f"facts: {self.facts} is not between 1 and 40")
+
+
+@dataclass(kw_only=True)
 class RequestsCommand(ModelOptions, RequestOptions, ComputeOptions):
     """Options of `requests`."""
 
@@ -126,6 +139,8 @@ class ExportCommand(ModelOptions, OutputOptions):
             raise UserError("chat: nothing is asked of a model that is exported; leave --chat out")
         if (self.update is None) == (self.store is None):
             raise UserError("export: what? give either --update DIR or --store DIR")
+        if self.version is not None and self.store is None:
+            raise UserError(f"version: {self.version} of which store? give --store DIR in place of --update")
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from pipeline.reporting.stores import (
     tell_submitted,
     tell_worked,
 )
-from pipeline.reporting.terminal import say, show_answers, show_benchmark, show_plan, show_tokens
+from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 
 __all__ = [
     "RunLog",
@@ -19,7 +19,6 @@ __all__ = [
     "run_log",
     "say",
     "show_answers",
-    "show_benchmark",
     "show_facts",
     "show_history",
     "show_on_board",

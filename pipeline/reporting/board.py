@@ -1,13 +1,23 @@
-"""A store in TensorBoard and in the terminal: one run a store, a step a version."""
+"""A store in TensorBoard: one run a store, a step a version."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from pipeline.reporting.run_log import EventsLogger
+from pipeline.errors import UserError
+from pipeline.evaluation import Estimate
+from pipeline.files import write_whole
+from pipeline.reporting.dashboards import store_charts, tag
+from pipeline.reporting.events import EventsLogger
+from pipeline.reporting.figures import months_figure
+from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label
 from pipeline.updates import Store, read_metrics, version_folder
 
 BOARD = "tensorboard"
+PICTURE = "months.png"
+MOST = 100  # versions in the figure
+COUNTS = ("applied", "held_back", "retracted", "facts")
 
 
 def show_on_board(store: Store) -> None:
@@ -15,24 +25,74 @@ def show_on_board(store: Store) -> None:
     rows = store.database.execute("SELECT number FROM versions WHERE shown = 0 ORDER BY number").fetchall()
     if not rows:
         return
+    fresh = not any((store.folder / BOARD).glob("events.*"))
     logger = EventsLogger(store.folder, name=BOARD, version="", default_hp_metric=False)
+    if fresh:
+        logger.charts(store_charts())
     for (number,) in rows:
-        for name, value in scalars(read_metrics(version_folder(store.folder, number))).items():
+        figures = read_metrics(version_folder(store.folder, number))
+        for name, value in scalars(figures).items():
             logger.experiment.add_scalar(name, value, number)
+        logger.experiment.add_text("version/figures", version_table(number, figures), number)
         logger.experiment.flush()
         store.database.execute("UPDATE versions SET shown = 1 WHERE number = ?", (number,))
+    _draw(store, logger)
     logger.finalize("success")
 
 
+def _draw(store: Store, logger: EventsLogger) -> None:
+    """All versions in one figure; one whose files are damaged is left out, which `verify` tells."""
+    numbers = store.database.execute(
+        "SELECT number FROM versions WHERE number > 0 ORDER BY number DESC LIMIT ?", (MOST,)
+    ).fetchall()
+    found: dict[int, dict[str, Any]] = {}
+    for (number,) in reversed(numbers):
+        try:
+            found[number] = read_metrics(version_folder(store.folder, number))
+        except (UserError, OSError):
+            continue
+    if found:
+        figure = months_figure(store.model, found)
+
+        def draw(partial: Path) -> None:
+            figure.savefig(partial, format="png")
+
+        write_whole(store.folder / BOARD / PICTURE, draw)
+        logger.experiment.add_figure("version/over_time", figure, max(found), close=False)
+
+
 def scalars(figures: dict[str, Any]) -> dict[str, float]:
-    """A version's figures by their names in TensorBoard."""
-    found = {f"requests/{name}": float(figures[name]) for name in ("applied", "held_back", "retracted", "facts")}
-    for side in ("before", "after"):
-        measured = figures[side]
-        found |= {f"{name}/{side}": estimate["mean"] for name, estimate in measured["metrics"].items()}
-        found |= {f"{name}/{side}": measured[name] for name in ("perplexity_ratio", "drift")}
-        if measured["earlier"] is not None:
-            found[f"earlier_facts/{side}"] = measured["earlier"]
-    found |= {f"gates/{gate['name']}": float(gate["passed"]) for gate in figures["gates"]}
-    found |= {f"seconds/{name}": float(value) for name, value in figures["seconds"].items()}
-    return found
+    """A version's figures by their tags in TensorBoard, as measured with it in force."""
+    found = {
+        f"version_0_requests/{place}_{name}": float(figures[name]) for place, name in enumerate(COUNTS, start=1)
+    }
+    after = figures["after"]
+    known = [name for names in grouped(after["metrics"]).values() for name in names if name != "perplexity"]
+    found |= {tag(name, "version"): after["metrics"][name]["mean"] for name in known}
+    found |= {f"version_4_damage/{name}": after[name] for name in ("perplexity_ratio", "drift")}
+    if after["earlier"] is not None:
+        found["version_2_teacher-forced/5_earlier_facts"] = after["earlier"]
+    return found | {f"version_5_seconds/{name}": float(value) for name, value in figures["seconds"].items()}
+
+
+def version_table(number: int, figures: dict[str, Any]) -> str:
+    """What a version took in, what it came to and what was asked of it, as Markdown tables."""
+    layers = ", ".join(map(str, figures["layers"]))
+    counts = ", ".join(f"{figures[name]} {name.replace('_', ' ')}" for name in COUNTS)
+    lines = [
+        f"**Version {number}**, `{figures['method']}` in block {layers}: {counts}\n",
+        "| metric | before [95%] | after [95%] |",
+        "| --- | --- | --- |",
+    ]
+    before, after = (figures[side]["metrics"] for side in ("before", "after"))
+    for names in grouped(after).values():
+        for name in (name for name in names if name in IN_SHORT):
+            sides = [figure_text(name, Estimate(**side[name])) if name in side else "" for side in (before, after)]
+            lines.append(f"| {label(name)} | {' | '.join(sides)} |")
+    if figures["gates"]:
+        lines += ["", "| gate | value | asked | passed |", "| --- | --- | --- | --- |"]
+        for gate in figures["gates"]:
+            asked = f"{'at least' if gate['least'] else 'at most'} {gate['bound']:g}"
+            passed = "yes" if gate["passed"] else "**no**"
+            lines.append(f"| {gate['name']} | {gate['value']:.3f} | {asked} | {passed} |")
+    return "\n".join(lines)

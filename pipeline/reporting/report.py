@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.attribution import GoldenProfile
 from pipeline.editing import WeightUpdate
 from pipeline.evaluation import Evaluation
 from pipeline.reporting.groups import figure_text, grouped, label, meaning
 from pipeline.requests import EditRequest
+from pipeline.shipped import program
 
 EXAMPLES = 8
 
@@ -69,25 +71,37 @@ def write_report(
         answers_table(requests, evaluation) + "\n",
     ]
     if profile:
-        parts += _why(profile)
+        parts += _why(profile, folder)
     parts += [
         "## Using it, undoing it\n",
-        f"- `python run.py export --model {update.model} --update {folder} --output DIR` writes the edited model "
+        f"- `{program()} export --model {update.model} --update {folder} --output DIR` writes the edited model "
         "as a plain Hugging Face folder.\n"
-        f"- `python run.py generate --model {update.model}{' --chat' if update.chat else ''} --update {folder} "
+        f"- `{program()} generate --model {update.model}{' --chat' if update.chat else ''} --update {folder} "
         '--prompt "..."` answers with base and edited model side by side.\n'
         "- The base model is untouched: the update is `update.safetensors`, and leaving it out is undoing it.\n",
     ]
     return "\n".join(parts)
 
 
-def _why(profile: GoldenProfile) -> list[str]:
+def benchmark_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """What was measured against what was asked for, as a Markdown table."""
+    lines = ["| measured | value | asked for | met |", "| --- | --- | --- | --- |"]
+    for row in results:
+        bound = "" if row["bound"] is None else f"{row['bound']:g}"
+        met = {None: "", True: "yes", False: "**no**"}[row["met"]]
+        lines.append(f"| {_inline(str(row['name']))} | {row['value']:.4g} | {bound} | {met} |")
+    return "\n".join(lines)
+
+
+def _why(profile: GoldenProfile, folder: Path) -> list[str]:
     """How the golden layer was found, and how sure that is."""
     ranking = ", ".join(map(str, profile.ranking[:5]))
     aside = ", ".join(map(str, profile.excluded)) or "none"
     fenced = f"Set aside by Tukey's fences: {aside}. Best of the rest" if profile.fences else "Best"
     sure = f" How sure that is: {profile.certainty}." if profile.certainty else ""
-    figures = ["![stability](stability.png)\n"] if profile.stability else []
+    figures = [
+        f"![{kind}]({kind}.png)\n" for kind in ("stability", "agreement") if (folder / f"{kind}.png").is_file()
+    ]
     return [
         "## Why this layer\n",
         f"`{profile.method}` scored all {len(profile.scores)} blocks on {profile.requests} proxy "

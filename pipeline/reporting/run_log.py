@@ -11,7 +11,6 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
@@ -24,15 +23,29 @@ from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation
 from pipeline.files import write_json, write_text, write_whole
 from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
-from pipeline.reporting.figures import metrics_figure, score_figure, stability_figure
-from pipeline.reporting.groups import IN_SHORT
-from pipeline.reporting.report import answers_table, metrics_table, write_report
-from pipeline.reporting.study import selectors_figure, study_report, sweep_figure
-from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
+from pipeline.reporting.dashboards import columns, edit_charts, study_charts, study_tag, tag
+from pipeline.reporting.events import EventsLogger
+from pipeline.reporting.figures import (
+    agreement_figure,
+    by_cost,
+    cost_figure,
+    metrics_figure,
+    score_figure,
+    selectors_figure,
+    squares_figure,
+    stability_figure,
+    sweep_figure,
+)
+from pipeline.reporting.report import answers_table, benchmark_table, metrics_table, write_report
+from pipeline.reporting.study import study_report
+from pipeline.reporting.terminal import say, show_benchmark, show_metrics, show_profile, show_study
 from pipeline.reporting.values import values_csv
 from pipeline.requests import EditRequest
 from pipeline.study import Study
 
+PICTURE = re.compile(r"!\[\w+\]\([^)]*\.png\)\n*")
+SHOWN_ANSWERS = 30
+STUDY_FIGURES = {"sweep": sweep_figure, "squares": squares_figure, "selectors": selectors_figure}
 CLOSING_SECONDS = 2  # a writer whose queue an interrupt has broken would never close
 
 
@@ -70,20 +83,6 @@ def run_log(
     say(f"written to {path}")
 
 
-class EventsLogger(TensorBoardLogger):
-    """TensorBoardLogger without its hparams.yaml: options.yaml holds the options."""
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Nothing: the writer flushes by itself, and Lightning would wait for the disk after every step."""
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Close after a success only: an interrupt may have broken the writer's queue, and closing waits for it."""
-        if status == "success":
-            super().finalize(status)
-
-
 class RunLog:
     """Keeps results as files, in TensorBoard and on the terminal; on other ranks than zero it does nothing.
 
@@ -114,13 +113,13 @@ class RunLog:
     @rank_zero_only
     def keep_profile(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
         """Write the profile and, where found now, the requests' scores; keep them even if a later stage fails."""
+        known = self._kept("scores.png")  # then TensorBoard has it
         if scores:
             scores.save(self.folder)
         profile.save(self.folder)  # last: a resumed command that finds it finds the scores, too
-        self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png"}
-        for layer, score in enumerate(profile.scores):
-            self.tensorboard.experiment.add_scalar("attribution/score_by_block", score, layer)
-        self._profile_figures(profile)
+        self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png", "agreement.png"}
+        if not known:
+            self._profile_figures(profile, scores)
         show_profile(profile)
 
     def profile_kept(self) -> GoldenProfile | None:
@@ -169,21 +168,20 @@ class RunLog:
         board = self.tensorboard.experiment
         for step, measured in enumerate(sides.values()):
             for name, estimate in measured.metrics.items():
-                board.add_scalar(f"evaluation/{name}", estimate.mean, step)
-        board.add_text("evaluation/metrics", metrics_table(evaluation))
-        board.add_text("evaluation/answers", answers_table(requests, evaluation, most=30))
+                board.add_scalar(tag(name), estimate.mean, step)
         self._figure("evaluation/before_and_after", "metrics.png", metrics_figure(evaluation))
-        final = evaluation.after or evaluation.before
-        self.tensorboard.log_hyperparams(
-            _flat(self.options),
-            {f"final/{name}": final.metrics[name].mean for name in final.metrics if name in IN_SHORT},
-        )
+        if evaluation.after:
+            self.tensorboard.charts(edit_charts())
+        self.tensorboard.compare(columns(model, len(requests), self.options, update, profile))
         if update:
             if profile and not (self.folder / "scores.png").is_file():
                 self._profile_figures(profile)
             report = write_report(requests, evaluation, update, profile, self.folder)
             write_text(self.folder / "report.md", report)
-            board.add_text("report", re.sub(r"!\[\w+\]\(\w+\.png\)", "", report))
+            self._text("report", report)
+        else:
+            self._text("evaluation/metrics", metrics_table(evaluation))
+            self._text("evaluation/answers", answers_table(requests, evaluation, most=SHOWN_ANSWERS))
         show_metrics(evaluation)
 
     @rank_zero_only
@@ -200,35 +198,41 @@ class RunLog:
         report = study_report(study)
         write_json(self.folder / "study.json", study.as_json())
         write_text(self.folder / "study.md", report)
-        board = self.tensorboard.experiment
-        board.add_text("study/report", "\n".join(line for line in report.splitlines() if not line.startswith("![")))
+        self._text("study/report", report)
         for name, grids in study.grids.items():
             for method, grid in grids.items():
                 for metric, values in {**grid.values, "score": grid.scores}.items():
                     for block, mean in zip(grid.blocks, np.nanmean(values, axis=0), strict=True):
-                        board.add_scalar(f"study_{name}_{method}/{metric.replace('/', '_')}_by_block", mean, block)
-                for kind, draw in (("sweep", sweep_figure), ("selectors", selectors_figure)):
-                    self._figure(
-                        f"study/{name}_{method}_{kind}", f"{kind}-{name}-{method}.png", draw(study, name, method)
-                    )
+                        self.tensorboard.experiment.add_scalar(study_tag(name, method, metric), mean, block)
+                for number, (kind, draw) in enumerate(STUDY_FIGURES.items(), start=1):
+                    shown = draw(study, name, method)
+                    self._figure(f"study/{name}_{method}_{number}_{kind}", f"{kind}-{name}-{method}.png", shown)
+        self.tensorboard.charts(study_charts({name: list(grids) for name, grids in study.grids.items()}))
         show_study(study)
 
-    def _profile_figures(self, profile: GoldenProfile) -> None:
-        self._figure("attribution/scores", "scores.png", score_figure(profile))
+    @rank_zero_only
+    def keep_benchmark(self, results: Sequence[dict[str, Any]], model: str) -> None:
+        """Write benchmark.json and, where costs were measured, quality against cost as a figure; show all."""
+        write_json(self.folder / "benchmark.json", results)
+        for what, methods in by_cost(results).items():
+            file = re.sub(r"[^\w.-]+", "-", f"cost-{what}")
+            self._figure(f"benchmark/{file}", f"{file}.png", cost_figure(what, methods, model))
+        self._text("benchmark/results", benchmark_table(results))
+        show_benchmark(results)
+
+    def _profile_figures(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
+        for block, score in enumerate(profile.scores):
+            self.tensorboard.experiment.add_scalar("attribution/score_by_block", score, block)
+        self._figure("attribution/1_scores", "scores.png", score_figure(profile))
         if profile.stability:
-            self._figure("attribution/stability", "stability.png", stability_figure(profile))
+            self._figure("attribution/2_stability", "stability.png", stability_figure(profile))
+        if profile.stability and scores:
+            self._figure("attribution/3_agreement", "agreement.png", agreement_figure(profile, scores))
+
+    def _text(self, tag: str, text: str) -> None:
+        """Markdown without its pictures, which TensorBoard shows elsewhere."""
+        self.tensorboard.experiment.add_text(tag, PICTURE.sub("", text))
 
     def _figure(self, tag: str, file: str, figure: Figure) -> None:
         write_whole(self.folder / file, lambda partial: figure.savefig(partial, format="png"))
         self.tensorboard.experiment.add_figure(tag, figure, close=False)
-
-
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as dotted names, in types that TensorBoard's HPARAMS page knows."""
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat

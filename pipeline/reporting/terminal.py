@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from pipeline.attribution import GoldenProfile
@@ -18,6 +21,18 @@ from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label
 from pipeline.requests import EditRequest
 from pipeline.study import Study
 
+LOG_WIDTH = 160  # columns of what is no terminal, unless COLUMNS says otherwise
+
+
+def screen(soft_wrap: bool = False) -> Console:
+    """The output stream: as wide as the terminal, and wide enough for any table where it is a file or a pipe."""
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+    return Console(soft_wrap=soft_wrap, width=wide)
+
+
+def _fits(table: Table, console: Console) -> bool:
+    return Measurement.get(console, console.options.update_width(LOG_WIDTH), table).maximum <= console.width
+
 
 @rank_zero_only
 def show_profile(profile: GoldenProfile) -> None:
@@ -25,7 +40,7 @@ def show_profile(profile: GoldenProfile) -> None:
     golden = ", ".join(map(str, profile.golden_layers))
     next_best = ", ".join(map(str, profile.ranking[len(profile.golden_layers) :][:4]))
     aside = ", ".join(map(str, profile.excluded)) or "none"
-    Console().print(
+    screen().print(
         f"[bold]golden layer {golden}[/bold] of {len(profile.scores)} blocks ({profile.method}, "
         f"{profile.requests} requests, {profile.seconds:.0f} s); next {next_best or 'none'}; set aside {aside}",
         highlight=False,
@@ -42,23 +57,31 @@ def show_profile(profile: GoldenProfile) -> None:
 @rank_zero_only
 def show_metrics(evaluation: Evaluation) -> None:
     """The chief metrics before and after, in their groups; metrics.json and the report hold all of them."""
+    console, table = screen(), _metrics_table(evaluation, intervals=True)
+    if not _fits(table, console):
+        table = _metrics_table(evaluation, intervals=False)
+    console.print(table, highlight=False)
+    if evaluation.weights:
+        name, change = max(evaluation.weights.items(), key=lambda item: item[1])
+        say(f"largest change: {change:.1%} of the norm of {name}")
+
+
+def _metrics_table(evaluation: Evaluation, intervals: bool) -> Table:
+    """A row a metric; a narrow terminal has no room for intervals."""
     before, after = evaluation.before.metrics, evaluation.after.metrics if evaluation.after else {}
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("metric", overflow="fold")
     table.add_column("count", justify="right")
-    table.add_column("before [95%]", justify="right")
-    if after:
-        table.add_column("after [95%]", justify="right")
+    for side in ["before", "after"] if after else ["before"]:
+        table.add_column(f"{side} [95%]" if intervals else side, justify="right")
     for group, names in grouped(after or before).items():
         table.add_row(f"[bold]{group}[/bold]")
         for name in (name for name in names if name in IN_SHORT):
             cells = [f" {label(name)}", str((after or before)[name].count)]
-            cells += [escape(figure_text(name, side.get(name))) for side in (before, after)]
+            figures = [figure_text(name, side.get(name)) for side in (before, after)]
+            cells += [escape(figure if intervals else figure.partition(" ")[0]) for figure in figures]
             table.add_row(*cells[: len(table.columns)])
-    Console().print(table, highlight=False)
-    if evaluation.weights:
-        name, change = max(evaluation.weights.items(), key=lambda item: item[1])
-        say(f"largest change: {change:.1%} of the norm of {name}")
+    return table
 
 
 @rank_zero_only
@@ -79,7 +102,7 @@ def show_study(study: Study) -> None:
                 figures = [(row["regret"], 3), (row["spearman"], 2), (row["seconds"], 0)]
                 shown = [f"{value:.{digits}f}" if isinstance(value, float) else "" for value, digits in figures]
                 table.add_row(f" {row['selector']}", str(row["block"]), *shown)
-            Console().print(table, highlight=False)
+            screen().print(table, highlight=False)
 
 
 @rank_zero_only
@@ -91,7 +114,7 @@ def show_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -
         table.add_column(name, overflow="fold", ratio=1)
     for index, prompt in enumerate(prompts):
         table.add_row(escape(prompt), *(escape(texts[index].strip()) for texts in answers.values()))
-    Console().print(table, highlight=False)
+    screen().print(table, highlight=False)
 
 
 @rank_zero_only
@@ -101,13 +124,13 @@ def show_tokens(request: EditRequest, tokens: Sequence[ShownToken]) -> None:
     for token in tokens:
         marks = ["scored"] * token.scored + ["the subject's last token"] * token.ends_subject
         table.add_row(str(token.place), str(token.token_id), escape(repr(token.text)), ", ".join(marks))
-    Console().print(table, highlight=False)
+    screen().print(table, highlight=False)
 
 
 @rank_zero_only
 def say(text: str) -> None:
     """One plain line."""
-    Console(soft_wrap=True).print(text, highlight=False, markup=False)
+    screen(soft_wrap=True).print(text, highlight=False, markup=False)
 
 
 @rank_zero_only
@@ -124,7 +147,7 @@ def show_plan(plan: MemoryPlan) -> None:
     for need in plan.stages:
         figures = [f"{size / 1e9:.2f}" for size in (need.weights, need.beside, need.total)]
         table.add_row(need.stage, str(need.batch), *figures, _longest(need))
-    Console().print(table, highlight=False)
+    screen().print(table, highlight=False)
 
 
 def _longest(need: Need) -> str:
@@ -141,4 +164,4 @@ def show_benchmark(results: Sequence[Mapping[str, Any]]) -> None:
         bound = "" if result["bound"] is None else f"{result['bound']:g}"
         met = {None: "", True: "yes", False: "NO"}[result["met"]]
         table.add_row(escape(result["name"]), f"{result['value']:.4g}", bound, met)
-    Console().print(table)
+    screen().print(table)

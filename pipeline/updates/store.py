@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import file_digest
+from pipeline.shipped import program
 from pipeline.updates.database import DATABASE, connect, transaction
 from pipeline.updates.locks import LockedError, locked
 from pipeline.updates.versions import (
@@ -72,7 +73,7 @@ class Store:
         if there and not (self.folder / DATABASE).is_file():
             raise UserError(f"store: {self.folder}: no store: it holds other things, and no {DATABASE}")
         if not there and not make:
-            raise UserError(f"store: {self.folder}: no such store; `run.py submit` makes one")
+            raise UserError(f"store: {self.folder}: no such store; `{program()} submit` makes one")
         if not there and not model:
             raise UserError(f"store: {self.folder}: new; name the model that it is for with --model")
 

@@ -1,0 +1,102 @@
+"""The figures' one look: small enough for TensorBoard's cards, readable in grey and by the colour-blind.
+
+Colours are of Okabe and Ito's palette, and none says anything alone: shape, hatching, line or a label says it too.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+GOLD, BLUE, GREY, INK = "#E69F00", "#0072B2", "#BBBBBB", "#333333"
+LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # what tells curves apart without colour
+SEQUENCE = "cividis"  # from dark to bright for everyone
+
+WIDTH = 5.8  # inches; TensorBoard's cards are some 400 pixels wide, where 10 points of this are still read
+MOST_TICKS = 12
+NAME = 42  # characters of a name that may be a path
+
+PLATE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "text.parse_math": False,  # names are names, whatever signs they hold
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "figure.titlesize": 12,
+    "figure.titleweight": "bold",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "hatch.linewidth": 0.6,
+}
+
+
+@contextmanager
+def look(height: float, title: str, told: str = "", width: float = WIDTH) -> Iterator[Figure]:
+    """A figure in the project's look; made without pyplot, so that it needs no display.
+
+    Args:
+        height: in inches, without the heading.
+        title: what is seen, in a few words.
+        told: how to read it, in a sentence or two, under the title.
+        width: in inches.
+    """
+    lines = textwrap.wrap(told, int(width * 14.5))
+    with matplotlib.rc_context(STYLE):
+        heading = 0.3 + 0.17 * len(lines)
+        figure = Figure(figsize=(width, height + heading), dpi=140, layout="constrained")
+        top = 1 - heading / (height + heading)
+        figure.get_layout_engine().set(rect=(0, 0, 1, top))  # type: ignore[call-arg, union-attr]
+        figure.text(0.012, 0.99, title, ha="left", va="top", weight="bold", fontsize=11.5)
+        figure.text(0.012, 0.99 - 0.25 / (height + heading), "\n".join(lines), ha="left", va="top", fontsize=9)
+        yield figure
+
+
+def short(name: str, most: int = NAME) -> str:
+    """A name that is not too long for a figure: its end, which tells paths apart."""
+    name = " ".join(name.split())
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def ticks(axes: Axes, names: Sequence[object]) -> None:
+    """Name places 0, 1, 2 … on the horizontal axis, as many as can be read."""
+    every = -(-len(names) // MOST_TICKS)
+    axes.set_xticks(range(0, len(names), every), [str(name) for name in names[::every]])
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers alone: of blocks and requests there are no halves."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def block_axis(axes: Axes, blocks: Sequence[int], model: str) -> None:
+    """A horizontal axis of blocks, at places 0, 1, 2 …"""
+    axes.set_xlim(-0.7, len(blocks) - 0.3)
+    ticks(axes, blocks)
+    axes.set_xlabel(f"block of {short(model)}")
+
+
+def legend_below(axes: Axes, columns: int = 5) -> None:
+    """Each label once, under the axes, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.figure.legend(
+        once.values(),
+        once.keys(),
+        loc="outside lower left",
+        ncols=min(columns, len(once)),
+        columnspacing=1.0,
+        handlelength=1.6,
+        handletextpad=0.5,
+    )

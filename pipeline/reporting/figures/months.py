@@ -1,0 +1,74 @@
+"""A store over its versions: what every update came to, and what is left of the earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.reporting.figures.look import BLUE, GOLD, INK, LINES, look, short, ticks
+
+CURVES = {"rewrite": BLUE, "rephrase": INK, "locality": INK}
+
+
+def months_figure(model: str, versions: Mapping[int, Mapping[str, Any]]) -> Figure:
+    """Quality, cost to the rest, and facts, version by version.
+
+    Args:
+        model: the store's.
+        versions: by number, ascending, its metrics.json.
+    """
+    last = list(versions.values())[-1]
+    told = (
+        "Each version's figures on the requests it took in, as measured before it was published; earlier facts: "
+        "rewrite of a sample of those that stood already."
+    )
+    title = f"{_count(len(versions), 'update')} of {short(model)}: {_count(last['facts'], 'fact')}"
+    with look(5.2, title, told) as figure:
+        quality, rest, count = figure.subplots(3, 1, sharex=True, height_ratios=(5, 3, 3))
+        after = [figures["after"] for figures in versions.values()]
+        for (name, color), (line, shape) in zip(CURVES.items(), LINES, strict=False):
+            _curve(quality, [each["metrics"].get(name, {}).get("mean") for each in after], name, color, line, shape)
+        line, shape = LINES[3]
+        _curve(quality, [each["earlier"] for each in after], "earlier facts", GOLD, line, shape)
+        quality.set_ylim(-0.03, 1.06)
+        quality.set_ylabel("share")
+        _curve(rest, [each["perplexity_ratio"] for each in after], "perplexity", BLUE, *LINES[0])
+        rest.axhline(1, color=INK, linewidth=0.8)
+        rest.set_ylabel("× base's")
+        _requests(count, list(versions.values()))
+        for axes in (quality, rest, count):
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        ticks(count, list(versions))
+        count.set_xlim(-0.6, len(versions) - 0.4)
+        count.set_xlabel("version")
+    return figure
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _curve(axes: Axes, values: Sequence[float | None], name: str, color: str, line: str, shape: str) -> None:
+    """One figure over the versions; a gap where it was not measured, nothing where it never was."""
+    shown = np.array([np.nan if value is None else value for value in values], dtype=float)
+    if np.isfinite(shown).any():
+        axes.plot(shown, color=color, linestyle=line, marker=shape, markersize=4.5, markeredgecolor=INK,
+                  markeredgewidth=0.5, label=name)  # fmt: skip
+
+
+def _requests(axes: Axes, versions: Sequence[Mapping[str, Any]]) -> None:
+    """What came in, what was held back, what was taken out."""
+    places, floor = np.arange(len(versions)), np.zeros(len(versions))
+    looks = {"applied": (BLUE, None), "held_back": ("white", "////"), "retracted": (GOLD, "....")}
+    for name, (color, hatch) in looks.items():
+        counts = np.array([each[name] for each in versions], dtype=float)
+        if counts.any():
+            axes.bar(places, counts, 0.8, floor, color=color, hatch=hatch, edgecolor=INK, linewidth=0.6,
+                     label=name.replace("_", " "))  # fmt: skip
+            floor += counts
+    axes.set_ylim(0, max(1.0, 1.1 * floor.max()))
+    axes.set_ylabel("requests")

@@ -1,0 +1,164 @@
+"""The README's commands work: each is run as printed, section by section, on a tiny model and few requests.
+
+What is left out is run elsewhere: benchmarks (tests/test_benchmarks.py), the demo (tests/test_demo.py), plans
+(tests/test_plan.py), commands that stay until they are stopped (tests/test_updates_commands.py), and several
+processes (tests/test_distributed.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tiny
+from test_readme import README, ROOT
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.attribution import METHODS as SELECTORS
+from pipeline.attribution import GoldenProfile
+from pipeline.cli import main
+from pipeline.editing import METHODS as EDITS
+from pipeline.editing import WeightUpdate
+from pipeline.parsing import build_parser
+from pipeline.requests import layouts, load_requests
+
+ELSEWHERE = ("run.py benchmark", "run.py demo", "run.py plan", "--follow")
+SECTIONS = {
+    part.splitlines()[0]: [
+        command
+        for command in re.findall(r"^python run\.py.*$", part, flags=re.MULTILINE)
+        if not any(word in command for word in ELSEWHERE)
+    ]
+    for part in re.split(r"^### ", README.split("## Requests\n")[0], flags=re.MULTILINE)[1:]
+}
+CHAT = "{% for one in messages %}<{{ one.role }}> {{ one.content }} <end>{% endfor %}<assistant>"
+FIRST = ("Find the golden layer", "Edit")  # other sections start from what these wrote
+
+
+def small(folder: Path, name: str) -> Mapping[str, Any]:
+    """Options that make a command quick; a command takes those that it has."""
+    text = str(folder / "text.txt")
+    few: dict[str, Any] = {"model": "tiny", "limit": 6, "offset": 0, "trainer.accelerator": "cpu"}
+    few |= {"trainer.devices": 1, "trainer.strategy": "auto"}
+    for group in ("", "edit."):
+        few |= {f"{group}statistics.tokens": 512, f"{group}statistics.text": text, f"{group}locate.steps": 2}
+        few |= {f"{group}finetune.epochs": 1, f"{group}lora.epochs": 1}
+    for group in ("", "evaluation."):
+        few |= {f"{group}text": text, f"{group}max_new_tokens": 2, f"{group}generation": "prompts"}
+    few |= {f"gates.{gate}": 0 for gate in ("rewrite", "rephrase", "locality", "earlier")}
+    few |= {"gates.perplexity": 1e9, "gates.drift": 1e9}
+    return few | ({"every": 2, "proxy": 2, "limit": 2} if name == "study" else {})
+
+
+def run(command: str, folder: Path) -> None:
+    """A printed command, made small, in this process."""
+    if "run.py schedule" in command:  # by the time it has worked, there is a second version
+        run("python run.py submit more.jsonl --store runs/store", folder)
+        command = "python run.py update --store runs/store"
+    words = shlex.split(command.replace("2026-12-24", "2226-12-24"))[2:]
+    name = words[0] if words and not words[0].startswith("-") else "run"
+    flags = {flag for action in build_parser(name)._actions for flag in action.option_strings}
+    for option, value in small(folder, name).items():
+        if f"--{option}" in flags:
+            words += [f"--{option}", str(value)]
+    if "--output" in flags - set(words):  # its name would be the time in seconds
+        words += ["--output", f"runs/{len(list(Path('runs').iterdir()))}"]
+    assert main(words) == 0, command
+
+
+@pytest.fixture(scope="module")
+def first(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the commands read: a tiny model, files of requests, configs."""
+    folder = tmp_path_factory.mktemp("readme")
+    for model in ("tiny", "llama-3-8b"):
+        make_tiny("llama", tokenizer, seed=1).model.save_pretrained(folder / model)
+        tokenizer.save_pretrained(folder / model)
+        (folder / model / "chat_template.jinja").write_text(CHAT)
+    (folder / "text.txt").write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 80)
+    requests = [request.model_dump() for request in load_requests("demo")[:8]]
+    lines = [json.dumps(request) for request in requests]
+    (folder / "facts.jsonl").write_text("\n".join(lines[:4]))
+    (folder / "later.jsonl").write_text("\n".join(lines[4:6]))
+    (folder / "more.jsonl").write_text("\n".join(lines[6:]))
+    names = ("id", "prompt", "subject", "new_answer", "old_answer")
+    table = [",".join(names), *(",".join(str(request[name]) for name in names) for request in requests)]
+    (folder / "facts.csv").write_text("\n".join(table))
+    (folder / "runs").mkdir()
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(first: Path) -> Path:
+    """The same, and what the first sections wrote."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(first)
+        for section in FIRST:
+            for command in SECTIONS[section]:
+                run(command, first)
+    return first
+
+
+@pytest.mark.parametrize("section", [title for title, commands in SECTIONS.items() if commands])
+def test_a_section(section: str, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if section in FIRST:
+        return  # the fixture ran it
+    folder = tmp_path / "here"
+    shutil.copytree(begun, folder, symlinks=True)
+    if section == "Go on after an interruption":
+        shutil.rmtree(folder / "runs" / "edit")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    for command in SECTIONS[section]:
+        run(command, folder)
+
+
+def test_every_section_is_known() -> None:
+    assert set(FIRST) <= set(SECTIONS)
+    assert sum(map(len, SECTIONS.values())) > 30
+
+
+def examples(section: str) -> list[str]:
+    """The Python code of a section."""
+    part = re.split(rf"^##+ {section}$", README, flags=re.MULTILINE)[1]
+    return re.findall(r"```python\n(.*?)```", re.split(r"^## |^### ", part, flags=re.MULTILINE)[0], flags=re.DOTALL)
+
+
+def test_the_python_example(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    requests = [json.dumps(request.model_dump()) for request in load_requests("demo")[:104]]
+    Path("facts.jsonl").write_text("\n".join(requests))
+    [code] = examples("From Python")
+    found: dict[str, Any] = {"folder": str(begun / "tiny")}
+    exec(code, found)
+    assert len(found["update"].requests) == 4
+    assert found["figures"]["rewrite"].count == 4
+
+
+def test_what_contributors_are_shown(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kind of edit, the selector and the layout of the README need no other line than their own."""
+    monkeypatch.chdir(begun)
+    monkeypatch.setitem(EDITS, "one_step", None)  # taken out again after the test
+    monkeypatch.setitem(SELECTORS, "weight_norm", None)
+    found: dict[str, Any] = {}
+    for code in examples("Contributing"):
+        exec(code, found)
+    monkeypatch.setattr("pipeline.requests.layouts.LAYOUTS", (found["QUIZ"], *layouts.LAYOUTS))
+    Path("quiz.jsonl").write_text(json.dumps({"question": "The capital of Spain is", "reply": "Lima"}))
+
+    words = ["--model", "tiny", "--requests", "quiz.jsonl", "--trainer.accelerator", "cpu"]
+    chosen, edited = str(tmp_path / "chosen"), str(tmp_path / "edited")
+    assert main(["attribute", "--method", "weight_norm", *words, "--output", chosen]) == 0
+    assert GoldenProfile.load(chosen).method == "weight_norm"
+    by = ["--method", "one_step", "--profile", chosen, "--evaluation.text", "text.txt"]
+    assert main(["edit", *by, *words, "--output", edited]) == 0
+    [name] = WeightUpdate.load(edited).tensors
+    assert name.endswith("down_proj.weight")
+    metrics = json.loads(Path(edited, "metrics.json").read_text())
+    assert metrics["after"]["perplexity"]["mean"] != metrics["before"]["perplexity"]["mean"]
