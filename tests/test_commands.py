@@ -255,8 +255,10 @@ def test_values_hold_every_request(made: SimpleNamespace) -> None:
 
 
 def test_the_terminal_shows_the_models_own_answers_first(
-    model: list[str], made: SimpleNamespace, text_file: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    model: list[str], made: SimpleNamespace, text_file: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")  # the smallest terminal
     words = ["--limit", "6", "--update", str(made.edited), "--text", text_file, *CPU]
     capsys.readouterr()
     assert main(["evaluate", *model, *words, "--output", "out"]) == 0
@@ -264,7 +266,7 @@ def test_the_terminal_shows_the_models_own_answers_first(
     lines = table.splitlines()
     groups = ["by generation", "teacher-forced", "by probability", "damage"]
     assert [line.strip() for line in lines if line.strip() in groups] == groups
-    assert max(map(len, lines)) <= 80 and len(lines) < 24  # the smallest terminal
+    assert max(map(len, lines)) <= 80 and len(lines) < 24
     assert "%" in below
 
 

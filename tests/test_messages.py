@@ -93,3 +93,13 @@ def test_a_command_repeated_by_its_options_replaces_nothing(
     saved = yaml.safe_load((elsewhere / "out" / "options.yaml").read_text())
     assert saved["output"] == "out" and saved["overwrite"] is False
     assert "--overwrite" in refused("attribute", "--config", "out/options.yaml")
+
+
+def test_trial_edits_without_subjects_name_a_method_that_can_be_tried(
+    tiny_folder: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    file = tmp_path / "plain.jsonl"
+    file.write_text('{"prompt": "The capital of Spain is", "new_answer": "Lima", "old_answer": "Madrid"}\n')
+    words = ["--model", str(tiny_folder), "--requests", str(file), "--method", "sweep", "--output", "out"]
+    line = refused("attribute", *words)
+    assert "memit needs each request's subject" in line and "the method lora does without" in line

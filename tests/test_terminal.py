@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -55,6 +56,15 @@ def test_a_log_file_and_a_wide_terminal_show_intervals(
         say("word " * 100)
         assert len(capsys.readouterr().out.splitlines()) == 1
         assert LOG_WIDTH > 100
+
+
+def test_lines_break_between_words_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "30")
+    say("the signed order then names the block of least reach")
+    assert screen.getvalue().splitlines() == ["the signed order then names ", "the block of least reach"]
 
 
 def test_a_stream_that_cannot_show_a_letter_ends_no_command(tmp_path: Path) -> None:

@@ -134,13 +134,13 @@ def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRe
     return settled
 
 
-def check_subjects(requests: Sequence[EditRequest], method: str) -> None:
+def check_subjects(requests: Sequence[EditRequest], method: str, instead: str = "finetune") -> None:
     """Raise UserError when a method needs subjects, and a request's prompt does not hold its own."""
     missing = [r.id for r in requests if not r.names_subject]
     if missing and METHODS[method].make.needs_subject:
         raise UserError(
             f"edit: {method} needs each request's subject in its prompt; not so in {len(missing)} of "
-            f"{len(requests)}: {', '.join(missing[:5])}; the method finetune does without"
+            f"{len(requests)}: {', '.join(missing[:5])}; the method {instead} does without"
         )
 
 

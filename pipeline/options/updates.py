@@ -84,7 +84,7 @@ class SubmitCommand(StoreOptions):
     """Options of `submit`."""
 
     file: str
-    """A file of edit requests (JSONL or JSON), or `demo`."""
+    """A file of edit requests (JSONL, JSON or CSV, gzipped or not), or `demo`."""
     model: str | None = None
     """The base model; a new store needs it, an old one knows it."""
     source: str | None = None

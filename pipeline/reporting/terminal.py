@@ -25,9 +25,14 @@ LOG_WIDTH = 160  # columns of what is no terminal, unless COLUMNS says otherwise
 
 
 def screen(soft_wrap: bool = False) -> Console:
-    """The output stream: as wide as the terminal, and wide enough for any table where it is a file or a pipe."""
-    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
-    return Console(soft_wrap=soft_wrap, width=wide)
+    """The output stream: as wide as the terminal, and wide enough for any table where it is a file or a pipe.
+
+    Args:
+        soft_wrap: leave lines whole where it is no terminal; a terminal's are broken between words.
+    """
+    terminal = sys.stdout.isatty()
+    wide = None if terminal or "COLUMNS" in os.environ else LOG_WIDTH
+    return Console(soft_wrap=soft_wrap and not terminal, width=wide)
 
 
 def _fits(table: Table, console: Console) -> bool:

@@ -131,7 +131,7 @@ class Sweep:
 def check_trial(method: str, options: EditOptions, requests: Sequence[EditRequest], flag: str = "methods") -> None:
     """Raise UserError for a method that cannot be tried with single edits, or requests that it cannot take."""
     check_choice(flag, method, ALONE)
-    check_subjects(requests, method)
+    check_subjects(requests, method, instead="lora")
     if options.locate.rounds > 1 and METHODS[method].options == "locate":
         raise UserError(f"locate.rounds: {options.locate.rounds}; trial edits visit a block once; expected 1")
 
