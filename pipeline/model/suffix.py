@@ -128,7 +128,7 @@ class SuffixRunner:
         return self._noted(kept)
 
     def _prefix(self, rows: Sequence[SuffixRow], start_B: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Run what stands before suffixes, padded on the left; its mask (B, P), each block's keys and values."""
+        """Run what stands before the suffixes, padded on the left; mask (B, P), each block's keys and values."""
         width = max(1, *(row.start for row in rows))
         pad = [self.llm.pad_token_id]
         ids = [pad * (width - row.start) + row.token_ids[: row.start] for row in rows]

@@ -46,7 +46,7 @@ class EventsLogger(TensorBoardLogger):
         """
         started = SessionStartInfo()
         for name, value in row.items():
-            setattr(started.hparams[name], FIELDS[COLUMNS[name]], value)
+            setattr(started.hparams[_key(name)], FIELDS[COLUMNS[name]], value)
         ended = SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
         contents = {
             metadata.EXPERIMENT_TAG: HParamsPluginData(experiment=_experiment()),
@@ -65,9 +65,16 @@ class EventsLogger(TensorBoardLogger):
 
 def _experiment() -> api_pb2.Experiment:
     """The columns of HPARAMS, in their order."""
-    settings = [api_pb2.HParamInfo(name=name, type=TYPES[kind]) for name, kind in COLUMNS.items()]
+    settings = [
+        api_pb2.HParamInfo(name=_key(name), display_name=name, type=TYPES[kind]) for name, kind in COLUMNS.items()
+    ]
     metrics = [
         api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=shown)
         for tag, shown in metric_names().items()
     ]
     return api_pb2.Experiment(hparam_infos=settings, metric_infos=metrics)
+
+
+def _key(column: str) -> str:
+    """By which TensorBoard sorts, and of which it shows nothing."""
+    return f"{list(COLUMNS).index(column) + 1:02d} {column}"

@@ -27,6 +27,7 @@ from pipeline.reporting.dashboards import columns, edit_charts, study_charts, st
 from pipeline.reporting.events import EventsLogger
 from pipeline.reporting.figures import (
     agreement_figure,
+    block_means,
     by_cost,
     cost_figure,
     metrics_figure,
@@ -113,18 +114,22 @@ class RunLog:
     @rank_zero_only
     def keep_profile(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
         """Write the profile and, where found now, the requests' scores; keep them even if a later stage fails."""
-        known = self._kept("scores.png")  # then TensorBoard has it
+        shown = self.output.resumed and any(self.folder.glob("events.*"))
         if scores:
             scores.save(self.folder)
         profile.save(self.folder)  # last: a resumed command that finds it finds the scores, too
         self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png", "agreement.png"}
-        if not known:
-            self._profile_figures(profile, scores)
+        if not shown:
+            self._profile_figures(profile, scores or self._scores_kept())
+            self.tensorboard.experiment.flush()
         show_profile(profile)
 
     def profile_kept(self) -> GoldenProfile | None:
         """The profile that the resumed command had found."""
         return GoldenProfile.load(self.folder) if self._kept(PROFILE_FILE) else None
+
+    def _scores_kept(self) -> Scores | None:
+        return Scores.load(self.folder) if self._kept(SCORES_FILE) else None
 
     def update_kept(self) -> WeightUpdate | None:
         """The update that the resumed command had finished."""
@@ -202,7 +207,9 @@ class RunLog:
         for name, grids in study.grids.items():
             for method, grid in grids.items():
                 for metric, values in {**grid.values, "score": grid.scores}.items():
-                    for block, mean in zip(grid.blocks, np.nanmean(values, axis=0), strict=True):
+                    for block, mean in zip(grid.blocks, block_means(values), strict=True):
+                        if np.isnan(mean):
+                            continue  # no request has such a probe
                         self.tensorboard.experiment.add_scalar(study_tag(name, method, metric), mean, block)
                 for number, (kind, draw) in enumerate(STUDY_FIGURES.items(), start=1):
                     shown = draw(study, name, method)

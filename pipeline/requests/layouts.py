@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
-from pipeline.requests.benchmarks import (
+from pipeline.requests.benchmark_layouts import (
     Record,
     from_easyedit,
     from_original_counterfact,

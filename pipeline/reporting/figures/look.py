@@ -52,14 +52,16 @@ def look(height: float, title: str, told: str = "", width: float = WIDTH) -> Ite
         told: how to read it, in a sentence or two, under the title.
         width: in inches.
     """
+    titles = textwrap.wrap(title, int(width * 10))
     lines = textwrap.wrap(told, int(width * 14.5))
     with matplotlib.rc_context(STYLE):
-        heading = 0.3 + 0.17 * len(lines)
-        figure = Figure(figsize=(width, height + heading), dpi=140, layout="constrained")
-        top = 1 - heading / (height + heading)
-        figure.get_layout_engine().set(rect=(0, 0, 1, top))  # type: ignore[call-arg, union-attr]
-        figure.text(0.012, 0.99, title, ha="left", va="top", weight="bold", fontsize=11.5)
-        figure.text(0.012, 0.99 - 0.25 / (height + heading), "\n".join(lines), ha="left", va="top", fontsize=9)
+        below = 0.06 + 0.19 * len(titles)  # inches from the top to what is told
+        heading = below + 0.05 + 0.17 * len(lines)
+        tall = height + heading
+        figure = Figure(figsize=(width, tall), dpi=140, layout="constrained")
+        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - heading / tall))  # type: ignore[call-arg, union-attr]
+        figure.text(0.012, 1 - 0.05 / tall, "\n".join(titles), va="top", weight="bold", fontsize=11.5)
+        figure.text(0.012, 1 - (below + 0.03) / tall, "\n".join(lines), va="top", fontsize=9)
         yield figure
 
 
@@ -69,9 +71,9 @@ def short(name: str, most: int = NAME) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
-def ticks(axes: Axes, names: Sequence[object]) -> None:
+def ticks(axes: Axes, names: Sequence[object], most: int = MOST_TICKS) -> None:
     """Name places 0, 1, 2 … on the horizontal axis, as many as can be read."""
-    every = -(-len(names) // MOST_TICKS)
+    every = max(1, -(-len(names) // most))
     axes.set_xticks(range(0, len(names), every), [str(name) for name in names[::every]])
 
 

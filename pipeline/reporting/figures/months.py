@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.reporting.figures.look import BLUE, GOLD, INK, LINES, look, short, ticks
+from pipeline.reporting.figures.look import BLUE, GOLD, INK, LINES, legend_below, look, short, ticks
 
 CURVES = {"rewrite": BLUE, "rephrase": INK, "locality": INK}
 
@@ -27,24 +27,27 @@ def months_figure(model: str, versions: Mapping[int, Mapping[str, Any]]) -> Figu
         "rewrite of a sample of those that stood already."
     )
     title = f"{_count(len(versions), 'update')} of {short(model)}: {_count(last['facts'], 'fact')}"
-    with look(5.2, title, told) as figure:
-        quality, rest, count = figure.subplots(3, 1, sharex=True, height_ratios=(5, 3, 3))
+    with look(3.5, title, told, width=7.2) as figure:
+        panels = figure.subplot_mosaic([["quality", "perplexity"], ["quality", "requests"]], width_ratios=(6, 5))
+        quality, rest, counts = (panels[name] for name in ("quality", "perplexity", "requests"))
         after = [figures["after"] for figures in versions.values()]
         for (name, color), (line, shape) in zip(CURVES.items(), LINES, strict=False):
             _curve(quality, [each["metrics"].get(name, {}).get("mean") for each in after], name, color, line, shape)
-        line, shape = LINES[3]
-        _curve(quality, [each["earlier"] for each in after], "earlier facts", GOLD, line, shape)
+        _curve(quality, [each["earlier"] for each in after], "earlier facts", GOLD, *LINES[3])
         quality.set_ylim(-0.03, 1.06)
         quality.set_ylabel("share")
-        _curve(rest, [each["perplexity_ratio"] for each in after], "perplexity", BLUE, *LINES[0])
+        _curve(rest, [each["perplexity_ratio"] for each in after], "", BLUE, *LINES[0])
         rest.axhline(1, color=INK, linewidth=0.8)
-        rest.set_ylabel("× base's")
-        _requests(count, list(versions.values()))
-        for axes in (quality, rest, count):
-            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-        ticks(count, list(versions))
-        count.set_xlim(-0.6, len(versions) - 0.4)
-        count.set_xlabel("version")
+        rest.set_title("perplexity, × the base's")
+        rest.ticklabel_format(useOffset=False)
+        _requests(counts, list(versions.values()))
+        for axes in (quality, rest, counts):
+            ticks(axes, list(versions), most=10 if axes is quality else 6)
+            axes.set_xlim(-0.6, len(versions) - 0.4)
+        quality.set_xlabel("version")
+        counts.set_xlabel("version")
+        legend_below(quality)
+        counts.legend(fontsize=8, ncols=3, loc="upper right", columnspacing=1.0, handlelength=1.2)
     return figure
 
 
@@ -70,5 +73,5 @@ def _requests(axes: Axes, versions: Sequence[Mapping[str, Any]]) -> None:
             axes.bar(places, counts, 0.8, floor, color=color, hatch=hatch, edgecolor=INK, linewidth=0.6,
                      label=name.replace("_", " "))  # fmt: skip
             floor += counts
-    axes.set_ylim(0, max(1.0, 1.1 * floor.max()))
-    axes.set_ylabel("requests")
+    axes.set_ylim(0, max(1.0, 1.45 * floor.max()))  # with room for the legend
+    axes.set_title("requests")

@@ -11,7 +11,7 @@ from pipeline.evaluation import Estimate, Evaluation
 from pipeline.reporting.figures.look import BLUE, GREY, INK, LINES, legend_below, look, short
 from pipeline.reporting.groups import IN_SHORT, SHARES, grouped, label
 
-ROW = 0.26  # inches a metric
+ROW = 0.215  # inches a metric
 MARKS = {"before": ("o", "white", GREY), "after": ("D", BLUE, BLUE)}  # shape, filling, interval
 
 
@@ -100,7 +100,7 @@ def cost_figure(name: str, methods: Mapping[str, Mapping[str, float]], model: st
             costs.barh(place, figures["cost"], 0.6, color=GREY, edgecolor=INK, linewidth=0.6)
             costs.text(figures["cost"], place, f" {figures['cost']:.3g}", va="center", fontsize=9)
         costs.set_xlim(0, 1.25 * dearest)
-        costs.set_xlabel("forward passes a request")
+        costs.set_xlabel("cost, passes")
         legend_below(shares)
     return figure
 

@@ -101,15 +101,15 @@ def stability_figure(profile: GoldenProfile) -> Figure:
     assert stability
     told = (
         f"{stability.resamples} draws of the {profile.requests} requests, with replacement; each chooses a block. "
-        "Below: draws of fewer requests; beside a point the block that they choose most."
+        "Below: draws of fewer requests; above a point the block that they choose most."
     )
-    with look(3.6, f"How sure is block {golden}? {stability.chosen[golden]:.0%}", told) as figure:
+    with look(3.1, f"How sure is block {golden}? {stability.chosen[golden]:.0%}", told) as figure:
         shares, settling = figure.subplots(2, 1, height_ratios=(3, 2))
         blocks = range(len(stability.chosen))
         colors = [GOLD if block == golden else BLUE for block in blocks]
         shares.bar(blocks, stability.chosen, color=colors, edgecolor=INK, linewidth=0.4)
         block_axis(shares, blocks, profile.model)
-        shares.set_ylabel("share choosing it")
+        shares.set_ylabel("share")
         settling.plot(stability.sizes, stability.agreeing, color=INK, marker="o", markerfacecolor=GOLD)
         for size, share, leading in zip(stability.sizes, stability.agreeing, stability.leading, strict=True):
             settling.annotate(
@@ -118,8 +118,8 @@ def stability_figure(profile: GoldenProfile) -> Figure:
         settling.set_xscale("log", base=2)
         settling.set_xticks(stability.sizes, [str(size) for size in stability.sizes], fontsize=8)
         settling.minorticks_off()
-        settling.set_xlabel("requests drawn")
-        settling.set_ylabel(f"choosing {golden}")
+        settling.set_xlabel(f"requests drawn (share that chooses block {golden})")
+        settling.set_ylabel("share")
         for axes in (shares, settling):
             axes.set_ylim(0, 1.2)
             axes.set_yticks([0, 0.5, 1])
@@ -154,6 +154,7 @@ def agreement_figure(profile: GoldenProfile, scores: Scores) -> Figure:
         axes.set_ylabel("request")
         whole_numbers(axes.yaxis)
         bar = figure.colorbar(image, ax=axes, label="place in the request's ranking")
+        whole_numbers(bar.ax.yaxis)
         bar.ax.invert_yaxis()
     return figure
 

@@ -35,11 +35,11 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
     )
     with look(3.4, f"Which block edits best? {short(name)}, {method}", told) as figure:
         axes = figure.subplots()
-        judged = [metric for metric in JUDGED_BY if metric in grid.values]
+        judged = [name for name in JUDGED_BY if name in grid.values and not np.isnan(grid.values[name]).all()]
         for metric, (line, shape) in zip(judged, LINES, strict=False):
-            axes.plot(grid.blocks, _means(grid.values[metric]), color=BLUE, linestyle=line, marker=shape,
+            axes.plot(grid.blocks, block_means(grid.values[metric]), color=BLUE, linestyle=line, marker=shape,
                       markersize=4, linewidth=1.1, label=metric)  # fmt: skip
-        axes.plot(grid.blocks, _means(grid.scores), color=INK, linewidth=2.4, label="score")
+        axes.plot(grid.blocks, block_means(grid.scores), color=INK, linewidth=2.4, label="score")
         axes.axvline(golden, color=GOLD, linewidth=6, alpha=0.6, zorder=0, label=f"golden layer: {golden}")
         axes.axvline(best, color=INK, linewidth=1.2, linestyle="-.", zorder=0, label=f"best fixed block: {best}")
         axes.set_ylim(0, 1.03)
@@ -50,7 +50,7 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
     return figure
 
 
-def _means(values_RL: np.ndarray) -> np.ndarray:
+def block_means(values_RL: np.ndarray) -> np.ndarray:
     """Each block's mean over the requests that have the figure; NaN where none has."""
     there = ~np.isnan(values_RL)
     sums, counts = np.where(there, values_RL, 0).sum(0), there.sum(0)

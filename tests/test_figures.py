@@ -1,0 +1,176 @@
+"""The figures: drawn without a warning for the smallest, the largest and the oddest, not blank, nothing cut off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from pipeline.attribution import GoldenProfile, Scores, judge, select
+from pipeline.evaluation import Estimate, Evaluation
+from pipeline.options import AttributionOptions
+from pipeline.reporting.figures import (
+    agreement_figure,
+    by_cost,
+    cost_figure,
+    metrics_figure,
+    months_figure,
+    score_figure,
+    selectors_figure,
+    squares_figure,
+    stability_figure,
+    sweep_figure,
+)
+from pipeline.reporting.figures.look import BLUE, GOLD, GREY, WIDTH, short
+from pipeline.reporting.groups import IN_SHORT, SHARES
+from pipeline.study import Grid, Study
+
+LONG = "/data/models/of_a_company$with$signs/and_very_long_names-that-say-all-there-is-to-say-7B-instruct-v0.3"
+SIZES = [(1, 1), (30, 80), (100, 300)]  # blocks, requests
+
+
+@pytest.fixture(autouse=True)
+def no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def look_at(figure: Figure) -> np.ndarray:
+    """The figure's pixels; fails where it is blank, or where ink touches the left or right edge."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].mean(-1)
+    assert (pixels < 128).mean() > 0.005, "blank"
+    assert pixels[:, :2].min() > 200 and pixels[:, -2:].min() > 200, "something is cut off"
+    assert figure.get_figwidth() <= 1.25 * WIDTH, "too wide for TensorBoard's cards"
+    return cast(np.ndarray, pixels)
+
+
+def found(blocks: int, requests: int, model: str = "tiny", **options: Any) -> tuple[GoldenProfile, Scores]:
+    """A profile with scores like real ones: of both signs, with outliers."""
+    values = np.random.default_rng(0).standard_cauchy((requests, blocks)) * 10
+    chosen = select(values.mean(0).tolist(), **options)
+    order = options.get("order", "signed")
+    profile = GoldenProfile(
+        model=model, fingerprint="", method="lga", scope="mlp", order=order, scores=values.mean(0).tolist(),
+        fences=(chosen.low, chosen.high), excluded=chosen.excluded, ranking=chosen.ranking,
+        raw_ranking=chosen.raw_ranking, golden_layers=chosen.ranking[:1], request_set=model, requests=requests,
+        seconds=1.0, stability=judge(values, chosen.ranking[0], AttributionOptions().fences, order),
+    )  # fmt: skip
+    return profile, Scores("lga", [str(number) for number in range(requests)], values)
+
+
+@pytest.mark.parametrize("model", ["tiny", LONG])
+@pytest.mark.parametrize(("blocks", "requests"), SIZES)
+def test_where_to_edit(blocks: int, requests: int, model: str) -> None:
+    profile, scores = found(blocks, requests, model)
+    for figure in (score_figure(profile), stability_figure(profile), agreement_figure(profile, scores)):
+        look_at(figure)
+        assert str(profile.golden_layers[0]) in figure.texts[0].get_text(), "the choice stands in the title"
+
+
+def test_what_a_profile_may_lack() -> None:
+    profile, _ = found(30, 8)
+    look_at(score_figure(profile.model_copy(update={"stability": None, "fences": None, "excluded": []})))
+    look_at(score_figure(profile.model_copy(update={"scores": [0.0] * 30, "scope": ""})))
+    look_at(score_figure(profile.model_copy(update={"golden_layers": profile.ranking[:3]})))
+
+
+def evaluation(names: tuple[str, ...], after: bool = True, count: int = 80) -> Evaluation:
+    """Figures of a small edit."""
+    sides = [
+        SimpleNamespace(metrics={name: Estimate(mean, count, mean - 0.1, mean + 0.1) for name in names})
+        for mean in (0.1, 0.9)
+    ]
+    return cast(Evaluation, SimpleNamespace(before=sides[0], after=sides[1] if after else None))
+
+
+@pytest.mark.parametrize("after", [True, False])
+@pytest.mark.parametrize("names", [("rewrite",), tuple(name for name in SHARES if name in IN_SHORT)])
+def test_before_and_after(names: tuple[str, ...], after: bool) -> None:
+    figure = metrics_figure(evaluation(names, after, count=1))
+    look_at(figure)
+    (axes,) = figure.axes
+    assert len(axes.get_yticks()) == len(names)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == (["before", "after"] if after else ["before"])
+
+
+def study(blocks: int, requests: int, name: str) -> Study:
+    """A study of two selectors, with a probe that some requests lack and one that all lack."""
+    random = np.random.default_rng(0)
+    values = {metric: random.random((requests, blocks)) for metric in ("rewrite", "rephrase", "locality")}
+    values["rephrase"][0] = np.nan
+    values["locality"][:] = np.nan
+    grid = Grid(list(range(blocks)), values, 60.0)
+    profiles = {selector: found(blocks, 8)[0] for selector in ("lga", f"{name} without fences")}
+    part = cast(Any, SimpleNamespace(name=name, tried=[None] * requests, proxy=[None] * 8))
+    return Study(name, blocks, [part], {name: profiles}, {name: {"memit": grid}})
+
+
+@pytest.mark.parametrize("draw", [sweep_figure, squares_figure, selectors_figure])
+@pytest.mark.parametrize(("blocks", "requests", "name"), [(1, 2, "demo"), (30, 32, LONG), (100, 200, "demo")])
+def test_a_study(draw: Callable[..., Figure], blocks: int, requests: int, name: str) -> None:
+    look_at(draw(study(blocks, requests, name), name, "memit"))
+
+
+def test_quality_against_cost() -> None:
+    rows = [
+        {"name": f"batch of 100, {method}: {figure}", "value": value}
+        for method, cost in (("memit", 75), ("finetune", 58), (LONG, 1))
+        for figure, value in (("rewrite", 0.9), ("locality", 0.6), ("cost", cost))
+    ]
+    rows += [
+        {"name": "golden layer by LGA: block", "value": 3},
+        {"name": "upper blocks, finetune: cost", "value": 1},
+    ]
+    ((what, methods),) = by_cost(rows).items()
+    assert what == "batch of 100" and set(methods) == {"memit", "finetune", LONG}
+    figure = cost_figure(what, methods, LONG)
+    look_at(figure)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels[1:] == ["finetune", "memit"], "the cheapest first"
+    assert by_cost([{"name": "golden layer by LGA: block", "value": 3}]) == {}
+
+
+@pytest.mark.parametrize("versions", [1, 10, 100])
+def test_months_of_updates(versions: int) -> None:
+    figures = {
+        number: {
+            "after": {
+                "metrics": {"rewrite": {"mean": 0.9}} | ({"locality": {"mean": 0.8}} if number % 2 else {}),
+                "earlier": None if number == 1 else 0.9,
+                "perplexity_ratio": 1.0,
+            },
+            **{"applied": 4, "held_back": number % 3, "retracted": 0, "facts": 4 * number},
+        }
+        for number in range(1, versions + 1)
+    }
+    figure = months_figure(LONG, figures)
+    look_at(figure)
+    assert f"{versions} update" in figure.texts[0].get_text()
+
+
+def test_colours_differ_in_grey() -> None:
+    grey = sorted(float(np.dot(to_rgb(color), (0.299, 0.587, 0.114))) for color in (GOLD, BLUE, "white"))
+    assert min(np.diff(grey)) > 0.2 and grey[0] + 0.2 < np.dot(to_rgb(GREY), (0.299, 0.587, 0.114))
+
+
+def test_long_names_keep_their_end() -> None:
+    assert short(LONG).endswith("7B-instruct-v0.3") and len(short(LONG)) <= 42
+    assert short("smollm2") == "smollm2"
+
+
+def test_no_display_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    score_figure(found(4, 6)[0]).savefig(tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").stat().st_size > 5000

@@ -1,0 +1,77 @@
+"""A command's TensorBoard run: what benchmarks and studies leave in it, and that resuming writes nothing twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_figures import found, study
+
+from pipeline.reporting import run_log
+
+
+def board_of(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0, "scalars": 0}).Reload()
+
+
+def test_a_benchmark_shows_quality_against_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"name": f"batch of 100, {method}: {figure}", "value": value, "bound": bound, "met": met}
+        for method, cost in (("memit", 75.0), ("lora", 136.0))
+        for figure, value, bound, met in (("rewrite", 0.97, 0.95, True), ("cost", cost, 80.0, cost < 80))
+    ]
+    out = tmp_path / "out"
+    with run_log("benchmark", str(out), False, {}) as log:
+        log.keep_benchmark(rows, "tiny")
+    assert json.loads((out / "benchmark.json").read_text()) == rows
+    assert (out / "cost-batch-of-100.png").stat().st_size > 5000
+    board = board_of(out)
+    assert board.Tags()["images"] == ["benchmark/cost-batch-of-100"]
+    table = board.Tensors("benchmark/results/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| batch of 100, lora: cost | 136 | 80 | **no** |" in table
+    assert "batch of 100, memit: rewrite" in capsys.readouterr().out
+
+
+def test_a_benchmark_without_costs_has_no_empty_figure(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with run_log("benchmark", str(out), False, {}) as log:
+        log.keep_benchmark([{"name": "seconds", "value": 1.0, "bound": None, "met": None}], "tiny")
+    assert not list(out.glob("*.png")) and not board_of(out).Tags()["images"]
+
+
+def test_a_study_shows_nothing_that_was_not_measured(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with run_log("study", str(out), False, {}) as log:
+        log.keep_study(study(4, 3, "demo"))
+    board = board_of(out)
+    tags = board.Tags()["scalars"]
+    assert sorted(tags) == [
+        f"study_demo_memit/{place}_{name}_by_block"
+        for place, name in enumerate(("score", "rewrite", "rephrase"), 1)
+    ]
+    assert all(np.isfinite(point.value) for tag in tags for point in board.Scalars(tag))
+    assert len(board.Tags()["images"]) == 3
+    assert "| golden layer |" in board.Tensors("study/report/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.parametrize("in_progress", [True, False])  # whose curves stay, or go
+def test_a_resumed_command_shows_its_profile_once(in_progress: bool, tmp_path: Path) -> None:
+    out, (profile, scores) = tmp_path / "out", found(4, 6)
+    with pytest.raises(KeyboardInterrupt), run_log("run", str(out), False, {"resume": False}) as log:
+        log.keep_profile(profile, scores)
+        if in_progress:
+            (log.work / "edit").mkdir(parents=True)
+            (log.work / "edit" / "step-1.ckpt").write_text("")
+        raise KeyboardInterrupt
+    assert bool(list(out.glob("events.*"))) == in_progress
+    with run_log("run", str(out), False, {"resume": True}, resume=True) as log:
+        again = log.profile_kept()
+        assert again == profile
+        log.keep_profile(again)
+    board = board_of(out)
+    assert [point.step for point in board.Scalars("attribution/score_by_block")] == [0, 1, 2, 3]
+    assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1, 1]
+    assert (out / "agreement.png").is_file()
