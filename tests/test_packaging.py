@@ -27,7 +27,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clean, place = tmp_path_factory.mktemp("clean"), tmp_path_factory.mktemp("installed")
     for name in ("pipeline", "configs"):
         shutil.copytree(ROOT / name, clean / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "run.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "run.py"):
         shutil.copy(ROOT / name, clean)
     build = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
     subprocess.run([*PYTHON, "-c", build, str(place)], cwd=clean, check=True, capture_output=True, timeout=120)
