@@ -7,50 +7,35 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline import update_commands
 from pipeline.errors import UserError, check_choice
 from pipeline.options import (
     AttributeCommand,
-    AttributionOptions,
     BenchmarkCommand,
-    ComputeOptions,
     DemoCommand,
     DiffCommand,
     EditCommand,
-    EditOptions,
     EvaluateCommand,
-    EvaluationOptions,
     ExportCommand,
     GenerateCommand,
     HistoryCommand,
-    ModelOptions,
     PlanCommand,
-    ProvingOptions,
-    RequestOptions,
     RequestsCommand,
     RetractCommand,
     RunCommand,
     ScheduleCommand,
     StudyCommand,
     SubmitCommand,
-    TrainerOptions,
     UpdateCommand,
     VerifyCommand,
     VersionCommand,
 )
 from pipeline.shipped import program
-
-if TYPE_CHECKING:
-    from pipeline.attribution import GoldenProfile
-    from pipeline.editing import WeightUpdate
-    from pipeline.model import LLM
-    from pipeline.reporting import RunLog
-    from pipeline.requests import EditRequest
+from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 
 STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "together", "skip_bad")
 
@@ -63,31 +48,31 @@ def run(options: RunCommand) -> None:
 
     check_method([], options.attribution)
     check_choice("edit.method", options.edit.method, METHODS)
-    with _working(options, "run") as log:
-        requests = _read_requests(options)
+    with working(options, "run") as log:
+        requests = read_requests(options)
         if options.profile:
             profile, edits = GoldenProfile.load(options.profile), requests
         else:
             proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
             check_method(proxy, options.attribution)
         edits = accept(edits, options.edit)
-        llm = _load(options, requests=requests)
+        llm = load(options, requests=requests)
         if options.profile:
             choose_layers(llm, profile, options.edit)
-            _note_chat(llm, "profile", profile.chat)
+            note_chat(llm, "profile", profile.chat)
             log.keep_profile(profile)
         else:
             llm.check_layers(options.edit.layers or [])
-            profile = _find_golden_layer(log, llm, proxy, options.attribution, options)
-        _edit_and_prove(log, llm, edits, profile, options, options.edit, options.evaluation)
+            profile = find_and_keep(log, llm, proxy, options.attribution, options)
+        edit_and_prove(log, llm, edits, profile, options, options.edit, options.evaluation)
 
 
 def demo(options: DemoCommand) -> None:
     """See it all on a handful of facts: old answers, golden layer, edit, new answers, what else moved, and back."""
     from pipeline.demo import show
 
-    with _working(options, "demo") as log:
-        show(_load(options), options, log)
+    with working(options, "demo") as log:
+        show(load(options), options, log)
 
 
 def attribute(options: AttributeCommand) -> None:
@@ -95,10 +80,10 @@ def attribute(options: AttributeCommand) -> None:
     from pipeline.attribution import check_method
 
     check_method([], options)
-    with _working(options, "attribute") as log:
-        requests = _read_requests(options)
+    with working(options, "attribute") as log:
+        requests = read_requests(options)
         check_method(requests, options)
-        _find_golden_layer(log, _load(options, requests=requests), requests, options, options)
+        find_and_keep(log, load(options, requests=requests), requests, options, options)
 
 
 def edit(options: EditCommand) -> None:
@@ -107,19 +92,19 @@ def edit(options: EditCommand) -> None:
     from pipeline.editing import METHODS, WeightUpdate, accept, check_earlier, choose_layers
 
     check_choice("method", options.method, METHODS)
-    with _working(options, "edit") as log:
-        requests = accept(_read_requests(options), options)
+    with working(options, "edit") as log:
+        requests = accept(read_requests(options), options)
         profile = GoldenProfile.load(options.profile) if options.profile else None
         after = WeightUpdate.load(options.after) if options.after else None
         if profile is None and not options.layers:
             raise UserError(f"edit: where? give --profile FILE, which `{program()} attribute` makes, or --layers N")
-        llm = _load(options, requests=requests)
+        llm = load(options, requests=requests)
         choose_layers(llm, profile, options)
         if profile:
-            _note_chat(llm, "profile", profile.chat)
+            note_chat(llm, "profile", profile.chat)
         if after:
             check_earlier(llm, after)
-        _edit_and_prove(log, llm, requests, profile, options, options, options.evaluation, after)
+        edit_and_prove(log, llm, requests, profile, options, options, options.evaluation, after)
 
 
 def evaluate(options: EvaluateCommand) -> None:
@@ -129,12 +114,12 @@ def evaluate(options: EvaluateCommand) -> None:
 
     if options.explain:
         return _explain(options)
-    with _working(options, "evaluate") as log:
-        requests = _read_requests(options)
+    with working(options, "evaluate") as log:
+        requests = read_requests(options)
         update = WeightUpdate.load(options.update) if options.update else None
-        llm = _load(options, requests=requests)
+        llm = load(options, requests=requests)
         if update:
-            _note_chat(llm, "update", update.chat)
+            note_chat(llm, "update", update.chat)
         measured = evaluate(llm, requests, update, options, options.trainer, log.work)
         log.keep_metrics(llm.name, requests, measured)
 
@@ -168,12 +153,12 @@ def export(options: ExportCommand) -> None:
     """Write the edited model as a plain Hugging Face folder, or the update alone, or as a PEFT adapter."""
     from pipeline.editing import WeightUpdate, export_adapter, export_merged
 
-    with _working(options, "export") as log:
+    with working(options, "export") as log:
         if options.update:
             update, model = WeightUpdate.load(options.update), options.model
         else:
             update, model = update_commands.of_store(options)
-        llm = _load(options, model)
+        llm = load(options, model)
         llm.check_made_for("update", update.model, update.fingerprint)
         if options.kind == "merged":
             export_merged(llm, update, log.folder)
@@ -189,16 +174,16 @@ def generate(options: GenerateCommand) -> None:
     from pipeline.model import generate
     from pipeline.reporting import show_answers
 
-    _prepare(options)
+    prepare(options)
     update = WeightUpdate.load(options.update) if options.update else None
-    prompts = options.prompt or [request.prompt for request in _read_requests(options)]
+    prompts = options.prompt or [request.prompt for request in read_requests(options)]
     if options.store:
-        update_commands.generate_live(prompts, options, lambda name: _load(options, name))
+        update_commands.generate_live(prompts, options, lambda name: load(options, name))
         return
-    llm = _load(options)
+    llm = load(options)
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
-        _note_chat(llm, "update", update.chat)
+        note_chat(llm, "update", update.chat)
     settings: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "batch_size": options.batch_size,
@@ -218,7 +203,7 @@ def study(options: StudyCommand) -> None:
     from pipeline.study.results import RESULTS_FILE
     from pipeline.study.study import check_study, parted, run_study
 
-    with _working(options, "study", STUDY_MAY_CHANGE) as log:
+    with working(options, "study", STUDY_MAY_CHANGE) as log:
         sets = []
         for file in options.requests:
             most = options.limit + 4 * options.proxy  # some are about subjects that are tried
@@ -226,7 +211,7 @@ def study(options: StudyCommand) -> None:
             sets.append(parted(_set_name(file), read, options))
         check_study(sets, options)
         log.going_on(RESULTS_FILE)
-        log.keep_study(run_study(_load(options), sets, options, log.folder))
+        log.keep_study(run_study(load(options), sets, options, log.folder))
 
 
 def plan(options: PlanCommand) -> None:
@@ -236,10 +221,10 @@ def plan(options: PlanCommand) -> None:
     from pipeline.reporting import show_plan
 
     if options.output is None:
-        _prepare(options)
+        prepare(options)
         show_plan(plan_memory(options))
         return
-    with _working(options, "plan") as log:
+    with working(options, "plan") as log:
         planned = plan_memory(options)
         write_json(log.folder / "plan.json", planned.to_dict())
         show_plan(planned)
@@ -250,8 +235,8 @@ def benchmark(options: BenchmarkCommand) -> None:
     from pipeline.benchmarks import BENCHMARKS
     from pipeline.reporting import say
 
-    with _working(options, "benchmark") as log:
-        bench = BENCHMARKS[options.what](_load(options), options, log.work)
+    with working(options, "benchmark") as log:
+        bench = BENCHMARKS[options.what](load(options), options, log.work)
         log.keep_benchmark(bench.results(), bench.llm.name)
         if bench.note:
             say(bench.note)
@@ -293,13 +278,6 @@ COMMANDS = {
 }
 
 
-def _read_requests(options: RequestOptions) -> list[EditRequest]:
-    from pipeline.reporting.terminal import say
-    from pipeline.requests import load_requests
-
-    return load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=say)
-
-
 def _show_known(options: RequestsCommand) -> None:
     """Which answers of the requests a model gives by itself, and which requests it cannot take."""
     from pipeline.evaluation import find_known
@@ -307,9 +285,9 @@ def _show_known(options: RequestsCommand) -> None:
     from pipeline.requests import load_requests
     from pipeline.requests.check import NAMED
 
-    _prepare(options)
+    prepare(options)
     read = load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=lambda _: None)
-    llm = _load(options)
+    llm = load(options)
     known = find_known(llm, read, options.batch_size, options.trainer)
     say(f"{llm.name} gives {len(known.old)} of {known.asked} old answers, and {len(known.new)} new answers already")
     for reason in known.unusable[:NAMED]:
@@ -318,125 +296,18 @@ def _show_known(options: RequestsCommand) -> None:
         raise UserError(f"requests: {len(known.unusable)} of {len(read)} are none that {llm.name} can take")
 
 
-def _prepare(options: ModelOptions | RequestsCommand) -> None:
-    from lightning.pytorch import seed_everything
-
-    from pipeline.model import hush
-    from pipeline.model.processes import is_one_of_several, launch
-
-    hush(options.verbose)
-    if isinstance(options, ComputeOptions) and is_one_of_several():
-        launch(_trainer(options))  # join at once: to name one output folder, and to fail together
-    seed_everything(getattr(options, "seed", 0), verbose=False)
-
-
-def _working(options: Any, command: str, may_change: Collection[str] = ()) -> Any:
-    """The command's output folder, tensorboard and report, made once its name is known to be free."""
-    from pipeline.reporting import run_log
-
-    _prepare(options)
-    resume = getattr(options, "resume", False)
-    saved = asdict(options) | {"overwrite": False}  # who repeats the command by them replaces nothing unasked
-    return run_log(command, options.output, options.overwrite, saved, resume, may_change)
-
-
-def _load(options: ModelOptions, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:
-    """Start the other processes, if any, see that all were given the same, and load the model."""
-    from pipeline.model import load_model, weights_dtype
-    from pipeline.model.processes import check_alike, launch
-    from pipeline.options.shared import SHARDED
-
-    if not isinstance(options, ComputeOptions):
-        return load_model(model or options.model, verbose=options.verbose, chat=options.chat)
-    trainer = _trainer(options)
-    device = launch(trainer)
-    check_alike("requests", requests)
-    spread = device if trainer.strategy in SHARDED else None
-    llm = load_model(model or options.model, weights_dtype(trainer), options.verbose, options.chat, spread)
-    check_alike("model", [llm.fingerprint])
-    return llm
-
-
-def _trainer(options: ComputeOptions) -> TrainerOptions:
-    """What a command runs on: a store is worked on by one device."""
-    return options.one_device if isinstance(options, ProvingOptions) else options.trainer
-
-
 def _explain(options: EvaluateCommand) -> None:
     """Show what the model is given for the first requests, and what of it is scored."""
     from pipeline.model.explain import explain
     from pipeline.reporting import show_tokens
 
-    _prepare(options)
-    requests = _read_requests(options)[: options.explain]
-    llm = _load(options)
+    prepare(options)
+    requests = read_requests(options)[: options.explain]
+    llm = load(options)
     for request in requests:
         show_tokens(request, explain(llm, request))
-
-
-def _note_chat(llm: LLM, what: str, chat: bool) -> None:
-    """Say so when what was made with a chat template is used without one, or the other way round."""
-    from pipeline.reporting import say
-
-    if chat != llm.chat:
-        made, used = ("with", "without") if chat else ("without", "with")
-        say(f"note: the {what} was made {made} --chat and is used {used} it")
-
-
-def _request_set(options: Any) -> str:
-    return options.requests if options.requests == "demo" else Path(options.requests).name
 
 
 def _set_name(requests: str) -> str:
     """A request set's name, fit for a file's."""
     return re.sub(r"[^\w.-]+", "_", requests if requests.startswith("hf:") else Path(requests).stem)
-
-
-def _find_golden_layer(
-    log: RunLog,
-    llm: LLM,
-    requests: list[EditRequest],
-    attribution: AttributionOptions,
-    options: AttributeCommand | RunCommand,
-) -> GoldenProfile:
-    """Stage one: score, choose, and keep profile and scores; a resumed command goes on with what it has."""
-    from pipeline.attribution import choose, score_requests
-
-    profile, scores = log.profile_kept(), None
-    if profile is None:
-        work = log.work / "attribution"
-        scores = score_requests(llm, requests, attribution, options.trainer, options.seed, work)
-        profile = choose(llm, scores, attribution, _request_set(options), options.seed)
-    log.keep_profile(profile, scores)
-    return profile
-
-
-def _edit_and_prove(
-    log: RunLog,
-    llm: LLM,
-    requests: list[EditRequest],
-    profile: GoldenProfile | None,
-    compute: ComputeOptions,
-    edit_options: EditOptions,
-    evaluation: EvaluationOptions,
-    after: WeightUpdate | None = None,
-) -> None:
-    """Stages two and three: edit, save the update, measure what was saved."""
-    from pipeline.editing import edit
-    from pipeline.evaluation import Evaluator, evaluate
-
-    Evaluator(llm, requests, evaluation, compute.trainer)  # texts that do not fit are found before the edit
-    update = log.update_kept() or edit(
-        llm,
-        requests,
-        profile,
-        edit_options,
-        compute.trainer,
-        log.tensorboard,
-        compute.seed,
-        after,
-        log.work / "edit",
-    )
-    with log.keeping(update):
-        measured = evaluate(llm, update.requests, update, evaluation, compute.trainer, log.work)
-    log.keep_metrics(llm.name, update.requests, measured, update, profile)

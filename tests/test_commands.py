@@ -850,7 +850,7 @@ def test_an_interrupt_leaves_nothing(
         raise KeyboardInterrupt
 
     places: dict[str, tuple[Any, str]] = {
-        "loading": (commands, "_load"),
+        "loading": (commands, "load"),
         "training": (FineTune, "training_step"),
     }
     monkeypatch.setattr(*places[moment], interrupt)

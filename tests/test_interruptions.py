@@ -200,7 +200,7 @@ def whole_of(tiny_folder: Path, asked: str, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize(
     ("command", "owner", "name", "calls", "by", "again"),
     [
-        ("attribute", commands, "_load", 1, TERM, 0),
+        ("attribute", commands, "load", 1, TERM, 0),
         ("attribute", GreedyModule, "predict_step", 2, KILL, 1),
         ("attribute", AttributionModule, "predict_step", 3, TERM, 0),
         ("attribute", GoldenProfile, "save", 1, KILL, 0),

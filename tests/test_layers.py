@@ -15,6 +15,7 @@ DOORS = {
     "cli",
     "parsing",
     "commands",
+    "stages",
     "update_commands",
     "demo",
     "reporting",

@@ -103,7 +103,8 @@ class Study:
 
 
 def _grid_json(grid: Grid) -> dict[str, Any]:
-    means = {name: np.nanmean(values, axis=0).tolist() for name, values in grid.values.items()}
+    asked = {name: values for name, values in grid.values.items() if not np.isnan(values).all()}
+    means = {name: np.nanmean(values, axis=0).tolist() for name, values in asked.items()}
     return {
         "blocks": grid.blocks,
         **means,
