@@ -23,7 +23,7 @@ from pipeline.study import Study
 from pipeline.study.questions import best_block
 from pipeline.study.sweep import JUDGED_BY
 
-MOST_SELECTORS = 26  # characters of a selector's name
+MOST_SELECTORS = 32  # characters of a selector's name
 
 
 def sweep_figure(study: Study, name: str, method: str) -> Figure:
@@ -100,7 +100,8 @@ def selectors_figure(study: Study, name: str, method: str) -> Figure:
                 own,
                 "" if isinstance(rank, float) else "none",
             )
-        names = [short(selector_name(str(row["selector"])), MOST_SELECTORS) for row in rows]
+        chosen_by = [str(row["selector"]).replace(" without fences", ", unfenced") for row in rows]
+        names = [short(selector_name(name), MOST_SELECTORS) for name in chosen_by]
         regrets.set_yticks(places, names, fontsize=9)
         regrets.set_xlim(0, 1.9 * max(0.02, *(float(row["regret"] or 0) for row in rows)))
         regrets.set_xlabel("regret")
