@@ -75,3 +75,14 @@ def test_a_resumed_command_shows_its_profile_once(in_progress: bool, tmp_path: P
     assert [point.step for point in board.Scalars("attribution/score_by_block")] == [0, 1, 2, 3]
     assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1, 1]
     assert (out / "agreement.png").is_file()
+
+
+def test_a_study_that_grows_is_shown_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for resume in (False, True):
+        with run_log("study", str(out), False, {"resume": resume}, resume=resume) as log:
+            log.going_on()
+            log.keep_study(study(3, 2, "demo"))
+    board = board_of(out)
+    assert [point.step for point in board.Scalars("study_demo_memit/1_score_by_block")] == [0, 1, 2]
+    assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1, 1]

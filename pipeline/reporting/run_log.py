@@ -200,6 +200,7 @@ class RunLog:
     @rank_zero_only
     def keep_study(self, study: Study) -> None:
         """Write study.json, study.md and the figures; show the answers."""
+        self._show_anew()
         report = study_report(study)
         write_json(self.folder / "study.json", study.as_json())
         write_text(self.folder / "study.md", report)
@@ -220,12 +221,19 @@ class RunLog:
     @rank_zero_only
     def keep_benchmark(self, results: Sequence[dict[str, Any]], model: str) -> None:
         """Write benchmark.json and, where costs were measured, quality against cost as a figure; show all."""
+        self._show_anew()
         write_json(self.folder / "benchmark.json", results)
         for what, methods in by_cost(results).items():
             file = re.sub(r"[^\w.-]+", "-", f"cost-{what}")
             self._figure(f"benchmark/{file}", f"{file}.png", cost_figure(what, methods, model))
         self._text("benchmark/results", benchmark_table(results))
         show_benchmark(results)
+
+    def _show_anew(self) -> None:
+        """Take what an interrupted or smaller one has shown out of TensorBoard: all of it is shown again."""
+        if self.output.resumed and self.tensorboard._experiment is None:
+            for file in self.folder.glob("events.out.tfevents.*"):
+                file.unlink()
 
     def _profile_figures(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
         for block, score in enumerate(profile.scores):
