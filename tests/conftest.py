@@ -29,6 +29,8 @@ from pipeline.model import LLM, collate_targets, encode, hush, load_model, targe
 from pipeline.options import EditOptions, StatisticsOptions
 from pipeline.requests import EditRequest, Probe, load_requests
 
+pytest_plugins = ["commanding"]  # the fixtures of commands on a tiny model
+
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 hush(verbose=False)
