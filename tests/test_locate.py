@@ -106,8 +106,8 @@ def test_the_real_model_learns_new_facts(smollm2: LLM, tmp_path: Path) -> None:
     asked = [demo[number] for number in (0, 25, 50, 75)]
     statistics = StatisticsOptions(text=str(text), cache=str(tmp_path))
     options = EditOptions(method="memit", layers=[3], statistics=statistics)
-    once = replace(options, locate=LocateOptions(strength=3000, rounds=1))
-    twice = replace(options, locate=LocateOptions(strength=3000, rounds=2))
+    once = replace(options, locate=LocateOptions(strength=3000, rounds=1, steps=10))
+    twice = replace(options, locate=LocateOptions(strength=3000, rounds=2, steps=10))
     losses = []
     for asked_for in (once, twice):
         with edit(smollm2, asked, options=asked_for).applied(smollm2):
