@@ -114,7 +114,9 @@ def test_the_real_model_learns_new_facts(smollm2: LLM, tmp_path: Path) -> None:
             losses.append(mean_loss(smollm2, asked))
     assert losses[1] < losses[0], "a second round finds what was missed"
     update = edit(smollm2, asked, options=options)
-    figures = evaluate(smollm2, asked, update, EvaluationOptions(max_new_tokens=2))
+    (tmp_path / "short.txt").write_text(text.read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    measured = EvaluationOptions(generation="none", text=str(tmp_path / "short.txt"))
+    figures = evaluate(smollm2, asked, update, measured)
     assert figures.after is not None
     assert figures.before.metrics["rewrite"].mean < 0.3
     assert figures.after.metrics["rewrite"].mean > 0.9
