@@ -40,21 +40,15 @@ REQUIRED = {  # flags without which a command cannot be asked for its config
 }
 
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
 def one_line(captured_error: str) -> str:
     """The one line of an error stream, progress bars aside."""
     lines = [line for line in captured_error.splitlines() if line.strip() and not PROGRESS.search(line)]
     assert len(lines) == 1, captured_error
     assert lines[0].startswith("error: ")
     return lines[0]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, so that whatever is written by mistake is seen."""
-    place = tmp_path / "elsewhere"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    return place
 
 
 @pytest.fixture

@@ -7,34 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import one_line
+from commanding import CPU
 
 from pipeline.cli import main
 from pipeline.updates import Store, counts
 
-CPU = ("--trainer.accelerator", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of a test, empty, beside the request file."""
-    place = tmp_path / "elsewhere"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    return place
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must fail; returns its one line."""
-
-    def run(*words: str) -> str:
-        capsys.readouterr()
-        assert main(words) in (1, 2)
-        return one_line(capsys.readouterr().err)
-
-    return run
-
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 WRONG_FOR_A_STORE = [
     (["--edit.method", "memmit"], "edit.method: 'memmit' does not exist (did you mean 'memit'?)"),

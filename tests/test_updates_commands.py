@@ -66,18 +66,6 @@ def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must fail; returns its one line."""
-
-    def run(*words: str) -> str:
-        capsys.readouterr()
-        assert main(words) in (1, 2)
-        return one_line(capsys.readouterr().err)
-
-    return run
-
-
-@pytest.fixture
 def at(tmp_path: Path) -> list[str]:
     return ["--store", str(tmp_path / "store")]
 
