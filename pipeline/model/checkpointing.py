@@ -10,7 +10,7 @@ from functools import partial
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.llm import LLM
-from pipeline.model.upper import running_instead
+from pipeline.model.activations import running_instead
 
 _AGAIN = ContextVar("a block runs again", default=False)
 

@@ -1,96 +1,133 @@
-"""Greedy generation from prompts alone, in length-sorted, left-padded batches under a Trainer."""
+"""Greedy generation from prompts alone, in batches of like length, padded on the left."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from pipeline.errors import UserError
-from pipeline.model.joining import Joining
 from pipeline.model.llm import LLM
-from pipeline.model.targets import check_length, prompt_tokens
-from pipeline.model.trainer import build_trainer, predict
-from pipeline.options import TrainerOptions
-from pipeline.requests import ListDataModule
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.answers import statement
+from pipeline.requests.joining import Joining
+from pipeline.running.stage import Stage, run
+from pipeline.running.trainer import Runtime
 
-STATEMENT_END = re.compile(r"\n|[.!?](?=\s|$)")
 
+class Question(NamedTuple):
+    """A prompt to go on from.
 
-@dataclass(frozen=True)
-class PromptRow:
-    """A prompt's tokens and its number among the prompts given."""
+    Attributes:
+        token_ids: its tokens.
+        limit: how many tokens may follow.
+        inner_ends: stop at the end of a statement, after so many ends that the answer looked for holds itself; None:
+            go on up to the limit.
+    """
 
     token_ids: list[int]
-    index: int
+    limit: int
+    inner_ends: int | None = None
+
+    def text(self, said: str) -> str:
+        """What counts of what is said."""
+        return said if self.inner_ends is None else statement(said, self.inner_ends)[0]
+
+    def is_over(self, said: str, tokens: int) -> bool:
+        """Whether no more needs to be said."""
+        return tokens >= self.limit or (self.inner_ends is not None and statement(said, self.inner_ends)[1])
 
 
 @dataclass
-class PromptBatch:
-    """Prompts padded on the left: token ids and mask (B, T), and the prompts' numbers."""
+class QuestionBatch:
+    """Questions padded on the left: token ids and mask (B, T), and what else each is."""
 
     input_ids_BT: Tensor
     mask_BT: Tensor
-    indices: list[int]
+    questions: list[Question]
+
+    def to(self, device: Any, **_: Any) -> QuestionBatch:
+        """On a device."""
+        return replace(self, input_ids_BT=self.input_ids_BT.to(device), mask_BT=self.mask_BT.to(device))
 
 
-def encode_prompts(
+class Saying(Stage):
+    """Lets the model go on from each question, greedily: an output is a text.
+
+    Args:
+        llm: the model.
+        title: on the progress bar.
+    """
+
+    def __init__(self, llm: LLM, title: str = "Generating") -> None:
+        super().__init__(llm.model)
+        self.llm, self.title = llm, title
+
+    def collate(self, items: list[Question]) -> QuestionBatch:
+        width = max(len(one.token_ids) for one in items)
+        ids = [[self.llm.pad_token_id] * (width - len(one.token_ids)) + one.token_ids for one in items]
+        mask = [[0] * (width - len(one.token_ids)) + [1] * len(one.token_ids) for one in items]
+        return QuestionBatch(torch.tensor(ids), torch.tensor(mask), list(items))
+
+    def step(self, batch: QuestionBatch) -> list[str]:
+        model, own = self.llm.model, self.llm.model.generation_config
+        end = own.eos_token_id if own else None
+        # generate() fills what it is not told from the model's own settings (repetition penalties, ...): set them aside
+        model.generation_config = GenerationConfig(eos_token_id=self.llm.tokenizer.eos_token_id if end is None else end)
+        try:
+            tokens_BT = model.generate(  # type: ignore[operator]
+                batch.input_ids_BT,
+                attention_mask=batch.mask_BT,
+                max_new_tokens=max(question.limit for question in batch.questions),
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self.llm.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([SaidEnough(self.llm, batch)]),
+            )
+        finally:
+            model.generation_config = own
+        said_BS = tokens_BT[:, batch.input_ids_BT.shape[1] :].tolist()
+        limits = [question.limit for question in batch.questions]
+        texts = decode(self.llm, [row[:limit] for row, limit in zip(said_BS, limits, strict=True)])
+        return [question.text(said) for question, said in zip(batch.questions, texts, strict=True)]
+
+
+class SaidEnough(StoppingCriteria):
+    """Tells which rows of a batch need no more tokens."""
+
+    def __init__(self, llm: LLM, batch: QuestionBatch) -> None:
+        self.llm, self.questions, self.width = llm, batch.questions, batch.input_ids_BT.shape[1]
+        self.over = [False] * len(batch.questions)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        said_BS = input_ids[:, self.width :]
+        for row, said in enumerate(decode(self.llm, said_BS.tolist())):
+            self.over[row] = self.over[row] or self.questions[row].is_over(said, said_BS.shape[1])
+        return torch.tensor(self.over, device=input_ids.device)
+
+
+def decode(llm: LLM, token_ids: Sequence[Sequence[int]]) -> list[str]:
+    """Tokens as texts."""
+    return [str(text) for text in llm.tokenizer.batch_decode(list(token_ids), skip_special_tokens=True)]
+
+
+def questions(
     llm: LLM, prompts: Sequence[str], max_new_tokens: int, joining: Joining | None = None
-) -> list[PromptRow]:
-    """Token ids of prompts, shortest first; UserError when one leaves no room in the context."""
-    rows = [PromptRow(ids, number) for number, ids in enumerate(prompt_tokens(llm, prompts, joining))]
-    for row in rows:
-        if not row.token_ids or not prompts[row.index].strip():
-            raise UserError(f"prompt {prompts[row.index]!r} becomes no token")
-        check_length(llm, len(row.token_ids) + max_new_tokens, f"prompt {prompts[row.index][:60]!r}")
-    return sorted(rows, key=lambda row: len(row.token_ids))
-
-
-def collate_prompts(rows: Sequence[PromptRow], pad_token_id: int) -> PromptBatch:
-    """Pad prompts on the left into one batch."""
-    width = max(len(row.token_ids) for row in rows)
-    ids = [[pad_token_id] * (width - len(row.token_ids)) + row.token_ids for row in rows]
-    mask = [[0] * (width - len(row.token_ids)) + [1] * len(row.token_ids) for row in rows]
-    return PromptBatch(torch.tensor(ids), torch.tensor(mask), [row.index for row in rows])
-
-
-def greedy(llm: LLM, batch: PromptBatch, max_new_tokens: int) -> list[str]:
-    """The model's greedy continuation of each prompt, up to its own end or `max_new_tokens`."""
-    own = llm.model.generation_config
-    end = own.eos_token_id if own else None
-    # generate() fills what it is not told from the model's own settings (repetition penalties, ...): set them aside
-    llm.model.generation_config = GenerationConfig(eos_token_id=llm.tokenizer.eos_token_id if end is None else end)
-    try:
-        tokens_BT = llm.model.generate(  # type: ignore[operator]
-            batch.input_ids_BT,
-            attention_mask=batch.mask_BT,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=llm.pad_token_id,
-        )
-    finally:
-        llm.model.generation_config = own
-    return llm.tokenizer.batch_decode(tokens_BT[:, batch.input_ids_BT.shape[1] :], skip_special_tokens=True)
-
-
-class GreedyModule(LightningModule):
-    """Wraps an LLM; each predict step returns (prompt number, generated text) pairs."""
-
-    def __init__(self, llm: LLM, max_new_tokens: int) -> None:
-        super().__init__()
-        self.llm = llm
-        self.model = llm.model
-        self.max_new_tokens = max_new_tokens
-
-    def predict_step(self, batch: PromptBatch) -> list[tuple[int, str]]:
-        return list(zip(batch.indices, greedy(self.llm, batch, self.max_new_tokens), strict=True))
+) -> list[Question]:
+    """Prompts as questions without an end before the model's own; UserError when one leaves no room in the context."""
+    found = []
+    for prompt, ids in zip(prompts, llm.tokens.prompts(prompts, joining), strict=True):
+        if not ids or not prompt.strip():
+            raise UserError(f"prompt {prompt!r} becomes no token")
+        llm.tokens.check_length(len(ids) + max_new_tokens, f"prompt {prompt[:60]!r}")
+        found.append(Question(ids, max_new_tokens))
+    return found
 
 
 def generate(
@@ -98,7 +135,7 @@ def generate(
     prompts: Sequence[str],
     max_new_tokens: int = 16,
     batch_size: int = 16,
-    trainer: TrainerOptions | None = None,
+    trainer: TrainerOptions | Trainer | None = None,
     title: str = "Generating",
     joining: Joining | None = None,
     kept: Path | None = None,
@@ -110,11 +147,11 @@ def generate(
         prompts: texts, each continued from its end.
         max_new_tokens: the longest continuation; the model may end it earlier.
         batch_size: prompts that run together; it changes the speed alone.
-        trainer: what it runs on.
+        trainer: what it runs on: a Trainer, or options to make one of.
         title: the stage's name on the progress bar.
         joining: puts prompts otherwise than the LLM does.
-        kept: a file's name that stands for all of this; what an interrupted call has generated is kept under it,
-            and not generated again.
+        kept: a folder whose name stands for all of this; what an interrupted call has generated is kept there, and
+            not generated again.
 
     Raises:
         UserError: when a prompt and its answer do not fit the model's context.
@@ -124,16 +161,7 @@ def generate(
         >>> len(answers)
         1
     """
-    if not prompts:
-        return []
-    rows = encode_prompts(llm, prompts, max_new_tokens, joining)
-    runner = build_trainer(trainer or TrainerOptions(), title)
-    data = ListDataModule((rows, lambda part: collate_prompts(part, llm.pad_token_id), batch_size))
+    asked = questions(llm, prompts, max_new_tokens, joining)
+    runtime = Runtime(trainer or TrainerOptions())
     with llm.frozen():
-        texts = dict(predict(runner, GreedyModule(llm, max_new_tokens), data, kept))
-    return [texts[index] for index in range(len(prompts))]
-
-
-def first_statement(generated: str) -> str:
-    """What a generation says before its first line or sentence ends: the model's own short answer."""
-    return STATEMENT_END.split(generated.strip(), maxsplit=1)[0].strip()
+        return run(Saying(llm, title), asked, runtime, lambda one: len(one.token_ids), batch_size, kept=kept)

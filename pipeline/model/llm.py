@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import Block, find_blocks
-from pipeline.model.joining import PLAIN, chat_joining, closing_tokens
-from pipeline.model.sharding import sampled
+from pipeline.requests.tokens import Tokens
+from pipeline.running.sharding import sampled
 
 SAMPLES = 1024  # values of each tensor that go into a fingerprint
 
@@ -29,8 +29,7 @@ class LLM:
 
     Attributes:
         blocks: the map of its blocks.
-        joining: how prompts and answers become texts.
-        closing_tokens: how many tokens the tokenizer puts behind every text.
+        tokens: the tokenizer, and how prompts and answers become texts.
         blocks_put_out_tuples: whether a block puts out a tuple that begins with the hidden state, or that alone.
         fingerprint: tells this model's weights from any other's; taken when the LLM is made, so it stays
             the base model's while an update is applied.
@@ -49,14 +48,12 @@ class LLM:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "", chat: bool = False
     ) -> None:
         self.model = model
-        self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
         self.blocks: list[Block] = find_blocks(model)
         if not isinstance(model.get_output_embeddings(), nn.Module):
             raise UserError(f"model: {type(model).__name__}: expected a language-model head; found none")
         self.chat = chat
-        self.joining = chat_joining(tokenizer, self.name) if chat else PLAIN
-        self.closing_tokens = closing_tokens(tokenizer)
+        self.tokens = Tokens(tokenizer, chat, self.name, len(self.embedding), self.context_length)
         self.blocks_put_out_tuples = put_out_tuples(model, self.blocks[0])
         self.fingerprint = fingerprint(model)
 
@@ -66,17 +63,14 @@ class LLM:
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     @property
-    def pad_token_id(self) -> int:
-        """The token that fills batches: masked or behind all that is read, so any that is embedded will do."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None and token < self.vocabulary:
-                return token
-        return 0
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return self.tokens.tokenizer
 
     @property
-    def vocabulary(self) -> int:
-        """How many tokens the model embeds; a tokenizer may know others."""
-        return len(self.embedding)
+    def pad_token_id(self) -> int:
+        """The token that fills batches."""
+        return self.tokens.pad_token_id
 
     @property
     def embedding(self) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pipeline.errors import UserError
 from pipeline.model.blocks import check_config, find_blocks
 from pipeline.model.llm import LLM
-from pipeline.model.sharding import load_sharded
+from pipeline.model.spreading import load_sharded
 
 BUNDLED = "smollm2"
 # what a config that contradicts itself makes the libraries raise, beside their own errors

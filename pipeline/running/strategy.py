@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from pipeline.model.sharding import as_spread, put, whole
+from pipeline.running.sharding import as_spread, put, whole
 
 
 class ShardedStrategy(ModelParallelStrategy):

@@ -11,6 +11,7 @@ DROPPED = str.maketrans("", "", PUNCTUATION)
 OUTER = string.whitespace + PUNCTUATION
 CLOSING = r"[\"'”’)*_`]*"
 STATEMENT_END = re.compile(rf"\n|[.!?]{CLOSING}(?=\s)")
+FIRST_END = re.compile(r"\n|[.!?](?=\s|$)")
 CUT = re.compile(rf"(?=\n)|[.!?;]{CLOSING}(?=\s|$)|$")
 
 
@@ -35,6 +36,11 @@ def statement(said: str, inner_ends: int = 0) -> tuple[str, bool]:
         if number >= inner_ends:
             return said[: end.end()].rstrip(), True
     return said.rstrip(), False
+
+
+def first_statement(said: str) -> str:
+    """What a generation says before its first line or sentence ends: the model's own short answer."""
+    return FIRST_END.split(said.strip(), maxsplit=1)[0].strip()
 
 
 def inner_ends(answer: str) -> int:

@@ -16,8 +16,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RESTORE_CURSOR = b"\x1b[?25h"  # which a progress bar hides
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asks the program to end."""
+class Interrupted(BaseException):
+    """A signal asks the program to end.
+
+    No KeyboardInterrupt, for Lightning turns that into an exit code of its own.
+    """
 
 
 class Interrupts:
@@ -29,7 +32,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.noted: int | None = None
-        self._heeding = 0  # how many `with heeding()` are open
+        self._heeding = False
         self._postponing = 0
         self._raised = False
         self._handlers: dict[int, Callable[[int, Any], None]] = dict.fromkeys(SIGNALS, self._note)
@@ -41,13 +44,12 @@ class Interrupts:
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        self.noted, self._raised = None, False
-        self._heeding += 1
+        self.noted, self._raised, self._heeding = None, False, True
         try:
             self.listen()
             yield
         finally:
-            self._heeding -= 1
+            self._heeding = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -68,11 +70,6 @@ class Interrupts:
             self._handlers[number] = before
             signal.signal(number, installed)
 
-    def end(self, number: int) -> None:
-        """Raise Interrupted for a signal that has come."""
-        self.noted = number
-        self.raise_if_noted()
-
     @contextmanager
     def postponed(self) -> Iterator[None]:
         """Inside the `with`, a signal waits for `raise_if_noted`; a second one does not."""
@@ -82,8 +79,13 @@ class Interrupts:
         finally:
             self._postponing -= 1
 
+    def end(self, number: int) -> None:
+        """Raise Interrupted for a signal that has come."""
+        self.noted = number
+        self.raise_if_noted()
+
     def raise_if_noted(self) -> None:
-        """Raise Interrupted when a signal has come, also where a library has swallowed it."""
+        """Raise Interrupted when a signal has come."""
         if self.noted is not None:
             self._raised = True
             raise Interrupted

@@ -1,0 +1,187 @@
+"""Running parts of a decoder, keeping what passes through them, and changing it.
+
+While weights of block l and above alone change, what enters block l does not: it is read once, and every further
+pass runs blocks l…L. The model's own forward does it, block by block, so that masks, rotary tables and whatever else
+a family chooses by a block's index stay each block's own.
+
+Shapes: B rows, T tokens, D hidden size, N positions that are read, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model.blocks import by_row
+from pipeline.model.llm import LLM
+from pipeline.requests.rows import Batch
+
+Seen = dict[str, Tensor]  # by a module's full name
+Change = Callable[[Tensor, Tensor], Tensor]  # from what enters and leaves a projection to what is to leave it
+
+
+class Activations:
+    """A decoder's parts; whatever is set up in a `with` is gone after it, also when a pass fails.
+
+    Args:
+        llm: the model.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.model = llm.model
+        self.blocks = [llm.model.get_submodule(block.name) for block in llm.blocks]
+
+    @contextmanager
+    def from_block(self, layer: int, enter_BTD: Tensor | None) -> Iterator[None]:
+        """Blocks below `layer` do not run: they hand on what enters that block (None, or block 0: all run)."""
+        if enter_BTD is None or not layer:
+            yield
+            return
+        put_out = self._as_blocks_do(enter_BTD)
+        with running_instead(self.blocks[:layer], [lambda *_args, **_kwargs: put_out] * layer):
+            yield
+
+    @contextmanager
+    def up_to_block(self, layer: int) -> Iterator[None]:
+        """Block `layer` and those above do not run: they put out what they get."""
+
+        def put_out(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor | tuple[Tensor, None]:
+            return self._as_blocks_do(hidden_states)
+
+        blocks = self.blocks[layer:]
+        with running_instead(blocks, [put_out] * len(blocks)):
+            yield
+
+    @contextmanager
+    def entering(self, *names: str) -> Iterator[Seen]:
+        """What enters modules (blocks, projections), as the last pass had it."""
+        seen: Seen = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+                seen[name] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        with ExitStack() as hooks:
+            for name in names:
+                module = self.model.get_submodule(name)
+                hooks.callback(module.register_forward_pre_hook(keep(name), with_kwargs=True).remove)
+            yield seen
+
+    @contextmanager
+    def leaving(self, *names: str) -> Iterator[Seen]:
+        """What leaves modules, as the last pass had it; of a block, the hidden state."""
+        seen: Seen = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+                seen[name] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        with ExitStack() as hooks:
+            for name in names:
+                hooks.callback(self.model.get_submodule(name).register_forward_hook(keep(name)).remove)
+            yield seen
+
+    @contextmanager
+    def changing(self, name: str, rows: int, change: Change) -> Iterator[None]:
+        """A projection puts out what `change` makes of what enters and leaves it, (rows, T, I) and (rows, T, O)."""
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            changed = change(by_row(args[0], rows), by_row(output, rows))
+            return changed.to(output.dtype).view_as(output)
+
+        handle = self.model.get_submodule(name).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def enter(self, input_ids_BT: Tensor, layer: int, start: int = 0, enter_BTD: Tensor | None = None) -> Tensor:
+        """What enters block `layer`, (B, T, D), running only the blocks from `start` on.
+
+        Args:
+            input_ids_BT: the rows' tokens.
+            layer: the block.
+            start: a block below `layer`, or that one.
+            enter_BTD: what enters block `start`; of no account where that is 0.
+        """
+        name = self.llm.blocks[layer].name
+        with torch.no_grad(), self.from_block(start, enter_BTD), self.up_to_block(layer), self.entering(name) as seen:
+            self.run(input_ids_BT)
+        return seen[name]
+
+    def run(self, input_ids_BT: Tensor, **settings: Any) -> None:
+        """A pass whose logits nobody reads."""
+        self.model(input_ids=input_ids_BT, **{"use_cache": False, "logits_to_keep": 1, **settings})
+
+    def _as_blocks_do(self, hidden_BTD: Tensor) -> Tensor | tuple[Tensor, None]:
+        """A hidden state as the blocks put it out: by itself, or with their attention's weights (none here)."""
+        return (hidden_BTD, None) if self.llm.blocks_put_out_tuples else hidden_BTD
+
+
+@contextmanager
+def running_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Modules run these in place of their own forwards; hooks of theirs still run."""
+    own = [vars(module).get("forward") for module in modules]  # libraries wrap a module's forward like this, too
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
+        yield
+    finally:
+        for module, before in zip(modules, own, strict=True):
+            vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before
+
+
+@contextmanager
+def head_reads(
+    model: nn.Module, row_N: Tensor, position_N: Tensor, also_MD: Tensor | None = None
+) -> Iterator[list[Tensor]]:
+    """The language-model head sees the named positions alone, as one row: logits come as (1, N, V).
+
+    What a family does with its logits after the head (scaling, soft caps) still happens. With `also_MD`, these M
+    hidden states stand behind them.
+
+    Yields:
+        a list that takes the hidden states (N, D) of every pass.
+    """
+    seen: list[Tensor] = []
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden_BTD, *rest = args
+        hidden_ND = hidden_BTD[row_N, position_N]
+        seen.append(hidden_ND)
+        read = hidden_ND if also_MD is None else torch.cat([hidden_ND, also_MD.to(hidden_ND)])
+        return (read.unsqueeze(0), *rest)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(gather)  # type: ignore[operator]
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def wide_logits(output: Any) -> Tensor:
+    """A pass's logits behind `head_reads`, (N, V), in float32 at least."""
+    logits_NV: Tensor = output.logits.squeeze(0)
+    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+
+def target_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (N, V) that predict the target tokens, in float32 at least; no other position meets the vocabulary."""
+    with head_reads(model, batch.row_N, batch.position_N):
+        return wide_logits(model(input_ids=batch.input_ids_BT, use_cache=False))
+
+
+def target_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """ℓ(x, y) of every text under the model, in nats: see `Batch.losses`."""
+    return batch.losses(target_logits(model, batch))

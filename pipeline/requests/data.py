@@ -1,0 +1,97 @@
+"""Edit requests as an ordinary LightningDataModule: for any module, in any Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import UserError
+from pipeline.requests.readers import load_requests
+from pipeline.requests.rows import Batch, Row, collate
+from pipeline.requests.schema import EditRequest
+from pipeline.requests.tokens import Tokens
+
+Sides = tuple[Row, Row]  # the same prompt with the old and with the new answer
+
+
+class EditRequests(LightningDataModule):
+    """Requests in batches of tokens.
+
+    For `fit`, a batch holds prompts with their new answers, in an order that is drawn anew every epoch. For
+    `predict` (and `validate`) it holds P requests' rows with their old answers, then the same with the new ones: what
+    `GradientAttribution` watches.
+
+    Args:
+        source: a file (JSONL, JSON or CSV), `hf:NAME`, `demo`, or requests that are loaded already.
+        tokenizer: the model's.
+        batch_size: requests in a batch.
+        chat: put prompts into the tokenizer's chat template.
+
+    Raises:
+        UserError: in `setup`, for a source that cannot be read, or an answer that becomes no token; for `predict`
+            also when a request has no old answer.
+
+    Example:
+        >>> data = EditRequests(requests, llm.tokenizer, batch_size=4)
+        >>> data.setup("fit")
+        >>> next(iter(data.train_dataloader())).input_ids_BT.shape[0]
+        4
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Sequence[EditRequest],
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 16,
+        chat: bool = False,
+    ) -> None:
+        super().__init__()
+        self.source, self.batch_size = source, batch_size
+        self.tokens = Tokens(tokenizer, chat)
+        self.requests: list[EditRequest] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the requests, once."""
+        if not self.requests:
+            given = self.source
+            self.requests = load_requests(given) if isinstance(given, str | Path) else list(given)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of prompts with their new answers."""
+        rows = self.tokens.answered(self.requests, [request.new_answer for request in self.requests])
+        pad = partial(collate, pad_token_id=self.tokens.pad_token_id)
+        return DataLoader(rows, self.batch_size, shuffle=True, collate_fn=pad)  # type: ignore[arg-type]
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches of both answers, side by side: the old ones' rows first."""
+        sides = both_answers(self.tokens, self.requests)
+        pad = partial(collate_sides, pad_token_id=self.tokens.pad_token_id)
+        return DataLoader(sides, self.batch_size, collate_fn=pad)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader:
+        """As for `predict`."""
+        return self.predict_dataloader()
+
+
+def both_answers(tokens: Tokens, requests: Sequence[EditRequest]) -> list[Sides]:
+    """Every request's prompt with its old and with its new answer.
+
+    Raises:
+        UserError: when a request has no old answer.
+    """
+    lacking = [request.id for request in requests if request.old_answer is None]
+    if lacking:
+        raise UserError(f"requests: {len(lacking)} have no old answer, such as {lacking[0]}; give old_answer")
+    old = tokens.answered(requests, [request.old_answer or "" for request in requests])
+    new = tokens.answered(requests, [request.new_answer for request in requests])
+    return list(zip(old, new, strict=True))
+
+
+def collate_sides(items: Sequence[tuple[Row, ...]], pad_token_id: int = 0) -> Batch:
+    """P requests' rows as one batch, side by side: the first answers' rows, then the second ones'."""
+    return collate([row for side in zip(*items, strict=True) for row in side], pad_token_id)

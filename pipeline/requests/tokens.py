@@ -1,0 +1,159 @@
+"""Prompts and answers as tokens: the one path by which every stage reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import UserError
+from pipeline.requests.joining import PLAIN, Joining, chat_joining, closing_tokens
+from pipeline.requests.rows import Row
+from pipeline.requests.schema import EditRequest
+
+TOGETHER = 1024  # texts that are tokenized at once: what a tokenizer says of each takes kilobytes
+
+
+class Tokens:
+    """A tokenizer, and how prompts and answers become the texts that it is given.
+
+    Args:
+        tokenizer: of any model.
+        chat: put prompts into its chat template.
+        name: what the user calls the model, for messages.
+        vocabulary: how many tokens the model embeds; None: as many as there are.
+        context_length: the longest text in tokens; None: any.
+
+    Raises:
+        UserError: when a chat is asked for without a chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat: bool = False,
+        name: str = "the model",
+        vocabulary: int | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self.vocabulary, self.context_length = vocabulary or len(tokenizer), context_length
+        self.joining: Joining = chat_joining(tokenizer, name) if chat else PLAIN
+        self.closing = closing_tokens(tokenizer)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills batches: masked or behind all that is read, so any that is embedded will do."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None and token < self.vocabulary:
+                return int(token)
+        return 0
+
+    def rows(
+        self, pairs: Sequence[tuple[str, str]], tags: Sequence[Any] | None = None, what: str = "requests"
+    ) -> list[Row]:
+        """Join prompts and answers (see `pipeline.requests.joining`) and find the answers' tokens.
+
+        The target begins where the joined text's tokens leave the prompt's own, so it is right with and without a
+        BOS token, and for tokenizers that keep the space with the word or apart from it.
+
+        Args:
+            pairs: (prompt, answer) texts.
+            tags: one a pair, kept in the rows.
+            what: for messages: what the pairs are.
+
+        Raises:
+            UserError: when an answer becomes no token or unknown ones alone, or a text is longer than the context.
+        """
+        before = self.prompts([prompt for prompt, _ in pairs])
+        joined = self._ids([self.joining.whole(*pair) for pair in pairs], self.joining.special)
+        rows = []
+        for index, ((prompt, answer), ids) in enumerate(zip(pairs, joined, strict=True)):
+            if not before[index] or not prompt.strip():
+                raise UserError(f"{what}: prompt {prompt!r} becomes no token")
+            start = max(1, _shared(before[index], ids))
+            if not answer.strip() or start >= len(ids):
+                raise UserError(f"{what}: answer {answer!r} to {prompt!r} becomes no token")
+            if self._is_unknown(ids[start:]):
+                raise UserError(f"{what}: answer {answer!r} to {prompt!r} is unknown to the tokenizer of {self.name}")
+            self.check_length(len(ids), f"{what}: {prompt[:60]!r}")
+            rows.append(Row(ids, start, tag=tags[index] if tags is not None else None))
+        return rows
+
+    def answered(self, requests: Sequence[EditRequest], answers: Sequence[str]) -> list[Row]:
+        """Requests' prompts with these answers; where a prompt holds its subject, with the subject's places."""
+        rows = self.rows([(request.prompt, answer) for request, answer in zip(requests, answers, strict=True)])
+        return [
+            row._replace(tag=request.id, subject=self.subject(request, row, answer))
+            for request, row, answer in zip(requests, rows, answers, strict=True)
+        ]
+
+    def subject(self, request: EditRequest, row: Row, answer: str) -> tuple[int, int] | None:
+        """Places of the first and last token of a request's subject; of several mentions the last one counts."""
+        if not request.names_subject:
+            return None
+        assert request.subject
+        start = request.prompt.rindex(request.subject)
+        first, last = (
+            min(self.place(request.prompt, end, answer), row.target_start - 1)
+            for end in (start + 1, start + len(request.subject))
+        )
+        return first, last
+
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain texts that go on: with the tokenizer's opening tokens, without closing ones."""
+        return self._ids(texts, special=True)
+
+    def prompts(self, prompts: Sequence[str], joining: Joining | None = None) -> list[list[int]]:
+        """Token ids of prompts as the model is given them: with `joining`'s text around, by default the model's."""
+        joining = joining or self.joining
+        return self._ids([joining.prompt(prompt) for prompt in prompts], joining.special)
+
+    def place(self, prompt: str, end: int, answer: str = "") -> int:
+        """Place, among a prompt's tokens (with an answer's behind them), of the one that holds the prompt's `end`.
+
+        Args:
+            prompt: as the user gives it; its place in a chat template is known here.
+            end: a place between two characters of the prompt, such as where its subject ends.
+            answer: what follows, where the tokens of both are meant.
+        """
+        joining = self.joining
+        text = joining.whole(prompt, answer) if answer else joining.prompt(prompt)
+        end = min(len(joining.head) + end, len(text))
+        if self.tokenizer.is_fast:
+            spans = self.tokenizer(text, add_special_tokens=joining.special, return_offsets_mapping=True).offset_mapping
+            return max((place for place, (first, last) in enumerate(spans) if first < min(end, last)), default=0)
+        upto, ids = self._ids([text[:end], text], joining.special)
+        shared = _shared(upto, ids)
+        return max(0, shared - 1 if shared == len(upto) else shared)
+
+    def check_length(self, length: int, what: str) -> None:
+        """Raise UserError when `length` tokens do not fit the model's context."""
+        if self.context_length is not None and length > self.context_length:
+            raise UserError(f"{what}: {length} tokens; the context of {self.name} holds {self.context_length}")
+
+    def _ids(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        found: list[list[int]] = []
+        for start in range(0, len(texts), TOGETHER):
+            found += self.tokenizer(list(texts[start : start + TOGETHER]), add_special_tokens=special).input_ids
+        for text, ids in zip(texts, found, strict=True):
+            if max(ids, default=0) >= self.vocabulary:
+                raise UserError(
+                    f"model: {self.name} embeds {self.vocabulary} tokens; its tokenizer gives {text[:60]!r} the "
+                    f"token {max(ids)}: they do not belong together"
+                )
+        closing = self.closing if special else 0
+        return [ids[: len(ids) - closing] for ids in found]
+
+    def _is_unknown(self, ids: Sequence[int]) -> bool:
+        """Whether nothing but blanks is left of tokens without the unknown one."""
+        known = [token for token in ids if token != self.tokenizer.unk_token_id]
+        return len(known) < len(ids) and not str(self.tokenizer.decode(known)).strip()
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

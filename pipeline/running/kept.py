@@ -1,0 +1,60 @@
+"""Half-done work: what items have come to, a file a batch, so that a kill loses the batch at work and nothing else."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from pipeline.files import write_whole
+
+BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, pickle.UnpicklingError)
+
+
+class Kept(BasePredictionWriter):
+    """Keeps outputs by their items' numbers, batch by batch as a stage's predict steps give them.
+
+    Any number of processes write side by side, and each reads what all have written. A file that is damaged counts
+    as not there: its items are run again.
+
+    Args:
+        folder: where the files lie; its name is to stand for all that the outputs depend on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("batch")
+        self.folder = folder
+
+    def read(self) -> dict[int, Any]:
+        """What is kept: numbers, texts and tensors, and tuples, lists and mappings of them, by item."""
+        found: dict[int, Any] = {}
+        for file in sorted(self.folder.glob("*.pt")):
+            try:
+                found |= torch.load(file, weights_only=True)
+            except BROKEN:
+                file.unlink(missing_ok=True)
+        return found
+
+    def write(self, outputs: Mapping[int, Any]) -> None:
+        """Keep some items' outputs, all or none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{min(outputs):09d}-{len(outputs)}-{os.getpid()}.pt"
+        write_whole(file, lambda partial: torch.save(dict(outputs), partial))
+
+    def write_on_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Mapping[int, Any], *_: Any
+    ) -> None:
+        if prediction:
+            self.write(prediction)
+
+    def remove(self) -> None:
+        """What was kept is kept elsewhere now."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,106 @@
+"""A command on several devices of a host: started and watched by torchrun's own agent.
+
+The agent runs in the process that the user started and runs no part of the command itself. When any of the command's
+processes fails or dies, it ends the others, and one line says why. On several hosts the user starts `torchrun` (or
+`srun`) on each, whose agents do the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+
+from pipeline.errors import UserError
+from pipeline.options.shared import TrainerOptions
+from pipeline.output import STARTED
+from pipeline.running.interrupts import interrupts
+
+SUPERVISED = "GOLDEN_LAYERS_SUPERVISED"  # the environment variable of processes whose failures the agent tells
+ENDING_SECONDS = 60  # that a process has to end the batch at work after a signal
+IN_ITS_WAKE = "another process of this command has ended"
+
+
+def device_count(options: TrainerOptions) -> int:
+    """How many devices of this host the options ask for.
+
+    Raises:
+        UserError: when the accelerator or devices do not exist here.
+    """
+    if str(options.devices) == "1" or (options.accelerator == "cpu" and options.devices == "auto"):
+        return 1
+    from pipeline.running.trainer import build_trainer
+
+    return build_trainer(options, "").num_devices
+
+
+def supervise(words: Sequence[str], devices: int, options: TrainerOptions) -> int:
+    """Run the command of these words on so many devices of this host, a process each; its exit code.
+
+    Raises:
+        UserError: for several hosts, on each of which the command must be started.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if options.num_nodes > 1:
+        raise UserError(
+            f"trainer.num_nodes: {options.num_nodes} hosts: start the command on each, with torchrun or srun"
+        )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ |= {SUPERVISED: "1", STARTED: f"{datetime.now():%Y%m%d-%H%M%S}"}
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id="golden-layers",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+        shutdown_timeout=ENDING_SECONDS,
+    )
+    try:
+        elastic_launch(config, sys.executable)(sys.argv[0], *words)
+    except SignalException as signalled:
+        interrupts.noted = signalled.sigval
+        print(told_interrupt(signalled.sigval), file=sys.stderr)
+        return 128 + signalled.sigval
+    except ChildFailedError as failed:
+        return _tell(failed)
+    finally:
+        for name in (SUPERVISED, STARTED):
+            os.environ.pop(name, None)
+    return 0
+
+
+def told_interrupt(number: int) -> str:
+    """What is said of a command that a signal ended."""
+    return "interrupted by SIGTERM" if number == 15 else "interrupted"
+
+
+def record(line: str) -> bool:
+    """Leave a process's failure to the agent to tell; False where there is none of ours."""
+    if SUPERVISED not in os.environ:
+        return False
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(UserError(line))
+    return True
+
+
+def _tell(failed: object) -> int:
+    """Print why the first process failed that did not fail in another's wake; its exit code."""
+    failures = sorted(failed.failures.items(), key=lambda one: one[1].timestamp)  # type: ignore[attr-defined]
+    for rank, failure in failures:
+        line = failure.message.removeprefix("UserError: ")
+        if failure.exitcode < 0:
+            line = f"trainer: process {rank} has ended ({failure.signal_name()})"
+        if IN_ITS_WAKE not in line and failure.exitcode not in (-15, 128 + 15):
+            break
+    print(f"error: {line}", file=sys.stderr)
+    return failure.exitcode if failure.exitcode > 0 else 1

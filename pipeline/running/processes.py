@@ -1,0 +1,95 @@
+"""The processes of a command: joined before a model is loaded, and what they tell each other.
+
+Commands run the same lines in every process; Lightning's environments tell each which one it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import distributed
+
+from pipeline.errors import UserError
+from pipeline.options.shared import SHARDED, TrainerOptions
+from pipeline.output import STARTED
+
+
+def is_one_of_several() -> bool:
+    """Whether this command's own launcher (`pipeline.running.launch`), torchrun or SLURM has started this process."""
+    return "LOCAL_RANK" in os.environ or SLURMEnvironment.detect()
+
+
+def join(options: TrainerOptions) -> torch.device:
+    """Join the other processes, if there are any; all name the same default output folder from then on.
+
+    Returns:
+        this process's device.
+
+    Raises:
+        UserError: when the accelerator, devices or hosts do not exist here.
+    """
+    try:
+        fabric = Fabric(
+            accelerator=options.accelerator,
+            devices=options.devices_asked if is_one_of_several() else 1,
+            num_nodes=options.num_nodes,
+            strategy="ddp" if options.strategy in SHARDED else options.strategy,
+        )
+        if distributed.is_initialized():
+            return fabric.device
+        fabric.launch()
+    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    rank_zero_only.rank = fabric.global_rank  # type: ignore[attr-defined]
+    os.environ[STARTED] = from_first(os.environ.get(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}"))
+    return fabric.device
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in every process."""
+    box = [value]
+    if world_size() > 1:
+        distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def of_all(value: Any) -> list[Any]:
+    """What every process has, in their order."""
+    gathered = [value]
+    if world_size() > 1:
+        gathered = [None] * world_size()
+        distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def check_alike(what: str, content: Sequence[object]) -> None:
+    """Raise UserError, in all processes, unless all were given the same.
+
+    Args:
+        what: what is compared, for the message.
+        content: whose texts are compared.
+    """
+    if world_size() == 1:
+        return
+    own = hashlib.sha256(repr(content).encode()).hexdigest()
+    found = of_all((own, os.uname().nodename))
+    other = [f"process {rank} on {host}" for rank, (digest, host) in enumerate(found) if digest != found[0][0]]
+    if other:
+        raise UserError(
+            f"{what}: not the same in all {world_size()} processes: {', '.join(other[:4])} read something else "
+            "than process 0; give every host the same files"
+        )

@@ -1,0 +1,220 @@
+"""A stage of the pipeline: items in, an output for each, under `Trainer.predict`."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from pipeline.errors import UserError
+from pipeline.running.kept import Kept
+from pipeline.running.processes import from_first, of_all
+from pipeline.running.sharding import is_sharded
+from pipeline.running.trainer import Runtime, trainer_of
+
+MEMORY_WORDS = ("out of memory", "not enough memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+INSTEAD = (
+    "with one at a time already; give --trainer.precision bf16-true, spread the model over devices "
+    "(--trainer.strategy fsdp), or take shorter texts or a smaller model"
+)
+SHARED = "devices that share a model's weights cannot repeat a step alone; give fewer requests or shorter texts"
+
+
+class Items:
+    """Some of a stage's items with their numbers: what one predict step is given."""
+
+    def __init__(self, numbers: Sequence[int], items: Sequence[Any]) -> None:
+        self.numbers, self.items = list(numbers), list(items)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def parts(self, size: int) -> list[Items]:
+        """The same in parts of at most `size` items."""
+        starts = range(0, len(self), size)
+        return [Items(self.numbers[at : at + size], self.items[at : at + size]) for at in starts]
+
+
+class Stage(LightningModule):
+    """Base class of all stages that run items through a model and give an output for each.
+
+    A subclass says how items become a batch and what is done with it; nothing else. Where the memory does not
+    suffice for a batch it is run in halves, and so are the batches after it.
+
+    Args:
+        model: what runs; its weights stay as they are.
+    """
+
+    title = "Running"  # on the progress bar
+    gradients = False  # whether a step differentiates
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.at_once: int | None = None  # the most items that the memory suffices for, once that is known
+
+    def collate(self, items: list[Any]) -> Any:
+        """Items as one batch, on the CPU."""
+        raise NotImplementedError
+
+    def step(self, batch: Any) -> Sequence[Any]:
+        """An output for each item of a batch, in their order, on the CPU."""
+        raise NotImplementedError
+
+    def transfer_batch_to_device(self, batch: Items, device: torch.device, dataloader_idx: int) -> Items:
+        """Items stay where they are: what is made of them moves."""
+        return batch
+
+    def predict_step(self, batch: Items) -> dict[int, Any]:
+        """Outputs by the items' numbers."""
+        outputs: dict[int, Any] = {}
+        left = batch.parts(self.at_once or len(batch))
+        while left:
+            suffices, found = attempt(lambda part=left[0]: self._run(part))
+            if suffices:
+                outputs |= found
+                left.pop(0)
+                continue
+            if len(left[0]) == 1 or is_sharded(self.model):
+                raise UserError(f"trainer: {found}; {INSTEAD if len(left[0]) == 1 else SHARED}")
+            self.at_once = -(-len(left[0]) // 2)
+            left = [half for part in left for half in part.parts(self.at_once)]
+        return outputs
+
+    def _run(self, part: Items) -> dict[int, Any]:
+        with torch.set_grad_enabled(self.gradients):
+            found = self.step(move_data_to_device(self.collate(part.items), self.device))
+        return dict(zip(part.numbers, found, strict=True))
+
+
+class Batches(LightningDataModule):
+    """Batches that were formed beforehand, each dealt to one device whole, so that they are the same on any number.
+
+    Args:
+        batches: the batches.
+        in_step: let all devices run as many batches: some run one a second time, to no effect.
+    """
+
+    def __init__(self, batches: Sequence[Items], in_step: bool = False) -> None:
+        super().__init__()
+        self.batches, self.in_step = batches, in_step
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches one by one."""
+        rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        dealt = Dealt(self.batches, rank, devices, self.in_step)
+        return DataLoader(self.batches, sampler=dealt, collate_fn=lambda one: one[0])  # type: ignore[arg-type]
+
+
+class Dealt(DistributedSampler):
+    """Every batch once, the devices taking turns; each has one at least, for Lightning takes no fewer."""
+
+    def __init__(self, batches: Sequence[Items], rank: int, devices: int, in_step: bool) -> None:
+        super().__init__(batches, num_replicas=devices, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        short = -len(batches) % devices if in_step else max(0, devices - len(batches))
+        self.own = [*range(len(batches)), *[len(batches) - 1] * short][rank::devices]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
+def run(
+    stage: Stage,
+    items: Sequence[Any],
+    runtime: Runtime | None = None,
+    tokens: Callable[[Any], int] = lambda _: 1,
+    batch_size: int = 16,
+    most_tokens: int | None = None,
+    kept: str | Path | None = None,
+    in_step: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> list[Any]:
+    """The outputs of every item, in the items' order, whole in every process.
+
+    Args:
+        stage: what is run.
+        items: for what.
+        runtime: on what; where its work folder holds outputs under `kept`, those are not run again.
+        tokens: an item's size: items of like size share a batch.
+        batch_size: the most items in a batch.
+        most_tokens: the most tokens in a batch, padding counted; None: any number.
+        kept: the name in the work folder, or the folder itself, under which outputs are kept as they come.
+        in_step: let all devices run as many batches, as a backward pass through spread weights needs.
+        callbacks: what watches the stage.
+
+    Raises:
+        UserError: when the memory does not suffice for one item.
+    """
+    runtime = runtime or Runtime()
+    folder = kept if isinstance(kept, Path) else runtime.work / kept if runtime.work and kept else None
+    keeping = Kept(folder) if folder else None
+    done: dict[int, Any] = from_first(keeping.read() if keeping else {})
+    left = Items(*zip(*((n, item) for n, item in enumerate(items) if n not in done), strict=True)) if len(done) < len(items) else None
+    if left:
+        watching = [*callbacks, *([keeping] if keeping else [])]
+        with trainer_of(runtime, stage.title, watching) as trainer:
+            most = min(batch_size, max(1, len(left) // trainer.world_size))  # no device without an item, if possible
+            batches = in_batches(left, tokens, most, most_tokens)
+            outputs = trainer.predict(stage, datamodule=Batches(batches, in_step)) or []
+        for part in of_all({n: output for batch in outputs for n, output in _mapping(batch).items()}):
+            done |= part
+    return [done[number] for number in range(len(items))]
+
+
+def _mapping(batch: Any) -> Mapping[int, Any]:
+    assert isinstance(batch, dict)
+    return batch
+
+
+def in_batches(left: Items, tokens: Callable[[Any], int], most: int, most_tokens: int | None = None) -> list[Items]:
+    """Items by falling size, in batches of at most `most` items and `most_tokens` tokens with padding.
+
+    The largest batch comes first, so that one too large for the memory is known at once.
+    """
+    sized = sorted(zip(left.numbers, left.items, map(tokens, left.items), strict=True), key=lambda one: -one[2])
+    batches: list[Items] = []
+    widest = 0
+    for number, item, size in sized:
+        full = not batches or len(batches[-1]) >= most
+        if full or (most_tokens is not None and (len(batches[-1]) + 1) * widest > most_tokens):
+            batches.append(Items([], []))
+            widest = size
+        batches[-1].numbers.append(number)
+        batches[-1].items.append(item)
+    return batches
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory, a GPU's or the host's, did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in MEMORY_WORDS)
+
+
+def free_memory() -> None:
+    """Let go what an attempt that failed has left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
+    """Whether the memory sufficed for some work, and what it gives or why not; what it held is free again if not."""
+    try:
+        return True, work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = " ".join(str(error).split())
+    free_memory()  # outside of the `except`: the error holds on to the frames that it went through
+    return False, failed

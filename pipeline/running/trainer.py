@@ -1,0 +1,135 @@
+"""Lightning's Trainer as every stage uses it: one progress bar a stage, quiet, nothing saved by itself."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from pipeline.errors import UserError
+from pipeline.options.shared import SHARDED, TrainerOptions
+from pipeline.running.processes import world_size
+from pipeline.running.progress import StageProgressBar
+from pipeline.running.sharding import KeepStep
+from pipeline.running.stopping import StopBetweenBatches
+from pipeline.running.strategy import ShardedStrategy
+
+DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What stages run with.
+
+    Attributes:
+        trainer: what they run on: options to make a Trainer of for each stage, or a Trainer of one's own.
+        logger: where the curves go.
+        seed: of every draw.
+        work: a folder for half-done work; what is found there is not done again.
+    """
+
+    trainer: TrainerOptions | Trainer = field(default_factory=TrainerOptions)
+    logger: Logger | bool = False
+    seed: int = 0
+    work: Path | None = None
+
+    @property
+    def options(self) -> TrainerOptions:
+        """The options; those by default where there is a Trainer."""
+        return self.trainer if isinstance(self.trainer, TrainerOptions) else TrainerOptions()
+
+    @property
+    def precision(self) -> str:
+        """Lightning's name of the precision."""
+        return str(self.trainer.precision)
+
+    def within(self, name: str) -> Runtime:
+        """With a part of the work folder."""
+        return replace(self, work=self.work / name if self.work else None)
+
+
+def weights_dtype(options: TrainerOptions | None) -> torch.dtype:
+    """The dtype that the model's weights are loaded in under these options' precision."""
+    return DTYPES.get(options.precision, torch.float32) if options else torch.float32
+
+
+@contextmanager
+def trainer_of(
+    runtime: Runtime, title: str, callbacks: Sequence[Callback] = (), **settings: Any
+) -> Iterator[Trainer]:
+    """The Trainer for one stage: made of the options, or one's own with the stage's callbacks added meanwhile.
+
+    Args:
+        runtime: says which.
+        title: the stage's name on the progress bar.
+        callbacks: what watches the stage.
+        settings: anything else that Trainer takes; of no account for one's own.
+
+    Raises:
+        UserError: when the accelerator, devices or strategy do not exist here.
+    """
+    if isinstance(runtime.trainer, TrainerOptions):
+        yield build_trainer(runtime.trainer, title, callbacks, **settings)
+        return
+    trainer, own = runtime.trainer, list(runtime.trainer.callbacks)
+    inference_mode, trainer.predict_loop.inference_mode = trainer.predict_loop.inference_mode, False
+    trainer.callbacks += [KeepStep(), *callbacks]
+    try:
+        yield trainer
+    finally:
+        trainer.callbacks[:] = own
+        trainer.predict_loop.inference_mode = inference_mode
+
+
+def build_trainer(
+    options: TrainerOptions, title: str, callbacks: Sequence[Callback] = (), **settings: Any
+) -> Trainer:
+    """A Trainer made of options: see `trainer_of`."""
+    precision: dict[str, Any] = {"precision": options.precision}
+    strategy: str | Strategy = options.strategy
+    plugins: list[Any] = []
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # it would save a checkpoint that no `--resume` knows
+    if strategy in SHARDED:
+        strategy = ShardedStrategy(world_size())
+        if options.precision == "64-true":  # which Lightning takes of a model-parallel strategy as a plugin only
+            precision, plugins = {}, [*plugins, DoublePrecision()]
+    try:
+        return Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices_asked,
+            num_nodes=options.num_nodes,
+            strategy=strategy,
+            plugins=plugins or None,
+            callbacks=[StageProgressBar(title), KeepStep(), *callbacks, StopBetweenBatches()],
+            enable_model_summary=False,
+            inference_mode=False,
+            use_distributed_sampler=False,  # the data modules deal batches out
+            **{"enable_checkpointing": False, "logger": False, **precision, **settings},
+        )
+    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def hush(verbose: bool) -> None:
+    """Keep the libraries' own messages from the terminal unless asked for."""
+    if verbose:
+        return
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(lightning|transformers|torch|torchmetrics)(\.|$)")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
