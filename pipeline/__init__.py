@@ -9,41 +9,40 @@
     print(evaluate(llm, requests[80:], update).after.metrics)
 
 Names are looked up when they are used, so that importing the package costs nothing. Each has an example in its
-docstring; options are shown where they are given. Stores of updates over time have a package of their own,
-`pipeline.updates`.
+docstring. Stores of updates over time have a package of their own, `pipeline.updates`.
 """
 
-from importlib import import_module
-from typing import Any
+from pipeline.offered import offered
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "pipeline.attribution": ("GoldenProfile", "find_golden_layer"),
-    "pipeline.editing": ("WeightUpdate", "edit", "export_merged"),
-    "pipeline.errors": ("UserError",),
-    "pipeline.evaluation": ("evaluate",),
-    "pipeline.model": ("LLM", "generate", "load_model"),
-    "pipeline.options": (
-        "AttributionOptions",
-        "EditOptions",
-        "EvaluationOptions",
-        "FinetuneOptions",
-        "LocateOptions",
-        "LoraOptions",
-        "OnePassOptions",
-        "StatisticsOptions",
-        "TrainerOptions",
-    ),
-    "pipeline.updates": ("LiveModel",),
-    "pipeline.requests": ("EditRequest", "Probe", "load_requests", "split_by_subject"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = sorted(_HOME_OF)  # pyright: ignore
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(import_module(_HOME_OF[name]), name)
-    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+__getattr__, __all__ = offered(
+    __name__,
+    {
+        "attribution.callback": ("GradientAttribution",),
+        "attribution.find": ("choose", "find_golden_layer"),
+        "attribution.profile": ("GoldenProfile",),
+        "editing.edit": ("edit",),
+        "editing.export": ("export_merged",),
+        "editing.finetune": ("FineTune",),
+        "editing.update": ("WeightUpdate",),
+        "errors": ("UserError",),
+        "evaluation.evaluate": ("evaluate",),
+        "model.blocks": ("find_blocks",),
+        "model.generation": ("generate",),
+        "model.llm": ("LLM",),
+        "model.loading": ("load_model",),
+        "options": (
+            "AttributionOptions",
+            "EditOptions",
+            "EvaluationOptions",
+            "StatisticsOptions",
+            "TrainerOptions",
+        ),
+        "requests.data": ("EditRequests",),
+        "requests.readers": ("load_requests",),
+        "requests.schema": ("EditRequest", "Probe"),
+        "requests.split": ("split_by_subject",),
+        "updates.live": ("LiveModel",),
+    },
+)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from pipeline.commands import COMMANDS
 from pipeline.errors import UserError
-from pipeline.interrupts import interrupts
+from pipeline.running.interrupts import interrupts
 from pipeline.parsing import DEFAULT_COMMAND, UsageError, parse
 from pipeline.shipped import about, program, shipped_configs
 
@@ -62,7 +62,7 @@ def _run(words: list[str]) -> int:
     except Exception as error:
         code = USAGE_ERROR if isinstance(error, UsageError) else FAILED
         line = user_line(error)
-        processes = sys.modules.get("pipeline.model.processes")  # not there: there is this one alone
+        processes = sys.modules.get("pipeline.running.processes")  # not there: there is this one alone
         several = processes is not None and processes.world_size() > 1
         if line is None and not several:
             raise

@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeline.attribution import GoldenProfile, find_golden_layer
 from pipeline.editing import edit
 from pipeline.evaluation import evaluate
-from pipeline.evaluation.answers import contains_answer
+from pipeline.requests.answers import contains_answer
 from pipeline.model import LLM, first_statement, generate
 from pipeline.model.llm import fingerprint
 from pipeline.options import AttributionOptions, DemoCommand, EditOptions, StatisticsOptions

@@ -37,7 +37,7 @@ def prepare(options: ModelOptions | RequestsCommand) -> None:
     from lightning.pytorch import seed_everything
 
     from pipeline.model import hush
-    from pipeline.model.processes import is_one_of_several, launch
+    from pipeline.running.processes import is_one_of_several, launch
 
     hush(options.verbose)
     if isinstance(options, ComputeOptions) and is_one_of_several():
@@ -66,7 +66,7 @@ def read_requests(options: RequestOptions) -> list[EditRequest]:
 def load(options: ModelOptions, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:
     """Start the other processes, if any, see that all were given the same, and load the model."""
     from pipeline.model import load_model, weights_dtype
-    from pipeline.model.processes import check_alike, launch
+    from pipeline.running.processes import check_alike, launch
     from pipeline.options.shared import SHARDED
 
     if not isinstance(options, ComputeOptions):

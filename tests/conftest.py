@@ -12,7 +12,6 @@ import matplotlib
 import pytest
 import torch
 from plain_loop import TEXT
-from teams import Team
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
@@ -24,10 +23,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline import UserError
-from pipeline.model import LLM, collate_targets, encode, hush, load_model, target_losses
+from pipeline.errors import UserError
+from pipeline.model.activations import target_losses
+from pipeline.model.llm import LLM
+from pipeline.model.loading import load_model
 from pipeline.options import EditOptions, StatisticsOptions
-from pipeline.requests import EditRequest, Probe, load_requests
+from pipeline.requests.readers import load_requests
+from pipeline.requests.rows import collate
+from pipeline.requests.schema import EditRequest, Probe
+from pipeline.running.trainer import hush
 
 pytest_plugins = ["commanding"]  # the fixtures of commands on a tiny model
 
@@ -147,8 +151,10 @@ def tiny_llm(tokenizer: PreTrainedTokenizerFast) -> LLM:
 
 
 @pytest.fixture
-def team(tiny_llm: LLM, tmp_path: Path) -> Team:
+def team(tiny_llm: LLM, tmp_path: Path) -> Any:
     """A team with a new store for a tiny Llama."""
+    from teams import Team
+
     return Team(tiny_llm, tmp_path)
 
 
@@ -165,8 +171,8 @@ def make_tiny(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) ->
 def mean_loss(llm: LLM, requests: list[EditRequest]) -> float:
     """The mean loss of the new answers."""
     with torch.no_grad(), llm.frozen():
-        rows = encode(llm, [(r.prompt, r.new_answer) for r in requests])
-        return target_losses(llm.model, collate_targets(rows)).mean().item()
+        rows = llm.tokens.rows([(r.prompt, r.new_answer) for r in requests])
+        return target_losses(llm.model, collate(rows)).mean().item()
 
 
 @pytest.fixture(scope="session")

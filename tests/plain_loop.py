@@ -8,12 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.editing import WeightUpdate
-from pipeline.evaluation.answers import contains_answer, inner_ends, is_exact_answer, statement
-from pipeline.evaluation.plan import ROOM
-from pipeline.evaluation.texts import DISTRACTORS
-from pipeline.model import LLM
-from pipeline.requests import EditRequest
+from pipeline.editing.update import WeightUpdate
+from pipeline.model.llm import LLM
+from pipeline.requests.answers import contains_answer, inner_ends, is_exact_answer, statement
+from pipeline.requests.schema import EditRequest
 
 TEXT = "The largest river of Egypt is the Nile. People in Japan speak of Tokyo, and Oslo is in Norway. " * 6
 
@@ -72,6 +70,8 @@ def likelihood(llm: LLM, prompt: str, answer: str) -> float:
 def plain_answer(llm: LLM, prompt: str, answer: str) -> str:
     """One statement of the library's own greedy generation."""
     ids = torch.tensor([llm.tokenizer(prompt).input_ids])
+    from pipeline.evaluation.plan import ROOM
+
     limit = min(16, len(llm.tokenizer(answer).input_ids) + ROOM)
     told = llm.model.eval().generate(ids, max_new_tokens=limit, do_sample=False, pad_token_id=0)  # type: ignore[operator]
     return statement(llm.tokenizer.decode(told[0, ids.shape[1] :], skip_special_tokens=True), inner_ends(answer))[0]
@@ -79,6 +79,8 @@ def plain_answer(llm: LLM, prompt: str, answer: str) -> str:
 
 def plain_generation(llm: LLM, requests: list[EditRequest]) -> dict[str, float]:
     """What the model says, a prompt at a time, by the library's own generation."""
+    from pipeline.evaluation.texts import DISTRACTORS
+
     kinds = {
         "generation": [[(r.prompt, r.new_answer)] for r in requests],
         "rephrase": [[(prompt, r.new_answer) for prompt in r.rephrases] for r in requests],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.evaluation.answers import contains_answer, inner_ends, is_exact_answer, statement
+from pipeline.requests.answers import contains_answer, inner_ends, is_exact_answer, statement
 
 EXACT = [
     ("Paris", "Paris", True),

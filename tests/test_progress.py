@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.model import progress
-from pipeline.model.progress import Bar, Lines, StageProgressBar, one_bar, shown
+from pipeline.running.progress import Bar, Lines, StageProgressBar, one_bar, shown
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 

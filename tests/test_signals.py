@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from pipeline.editing import edit
 from pipeline.editing.finetune import FineTune
-from pipeline.interrupts import Interrupted, Interrupts, interrupts
+from pipeline.running.interrupts import Interrupted, Interrupts, interrupts
 from pipeline.model import LLM, build_trainer
 from pipeline.options import EditOptions, TrainerOptions
 from pipeline.requests import EditRequest

@@ -1,26 +1,16 @@
 """Where to change it: selectors score every block, request by request; the golden profile says what is chosen."""
 
-from pipeline.attribution.callback import GradientAttribution
-from pipeline.attribution.find import METHODS, check_method, choose, find_golden_layer, score_requests
-from pipeline.attribution.profile import GoldenProfile
-from pipeline.attribution.scores import Scores
-from pipeline.attribution.selection import Selection, select
-from pipeline.attribution.selector import Runtime, Selector
-from pipeline.attribution.stability import Stability, judge
+from pipeline.offered import offered
 
-__all__ = [
-    "METHODS",
-    "GoldenProfile",
-    "GradientAttribution",
-    "Runtime",
-    "Scores",
-    "Selection",
-    "Selector",
-    "Stability",
-    "check_method",
-    "choose",
-    "find_golden_layer",
-    "judge",
-    "score_requests",
-    "select",
-]
+__getattr__, __all__ = offered(
+    __name__,
+    {
+        "callback": ("GradientAttribution",),
+        "find": ("SELECTORS", "check_selector", "choose", "find_golden_layer", "score_requests"),
+        "profile": ("GoldenProfile",),
+        "scores": ("Scores",),
+        "selection": ("Selection", "select"),
+        "selector": ("Selector",),
+        "stability": ("Stability", "judge"),
+    },
+)

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.attribution.selector import Runtime, Values
 from pipeline.errors import UserError
 from pipeline.model import LLM, build_trainer
-from pipeline.model.processes import from_first
+from pipeline.running.processes import from_first
 from pipeline.model.trainer import check_shares, predict
 from pipeline.requests import ListDataModule, in_batches
 

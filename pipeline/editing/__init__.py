@@ -1,21 +1,14 @@
-"""The change: one file a kind of edit, all entered in METHODS, all ending in a WeightUpdate."""
+"""The change: one file a kind of edit, all ending in a WeightUpdate."""
 
-from pipeline.editing.edit import METHODS, accept, check_earlier, choose_layers, edit
-from pipeline.editing.export import export_adapter, export_merged
-from pipeline.editing.finetune import FineTune
-from pipeline.editing.leave_out import can_leave_out, leave_out
-from pipeline.editing.update import WeightUpdate
+from pipeline.offered import offered
 
-__all__ = [
-    "METHODS",
-    "FineTune",
-    "WeightUpdate",
-    "accept",
-    "can_leave_out",
-    "check_earlier",
-    "choose_layers",
-    "edit",
-    "export_adapter",
-    "export_merged",
-    "leave_out",
-]
+__getattr__, __all__ = offered(
+    __name__,
+    {
+        "edit": ("accept", "check_earlier", "choose_layers", "edit"),
+        "export": ("export_adapter", "export_merged"),
+        "leave_out": ("can_leave_out", "leave_out"),
+        "method": ("METHODS",),
+        "update": ("WeightUpdate",),
+    },
+)

@@ -21,7 +21,7 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
 from pipeline.files import claim
 from pipeline.model import LLM
-from pipeline.model.sharding import whole
+from pipeline.running.sharding import whole
 from pipeline.options import EditOptions, TrainerOptions
 from pipeline.requests import EditRequest, fact, settle
 from pipeline.shipped import program

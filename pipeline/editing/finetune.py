@@ -24,8 +24,8 @@ from pipeline.editing.training import Training
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.model import LLM, build_trainer
 from pipeline.model.checkpointing import checkpointing
-from pipeline.model.processes import from_first
-from pipeline.model.sharding import whole
+from pipeline.running.processes import from_first
+from pipeline.running.sharding import whole
 from pipeline.options import EditOptions, FinetuneOptions, TrainerOptions, TrainingOptions
 from pipeline.requests import EditRequest, ListDataModule
 

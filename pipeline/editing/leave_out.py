@@ -13,7 +13,7 @@ from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.method import Runtime
 from pipeline.editing.update import WeightUpdate
 from pipeline.model import LLM
-from pipeline.model.sharding import whole
+from pipeline.running.sharding import whole
 from pipeline.options import EditOptions, TrainerOptions
 from pipeline.requests import EditRequest, fact
 

@@ -25,7 +25,7 @@ from pipeline.editing.statistics import key_moments
 from pipeline.editing.values import Located, ValueSearch, locate
 from pipeline.model import LLM
 from pipeline.model.blocks import Projection
-from pipeline.model.sharding import add
+from pipeline.running.sharding import add
 from pipeline.model.targets import last_token, prompt_tokens
 from pipeline.options import EditOptions, LocateOptions
 from pipeline.requests import EditRequest

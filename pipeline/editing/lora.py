@@ -17,7 +17,7 @@ from pipeline.editing.method import Runtime
 from pipeline.editing.update import ADAPTER_PREFIX
 from pipeline.errors import UserError
 from pipeline.model import LLM, sizes
-from pipeline.model.sharding import add
+from pipeline.running.sharding import add
 from pipeline.options import EditOptions, LoraOptions
 from pipeline.requests import EditRequest
 

@@ -27,7 +27,7 @@ from pipeline.editing.method import Runtime
 from pipeline.errors import UserError
 from pipeline.model import LLM, TargetBatch, build_trainer, collate_targets, encode, target_losses
 from pipeline.model.blocks import Projection
-from pipeline.model.sharding import add
+from pipeline.running.sharding import add
 from pipeline.model.trainer import check_shares, predict
 from pipeline.options import EditOptions
 from pipeline.requests import EditRequest, ListDataModule

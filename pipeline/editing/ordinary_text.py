@@ -14,8 +14,8 @@ from pipeline.errors import UserError
 from pipeline.files import cache_folder, write_shared
 from pipeline.model import LLM, TargetRow, generate
 from pipeline.model.batch_log import BatchLog
-from pipeline.model.joining import PLAIN
-from pipeline.model.processes import from_first
+from pipeline.requests.joining import PLAIN
+from pipeline.running.processes import from_first
 from pipeline.model.targets import tokenize
 from pipeline.options import StatisticsOptions, TrainerOptions
 

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.files import cache_folder, write_shared
 from pipeline.model import LLM
 from pipeline.model.memory import free_memory
-from pipeline.model.processes import of_all
+from pipeline.running.processes import of_all
 from pipeline.options import StatisticsOptions, TrainerOptions
 
 

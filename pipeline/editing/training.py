@@ -18,7 +18,7 @@ from pipeline.editing.lessons import Lesson, Row, collate
 from pipeline.errors import UserError
 from pipeline.model import LLM, target_logits
 from pipeline.model.memory import INSTEAD, attempt
-from pipeline.model.sharding import whole
+from pipeline.running.sharding import whole
 from pipeline.options import TrainingOptions
 
 FOLLOWED = ("loss", "accuracy", "unlearnt")

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.files import file_digest, require_room, write_json, write_whole
 from pipeline.model import LLM
-from pipeline.model.sharding import put
+from pipeline.running.sharding import put
 from pipeline.requests import EditRequest
 from pipeline.shipped import program
 

@@ -21,8 +21,8 @@ from pipeline.editing.method import Runtime
 from pipeline.errors import UserError
 from pipeline.files import write_shared
 from pipeline.model import LLM, build_trainer, encode
-from pipeline.model.processes import from_first
-from pipeline.model.sharding import anywhere
+from pipeline.running.processes import from_first
+from pipeline.running.sharding import anywhere
 from pipeline.model.suffix import Suffixes, SuffixRow, SuffixRunner
 from pipeline.model.targets import last_token, prompt_tokens, row_means
 from pipeline.model.trainer import predict

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.sharding import on_mesh_of
+from pipeline.running.sharding import on_mesh_of
 
 
 def whitener(moment_II: Tensor, ridge: float) -> Tensor:

@@ -1,17 +1,12 @@
 """Did it work, what else moved: answers, probabilities and damage, before and after an edit."""
 
-from pipeline.evaluation.evaluate import Evaluation, Evaluator, Measurement, evaluate
-from pipeline.evaluation.known import Known, find_known
-from pipeline.evaluation.metrics import BootstrapMean, Estimate, Resampled
+from pipeline.offered import offered
 
-__all__ = [
-    "BootstrapMean",
-    "Estimate",
-    "Evaluation",
-    "Evaluator",
-    "Known",
-    "Measurement",
-    "Resampled",
-    "evaluate",
-    "find_known",
-]
+__getattr__, __all__ = offered(
+    __name__,
+    {
+        "evaluate": ("Evaluation", "Evaluator", "Measurement", "evaluate"),
+        "known": ("Known", "find_known"),
+        "metrics": ("Estimate", "Resampled"),
+    },
+)

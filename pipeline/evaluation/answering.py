@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.answers import statement
+from pipeline.requests.answers import statement
 from pipeline.model import LLM
 from pipeline.model.generation import PromptRow, collate_prompts
 from pipeline.model.targets import head_reads_only

@@ -18,8 +18,8 @@ from pipeline.evaluation.readings import Readings
 from pipeline.evaluation.values import Values, figures, values_of
 from pipeline.model import LLM, build_trainer
 from pipeline.model.llm import fingerprint
-from pipeline.model.processes import from_first
-from pipeline.model.sharding import whole
+from pipeline.running.processes import from_first
+from pipeline.running.sharding import whole
 from pipeline.model.trainer import check_shares, predict
 from pipeline.options import EvaluationOptions, TrainerOptions
 from pipeline.requests import EditRequest

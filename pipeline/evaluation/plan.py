@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.evaluation.answering import Question
-from pipeline.evaluation.answers import inner_ends
+from pipeline.requests.answers import inner_ends
 from pipeline.evaluation.divergence import MOST_PROBES, compared_offsets
 from pipeline.evaluation.reading import collate
 from pipeline.evaluation.readings import kept_file

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.evaluation.answers import contains_answer, is_exact_answer
+from pipeline.requests.answers import contains_answer, is_exact_answer
 from pipeline.evaluation.fluency import ngram_entropy
 from pipeline.evaluation.metrics import BootstrapMean, Resampled
 from pipeline.evaluation.plan import Plan

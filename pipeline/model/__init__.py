@@ -1,35 +1,14 @@
-"""The language model: loading, the map of its blocks, joining prompt and answer, target-only logits, generation."""
+"""The language model: loading, the map of its blocks, running parts of it, generation."""
 
-from pipeline.model.blocks import Block, find_blocks, sizes
-from pipeline.model.generation import GreedyModule, first_statement, generate
-from pipeline.model.llm import LLM
-from pipeline.model.loading import load_model
-from pipeline.model.targets import (
-    TargetBatch,
-    TargetRow,
-    collate_targets,
-    encode,
-    target_logits,
-    target_losses,
+from pipeline.offered import offered
+
+__getattr__, __all__ = offered(
+    __name__,
+    {
+        "activations": ("Activations", "target_logits", "target_losses"),
+        "blocks": ("Block", "find_blocks", "sizes"),
+        "generation": ("generate",),
+        "llm": ("LLM",),
+        "loading": ("load_model",),
+    },
 )
-from pipeline.model.trainer import build_trainer, hush, weights_dtype
-
-__all__ = [
-    "LLM",
-    "Block",
-    "GreedyModule",
-    "TargetBatch",
-    "TargetRow",
-    "build_trainer",
-    "collate_targets",
-    "encode",
-    "find_blocks",
-    "first_statement",
-    "generate",
-    "hush",
-    "load_model",
-    "sizes",
-    "target_logits",
-    "target_losses",
-    "weights_dtype",
-]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pipeline.model.llm import LLM
-from pipeline.model.targets import encode, last_token
 from pipeline.requests import EditRequest
 
 
@@ -23,12 +22,10 @@ def explain(llm: LLM, request: EditRequest) -> list[ShownToken]:
     """The tokens of a request's prompt and new answer, as every stage reads them.
 
     Raises:
-        UserError: as `encode` does.
+        UserError: as `Tokens.rows` does.
     """
-    (row,) = encode(llm, [(request.prompt, request.new_answer)], what=f"request {request.id}")
-    before, found, _ = request.prompt.rpartition(request.subject or "")
-    named = bool(request.subject) and bool(found)
-    at = last_token(llm, request.prompt, len(before) + len(found), request.new_answer) if named else None
+    (row,) = llm.tokens.answered([request], [request.new_answer])
+    at = row.subject[1] if row.subject else None
     ids = row.token_ids
     told = [str(llm.tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]  # alone, some lose their space
     return [

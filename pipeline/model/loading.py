@@ -39,7 +39,7 @@ def load_model(
         dtype: of the weights in memory.
         verbose: show what the libraries say meanwhile.
         chat: put prompts into the tokenizer's chat template, in every stage.
-        spread: spread the blocks' weights over all processes (see `pipeline.model.sharding`), this one's share on
+        spread: spread the blocks' weights over all processes (see `pipeline.running.sharding`), this one's share on
             this device; None: the whole model on the CPU.
 
     Raises:

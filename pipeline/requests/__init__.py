@@ -1,35 +1,17 @@
-"""What is to change: edit requests, the layouts they come in, and how they reach a Trainer."""
+"""What is to change: edit requests, the layouts they come in, how they become tokens and batches."""
 
-from typing import TYPE_CHECKING, Any
+from pipeline.offered import offered
 
-from pipeline.requests.batches import in_batches
-from pipeline.requests.conflicts import fact, settle
-from pipeline.requests.readers import load_requests, stream_requests
-from pipeline.requests.records import DEMO_REQUESTS
-from pipeline.requests.schema import EditRequest, Probe
-from pipeline.requests.split import split_by_subject
-
-if TYPE_CHECKING:
-    from pipeline.requests.datamodule import ListDataModule
-
-__all__ = [
-    "DEMO_REQUESTS",
-    "EditRequest",
-    "ListDataModule",
-    "Probe",
-    "fact",
-    "in_batches",
-    "load_requests",
-    "settle",
-    "split_by_subject",
-    "stream_requests",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """The data module when it is used: requests are read and checked without torch."""
-    if name == "ListDataModule":
-        from pipeline.requests.datamodule import ListDataModule
-
-        return ListDataModule
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __all__ = offered(
+    __name__,
+    {
+        "conflicts": ("fact", "settle"),
+        "data": ("EditRequests",),
+        "readers": ("load_requests", "stream_requests"),
+        "records": ("DEMO_REQUESTS",),
+        "rows": ("Batch", "Row", "collate"),
+        "schema": ("EditRequest", "Probe"),
+        "split": ("split_by_subject",),
+        "tokens": ("Tokens",),
+    },
+)

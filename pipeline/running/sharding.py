@@ -1,25 +1,17 @@
-"""A model whose blocks' weights are spread over the devices (FSDP2), and reading and writing of such weights.
+"""Reading and writing of weights that are spread over the devices (FSDP2), and keeping step while they are.
 
-Each device keeps a slice of every weight of the blocks; a block's weights are gathered when it runs, and let go
-after it. Embeddings, head and the norm behind the last block are whole on every device: a few percent of a large
-model, and they are read apart from any block. One process loads the model; the others get their slices from it,
-weight by weight.
+How a model is spread: `pipeline.model.spreading`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
 
 
 def is_sharded(model: nn.Module) -> bool:

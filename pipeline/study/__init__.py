@@ -1,6 +1,5 @@
 """Which layer would have been best, and who finds it: trial edits at every block, and selectors beside them."""
 
-from pipeline.study.study import Study, run_study
-from pipeline.study.sweep import Grid, Sweep
+from pipeline.offered import offered
 
-__all__ = ["Grid", "Study", "Sweep", "run_study"]
+__getattr__, __all__ = offered(__name__, {"study": ("Study", "run_study"), "sweep": ("Grid", "Sweep")})

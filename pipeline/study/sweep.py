@@ -20,7 +20,7 @@ from pipeline.editing.statistics import key_moments
 from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.alone import AloneEvaluator
 from pipeline.model import LLM
-from pipeline.model.progress import one_bar
+from pipeline.running.progress import one_bar
 from pipeline.options import EditOptions, EvaluationOptions
 from pipeline.requests import EditRequest
 from pipeline.study.results import Result, Results, digest

@@ -10,7 +10,7 @@ import torch
 from pipeline.editing import WeightUpdate
 from pipeline.evaluation import Estimate
 from pipeline.model import LLM
-from pipeline.model.sharding import whole
+from pipeline.running.sharding import whole
 from pipeline.options import GateOptions
 
 BATCH = ("rewrite", "rephrase", "locality")

@@ -16,7 +16,7 @@ from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from pipeline.errors import UserError
-from pipeline.interrupts import interrupts
+from pipeline.running.interrupts import interrupts
 from pipeline.options import seconds
 
 LATE = 3600  # seconds that a start may be late, after a machine slept, and still be made up for

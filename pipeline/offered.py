@@ -1,0 +1,24 @@
+"""What a package offers to outsiders: names that are looked up when they are used, so that importing costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def offered(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], list[str]]:
+    """A package's `__getattr__` and `__all__`.
+
+    Args:
+        package: its full name.
+        homes: by module below it, the names that it offers of that module.
+    """
+    home_of = {name: f"{package}.{home}" for home, names in homes.items() for name in names}
+
+    def lookup(name: str) -> Any:
+        if name in home_of:
+            return getattr(import_module(home_of[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return lookup, sorted(home_of)
