@@ -7,14 +7,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-
-WORK_MARK = "mark.txt"  # says whose the work in progress is
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], mark: str = "") -> Path:
@@ -57,26 +55,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(*content: object) -> str:
+    """A name for what something depends on: 24 hexadecimal digits of the texts of all of it."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:24]
+
+
 def require_room(folder: Path, size: int) -> None:
     """Raise UserError when fewer than `size` bytes are free where `folder` is or will be."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
         raise UserError(f"output: {folder}: needs {size / 1e6:.0f} MB; {free / 1e6:.0f} MB are free on the disk")
-
-
-def claim(work: Path, stage: str, identity: Sequence[object]) -> None:
-    """Mark a folder for work in progress as one stage's with this identity, or find that it is.
-
-    Raises:
-        UserError: when it holds work of another.
-    """
-    mark = work / WORK_MARK
-    digest = hashlib.sha256(repr(identity).encode()).hexdigest()
-    if mark.is_file() and mark.read_text(encoding="utf-8") != digest:
-        raise UserError(f"{stage}: {work}: holds work of another {stage} (other requests or options); remove it")
-    work.mkdir(parents=True, exist_ok=True)
-    write_shared(mark, lambda partial: partial.write_text(digest, encoding="utf-8"))
 
 
 def cache_folder(named: str | None) -> Path:

@@ -14,7 +14,7 @@ import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own, without torch
 
 from pipeline.errors import UserError
-from pipeline.files import WORK_MARK, write_text
+from pipeline.files import write_text
 
 OPTIONS_FILE = "options.yaml"  # written first into every output folder: it marks the folder as ours
 STARTED = "GOLDEN_LAYERS_STARTED"  # the environment variable that tells a command's processes when it began
@@ -89,8 +89,8 @@ class OutputFolder:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is work in progress worth keeping: more than the mark of whose it is."""
-        return any(file.is_file() and file.name != WORK_MARK for file in self.unfinished.rglob("*"))
+        """Whether there is work in progress worth keeping."""
+        return any(file.is_file() for file in self.unfinished.rglob("*"))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The gradient-attribution callback: per-layer scores of layer gradient analysis, as gradients arrive."""
+"""The gradient-attribution callback: each request's score of every block, as gradients arrive."""
 
 from __future__ import annotations
 
@@ -6,116 +6,255 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
-from pipeline.attribution.estimators import ESTIMATORS, Estimator
+from pipeline.attribution.estimators import LGA, Estimator
 from pipeline.attribution.inner_products import CapturedInput
 from pipeline.errors import UserError
-from pipeline.model import Block, TargetBatch
-from pipeline.model.blocks import by_row
+from pipeline.model.blocks import Block, by_row
 from pipeline.model.checkpointing import runs_again
+from pipeline.running.processes import of_all
 
 
 class GradientAttribution(Callback):
     """Finds φ_il = ⟨∇ℓ(x_i, y_i^old), ∇ℓ(x_i, y_i^new)⟩ over the weights of each layer (arXiv 2602.20207).
 
-    Watches a module whose `predict_step` runs P requests' rows, side by side (the old answers' first), and
-    differentiates the sum of the rows' losses. Forward hooks keep what enters each projection; hooks on its output
-    turn the gradient into inner products the moment it arrives, so no gradient of a weight's size ever exists.
+    Watches any module whose step runs P requests' rows, side by side (the old answers' first, then the new ones'),
+    and differentiates the sum of the rows' losses: by itself, or by returning that sum, or as `training_step` does.
+    Forward hooks keep what enters each projection; hooks on its output turn the gradient into inner products the
+    moment it arrives, so no gradient of a weight's size is needed.
 
     Args:
-        blocks: the model's block map.
+        blocks: the model's block map, of `find_blocks`.
         scope: whose weights count: mlp, down, attention or block.
         estimator: what a score is made of; the paper's inner product by default.
-        shared: how many tokens all prompts begin with, for estimators that leave them out.
+
+    Attributes:
+        scores: after a run, every request's score of every block, (requests, blocks), in the order of the loader;
+            of several processes whose loader was spread over them, all of them.
+        last_scores: those of the pass that was differentiated last, (P, L).
+        positions_RK: for estimators that leave positions out: those of each row of the next pass that count.
+        model: the language model that was watched.
+
+    Raises:
+        UserError: when no gradient reached the blocks, with what is wrong.
+
+    Example:
+        >>> watch = GradientAttribution(find_blocks(model))
+        >>> trainer = Trainer(inference_mode=False, callbacks=[watch])
+        >>> outputs = trainer.predict(my_module, my_batches)
+        >>> watch.scores.shape == (len(requests), len(find_blocks(model)))
+        True
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[Block],
-        scope: str = "mlp",
-        estimator: Estimator = ESTIMATORS["lga"],
-        shared: int = 1,
-    ) -> None:
+    def __init__(self, blocks: Sequence[Block], scope: str = "mlp", estimator: Estimator = LGA) -> None:
+        self.blocks = list(blocks)
         self.projections = [block.projections(scope) for block in blocks]
-        self.estimator = estimator
-        self.shared = shared
+        self.scope, self.estimator = scope, estimator
+        self.scores: NDArray[np.float64] = np.empty((0, len(self.blocks)))
+        self.last_scores = torch.empty(0, len(self.blocks))
+        self.positions_RK: Tensor | None = None
+        self.model: nn.Module | None = None
         self._handles: list[RemovableHandle] = []
-        self._products: list[Tensor | None] = []
-        self._rows = 0
-        self._kept_RK: Tensor | None = None
-        self._captured: CapturedInput | None = None
-        self._captured_of: Tensor | None = None
-        self._seen: set[str] = set()
+        self._found: list[NDArray[np.float64]] = []  # batch by batch
+        self._pass = Pass(0, len(self.blocks))
+        self._before = True  # whether gradients were on before the batch
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        models = (module for module in pl_module.modules() if isinstance(module, PreTrainedModel))
+        self.model = next(models, pl_module)
+
+    def _start(self, trainer: Trainer, *_: Any) -> None:
+        if watches(trainer):
+            self._found = []
+            self._attach()
+
+    def _batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if not watches(trainer):
+            return
+        self._pass = Pass(0, len(self.blocks))
+        self._before = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)  # validation and prediction switch gradients off
+
+    def _batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        if not watches(trainer):
+            return
+        if not self._pass.is_done:
+            self._differentiate(outputs)
+        torch.set_grad_enabled(self._before)
+        self._pass.check()
+        self._found.append(self.last_scores.double().numpy())
+
+    def _end(self, trainer: Trainer, *_: Any) -> None:
+        if watches(trainer):
+            self._detach()
+            found = self._found or [np.empty((0, len(self.blocks)))]
+            self.scores = in_order(found, _loader(trainer))
+
+    def on_exception(self, *_: Any) -> None:
+        self._detach()
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _start
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _batch_start
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _batch_end
+    on_train_end = on_validation_end = on_test_end = on_predict_end = _end
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside the `with`, passes are watched, also without a Trainer."""
+        """Inside the `with`, passes are watched without a Trainer; `last_scores` has what comes of each."""
         self._attach()
         try:
             yield
         finally:
             self._detach()
 
-    def on_predict_start(self, *_: Any) -> None:
-        self._attach()
-
     def _attach(self) -> None:
+        self._handles.append(self.blocks[0].module.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer, projections in enumerate(self.projections):
             for name, module in projections.items():
                 self._handles.append(module.register_forward_hook(self._hook(layer, name)))
 
-    def begin(self, batch: TargetBatch) -> None:
-        """A batch is about to run."""
-        self._products = [None] * len(self.projections)
-        self._rows = len(batch.input_ids_BT)
-        self._kept_RK = self.estimator.positions(batch, self.shared) if self.estimator.positions else None
-        self._seen.clear()
-
-    def take(self) -> Tensor:
-        """The scores of the batch that has just been differentiated, (P, L)."""
-        missing = [layer for layer, products in enumerate(self._products) if products is None]
-        assert not missing, f"no gradient reached blocks {missing}"
-        self._captured = self._captured_of = None
-        return self.estimator.combine(torch.stack([p for p in self._products if p is not None], dim=2))
-
-    def on_predict_end(self, *_: Any) -> None:
-        self._detach()
-
-    def on_exception(self, *_: Any) -> None:
-        self._detach()
-
     def _detach(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._pass.captured = None
+
+    def _begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        """A pass begins where the first block does."""
+        if runs_again():
+            return
+        hidden_RTD = args[0] if args else kwargs["hidden_states"]
+        if len(hidden_RTD) % self.estimator.sides:
+            raise UserError(
+                f"attribution: a batch of {len(hidden_RTD)} rows; expected the old answers' rows and then as many of "
+                "the new ones'"
+            )
+        self._pass = Pass(len(hidden_RTD), len(self.blocks))
+
+    def _differentiate(self, outputs: Any) -> None:
+        """The backward pass, where a step returns its loss and leaves that to whoever runs it."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.sum().backward()
 
     def _kept(self, vectors: Tensor) -> Tensor:
         """What entered or left a projection, row by row, at the positions that count."""
-        vectors_RTD = by_row(vectors.detach(), self._rows)
-        if self._kept_RK is None:
+        vectors_RTD = by_row(vectors.detach(), self._pass.rows)
+        if self.positions_RK is None:
             return vectors_RTD
-        return vectors_RTD.take_along_dim(self._kept_RK[..., None], dim=1)
+        return vectors_RTD.take_along_dim(self.positions_RK[..., None], dim=1)
 
     def _hook(self, layer: int, name: str) -> Any:
         def forward(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad or runs_again():
+            if runs_again():
                 return
-            if name in self._seen:
+            seen = self._pass
+            if name in seen.names:
                 raise UserError(f"model: {name} runs twice in one pass; attribution expects once")
-            self._seen.add(name)
-            if self._captured is None or self._captured_of is not args[0]:
-                self._captured = CapturedInput(self._kept(args[0]), self.estimator.sides)
-                self._captured_of = args[0]
-            captured = self._captured
+            seen.note(name, output)
+            if not output.requires_grad:
+                return
+            if seen.captured is None or seen.captured_of is not args[0]:
+                seen.captured, seen.captured_of = CapturedInput(self._kept(args[0]), self.estimator.sides), args[0]
+            captured = seen.captured
 
             def backward(grad: Tensor) -> None:
-                products_QP = captured.products(self._kept(grad), self.estimator.pairs)
-                so_far = self._products[layer]
-                self._products[layer] = products_QP if so_far is None else so_far + products_QP
+                seen.add(layer, captured.products(self._kept(grad), self.estimator.pairs))
+                if seen.is_done:
+                    products_QPL = torch.stack([p for p in seen.products if p is not None], dim=2)
+                    self.last_scores = self.estimator.combine(products_QPL).cpu()
 
             output.register_hook(backward)
 
         return forward
+
+
+class Pass:
+    """What is known of one pass: inner products by layer, and why none came.
+
+    Args:
+        rows: how many ran.
+        layers: how many blocks there are.
+    """
+
+    def __init__(self, rows: int, layers: int) -> None:
+        self.rows = rows
+        self.products: list[Tensor | None] = [None] * layers
+        self.names: set[str] = set()
+        self.awaited = 0  # gradients
+        self.captured: CapturedInput | None = None
+        self.captured_of: Tensor | None = None
+        self._why = "its step does not run the model that the blocks are of"
+
+    def note(self, name: str, output: Tensor) -> None:
+        """A projection ran."""
+        self.names.add(name)
+        if output.requires_grad:
+            self.awaited += 1
+            self._why = "no backward pass followed: differentiate the sum of the rows' losses, or return it"
+        elif torch.is_inference_mode_enabled():
+            self._why = "it runs in inference mode: give Trainer(inference_mode=False)"
+        elif not torch.is_grad_enabled():
+            self._why = "it runs without gradients: run the model under torch.enable_grad()"
+        elif not self.awaited:
+            self._why = "every weight is frozen, so there is no graph: let the input embeddings require a gradient"
+
+    def add(self, layer: int, products_QP: Tensor) -> None:
+        """A projection's inner products have come."""
+        self.awaited -= 1
+        so_far = self.products[layer]
+        self.products[layer] = products_QP if so_far is None else so_far + products_QP
+
+    @property
+    def is_done(self) -> bool:
+        """Whether gradients of all that ran have come, in every layer."""
+        return self.awaited == 0 and all(products is not None for products in self.products)
+
+    def check(self) -> None:
+        """Raise UserError, with what is wrong, unless it is done."""
+        if not self.is_done:
+            missing = [str(layer) for layer, products in enumerate(self.products) if products is None]
+            raise UserError(f"attribution: no gradient reached blocks {', '.join(missing[:5])}: {self._why}")
+
+
+def watches(trainer: Trainer) -> bool:
+    """Whether a run is watched: all are but the validation within a training."""
+    return trainer.training or trainer.state.fn != TrainerFn.FITTING
+
+
+def _loader(trainer: Trainer) -> Any:
+    """What the run that is at its end read from."""
+    return {
+        TrainerFn.FITTING: trainer.train_dataloader,
+        TrainerFn.VALIDATING: trainer.val_dataloaders,
+        TrainerFn.TESTING: trainer.test_dataloaders,
+        TrainerFn.PREDICTING: trainer.predict_dataloaders,
+    }[trainer.state.fn or TrainerFn.PREDICTING]
+
+
+def in_order(found: list[NDArray[np.float64]], loader: Any) -> NDArray[np.float64]:
+    """Scores in the loader's order, (N, L); where a sampler has spread it over processes, those of all.
+
+    Args:
+        found: this process's scores, batch by batch.
+        loader: what the batches came from.
+    """
+    loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
+    own = np.concatenate(found)
+    if not isinstance(sampler, DistributedSampler):
+        return own
+    by_request = len(sampler) == len(own)  # else an item of the loader is a batch
+    parts: list[Any] = of_all(list(own) if by_request else found)
+    longest = max(map(len, parts))
+    taken = [part[turn] for turn in range(longest) for part in parts if turn < len(part)]
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    return np.stack(taken[:size]) if by_request else np.concatenate(taken[:size])

@@ -3,51 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import fields
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.attribution.estimators import ESTIMATORS
-from pipeline.attribution.fixed import score_fixed, score_middle
-from pipeline.attribution.lga import score_gradients
+import numpy as np
+from lightning.pytorch import Trainer
+
+from pipeline.attribution import lga, tracing  # noqa: F401  # they enter themselves among the selectors
+from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.attribution.scores import Scores
-from pipeline.attribution.scoring import ScoreLog, check_finite
 from pipeline.attribution.selection import select
-from pipeline.attribution.selector import Runtime, Selector
+from pipeline.attribution.selector import SELECTORS, Selector
 from pipeline.attribution.stability import judge
-from pipeline.attribution.tracing import score_tracing
-from pipeline.attribution.trying import check_trial, score_by_trial
 from pipeline.errors import UserError, check_choice
-from pipeline.files import claim
-from pipeline.model import LLM
-from pipeline.options import AttributionOptions, TrainerOptions
-from pipeline.requests import EditRequest
-
-FENCED = ("lga", "lga_past_first", "lga_subject", "gradient_norm", "gradient_norm_subject")
-
-METHODS: dict[str, Selector] = {
-    name: Selector(
-        partial(score_gradients, estimator),
-        needs_subject=estimator.needs_subject,
-        of_gradients=True,
-        fenced=name in FENCED,
-    )
-    for name, estimator in ESTIMATORS.items()
-} | {
-    "causal_tracing": Selector(score_tracing, needs_subject=True),
-    "sweep": Selector(score_by_trial, check=check_trial),
-    "middle": Selector(score_middle, reads_requests=False),
-    "fixed": Selector(score_fixed, reads_requests=False),
-}
+from pipeline.files import digest
+from pipeline.model.llm import LLM, fingerprint
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
 
 
 def find_golden_layer(
     llm: LLM,
     requests: Sequence[EditRequest],
     options: AttributionOptions | None = None,
-    trainer: TrainerOptions | None = None,
+    trainer: TrainerOptions | Trainer | None = None,
     request_set: str = "",
     seed: int = 0,
 ) -> GoldenProfile:
@@ -57,7 +40,7 @@ def find_golden_layer(
         llm: the model; its weights stay as they are.
         requests: the proxy set.
         options: how blocks are scored and chosen.
-        trainer: what it runs on.
+        trainer: what it runs on: a Trainer, or options to make one of.
         request_set: what the profile calls the proxy set.
         seed: of every draw.
 
@@ -70,30 +53,35 @@ def find_golden_layer(
         True
     """
     options = options or AttributionOptions()
-    scores = score_requests(llm, requests, options, trainer, seed)
-    return choose(llm, scores, options, request_set, seed)
+    return choose(score_requests(llm, requests, options, trainer, seed), options, request_set, seed)
 
 
-def check_method(requests: Sequence[EditRequest], options: AttributionOptions) -> None:
+def check_selector(
+    requests: Sequence[EditRequest],
+    options: AttributionOptions,
+    selectors: Mapping[str, Selector] = SELECTORS,
+) -> None:
     """Raise UserError for an unknown method, or requests without the subject that it needs."""
-    check_choice("method", options.method, METHODS)
-    missing = [r.id for r in requests if not r.names_subject]
-    if missing and METHODS[options.method].needs_subject:
+    check_choice("method", options.method, selectors)
+    selector = selectors[options.method]
+    missing = [request.id for request in requests if not request.names_subject]
+    if missing and selector.needs_subject:
         raise UserError(
             f"method: {options.method} needs each request's subject in its prompt; not so in {len(missing)} of "
             f"{len(requests)}: {', '.join(missing[:5])}; the method lga does without"
         )
-    if check := METHODS[options.method].check:
-        check(requests, options)
+    if selector.check:
+        selector.check(requests, options)
 
 
 def score_requests(
     llm: LLM,
     requests: Sequence[EditRequest],
     options: AttributionOptions | None = None,
-    trainer: TrainerOptions | None = None,
+    trainer: TrainerOptions | Trainer | None = None,
     seed: int = 0,
     work: Path | None = None,
+    selectors: Mapping[str, Selector] = SELECTORS,
 ) -> Scores:
     """Every request's score of every block, in the requests' order.
 
@@ -103,46 +91,56 @@ def score_requests(
         options: how blocks are scored.
         trainer: what it runs on.
         seed: of every draw.
-        work: a folder for work in progress; scoring that finds its own there goes on from it, to the same scores.
+        work: a folder for half-done work; scoring that finds its own there goes on from it.
+        selectors: the ways to score that there are.
 
     Raises:
-        UserError: for an unknown method, requests that it cannot score, a prompt longer than the context, or work
-            of other requests or options in the folder.
+        UserError: for an unknown method, requests that it cannot score, a prompt longer than the context, or a score
+            that is not a number.
     """
     options = options or AttributionOptions()
-    check_method(requests, options)
+    check_selector(requests, options, selectors)
     started = time.perf_counter()
-    if work:
-        own = [getattr(options, field.name) for field in fields(AttributionOptions)]
-        claim(work, "attribution", [llm.fingerprint, llm.chat, own, seed, *requests])
-    earlier = float(ScoreLog(work, len(llm.blocks)).read()["seconds"].sum())
-    runtime = Runtime(trainer or TrainerOptions(), seed, work)
-    values_NL = METHODS[options.method].score(llm, requests, options, runtime)
+    about = digest(llm.fingerprint, llm.chat, asdict(options), seed, *requests)
+    runtime = Runtime(trainer or TrainerOptions(), seed=seed, work=work / about if work else None)
+    values_NL = selectors[options.method].score(llm, requests, options, runtime)
     ids = [request.id for request in requests]
-    check_finite(values_NL, ids)
-    return Scores(options.method, ids, values_NL, earlier + time.perf_counter() - started)
+    broken = [ids[number] for number in np.flatnonzero(~np.isfinite(values_NL).all(1)).tolist()]
+    if broken:
+        raise UserError(
+            f"attribution: scores of {len(broken)} of {len(ids)} requests are not numbers: {', '.join(broken[:5])}"
+        )
+    seconds = time.perf_counter() - started
+    return Scores(options.method, ids, values_NL, seconds, llm.name, llm.fingerprint, llm.chat)
 
 
 def choose(
-    llm: LLM, scores: Scores, options: AttributionOptions | None = None, request_set: str = "", seed: int = 0
+    found: Scores | GradientAttribution,
+    options: AttributionOptions | None = None,
+    request_set: str = "",
+    seed: int = 0,
+    selectors: Mapping[str, Selector] = SELECTORS,
 ) -> GoldenProfile:
     """The golden profile that scores lead to; fences and order count where the method's scores ask for them.
 
     Args:
-        llm: the model.
-        scores: of requests.
+        found: scores of requests, or the callback that has them.
         options: fences, order, top_k and scope.
         request_set: what the profile calls the requests.
         seed: of the resampling.
+        selectors: the ways to score that there are.
 
     Raises:
-        UserError: for more golden layers than lie inside the fences.
+        UserError: for more golden layers than lie inside the fences, or a callback that has watched nothing.
     """
     options = options or AttributionOptions()
-    selector = METHODS[scores.method]
+    scope = options.scope
+    if isinstance(found, GradientAttribution):
+        found, scope = scores_of(found), found.scope
+    selector = selectors[found.method]
     fences = options.fences if selector.fenced else 0.0
     order = options.order if selector.of_gradients else "signed"
-    means = scores.values.mean(0).tolist()
+    means = found.values.mean(0).tolist()
     chosen = select(means, fences, order)
     if options.top_k > len(chosen.ranking):
         raise UserError(
@@ -150,10 +148,10 @@ def choose(
         )
     golden = chosen.ranking[: options.top_k]
     return GoldenProfile(
-        model=llm.name,
-        fingerprint=llm.fingerprint,
-        method=scores.method,
-        scope=options.scope if selector.of_gradients else "",
+        model=found.model,
+        fingerprint=found.fingerprint,
+        method=found.method,
+        scope=scope if selector.of_gradients else "",
         order=order,
         scores=means,
         fences=(chosen.low, chosen.high) if fences > 0 else None,
@@ -162,8 +160,17 @@ def choose(
         raw_ranking=chosen.raw_ranking,
         golden_layers=golden,
         request_set=request_set,
-        requests=len(scores.ids),
-        seconds=round(scores.seconds, 3),
-        chat=llm.chat,
-        stability=judge(scores.values, golden[0], fences, order, seed) if selector.reads_requests else None,
+        requests=len(found.ids),
+        seconds=round(found.seconds, 3),
+        chat=found.chat,
+        stability=judge(found.values, golden[0], fences, order, seed) if selector.reads_requests else None,
     )
+
+
+def scores_of(watch: GradientAttribution) -> Scores:
+    """What the callback has found in a Trainer of one's own."""
+    if not len(watch.scores) or watch.model is None:
+        raise UserError("attribution: no scores; run a Trainer that has the callback first")
+    name = getattr(getattr(watch.model, "config", None), "name_or_path", "") or type(watch.model).__name__
+    ids = [str(number) for number in range(len(watch.scores))]
+    return Scores("lga", ids, watch.scores, model=name, fingerprint=fingerprint(watch.model))

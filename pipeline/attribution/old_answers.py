@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.model import LLM, first_statement, generate
-from pipeline.options import AttributionOptions, TrainerOptions
-from pipeline.requests import EditRequest
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
+from pipeline.requests.answers import first_statement
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
 
 
 def with_old_answers(
-    llm: LLM,
-    requests: Sequence[EditRequest],
-    options: AttributionOptions,
-    trainer: TrainerOptions,
-    work: Path | None = None,
+    llm: LLM, requests: Sequence[EditRequest], runtime: Runtime, always: bool = False
 ) -> list[EditRequest]:
     """The requests, each with an old answer: the data set's, or the model's own greedy one.
+
+    Args:
+        llm: the model.
+        requests: with or without old answers.
+        runtime: what it runs on.
+        always: take the model's own also where the data set has one.
 
     Raises:
         UserError: when the model says nothing.
     """
-    asked = [r for r in requests if options.old_answers == "model" or r.old_answer is None]
+    asked = [request for request in requests if always or request.old_answer is None]
     if not asked:
         return list(requests)
-    prompts, kept = [request.prompt for request in asked], work / "old-answers" if work else None
-    texts = generate(llm, prompts, batch_size=options.batch_size, trainer=trainer, title="Old answers", kept=kept)
-    old = {r.id: first_statement(text) for r, text in zip(asked, texts, strict=True)}
-    silent = [r.id for r in asked if not old[r.id]]
+    kept = runtime.work / "old-answers" if runtime.work else None
+    prompts = [request.prompt for request in asked]
+    texts = generate(llm, prompts, trainer=runtime.trainer, title="Old answers", kept=kept)
+    old = {request.id: first_statement(text) for request, text in zip(asked, texts, strict=True)}
+    silent = [request.id for request in asked if not old[request.id]]
     if silent:
         raise UserError(
             f"requests: {llm.name} gives no answer of its own to {', '.join(silent[:5])}; give old_answer"

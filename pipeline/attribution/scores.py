@@ -27,19 +27,20 @@ class Scores:
         ids: the requests' ids.
         values: each request's score of every block, (N, L), float64.
         seconds: how long that took.
+        model, fingerprint, chat: of what model, and whether prompts were put into its chat template.
     """
 
     method: str
     ids: list[str]
     values: Values
     seconds: float = 0.0
+    model: str = ""
+    fingerprint: str = ""
+    chat: bool = False
 
     def save(self, folder: Path) -> Path:
-        """Write `scores.safetensors` into a folder, whole or not at all: tensor `scores`; method, ids as metadata.
-
-        The time it took is not in it, so that equal scores are equal bytes.
-        """
-        about = {"about": json.dumps({"method": self.method, "ids": self.ids})}  # one key: several have no order
+        """Write `scores.safetensors` into a folder, whole or not at all: tensor `scores`; method, ids as metadata."""
+        about = {"about": json.dumps({"method": self.method, "ids": self.ids})}
         tensors = {"scores": np.ascontiguousarray(self.values)}
         return write_whole(folder / SCORES_FILE, lambda partial: save_file(tensors, partial, about))
 

@@ -1,33 +1,21 @@
-"""What a selector is: the interface of every way to score blocks, and what it is given to run with."""
+"""What a selector is: the interface of every way to score blocks, and the table of those that users have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.model import LLM
-from pipeline.options import AttributionOptions, TrainerOptions
-from pipeline.requests import EditRequest
+from pipeline.errors import UserError
+from pipeline.model.llm import LLM
+from pipeline.options.attribution import AttributionOptions
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
 
 Values = NDArray[np.float64]  # (N, L): N requests, L blocks
-
-
-class Runtime(NamedTuple):
-    """What a selector runs with.
-
-    Attributes:
-        trainer: what it runs on.
-        seed: of every draw.
-        work: a folder for work in progress; what is found there is not done again.
-    """
-
-    trainer: TrainerOptions
-    seed: int = 0
-    work: Path | None = None
+LITTLE = 1 << 24  # numbers: 64 MB of them in float32
 
 
 class Selector(NamedTuple):
@@ -50,3 +38,58 @@ class Selector(NamedTuple):
     fenced: bool = False
     reads_requests: bool = True
     check: Callable[[Sequence[EditRequest], AttributionOptions], None] | None = None
+
+
+SELECTORS: dict[str, Selector] = {}
+
+
+def register(name: str, selector: Selector) -> None:
+    """Enter a selector under the name that `--method` takes.
+
+    Raises:
+        ValueError: when there is one of that name already, or the name is no plain word.
+    """
+    if not name.isidentifier() or name in SELECTORS:
+        raise ValueError(f"selector {name!r}: expected a new name of letters, digits and underscores")
+    SELECTORS[name] = selector
+
+
+def tokens_at_once(llm: LLM, kept: int) -> int:
+    """How many tokens may run together so that what is kept of them takes at most half of the weights' memory.
+
+    Of small models more than that is allowed: what is kept of a pass may always be `LITTLE` numbers.
+
+    Args:
+        llm: the model.
+        kept: numbers that are kept of a token in each block.
+    """
+    weights = sum(parameter.numel() for parameter in llm.model.parameters())
+    return max(weights // 2, LITTLE) // (kept * len(llm.blocks))
+
+
+def one_block(llm: LLM, requests: int, block: int) -> Values:
+    """1 at a block, 0 elsewhere, for every request."""
+    values_NL = np.zeros((requests, len(llm.blocks)))
+    values_NL[:, block] = 1
+    return values_NL
+
+
+def score_middle(llm: LLM, requests: Sequence[EditRequest], _: AttributionOptions, __: Runtime) -> Values:
+    """The block in the middle, ⌊L / 2⌋."""
+    return one_block(llm, len(requests), len(llm.blocks) // 2)
+
+
+def score_fixed(llm: LLM, requests: Sequence[EditRequest], options: AttributionOptions, _: Runtime) -> Values:
+    """The block of `options.layer`.
+
+    Raises:
+        UserError: when there is no such block.
+    """
+    assert options.layer is not None
+    if options.layer >= len(llm.blocks):
+        raise UserError(f"layer: {options.layer} is not a block of {llm.name}; it has 0 to {len(llm.blocks) - 1}")
+    return one_block(llm, len(requests), options.layer)
+
+
+register("middle", Selector(score_middle, reads_requests=False))
+register("fixed", Selector(score_fixed, reads_requests=False))

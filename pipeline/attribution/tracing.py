@@ -14,44 +14,21 @@ Shapes: P requests, S samples, R = P · S rows (a request's samples side by side
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.attribution.old_answers import with_old_answers
-from pipeline.attribution.scoring import ScoringModule, score_batches, tokens_at_once
-from pipeline.attribution.selector import Runtime, Values
-from pipeline.model import LLM, encode
-from pipeline.model.targets import head_reads_only, last_token
-from pipeline.model.upper import handing_on
-from pipeline.options import AttributionOptions
-from pipeline.requests import EditRequest
-
-
-class TracedRow(NamedTuple):
-    """A prompt's tokens, the first and last of its subject, the answer's first token, and the seed of its noise."""
-
-    token_ids: list[int]
-    first: int
-    last: int
-    target: int
-    seed: int
-
-
-@dataclass
-class TracedBatch:
-    """P prompts padded on the right, (P, T), and each one's places, target and seed."""
-
-    input_ids_PT: Tensor
-    first_P: Tensor
-    last_P: Tensor
-    read_P: Tensor
-    target_P: Tensor
-    seeds: list[int]
+from pipeline.attribution.selector import Selector, Values, register, tokens_at_once
+from pipeline.model.activations import Activations, head_reads, wide_logits
+from pipeline.model.llm import LLM
+from pipeline.options.attribution import AttributionOptions
+from pipeline.requests.rows import Batch, Row, collate
+from pipeline.requests.schema import EditRequest
+from pipeline.running.stage import Stage, run
+from pipeline.running.trainer import Runtime
 
 
 def score_tracing(
@@ -62,120 +39,99 @@ def score_tracing(
     Raises:
         UserError: for a prompt longer than the context, or an old answer that is missing and cannot be found.
     """
-    answered = with_old_answers(llm, requests, options, runtime.trainer, runtime.work)
-    return score_batches(
-        TracingModule(llm, options),
-        traced_rows(llm, answered, runtime.seed),
-        tokens=lambda row: options.samples * len(row.token_ids),
-        most=tokens_at_once(llm, llm.model.config.get_text_config(decoder=True).hidden_size),
-        batch_size=options.batch_size,
-        runtime=runtime,
-        title="Causal tracing",
-    )
-
-
-def traced_rows(llm: LLM, requests: Sequence[EditRequest], seed: int) -> list[TracedRow]:
-    """Every request's prompt with its subject's tokens; of several mentions the last one counts."""
-    rows = []
-    encoded = encode(llm, [(r.prompt, r.old_answer or "") for r in requests])
-    for request, row in zip(requests, encoded, strict=True):
-        subject, answer = request.subject or "", request.old_answer or ""
-        start = request.prompt.rindex(subject)
-        first, last = (
-            min(last_token(llm, request.prompt, end, answer), row.target_start - 1)
-            for end in (start + 1, start + len(subject))
+    answered = with_old_answers(llm, requests, runtime, always=options.old_answers == "model")
+    rows = llm.tokens.answered(answered, [request.old_answer or "" for request in answered])
+    rows = [row._replace(token_ids=row.token_ids[: row.target_start + 1]) for row in rows]  # its first token counts
+    with llm.frozen():
+        found = run(
+            Tracing(llm, options, runtime.seed),
+            rows,
+            runtime,
+            tokens=lambda row: options.samples * len(row.token_ids),
+            batch_size=options.batch_size,
+            most_tokens=tokens_at_once(llm, llm.embedding.shape[1]),
+            kept="scores",
         )
-        own = hashlib.sha256(f"{seed} {request.id}".encode()).digest()  # the same in any set and batch
-        ids = row.token_ids
-        noise = int.from_bytes(own[:7])
-        rows.append(TracedRow(ids[: row.target_start], first, last, ids[row.target_start], noise))
-    return rows
+    return np.array(found, dtype=np.float64)
 
 
-class TracingModule(ScoringModule):
-    """Wraps an LLM; a predict step traces one batch of requests at every block."""
+class Tracing(Stage):
+    """Traces requests at every block: an output is a request's recovered probabilities.
 
-    def __init__(self, llm: LLM, options: AttributionOptions) -> None:
-        super().__init__(llm)
-        self.samples = options.samples
-        self.noise = options.noise
+    Args:
+        llm: the model.
+        options: samples and size of the noise.
+        seed: of the noise, which is the same for a request in any batch.
+    """
 
-    def collate(self, items: list[TracedRow]) -> TracedBatch:
-        padded = nn.utils.rnn.pad_sequence(
-            [torch.tensor(row.token_ids) for row in items], batch_first=True, padding_value=self.llm.pad_token_id
-        )
-        places = torch.tensor([(row.first, row.last, len(row.token_ids) - 1, row.target) for row in items])
-        first_P, last_P, read_P, target_P = places.T.contiguous()
-        return TracedBatch(padded, first_P, last_P, read_P, target_P, [row.seed for row in items])
+    title = "Causal tracing"
 
-    @torch.no_grad()
-    def scores(self, batch: TracedBatch) -> Tensor:
-        """Probability recovered at each block, mean over samples, (P, L)."""
-        with block_outputs(self.llm) as clean:
+    def __init__(self, llm: LLM, options: AttributionOptions, seed: int) -> None:
+        super().__init__(llm.model)
+        self.llm, self.parts = llm, Activations(llm)
+        self.samples, self.noise, self.seed = options.samples, options.noise, seed
+
+    def collate(self, items: list[Row]) -> Batch:
+        return collate(items, self.llm.pad_token_id)
+
+    def step(self, batch: Batch) -> list[list[float]]:
+        names = [block.name for block in self.llm.blocks]
+        with self.parts.leaving(*names) as clean:
             self._probabilities(batch, 1)
-        with block_outputs(self.llm) as corrupted, self._corrupting(batch):
+        embeddings = self._embeddings()
+        noise_RTD = torch.cat([self._noise(text, batch.input_ids_BT.shape[1]) for text in batch.texts])
+        rows = len(batch.texts) * self.samples
+        with (
+            self.parts.leaving(*names) as corrupted,
+            self.parts.changing(embeddings, rows, lambda _, output: output + noise_RTD.to(output)),
+        ):
             base_PS = self._probabilities(batch, self.samples)
-        rows_P = torch.arange(len(batch.last_P), device=batch.last_P.device)
-        rows_R = torch.arange(len(rows_P) * self.samples, device=rows_P.device)
-        last_R = batch.last_P.repeat_interleave(self.samples)
+        last_P = torch.tensor([_subject(text)[1] for text in batch.texts], device=base_PS.device)
+        each_P, each_R = torch.arange(len(last_P)), torch.arange(rows)
+        last_R = last_P.repeat_interleave(self.samples)
         found = []
-        for layer, (clean_PTD, state_RTD) in enumerate(zip(clean, corrupted, strict=True)):
-            clean_PD = clean_PTD[rows_P, batch.last_P]
-            state_RTD[rows_R, last_R] = clean_PD.repeat_interleave(self.samples, dim=0)
-            with handing_on(self.llm, layer + 1, state_RTD):
+        for layer, name in enumerate(names):
+            state_RTD = corrupted[name]
+            state_RTD[each_R, last_R] = clean[name][each_P, last_P].repeat_interleave(self.samples, dim=0)
+            with self.parts.from_block(layer + 1, state_RTD):
                 found.append((self._probabilities(batch, self.samples) - base_PS).mean(1))
-        return torch.stack(found, dim=1)
+        scores: list[list[float]] = torch.stack(found, dim=1).double().tolist()
+        return scores
 
-    def _probabilities(self, batch: TracedBatch, samples: int) -> Tensor:
+    def _probabilities(self, batch: Batch, samples: int) -> Tensor:
         """Of each answer's first token, (P, samples)."""
-        ids_RT = batch.input_ids_PT.repeat_interleave(samples, dim=0)
+        ids_RT = batch.input_ids_BT.repeat_interleave(samples, dim=0)
         rows_R = torch.arange(len(ids_RT), device=ids_RT.device)
-        with head_reads_only(self.llm.model, rows_R, batch.read_P.repeat_interleave(samples)):
-            logits_RV = self.llm.model(input_ids=ids_RT, use_cache=False).logits.squeeze(0)
-        wide = torch.promote_types(logits_RV.dtype, torch.float32)
-        target_R1 = batch.target_P.repeat_interleave(samples)[:, None]
-        return logits_RV.to(wide).softmax(-1).gather(1, target_R1).view(-1, samples)
+        with head_reads(self.llm.model, rows_R, batch.position_N.repeat_interleave(samples)):
+            logits_RV = wide_logits(self.llm.model(input_ids=ids_RT, use_cache=False))
+        target_R1 = batch.target_N.repeat_interleave(samples)[:, None]
+        return logits_RV.softmax(-1).gather(1, target_R1).view(-1, samples)
 
-    @contextmanager
-    def _corrupting(self, batch: TracedBatch) -> Iterator[None]:
-        """Inside the `with`, embeddings of the subjects' tokens come with noise, drawn anew for every sample."""
+    def _embeddings(self) -> str:
+        """The input embeddings' full name."""
         embeddings = self.llm.model.get_input_embeddings()
-        noise_RTD = torch.cat([self._noise(batch, number) for number in range(len(batch.seeds))])
+        return next(name for name, module in self.llm.model.named_modules() if module is embeddings)
 
-        def corrupt(_: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return output + noise_RTD.to(output)
-
-        handle = embeddings.register_forward_hook(corrupt)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _noise(self, batch: TracedBatch, number: int) -> Tensor:
-        """A request's noise under every sample, (S, T, D), zero outside its subject; in float32, on the CPU.
+    def _noise(self, text: Row, width: int) -> Tensor:
+        """A request's noise under every sample, (S, T, D), zero outside its subject; in float32.
 
         In units of what the embeddings put out: Gemma's are the matrix's rows times √D.
         """
-        matrix, ids_T = self.llm.embedding, batch.input_ids_PT[number]
-        first, last = int(batch.first_P[number]), int(batch.last_P[number])
-        put_out = self.llm.model.get_input_embeddings()(ids_T[last : last + 1])
-        deviation = (matrix.float().std() * put_out.float().norm() / matrix[ids_T[last]].float().norm()).item()
-        draw = torch.Generator().manual_seed(batch.seeds[number])
-        noise_STD = torch.zeros(self.samples, len(ids_T), matrix.shape[1])
+        (first, last), matrix = _subject(text), self.llm.embedding
+        token = torch.tensor(text.token_ids[last : last + 1], device=matrix.device)
+        put_out = self.llm.model.get_input_embeddings()(token)
+        deviation = (matrix.float().std() * put_out.float().norm() / matrix[token].float().norm()).item()
+        own = hashlib.sha256(f"{self.seed} {text.tag}".encode()).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(own[:7]))
+        noise_STD = torch.zeros(self.samples, width, matrix.shape[1])
         subject = (self.samples, last - first + 1, matrix.shape[1])
         noise_STD[:, first : last + 1] = self.noise * deviation * torch.randn(subject, generator=draw)
-        return noise_STD
+        return noise_STD.to(matrix.device)
 
 
-@contextmanager
-def block_outputs(llm: LLM) -> Iterator[list[Tensor]]:
-    """Inside the `with`, a pass appends what each block puts out, (B, T, D)."""
-    seen: list[Tensor] = []
+def _subject(text: Row) -> tuple[int, int]:
+    assert text.subject
+    return text.subject
 
-    def keep(_: nn.Module, _args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
 
-    with ExitStack() as hooks:
-        for block in llm.blocks:
-            hooks.callback(llm.model.get_submodule(block.name).register_forward_hook(keep).remove)
-        yield seen
+register("causal_tracing", Selector(score_tracing, needs_subject=True))

@@ -34,7 +34,7 @@ class Activations:
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self.model = llm.model
-        self.blocks = [llm.model.get_submodule(block.name) for block in llm.blocks]
+        self.blocks = [block.module for block in llm.blocks]
 
     @contextmanager
     def from_block(self, layer: int, enter_BTD: Tensor | None) -> Iterator[None]:

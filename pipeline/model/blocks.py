@@ -25,12 +25,14 @@ class Block:
     Attributes:
         index: its place, counted from 0.
         name: the block's own full name.
+        module: the block itself.
         mlp: the MLP's projections, the down-projection last.
         attention: the attention's projections.
     """
 
     index: int
     name: str
+    module: nn.Module
     mlp: dict[str, Projection]
     attention: dict[str, Projection]
 
@@ -136,7 +138,7 @@ def _map_block(where: str, name: str, index: int, block: nn.Module, hidden: int)
             f"{where}: expected an MLP of one or two linear maps up from {hidden} and one down to it; "
             f"found {found or 'no linear map beside attention'}"
         )
-    return Block(index, name, {key: mlp[key] for key in [*ups, *down]}, attention)
+    return Block(index, name, block, {key: mlp[key] for key in [*ups, *down]}, attention)
 
 
 def _is_attention(inner: str) -> bool:

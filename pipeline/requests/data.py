@@ -65,13 +65,13 @@ class EditRequests(LightningDataModule):
         """Batches of prompts with their new answers."""
         rows = self.tokens.answered(self.requests, [request.new_answer for request in self.requests])
         pad = partial(collate, pad_token_id=self.tokens.pad_token_id)
-        return DataLoader(rows, self.batch_size, shuffle=True, collate_fn=pad)  # type: ignore[arg-type]
+        return DataLoader(rows, batch_size=self.batch_size, shuffle=True, collate_fn=pad)  # type: ignore[arg-type]
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of both answers, side by side: the old ones' rows first."""
         sides = both_answers(self.tokens, self.requests)
         pad = partial(collate_sides, pad_token_id=self.tokens.pad_token_id)
-        return DataLoader(sides, self.batch_size, collate_fn=pad)  # type: ignore[arg-type]
+        return DataLoader(sides, batch_size=self.batch_size, collate_fn=pad)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
         """As for `predict`."""
