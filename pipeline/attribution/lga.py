@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.estimators import GRADIENT_NORM_SUBJECT, LGA, Estimator
@@ -58,7 +58,7 @@ def score_gradients(
             in_step=True,
             callbacks=[watch],
         )
-    return np.array(found, dtype=np.float64)
+    return torch.stack(found).numpy()
 
 
 class Attribution(Stage):
@@ -82,14 +82,13 @@ class Attribution(Stage):
     def collate(self, items: list[Sides]) -> Batch:
         return collate_sides(items, self.llm.pad_token_id)
 
-    def step(self, batch: Batch) -> list[list[float]]:
+    def step(self, batch: Batch) -> list[Tensor]:
         positions = self.watch.estimator.positions
         self.watch.positions_RK = positions(batch, self.shared) if positions else None
         with embeddings_require_grad(self.llm.model.get_input_embeddings()):
             losses = target_losses(self.llm.model, batch)
         losses.sum().backward()
-        scores: list[list[float]] = self.watch.last_scores.double().tolist()
-        return scores
+        return list(self.watch.last_scores.double().clone())
 
 
 def tokens_of(item: Sides) -> int:

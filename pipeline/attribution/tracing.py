@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +51,7 @@ def score_tracing(
             most_tokens=tokens_at_once(llm, llm.embedding.shape[1]),
             kept="scores",
         )
-    return np.array(found, dtype=np.float64)
+    return torch.stack(found).numpy()
 
 
 class Tracing(Stage):
@@ -74,7 +73,7 @@ class Tracing(Stage):
     def collate(self, items: list[Row]) -> Batch:
         return collate(items, self.llm.pad_token_id)
 
-    def step(self, batch: Batch) -> list[list[float]]:
+    def step(self, batch: Batch) -> list[Tensor]:
         names = [block.name for block in self.llm.blocks]
         with self.parts.leaving(*names) as clean:
             self._probabilities(batch, 1)
@@ -95,8 +94,7 @@ class Tracing(Stage):
             state_RTD[each_R, last_R] = clean[name][each_P, last_P].repeat_interleave(self.samples, dim=0)
             with self.parts.from_block(layer + 1, state_RTD):
                 found.append((self._probabilities(batch, self.samples) - base_PS).mean(1))
-        scores: list[list[float]] = torch.stack(found, dim=1).double().tolist()
-        return scores
+        return list(torch.stack(found, dim=1).double().cpu())
 
     def _probabilities(self, batch: Batch, samples: int) -> Tensor:
         """Of each answer's first token, (P, samples)."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.options.shared import TrainerOptions
@@ -80,7 +82,7 @@ def supervise(words: Sequence[str], devices: int, options: TrainerOptions) -> in
 
 def told_interrupt(number: int) -> str:
     """What is said of a command that a signal ended."""
-    return "interrupted by SIGTERM" if number == 15 else "interrupted"
+    return "interrupted by SIGTERM" if number == signal.SIGTERM else "interrupted"
 
 
 def record(line: str) -> bool:
@@ -93,14 +95,20 @@ def record(line: str) -> bool:
     return True
 
 
-def _tell(failed: object) -> int:
+def _tell(failed: Any) -> int:
     """Print why the first process failed that did not fail in another's wake; its exit code."""
-    failures = sorted(failed.failures.items(), key=lambda one: one[1].timestamp)  # type: ignore[attr-defined]
+    failures = sorted(failed.failures.items(), key=lambda one: one[1].timestamp)
     for rank, failure in failures:
-        line = failure.message.removeprefix("UserError: ")
+        line = _line(failure).removeprefix("UserError: ")
         if failure.exitcode < 0:
             line = f"trainer: process {rank} has ended ({failure.signal_name()})"
-        if IN_ITS_WAKE not in line and failure.exitcode not in (-15, 128 + 15):
+        if IN_ITS_WAKE not in line and failure.exitcode not in (-signal.SIGTERM, 128 + signal.SIGTERM):
             break
     print(f"error: {line}", file=sys.stderr)
     return failure.exitcode if failure.exitcode > 0 else 1
+
+
+def _line(failure: Any) -> str:
+    """What a process has recorded, or what its agent says of it."""
+    message = failure.message
+    return str(message["message"] if isinstance(message, dict) else message)
