@@ -1,5 +1,5 @@
 """What a device needs for a model of which only the config is there."""
 
-from pipeline.planning.plan import MemoryPlan, Need, plan_memory
+from pipeline.offered import offered
 
-__all__ = ["MemoryPlan", "Need", "plan_memory"]
+__getattr__, __all__ = offered(__name__, {"plan": ("MemoryPlan", "Need", "plan_memory")})

@@ -1,4 +1,23 @@
-"""`run.py plan`: what each stage needs of a device's memory, known before anything is loaded."""
+"""`run.py plan`: what each stage needs of a device's memory, known before anything is loaded.
+
+A device holds weights, and what a stage makes beside them: needed(batch) = weights + beside(batch).
+
+Weights. Where each device holds the whole model (`ddp`), those are all P bytes. Where blocks are sharded over N
+devices (`fsdp`, `fsdp2`), embeddings, head and the last norm (E bytes) stay whole, a device keeps its N-th part of
+the blocks, and while one block works the next is gathered: weights = E + (P − E) / N + 2 · the largest block.
+
+Beside. What is alive at once in the stage's fullest step: activations that the backward pass reads, logits over the
+vocabulary, gradients, Adam's two moments, what solves for a weight. It is not worked out but counted, as
+`pipeline.planning.alive` says. Devices that train together under `ddp` hold their trained weights' gradients twice:
+they are sent from buffers of their own. Of sharded weights that are trained, gradients and moments are counted as
+if they were whole, which is more than is needed.
+
+Longest batch. beside(batch) is a constant and a share for each request, so two batches tell the line. Stages that
+stop at so many tokens take no more memory for a longer batch.
+
+Not counted: what Python and the libraries take themselves (a CUDA context is near 0.5 GB), what an allocator keeps
+in reserve, and what is kept in the host's memory for each request.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +28,22 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from pipeline.editing.edit import METHODS
-from pipeline.editing.moments import READ_TOGETHER
+from pipeline.editing.editor import METHODS
+from pipeline.editing.method import settings_of
+from pipeline.editing.statistics import READ_TOGETHER
 from pipeline.errors import UserError, check_choice
-from pipeline.model import weights_dtype
+from pipeline.evaluation.reading import BATCH_SIZE, BATCH_TOKENS
 from pipeline.model.loading import load_config
-from pipeline.options import PlanCommand
+from pipeline.options.planning import PlanCommand
 from pipeline.options.shared import SHARDED
-from pipeline.planning import edits, passes
-from pipeline.planning.case import Case
-from pipeline.planning.memory import longest_batch, weight_bytes
-from pipeline.planning.shape import shape_of
+from pipeline.planning import stages
+from pipeline.planning.shape import Case, Shape, shape_of
+from pipeline.running.trainer import weights_dtype
+
+GATHERED = 2  # blocks: the one at work and the next
+FURTHER = 4  # times the batch: where the line is looked at again
 
 
 class Stage(NamedTuple):
@@ -108,38 +131,30 @@ def plan_memory(options: PlanCommand) -> MemoryPlan:
         strategy=trainer.strategy,
         devices=case.devices,
         memory=memory,
-        stages=[_need(stage, weights, memory) for stage in stages(case, options)],
+        stages=[_need(stage, weights, memory) for stage in planned(case, options)],
     )
 
 
-def stages(case: Case, options: PlanCommand) -> Iterator[Stage]:
+def planned(case: Case, options: PlanCommand) -> Iterator[Stage]:
     """Attribution, the ways to edit that are asked for, with their key statistics, and evaluation."""
-    most = passes.attributed_together(case)
+    most = stages.attributed_together(case)
     batch = options.batch or options.attribution.batch_size
-    yield Stage("attribution", batch, most, partial(passes.attribution, case, options.attribution))
-    whitening = any(getattr(options.edit, name).whiten for name in edits.TRAINED if name in options.method)
-    located = any(METHODS[name].options == "locate" for name in options.method)
-    if whitening or located:
-        scope = "mlp" if whitening else "down"
-        beside = partial(passes.key_statistics, case, scope)
+    yield Stage("attribution", batch, most, partial(stages.attribution, case, options.attribution))
+    edits = [replace(options.edit, method=method) for method in options.method]
+    whitening = any(getattr(settings_of(edit), "whiten", 0) for edit in edits)
+    if whitening or any(METHODS[edit.method].solves_anew for edit in edits):
+        beside = partial(stages.key_statistics, case, "mlp" if whitening else "down")
         yield Stage("key statistics", READ_TOGETHER, None, beside, fixed=True)
-    for method in options.method:
-        edit = replace(options.edit, method=method)
-        batch = options.batch or getattr(edit, METHODS[method].options).batch_size
-        if method in edits.TRAINED:
-            sent = edits.trained_bytes(case, edit) if case.devices > 1 and not _is_sharded(options) else 0
-            yield Stage(method, batch, None, partial(_trained, case, edit, sent))
-        elif METHODS[method].options == "locate":
-            yield Stage(method, batch, edits.searched_together(case, edit), partial(edits.locating, case, edit))
-        else:
-            yield Stage(method, batch, None, partial(passes.one_pass, case, edit))
-    most = max(1, options.evaluation.batch_tokens // case.length)
-    batch = options.batch or options.evaluation.batch_size
-    yield Stage("evaluation", batch, most, partial(passes.evaluation, case))
+    for edit in edits:
+        batch = options.batch or getattr(settings_of(edit), "batch_size", options.attribution.batch_size)
+        sent = stages.trained_bytes(case, edit) if case.devices > 1 and not _is_sharded(options) else 0
+        yield Stage(edit.method, batch, stages.searched_together(case, edit), partial(_edited, case, edit, sent))
+    most = max(1, BATCH_TOKENS // case.length)
+    yield Stage("evaluation", options.batch or BATCH_SIZE, most, partial(stages.evaluation, case))
 
 
-def _trained(case: Case, edit: Any, sent: int, batch: int) -> int:
-    return sent + edits.training(case, edit, batch)
+def _edited(case: Case, edit: Any, sent: int, batch: int) -> int:
+    return sent + stages.editing(case, edit, batch)
 
 
 def _is_sharded(options: PlanCommand) -> bool:
@@ -160,6 +175,42 @@ def _need(stage: Stage, weights: int, memory: int) -> Need:
         fits=total <= memory,
         longest_batch=None if longest == stage.most else longest,
     )
+
+
+def weight_bytes(shape: Shape, strategy: str, devices: int) -> int:
+    """Bytes of weights that a device holds while it works."""
+    everything = sum(map(_bytes, shape.held()))
+    if strategy not in SHARDED or devices == 1:
+        return everything
+    blocks = [sum(map(_bytes, block.module.parameters())) for block in shape.blocks]
+    return everything - sum(blocks) + -(-sum(blocks) // devices) + min(GATHERED, len(blocks)) * max(blocks)
+
+
+def longest_batch(beside: Callable[[int], int], batch: int, room: int, most: int | None = None) -> int:
+    """The most requests whose bytes beside the weights fit into `room`; 0 where not even one does.
+
+    Args:
+        beside: bytes by requests; never fewer for more of them.
+        batch: what was asked for.
+        room: bytes.
+        most: where more would not run at once, how many do.
+    """
+    beside = cache(beside)
+    if beside(batch) > room:
+        fitting, too_many = 0, batch
+        while too_many - fitting > 1:
+            middle = (fitting + too_many) // 2
+            fitting, too_many = (middle, too_many) if beside(middle) <= room else (fitting, middle)
+        return fitting
+    if most is not None and beside(most) <= room:
+        return most
+    further = min(most or FURTHER * batch, FURTHER * batch)
+    share = (beside(further) - beside(batch)) / (further - batch)
+    return batch + int((room - beside(batch)) / share)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def present_memory(accelerator: str) -> int:

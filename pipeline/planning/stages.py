@@ -1,0 +1,167 @@
+"""What each stage takes beside the weights: its own step is gone through, on a batch at its fullest.
+
+Each function takes the case and how many requests run at once, and gives bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from pipeline.attribution.callback import GradientAttribution
+from pipeline.attribution.lga import Attribution, kept_of_a_token, tokens_of
+from pipeline.attribution.selector import tokens_at_once
+from pipeline.editing.finetune import FineTune
+from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.method import METHODS
+from pipeline.editing.one_pass import Capture
+from pipeline.editing.ordinary_text import WINDOW
+from pipeline.editing.statistics import KeyMoments
+from pipeline.editing.values import SEARCHED_TOGETHER, Located
+from pipeline.evaluation.reading import Reading
+from pipeline.evaluation.texts import WINDOW as READ_WINDOW
+from pipeline.model.blocks import sizes
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.editing import EditOptions
+from pipeline.planning.shape import ANSWER, Case
+from pipeline.requests.rows import Batch, Row, collate
+
+STEPS = 2  # of an optimiser: its state is there from the second on
+OPENING = 8  # tokens of a text that a subject is put into, see `pipeline.editing.contexts.ASSOCIATIONS`
+
+
+def attribution(case: Case, options: AttributionOptions, batch: int) -> int:
+    """LGA of requests, each with its old and its new answer."""
+    watch = GradientAttribution(case.shape.blocks, options.scope)
+    with watch.attached():
+        return case.peak(Attribution(case.shape, watch), [(case.row, case.row)] * batch)
+
+
+def attributed_together(case: Case) -> int:
+    """The most requests that attribution runs at once, whatever its batch size: see `tokens_at_once`."""
+    return max(1, tokens_at_once(case.shape, kept_of_a_token(case.shape)) // tokens_of((case.row, case.row)))
+
+
+def key_statistics(case: Case, scope: str, batch: int) -> int:
+    """Windows of ordinary text up to the golden layer, and the second moments of its inputs."""
+    names = list(case.shape.blocks[case.layer].projections(scope))
+    return case.peak(KeyMoments(case.shape, names), [[0] * WINDOW] * batch)
+
+
+def evaluation(case: Case, batch: int) -> int:
+    """The most of scored texts, of a window of ordinary text, and of answers."""
+    texts = [[case.row._replace(token_ids=[n % 2, *case.row.token_ids[1:]], tag=n)] for n in range(batch)]
+    window = [[Row([0] * READ_WINDOW, 1, tag=0)]]
+    prompts = torch.zeros(batch, case.length, dtype=torch.int64)
+    with case.counting(gradients=False) as alive:
+        case.shape.model(input_ids=prompts, use_cache=True, logits_to_keep=1)
+    hidden = case.shape.model.config.get_text_config(decoder=True).hidden_size
+    peaks = [alive.peak]
+    for groups in (texts, window):
+        compared = {group[0].tag: range(1) for group in groups}
+        for base in (None, {number: torch.empty(1, hidden) for number in compared}):
+            peaks.append(case.peak(Reading(case.shape, compared, base), groups))
+    return max(peaks)
+
+
+def editing(case: Case, options: EditOptions, batch: int) -> int:
+    """An edit by the options' method."""
+    made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
+    if isinstance(made, FineTune):
+        return training(case, made, batch)
+    if isinstance(made, LocateThenEdit):
+        return locating(case, made, batch)
+    return case.peak(Capture(case.shape, made.projections), [case.row] * batch)
+
+
+def training(case: Case, module: FineTune, batch: int) -> int:
+    """Optimiser steps of fine-tuning or LoRA on a device's share of requests."""
+    with _ready(case, module):
+        with case.counting(gradients=True) as alive:
+            lesson = _lesson(case, module, batch)
+            if module.settings.whiten:
+                module.whiteners = _whiteners(case, module.settings.scope)
+            module.on_train_epoch_start()
+            found: Any = module.configure_optimizers()
+            for _ in range(STEPS):
+                found["optimizer"].zero_grad()
+                module.training_step(lesson).backward()
+                found["optimizer"].step()
+    return alive.peak
+
+
+def trained_bytes(case: Case, options: EditOptions) -> int:
+    """Bytes of the weights that fine-tuning or LoRA trains, which are those of their gradients; 0 for others."""
+    made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
+    if not isinstance(made, FineTune):
+        return 0
+    with _ready(case, made):
+        return sum(weight.numel() * weight.element_size() for weight in made.trained().values())
+
+
+@contextmanager
+def _ready(case: Case, module: FineTune) -> Iterator[None]:
+    """Inside the `with`, what is trained requires a gradient, and nothing else does."""
+    with case.shape.frozen(), module.lora.attached(0, {}) if module.lora else nullcontext():
+        for part in case.shape.model.modules():
+            for name, weight in part.named_parameters(recurse=False):
+                if not isinstance(weight, FakeTensor):  # the adapter's own, as PEFT made them
+                    with case.shape.mode:
+                        setattr(part, name, nn.Parameter(torch.empty_like(weight)))
+        with case.shape.mode:
+            module.configure_model()
+        yield
+
+
+def _lesson(case: Case, module: FineTune, batch: int) -> Batch:
+    """A device's share of requests, and of as many unrelated prompts as go with them."""
+    rows = -(-batch // case.devices)
+    others = -(-batch // (2 * case.devices)) if module.settings.kl else 0
+    unrelated = case.row._replace(target_start=case.length - 1)
+    config = case.shape.model.config.get_text_config(decoder=True)
+    made = collate([case.row] * rows + [unrelated] * others)
+    width = made.input_ids_BT.shape[1]
+    enter = torch.empty(rows + others, width, config.hidden_size, dtype=case.dtype) if case.layer else None
+    base = torch.empty(others, config.vocab_size) if others else None
+    return replace(made, weight_B=torch.ones(rows + others), enter_BTD=enter, base_KV=base)
+
+
+def _whiteners(case: Case, scope: str) -> dict[str, Tensor]:
+    projections = case.shape.blocks[case.layer].projections(scope)
+    return {name: torch.empty(sizes(one)[0], sizes(one)[0]) for name, one in projections.items()}
+
+
+def locating(case: Case, method: LocateThenEdit, together: int) -> int:
+    """Values of requests that are searched for together; then the solution."""
+    (down,) = case.shape.blocks[case.layer].down.values()
+    inputs, outputs = sizes(down)
+    columns = together * (method.settings.key_contexts if method.key_a_context else 1)
+    search = method.search(case.layer, together)
+    search.steps = 1
+    searched = case.peak(search, [_located(case, method)] * together)
+    with case.counting(gradients=False) as alive:
+        method.solve(torch.empty(inputs, columns), torch.empty(outputs, columns), torch.empty(inputs, inputs)).float()
+    return max(searched, alive.peak)
+
+
+def searched_together(case: Case, options: EditOptions) -> int | None:
+    """The most requests whose values are searched for at once; None for a method without values."""
+    made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
+    if not isinstance(made, LocateThenEdit):
+        return None
+    return max(1, SEARCHED_TOGETHER // _located(case, made).tokens())
+
+
+def _located(case: Case, method: LocateThenEdit) -> Located:
+    """A request whose prompt is as long as it may be; its subject alone stands in the other texts."""
+    middle = (OPENING // 2,) * 2
+    association = Row([0] * (OPENING + ANSWER), OPENING, middle)
+    plain = Row([0] * (OPENING // 2), OPENING // 2, (OPENING // 2 - 1,) * 2)
+    rows = [case.row] * method.settings.contexts + [association] * method.settings.associations
+    return Located("request", [*rows, plain])
