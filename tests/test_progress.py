@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from pipeline.model import progress
+from pipeline.running import progress
 from pipeline.running.progress import Bar, Lines, StageProgressBar, one_bar, shown
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -92,8 +92,8 @@ def test_what_is_printed_beside_a_bar_reaches_its_file(
 def test_one_bar_stands_for_the_stages_within(capsys: pytest.CaptureFixture[str]) -> None:
     with one_bar("Trying blocks", 2) as advance:
         stage = StageProgressBar("Editing")
-        stage._start(5)
-        stage._advance()
-        stage._stop()
+        stage.start(5)
+        stage.on_predict_batch_end()
+        stage.stop()
         advance(2, "block 1")
     assert capsys.readouterr().err == "Trying blocks: 2/2 in 0:00:00\n"

@@ -114,7 +114,12 @@ class Activations:
             enter_BTD: what enters block `start`; of no account where that is 0.
         """
         name = self.llm.blocks[layer].name
-        with torch.no_grad(), self.from_block(start, enter_BTD), self.up_to_block(layer), self.entering(name) as seen:
+        with (
+            torch.no_grad(),
+            self.from_block(start, enter_BTD),
+            self.up_to_block(layer),
+            self.entering(name) as seen,
+        ):
             self.run(input_ids_BT)
         return seen[name]
 

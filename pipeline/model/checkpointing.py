@@ -9,8 +9,8 @@ from functools import partial
 
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.model.llm import LLM
 from pipeline.model.activations import running_instead
+from pipeline.model.llm import LLM
 
 _AGAIN = ContextVar("a block runs again", default=False)
 

@@ -98,5 +98,3 @@ def _receive(tensor: Tensor, source: Tensor | None, device: torch.device) -> Non
     else:
         distributed.broadcast(whole_one, 0)
         tensor.copy_(whole_one)
-
-

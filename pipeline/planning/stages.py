@@ -82,17 +82,16 @@ def editing(case: Case, options: EditOptions, batch: int) -> int:
 
 def training(case: Case, module: FineTune, batch: int) -> int:
     """Optimiser steps of fine-tuning or LoRA on a device's share of requests."""
-    with _ready(case, module):
-        with case.counting(gradients=True) as alive:
-            lesson = _lesson(case, module, batch)
-            if module.settings.whiten:
-                module.whiteners = _whiteners(case, module.settings.scope)
-            module.on_train_epoch_start()
-            found: Any = module.configure_optimizers()
-            for _ in range(STEPS):
-                found["optimizer"].zero_grad()
-                module.training_step(lesson).backward()
-                found["optimizer"].step()
+    with _ready(case, module), case.counting(gradients=True) as alive:
+        lesson = _lesson(case, module, batch)
+        if module.settings.whiten:
+            module.whiteners = _whiteners(case, module.settings.scope)
+        module.on_train_epoch_start()
+        found: Any = module.configure_optimizers()
+        for _ in range(STEPS):
+            found["optimizer"].zero_grad()
+            module.training_step(lesson).backward()
+            found["optimizer"].step()
     return alive.peak
 
 
@@ -146,7 +145,9 @@ def locating(case: Case, method: LocateThenEdit, together: int) -> int:
     search.steps = 1
     searched = case.peak(search, [_located(case, method)] * together)
     with case.counting(gradients=False) as alive:
-        method.solve(torch.empty(inputs, columns), torch.empty(outputs, columns), torch.empty(inputs, inputs)).float()
+        method.solve(
+            torch.empty(inputs, columns), torch.empty(outputs, columns), torch.empty(inputs, inputs)
+        ).float()
     return max(searched, alive.peak)
 
 

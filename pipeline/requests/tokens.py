@@ -76,7 +76,9 @@ class Tokens:
             if not answer.strip() or start >= len(ids):
                 raise UserError(f"{what}: answer {answer!r} to {prompt!r} becomes no token")
             if self._is_unknown(ids[start:]):
-                raise UserError(f"{what}: answer {answer!r} to {prompt!r} is unknown to the tokenizer of {self.name}")
+                raise UserError(
+                    f"{what}: answer {answer!r} to {prompt!r} is unknown to the tokenizer of {self.name}"
+                )
             self.check_length(len(ids), f"{what}: {prompt[:60]!r}")
             rows.append(Row(ids, start, tag=tags[index] if tags is not None else None))
         return rows
@@ -122,7 +124,9 @@ class Tokens:
         text = joining.whole(prompt, answer) if answer else joining.prompt(prompt)
         end = min(len(joining.head) + end, len(text))
         if self.tokenizer.is_fast:
-            spans = self.tokenizer(text, add_special_tokens=joining.special, return_offsets_mapping=True).offset_mapping
+            spans = self.tokenizer(
+                text, add_special_tokens=joining.special, return_offsets_mapping=True
+            ).offset_mapping
             return max((place for place, (first, last) in enumerate(spans) if first < min(end, last)), default=0)
         upto, ids = self._ids([text[:end], text], joining.special)
         shared = _shared(upto, ids)

@@ -159,11 +159,17 @@ def run(
     folder = kept if isinstance(kept, Path) else runtime.work / kept if runtime.work and kept else None
     keeping = Kept(folder) if folder else None
     done: dict[int, Any] = from_first(keeping.read() if keeping else {})
-    left = Items(*zip(*((n, item) for n, item in enumerate(items) if n not in done), strict=True)) if len(done) < len(items) else None
+    left = (
+        Items(*zip(*((n, item) for n, item in enumerate(items) if n not in done), strict=True))
+        if len(done) < len(items)
+        else None
+    )
     if left:
         watching = [*callbacks, *([keeping] if keeping else [])]
         with trainer_of(runtime, stage.title, watching) as trainer:
-            most = min(batch_size, max(1, len(left) // trainer.world_size))  # no device without an item, if possible
+            most = min(
+                batch_size, max(1, len(left) // trainer.world_size)
+            )  # no device without an item, if possible
             batches = in_batches(left, tokens, most, most_tokens)
             outputs = trainer.predict(stage, datamodule=Batches(batches, in_step)) or []
         for part in of_all({n: output for batch in outputs for n, output in _mapping(batch).items()}):

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from pipeline.running.sharding import as_spread, put, whole
 
@@ -41,8 +41,6 @@ class ShardedStrategy(ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if trainer.state.fn == TrainerFn.FITTING:
-            _optimizers_to_device(self.optimizers, self.root_device)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average what FSDP2 does not."""
@@ -65,8 +63,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimiser's state, whole, on the CPU."""
-        own = getattr(optimizer, "_optimizer", optimizer)
-        state: dict[str, Any] = tree_map_only(Tensor, lambda tensor: whole(tensor).cpu(), own.state_dict())
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state: dict[str, Any] = apply_to_collection(own.state_dict(), Tensor, lambda tensor: whole(tensor).cpu())
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
