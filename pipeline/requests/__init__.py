@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.requests.batches import in_batches
 from pipeline.requests.conflicts import fact, settle
 from pipeline.requests.readers import load_requests, stream_requests
-from pipeline.requests.records import DEMO_REQUESTS
 from pipeline.requests.schema import EditRequest, Probe
+from pipeline.requests.sources import DEMO_REQUESTS
 from pipeline.requests.split import split_by_subject
 
 if TYPE_CHECKING:
