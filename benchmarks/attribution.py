@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from benchmarks.bench import Bench, Figures, both_answers, in_turns, peak_bytes, plain_passes, run
+from benchmarks.bench import Bench, Figures, batch_of, both_answers, in_turns, peak_bytes, plain_passes, run
 from pipeline import LLM, EditRequest, TrainerOptions
 from pipeline.attribution import score_requests
-from pipeline.model.targets import collate_targets, encode, target_losses
+from pipeline.model import target_losses
 
 SOME = 64  # records
 LONGEST = 8  # of them, whose memory is measured
@@ -44,17 +43,29 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def against_plain(llm: LLM, requests: Sequence[EditRequest], trainer: TrainerOptions) -> Figures:
-    """Time and memory over those of forward passes, logits at the answers' tokens included."""
+    """Time and memory over those of forward passes, logits at the answers' tokens included.
+
+    Time is that of all requests less that of every second one: what it takes to begin is left out.
+    """
+    half = requests[::2]
     longest = sorted(requests, key=lambda one: len(one.prompt))[-LONGEST:]
-    plain, lga = (partial(plain_passes, llm), partial(score_requests, llm, trainer=trainer))
-    texts = both_answers(requests)
-    seconds, _ = in_turns({"plain": lambda: plain(texts), "lga": lambda: lga(requests)}, TURNS, warm_up=1)
-    peak = peak_bytes(llm, lambda: lga(longest))
+
+    def plain(some: Sequence[EditRequest]) -> None:
+        plain_passes(llm, both_answers(some), trainer)
+
+    def lga(some: Sequence[EditRequest]) -> None:
+        score_requests(llm, some, trainer=trainer)
+
+    ways = {"plain": plain, "lga": lga}
+    wholes, _ = in_turns({name: partial(way, requests) for name, way in ways.items()}, TURNS, warm_up=1)
+    halves, _ = in_turns({name: partial(way, half) for name, way in ways.items()}, TURNS)
+    seconds = {name: wholes[name] - halves[name] for name in ways}
+    peaks = {name: peak_bytes(llm, partial(way, longest), trainer) for name, way in ways.items()}
     return {
         "time": seconds["lga"] / seconds["plain"],
-        "memory": peak / peak_bytes(llm, lambda: plain(both_answers(longest))),
-        "requests a second": len(requests) / seconds["lga"],
-        "peak memory in GB": peak / 1e9,
+        "memory": peaks["lga"] / peaks["plain"],
+        "requests a second": (len(requests) - len(half)) / seconds["lga"],
+        "peak memory in GB": peaks["lga"] / 1e9,
     }
 
 
@@ -65,7 +76,7 @@ def against_autograd(llm: LLM, requests: Sequence[EditRequest], trainer: Trainer
         return torch.from_numpy(score_requests(llm, requests, trainer=trainer).values)
 
     def reference() -> Tensor:
-        return torch.stack([products(llm, request) for request in requests])
+        return torch.stack([products(llm, request, trainer) for request in requests])
 
     seconds, found = in_turns({"lga": lga, "autograd": reference}, TURNS, warm_up=1)
     lga_L, autograd_L = found["lga"].mean(0), found["autograd"].mean(0)
@@ -75,15 +86,15 @@ def against_autograd(llm: LLM, requests: Sequence[EditRequest], trainer: Trainer
     }
 
 
-def products(llm: LLM, request: EditRequest) -> Tensor:
+def products(llm: LLM, request: EditRequest, trainer: TrainerOptions) -> Tensor:
     """A request's inner product of every block, by the gradients of its MLP weights, (L,)."""
     names = [block.weight_names("mlp") for block in llm.blocks]
     every = [name for row in names for name in row]
-    weights = [llm.model.get_parameter(name) for name in every]
     gradients = []
     with llm.frozen(trainable=every):
         for text in both_answers([request]):
-            batch = move_data_to_device(collate_targets(encode(llm, [text])), weights[0].device)
+            batch = batch_of(llm, [text], trainer)
+            weights = [llm.model.get_parameter(name) for name in every]
             found = torch.autograd.grad(target_losses(llm.model, batch).sum(), weights)
             gradients.append(dict(zip(every, found, strict=True)))
     old, new = gradients

@@ -16,8 +16,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from pipeline import LLM, EditRequest, TrainerOptions, UserError, load_model, load_requests
-from pipeline.model.targets import collate_targets, encode, target_logits
-from pipeline.model.trainer import hush
+from pipeline.model import TargetBatch, collate_targets, encode, hush, target_logits
 
 DATA = Path("../shared/data")
 COUNTERFACT, TEXT = "counterfact_easyedit.json", "enwiki_plain.txt"
@@ -125,14 +124,25 @@ def in_turns(ways: Mapping[str, Callable[[], Any]], turns: int, warm_up: int = 0
 
 
 @torch.no_grad()
-def plain_passes(llm: LLM, texts: Sequence[tuple[str, str]], batch_size: int = 16) -> None:
+def plain_passes(llm: LLM, texts: Sequence[tuple[str, str]], on: TrainerOptions, batch_size: int = 16) -> None:
     """Forward passes over prompts with their answers, in batches by length; the head at the answers alone."""
-    rows = sorted(encode(llm, texts), key=lambda row: len(row.token_ids))
-    device = next(llm.model.parameters()).device
+    by_length = sorted(texts, key=lambda text: len(" ".join(text)))
     with llm.frozen():
-        for at in range(0, len(rows), batch_size):
-            batch = collate_targets(rows[at : at + batch_size], llm.pad_token_id)
-            target_logits(llm.model, move_data_to_device(batch, device))[0, 0].item()
+        for at in range(0, len(texts), batch_size):
+            target_logits(llm.model, batch_of(llm, by_length[at : at + batch_size], on))[0, 0].item()
+
+
+def batch_of(llm: LLM, texts: Sequence[tuple[str, str]], on: TrainerOptions) -> TargetBatch:
+    """Prompts with their answers as a batch on the device, where the model is put as well."""
+    device = torch.device("cuda" if on_cuda(on) else "cpu")
+    llm.model.to(device)  # type: ignore[arg-type]  # a Trainer leaves it on the CPU
+    moved: TargetBatch = move_data_to_device(collate_targets(encode(llm, texts), llm.pad_token_id), device)
+    return moved
+
+
+def on_cuda(on: TrainerOptions) -> bool:
+    """Whether what runs on this runs on a GPU."""
+    return on.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def both_answers(requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
@@ -140,14 +150,13 @@ def both_answers(requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
     return [(one.prompt, answer) for one in requests for answer in (one.old_answer or "", one.new_answer)]
 
 
-def peak_bytes(llm: LLM, way: Callable[[], object]) -> float:
+def peak_bytes(llm: LLM, way: Callable[[], object], on: TrainerOptions) -> float:
     """Bytes that the weights and what `way` makes take together at their most."""
-    weights = list(llm.model.parameters())
-    if weights[0].device.type == "cuda":
+    if on_cuda(on):
         torch.cuda.reset_peak_memory_stats()
         way()
         return float(torch.cuda.max_memory_allocated())
-    return float(sum(weight.nbytes for weight in weights) + most_alive(way))
+    return float(sum(weight.nbytes for weight in llm.model.parameters()) + most_alive(way))
 
 
 def most_alive(way: Callable[[], object]) -> int:

@@ -63,7 +63,9 @@ class Editing:
         """All requests in one update."""
         requests = self.records[:BATCH]
         self.edit(requests[:1], method)  # statistics are there, and code is warm
-        passing = partial(plain_passes, self.llm, [(one.prompt, one.new_answer) for one in requests])
+        passing = partial(
+            plain_passes, self.llm, [(one.prompt, one.new_answer) for one in requests], self.bench.trainer
+        )
         before, _ = in_turns({"passed": passing}, 5)
         started = time.perf_counter()
         update = self.edit(requests, method)

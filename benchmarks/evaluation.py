@@ -59,7 +59,7 @@ def forward_passes(llm: LLM, requests: Sequence[EditRequest], trainer: TrainerOp
             "Evaluated"
         )
 
-    seconds, _ = in_turns({"evaluated": evaluated, "passed": partial(plain_passes, llm, texts)}, TURNS)
+    seconds, _ = in_turns({"evaluated": evaluated, "passed": partial(plain_passes, llm, texts, trainer)}, TURNS)
     return {
         "cost in forward passes": seconds["evaluated"] / seconds["passed"],
         "seconds a request": seconds["evaluated"] / len(requests),
