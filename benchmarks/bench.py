@@ -135,7 +135,7 @@ def plain_passes(llm: LLM, texts: Sequence[tuple[str, str]], on: TrainerOptions,
 def batch_of(llm: LLM, texts: Sequence[tuple[str, str]], on: TrainerOptions) -> TargetBatch:
     """Prompts with their answers as a batch on the device, where the model is put as well."""
     device = torch.device("cuda" if on_cuda(on) else "cpu")
-    llm.model.to(device)  # type: ignore[arg-type]  # a Trainer leaves it on the CPU
+    llm.model.to(device)  # a Trainer leaves it on the CPU
     moved: TargetBatch = move_data_to_device(collate_targets(encode(llm, texts), llm.pad_token_id), device)
     return moved
 
