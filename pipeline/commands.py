@@ -127,8 +127,7 @@ def evaluate(options: EvaluateCommand) -> None:
 def requests(options: RequestsCommand) -> None:
     """Check a file of edit requests and say what is in it; --to writes it as the project's own JSONL."""
     from pipeline.files import write_whole
-    from pipeline.requests.check import check_requests, require_good
-    from pipeline.requests.summary import summary
+    from pipeline.requests.check import check_requests, require_good, summary
     from pipeline.requests.writer import check_target, request_writer
 
     def check(partial: Path | None = None) -> None:

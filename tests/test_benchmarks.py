@@ -1,108 +1,134 @@
-"""The benchmarks: every figure that is asked for is there, and found once."""
+"""Benchmarks measure what they say, on a tiny model and few records."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import SHARED
+from conftest import refusal
 
-from pipeline.benchmarks import attribution, distributed, editing, evaluation, full_size
+from benchmarks import attribution, distributed, editing, evaluation, updates
+from benchmarks.bench import COUNTERFACT, Bench, most_alive
+from pipeline.evaluation import Evaluator
 from pipeline.model import LLM
-from pipeline.options import BenchmarkCommand, EditOptions, FinetuneOptions, LocateOptions
+from pipeline.options import (
+    EditOptions,
+    EvaluationOptions,
+    FinetuneOptions,
+    GateOptions,
+    LocateOptions,
+    TrainerOptions,
+    UpdateCommand,
+)
+from pipeline.requests import load_requests
 
 ROOT = Path(__file__).parent.parent
+Measured = dict[str, dict[str, Any]]
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few records and steps in place of hundreds."""
-    for name, value in {
-        "PROXY": slice(1000, 1003),
-        "BATCH": slice(0, 3),
-        "ALONE": slice(0, 1),
-        "MANY": slice(0, 4),
-        "UPDATES": 2,
-        "EACH": 2,
-        "TURNS": 1,
-        "FURTHER": ("emmet",),
-    }.items():
-        monkeypatch.setattr(editing, name, value)
+def words(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """The flags of a benchmark: the demo's requests in the place of CounterFact's."""
+    lines = [one.model_dump_json(exclude_defaults=True) + "\n" for one in load_requests("demo", limit=40)]
+    (tmp_path / COUNTERFACT).write_text("".join(lines))
+    (tmp_path / "enwiki_plain.txt").write_text("The river of Spain is long, and Norway lies by the sea.\n" * 40)
+    flags = {"data": tmp_path, "output": tmp_path / "out", "model": tiny_folder, "accelerator": "cpu"}
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
-@pytest.mark.usefixtures("small")
-def test_every_figure_is_found_once(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = BenchmarkCommand(data=str(SHARED))
-    results = editing.EditingBench(tiny_llm, options, tmp_path).results()
-    assert all(set(result) == {"name", "value", "bound", "met"} for result in results)
-    asked = {f"{name}: {figure}" for name, figures in editing.BOUNDS.items() for figure in figures}
-    assert asked == {result["name"] for result in results if result["bound"] is not None}
-    by_name = {result["name"]: result for result in results}
-    gradient = by_name["upper blocks alone, fine-tuning: difference of the gradient"]
-    assert gradient["met"], "exact on any model"
-    costs = [result for result in results if result["name"].endswith("cost") and result["bound"]]
-    assert all(result["met"] == (result["value"] <= result["bound"]) for result in costs)
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets constants of a benchmark: a few records and steps in place of hundreds."""
 
-    def again(*_: Any) -> Callable[[], Any]:
+    def put(module: Any, **values: Any) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+    return put
+
+
+def measured(main: Callable[[list[str]], None], words: list[str]) -> Measured:
+    """The rows of benchmark.json by name."""
+    main(words)
+    rows = json.loads(Path(words[3], "benchmark.json").read_text())
+    assert all(set(row) == {"name", "value", "bound", "met"} for row in rows)
+    return {row["name"]: row for row in rows}
+
+
+def test_editing(small: Callable[..., None], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    small(editing, PROXY=slice(10, 13), BATCH=3, ALONE=1, MANY=4, UPDATES=2, EACH=2, FURTHER=())
+    least = {method: editing.LEAST[method] for method in ("memit", "one_pass")}
+    small(editing, LEAST=least, FINISH=FinetuneOptions(epochs=1))
+    short = EvaluationOptions(text=str(Path(words[1]) / "enwiki_plain.txt"))
+    small(editing, Evaluator=partial(Evaluator, options=short))
+    rows = measured(editing.main, words)
+    for batch in least:
+        for figure in ("rewrite", "rephrase", "locality", "perplexity ratio", "cost"):
+            assert rows[f"batch of 3, {batch}: {figure}"]["value"] >= 0
+    cost = rows["batch of 3, memit: cost"]
+    assert cost["bound"] == 80 and cost["met"] == (cost["value"] <= 80)
+    rewrite = rows["2 updates of 2, memit then finetune: rewrite"]
+    assert rewrite["bound"] == 0.8 and rewrite["met"] == (rewrite["value"] >= 0.8)
+
+    def again(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(editing.EditingBench, "edit", again)
-    monkeypatch.setattr(editing, "find_golden_layer", again)
-    assert editing.EditingBench(tiny_llm, options, tmp_path).results() == results
-    assert all(json.loads(file.read_text(encoding="utf-8")) for file in tmp_path.glob("*.json"))
+    assert "--resume" in refusal(lambda: editing.main(words))
+    monkeypatch.setattr(editing.Editing, "edit", again)
+    assert measured(editing.main, [*words, "--resume"]) == rows
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
-def test_batches_agree_with_single_texts(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TOGETHER": slice(0, 4), "WHOLE": slice(0, 8), "TURNS": 1}.items():
-        monkeypatch.setattr(evaluation, name, value)
-    results = evaluation.EvaluationBench(
-        tiny_llm, BenchmarkCommand(what="evaluation", data=str(SHARED)), tmp_path
-    ).results()
-    by_name = {result["name"]: result for result in results}
-    asked = {f"{name}: {figure}" for name, figures in evaluation.BOUNDS.items() for figure in figures}
-    assert asked == {name for name, result in by_name.items() if result["bound"] is not None}
-    agreeing = [result for name, result in by_name.items() if name.endswith("that agree")]
-    assert [result["value"] for result in agreeing] == [1, 1]
-    assert by_name["in batches against one text at a time: speed-up"]["value"] > 0
+def test_batches_agree_with_single_texts(small: Callable[..., None], words: list[str]) -> None:
+    small(evaluation, TOGETHER=4, WHOLE=8, TURNS=1)
+    rows = measured(evaluation.main, words)
+    agreeing = [row["value"] for name, row in rows.items() if name.endswith("that agree")]
+    assert agreeing == [1, 1]
+    assert rows["in batches against one text at a time: speed-up"]["value"] > 0
+    assert rows["teacher-forced, 8 requests: cost in forward passes"]["value"] > 0
+
+
+def test_attribution(small: Callable[..., None], words: list[str]) -> None:
+    small(attribution, SOME=4, LONGEST=2, MANY=2, TURNS=1)
+    rows = measured(attribution.main, words)
+    autograd = "LGA against autograd, one request at a time"
+    assert rows[f"{autograd}: largest relative difference of means"]["value"] < 1e-3
+    assert rows["LGA against a plain pass, same texts: memory"]["value"] > 1
+    assert sum(row["bound"] is not None for row in rows.values()) == 4
+
+
+def test_updates(small: Callable[..., None], words: list[str]) -> None:
+    asked = updates.options
+
+    def lenient(bench: Bench, name: str) -> UpdateCommand:
+        made = asked(bench, name)
+        made.gates = GateOptions(rewrite=0, locality=0, earlier=0, perplexity=None, drift=None)
+        made.edit.locate, made.evaluation.text = updates.QUICK, bench.text
+        return made
+
+    small(updates, PROXY=slice(10, 13), WEEKS=2, EACH=2, KILLS=1, FEW=2, options=lenient)
+    rows = measured(updates.main, words)
+    assert [rows[f"killed: {figure}"]["value"] for figure in ("lost", "twice", "broken", "unfinished")] == [0] * 4
+    assert rows["2 weeks of 2: versions that differ"]["value"] == 0
+    assert rows["2 weeks of 2: swap milliseconds"]["value"] > 0
+
+
+def test_records_that_are_not_there(words: list[str], tmp_path: Path) -> None:
+    assert "40 records; 1128 are needed" in refusal(lambda: editing.main(words))
+    (tmp_path / COUNTERFACT).unlink()
+    assert f"holds no {COUNTERFACT}" in refusal(lambda: editing.main(words))
 
 
 def test_the_config_for_many_requests_is_what_is_measured() -> None:
     settings = yaml.safe_load((ROOT / "configs" / "many.yaml").read_text(encoding="utf-8"))["edit"]
     assert LocateOptions(**settings["locate"]) == editing.SMALL
     assert FinetuneOptions(**settings["finetune"]) == editing.FINISH
-    assert settings["method"] == editing.BEST
-    assert EditOptions().method == editing.BEST
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
-def test_attribution_is_measured(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SOME": slice(0, 4), "MANY": 2, "TURNS": 1, "TRIED": 3, "PROXY": 4}.items():
-        monkeypatch.setattr(attribution, name, value)
-    data = tmp_path / "data"
-    data.mkdir()
-    for file in attribution.SETS:
-        (data / file).symlink_to(SHARED / file)
-    (data / "enwiki_plain.txt").write_text("The river of Spain is long, and Norway lies by the sea.\n" * 40)
-    results = attribution.AttributionBench(
-        tiny_llm, BenchmarkCommand(what="attribution", data=str(data)), tmp_path / "out"
-    ).results()
-    by_name = {result["name"]: result for result in results}
-    asked = {f"{name}: {figure}" for name, figures in attribution.BOUNDS.items() for figure in figures}
-    assert asked == {name for name, result in by_name.items() if result["bound"] is not None}
-    autograd = "LGA against autograd, one request at a time"
-    assert by_name[f"{autograd}: largest relative difference of means"]["value"] < 1e-3
-    assert by_name["LGA against a plain pass, same batches: memory"]["value"] > 1
-    trials = "trial edits at every block, counterfact_easyedit"
-    assert 0 <= by_name[f"{trials}: regret of LGA's block"]["value"] <= 1
-    assert 0 < by_name[f"{trials}: golden layer over each request's own best"]["value"] <= 1
-    assert 0 <= by_name[f"{trials}: block"]["value"] < len(tiny_llm.blocks)
+    assert settings["method"] == editing.BEST == EditOptions().method
 
 
 def test_memory_is_what_lives_at_once() -> None:
@@ -114,45 +140,26 @@ def test_memory_is_what_lives_at_once() -> None:
         kept = [torch.zeros(1000, 1000) for _ in range(5)]
         del kept
 
-    assert attribution.most_alive(one_after_the_other) == pytest.approx(4e6, rel=0.01)
-    assert attribution.most_alive(together) == pytest.approx(20e6, rel=0.01)
+    assert most_alive(one_after_the_other) == pytest.approx(4e6, rel=0.01)
+    assert most_alive(together) == pytest.approx(20e6, rel=0.01)
 
 
 @pytest.mark.distributed
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
-def test_two_processes_send_the_golden_layers_gradients_alone(
-    tiny_llm: LLM, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"ATTRIBUTED": 4, "TAUGHT": 3, "EPOCHS": 2, "PROCESSES": (2,)}.items():
-        monkeypatch.setattr(distributed, name, value)
-    options = BenchmarkCommand(what="distributed", data=str(SHARED), model=str(tiny_folder))
-    bench = distributed.DistributedBench(tiny_llm, options, tmp_path)
-    by_name = {result["name"]: result["value"] for result in bench.results()}
-    for stage in ("attribution", "fine-tuning"):
-        assert by_name[f"processes, {stage}: requests a second, 2 processes"] > 0
-    assert by_name["processes, attribution: bytes a batch, 2 processes"] == 0  # devices need nothing of each other
-    sent = by_name["processes, fine-tuning: bytes of gradients a step, sent by each of 2"]
-    assert sent == by_name["processes, fine-tuning: bytes of the golden layer's trained weights"] == 4 * 3 * 32 * 48
-    assert sent < by_name["processes, fine-tuning: bytes of all weights"] / 5
-    assert 0 < by_name["processes, fine-tuning: bytes of anything else a step"] < 1000
-    assert (bench.note is None) == torch.cuda.is_available()
+def test_two_processes_send_the_golden_layers_gradients_alone(small: Callable[..., None], words: list[str]) -> None:
+    small(distributed, TAUGHT=3, EPOCHS=2, PROCESSES=(2,))
+    figures = distributed.finetuning(Bench("", words), layer=1)
+    assert figures["requests a second, 2 of them"] > 0
+    sent = figures["bytes of gradients a step, sent by each of 2"]
+    assert sent == figures["bytes of the golden layer's trained weights"] == 4 * 3 * 32 * 48
+    assert sent < figures["bytes of all weights"] / 5
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
-def test_a_full_size_model_is_measured(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SOME": slice(0, 8), "TURNS": 1, "EPOCHS": 1}.items():
-        monkeypatch.setattr(full_size, name, value)
-    shape = full_size.LLAMA_3_8B | {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 5}
+def test_a_model_of_llamas_shape(small: Callable[..., None], tiny_llm: LLM) -> None:
+    small(distributed, EPOCHS=2)
+    shape = distributed.LLAMA_3_8B | {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 5}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 2000}
-    bench = distributed.DistributedBench(
-        tiny_llm, BenchmarkCommand(what="distributed", data=str(SHARED)), tmp_path / "out"
-    )
-    for what in ("attribution", "fine-tuning"):
-        figures = bench.full_size(what, shape, "cpu")
-        assert {"requests a second", "tokens a second", "peak memory in GB"} <= set(figures)
-        assert "model FLOPs utilisation" not in figures  # of a CPU, nobody knows
-        if what == "attribution":
-            assert figures["time over a plain pass"] > 1
-            assert figures["planned memory over measured"] == pytest.approx(1, abs=0.2)
-        else:  # what is kept of so small a model's requests lies in the same memory here
-            assert 0.5 < figures["planned memory over measured"] < 1.2
+    llm = distributed.random_llm(tiny_llm, shape, "cpu")
+    on = TrainerOptions(accelerator="cpu", precision="bf16-true")
+    figures = distributed.full_size_edit(llm, load_requests("demo", limit=16), on)
+    assert figures["requests a second"] > 0
+    assert 0.3 < figures["planned memory in GB"] / figures["peak memory in GB"] < 3

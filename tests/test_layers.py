@@ -22,7 +22,6 @@ DOORS = {
 }  # what joins the rooms, and shows what came of them
 AGAINST = {  # imports that run the other way
     "attribution/trying.py": "study",  # the sweep as a selector: when it is asked for, not before
-    "benchmarks/watched.py": "cli",  # a program of its own, which runs a command
 }
 
 

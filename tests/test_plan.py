@@ -15,8 +15,8 @@ from conftest import refusal
 from families import ENDS, FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.bench import most_alive
 from pipeline.attribution import score_requests
-from pipeline.benchmarks.attribution import most_alive
 from pipeline.cli import main
 from pipeline.editing.edit import METHODS
 from pipeline.editing.method import Runtime

@@ -146,10 +146,9 @@ def test_the_one_probe_that_easyedit_added(tmp_path: Path) -> None:
     ("record", "layout"),
     [
         (COUNTERFACT, "CounterFact"),
-        (KNOWEDIT, "KnowEdit"),
-        (KNOWEDIT | {"case_id": 5}, "KnowEdit"),
+        (KNOWEDIT, "EasyEdit"),
         (WIKIBIO, "KnowEdit WikiBio"),
-        ({"prompt": "a", "target_new": "b", "locality_prompt": "c"}, "CounterFact (EasyEdit)"),
+        ({"prompt": "a", "target_new": "b", "locality_prompt": "c"}, "EasyEdit"),
         ({"prompt": "a", "target_new": "b", "subject": "a"}, "EasyEdit"),
         ({"src": "a", "alt": "b"}, "zsRE (MEND)"),
         ({"prompt": "a", "new_answer": "b"}, "golden-layers"),
@@ -163,7 +162,7 @@ def test_a_layout_is_told_by_its_fields(tmp_path: Path, record: dict[str, Any], 
     ("change", "words"),
     [
         ({"requested_rewrite": ["x"]}, ["'requested_rewrite'", "an object", "list"]),
-        ({"requested_rewrite": {}}, ["'prompt'", "at least 1 character"]),
+        ({"requested_rewrite": {}}, ["'prompt'", "found none"]),
         ({"requested_rewrite": COUNTERFACT["requested_rewrite"] | {"target_new": {}}}, ["'new_answer'"]),
         ({"requested_rewrite": COUNTERFACT["requested_rewrite"] | {"subject": 5}}, ["'subject'", "string"]),
         ({"paraphrase_prompts": [5]}, ["'rephrases.0'", "string"]),
@@ -177,8 +176,8 @@ def test_a_bad_counterfact_record_is_named(tmp_path: Path, change: dict[str, Any
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"target_new": ""}, ["'new_answer'", "at least 1 character", "read as KnowEdit"]),
-        ({"target_new": []}, ["'new_answer'", "at least 1 character"]),
+        ({"target_new": ""}, ["'new_answer'", "found none", "read as EasyEdit"]),
+        ({"target_new": []}, ["'new_answer'", "found none"]),
         ({"target_new": 0}, ["'new_answer'", "string"]),
         ({"locality": ["x"]}, ["'locality'", "an object", "list"]),
         ({"locality": {"Forgetfulness": "x"}}, ["'locality.Forgetfulness'", "a list of probes", "str"]),
@@ -212,16 +211,16 @@ def test_probes_without_an_old_answer_have_none(tmp_path: Path) -> None:
 
 def test_two_layouts_in_one_file_are_refused(tmp_path: Path) -> None:
     message = refusal(lambda: load_requests(written(tmp_path, KNOWEDIT, COUNTERFACT)))
-    for word in ("record 1", "is CounterFact", "record 0 is KnowEdit", "one layout"):
+    for word in ("record 1", "is CounterFact", "record 0 is EasyEdit", "one layout"):
         assert word in message
 
 
-def test_records_without_probes_go_with_either_of_their_layouts(tmp_path: Path) -> None:
+def test_the_source_of_a_record_in_easyedits_names(tmp_path: Path) -> None:
     plain = {"prompt": "a", "target_new": "b"}
     flat = plain | {"locality_prompt": "c", "locality_ground_truth": "d"}
-    for record in (KNOWEDIT, flat):
-        assert len(load_requests(written(tmp_path, plain, record, plain))) == 3
-    assert "record 2" in refusal(lambda: load_requests(written(tmp_path, plain, KNOWEDIT, flat)))
+    records = (plain, KNOWEDIT, KNOWEDIT | {"case_id": 5}, flat, plain | {"case_id": 6})
+    sources = [request.source for request in load_requests(written(tmp_path, *records))]
+    assert sources == ["easyedit", "knowedit", "knowedit", "counterfact", "counterfact"]
 
 
 @needs_shared

@@ -12,9 +12,9 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import UserError
 from pipeline.requests import EditRequest, Probe
 from pipeline.requests.layouts import LAYOUTS
-from pipeline.requests.raw import BadRecordError
 from pipeline.requests.readers import load_requests, read_requests
 from pipeline.requests.writer import request_writer
 
@@ -37,8 +37,19 @@ requests = st.builds(
     source=st.none() | texts,
 )
 FIELDS = sorted(
-    {field for layout in LAYOUTS for field in layout.fields | layout.signs}
-    | {"id", "subject", "ground_truth", "rephrase", "rephrase_prompt", "locality_ground_truth", "portability"}
+    {field for layout in LAYOUTS for field in layout.fields}
+    | {
+        "id",
+        "case_id",
+        "locality",
+        "locality_prompt",
+        "subject",
+        "ground_truth",
+        "rephrase",
+        "rephrase_prompt",
+        "locality_ground_truth",
+        "portability",
+    }
     | {"answers", "loc", "loc_ans", "paraphrase_prompts", "neighborhood_prompts", "rephrases", "source"}
 )
 anything = st.recursive(
@@ -85,7 +96,7 @@ def test_any_record_is_a_request_or_is_named(tmp_path_factory: Any, record: dict
 @FEW
 @given(st.sampled_from(LAYOUTS), st.data())
 def test_any_record_of_a_layout_is_a_request_or_is_named(tmp_path_factory: Any, layout: Any, data: Any) -> None:
-    needed = {field: data.draw(anything) for field in sorted(layout.fields | layout.signs)}
+    needed = {field: data.draw(anything) for field in sorted(layout.fields)}
     more = data.draw(st.dictionaries(st.sampled_from(FIELDS), anything, max_size=4))
     _is_read_or_named(tmp_path_factory, more | needed)
 
@@ -93,7 +104,7 @@ def test_any_record_of_a_layout_is_a_request_or_is_named(tmp_path_factory: Any, 
 def _is_read_or_named(tmp_path_factory: Any, record: dict[str, Any]) -> None:
     file = scratch(tmp_path_factory, json.dumps([record]).encode())
     (reading,) = read_requests(file)
-    if isinstance(reading.request, BadRecordError):
+    if isinstance(reading.request, UserError):
         assert str(reading.request).startswith(f"{file}: record 0: ")
     else:
         assert reading.request.prompt.strip() and reading.request.new_answer.strip() and reading.layout

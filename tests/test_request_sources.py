@@ -18,7 +18,7 @@ import pytest
 from conftest import refusal
 
 from pipeline import UserError
-from pipeline.requests import EditRequest, Probe, json_records, load_requests, raw
+from pipeline.requests import EditRequest, Probe, json_records, lines, load_requests
 from pipeline.requests.readers import read_requests
 
 RECORD = {"prompt": "The capital of Ruritania is", "new_answer": "Zenda", "subject": "Ruritania"}
@@ -99,17 +99,14 @@ class Endless(io.BufferedReader):
     def read1(self, size: int = -1) -> bytes:
         return self._take(size)
 
-    def readline(self, size: int | None = -1) -> bytes:
-        return self._take(len(LINE) + 1)
-
 
 @pytest.mark.parametrize(
     ("listed", "reader"), [(True, json_records.list_records), (False, json_records.line_records)]
 )
 def test_a_file_without_an_end_is_read_in_constant_memory(listed: bool, reader: Callable[..., Any]) -> None:
     file = Endless(endless(listed))
-    records = reader(Path("endless"), file)
-    assert next(records).parse() == RECORD and file.taken <= json_records.PIECE
+    records = reader(io.TextIOWrapper(file, encoding="utf-8"))
+    assert next(records)[1] == RECORD and file.taken <= json_records.PIECE
     tracemalloc.start()
     try:
         for _ in islice(records, 20_000):
@@ -122,7 +119,7 @@ def test_a_file_without_an_end_is_read_in_constant_memory(listed: bool, reader: 
 
 @pytest.mark.parametrize("opening", ['{"prompt": "', '[{"prompt": "'])
 def test_a_record_without_an_end_is_given_up(opening: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (raw, json_records):
+    for module in (lines, json_records):
         monkeypatch.setattr(module, "LONGEST", 2**20)
     file = written(tmp_path, opening + "x" * 2**22)
     assert "longer than 1 MiB" in refusal(lambda: load_requests(file))
@@ -168,9 +165,7 @@ def test_bad_records_are_left_out_where_asked_for(tmp_path: Path) -> None:
     told: list[str] = []
     requests = load_requests(file, skip_bad=True, tell=told.append)
     assert [request.id for request in requests] == ["1", "5"]
-    assert told == [
-        f"note: left out 4 bad of 6 records; the first: {file}: line 1: not UTF-8 text (byte 0 of the file)"
-    ]
+    assert told == [f"note: left out 4 bad of 6 records; the first: {file}: line 1: not UTF-8 text"]
     assert not load_requests(file, limit=1, offset=1, skip_bad=True, tell=pytest.fail)[1:]
     assert "line 1" in refusal(lambda: load_requests(file))
     with pytest.warns(UserWarning, match="left out 4 bad of 6 records"):
@@ -181,6 +176,13 @@ def test_nothing_good_is_left(tmp_path: Path) -> None:
     file = written(tmp_path, "oh\n" * 3)
     message = refusal(lambda: load_requests(file, skip_bad=True))
     assert "all 3 records are bad" in message and "line 1" in message
+
+
+def test_text_that_is_not_utf8_hides_no_other_record(tmp_path: Path) -> None:
+    file = written(tmp_path, f'[{LINE}, {{"prompt": "'.encode() + b'\xff"}, ' + LINE.encode() + b"]")
+    told: list[str] = []
+    assert [request.id for request in load_requests(file, skip_bad=True, tell=told.append)] == ["0", "2"]
+    assert told == [f"note: left out 1 bad of 3 records; the first: {file}: record 1: not UTF-8 text"]
 
 
 def test_a_broken_file_is_not_a_bad_record(tmp_path: Path) -> None:

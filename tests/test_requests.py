@@ -180,8 +180,8 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
     "cut line": (f'{GOOD}\n{{"prompt": "Two', ["line 2", "malformed JSON"]),
     "malformed list": (f"[\n{GOOD},\n{{oh}}\n]", ["line 3", "malformed JSON"]),
     "cut list": (f"[\n{GOOD},\n", ["line 3", "malformed JSON"]),
-    "not UTF-8": (GOOD.encode() + b"\n\xff", ["not UTF-8", f"byte {len(GOOD) + 1}"]),
-    "list not UTF-8": (b'["\xe9"]', ["not UTF-8", "byte 2"]),
+    "not UTF-8": (GOOD.encode() + b"\n\xff", ["line 2", "not UTF-8"]),
+    "list not UTF-8": (b'["\xe9"]', ["record 0", "not UTF-8"]),
     "no prompt": (f'{GOOD}\n{{"new_answer": "five"}}', ["line 2", "no prompt", "expected the fields"]),
     "no new answer": (f'[{GOOD}, {{"prompt": "Two"}}]', ["record 1", "new answer", "expected the fields"]),
     "CounterFact without new": (json.dumps({"prompt": "Two", "ground_truth": "a"}), ["line 1", "target_new"]),
@@ -199,7 +199,7 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "CounterFact of wrong type": (
         json.dumps(COUNTERFACT | {"target_new": 5}),
-        ["line 1", "'new_answer'", "string (read as CounterFact (EasyEdit))"],
+        ["line 1", "'new_answer'", "string (read as EasyEdit)"],
     ),
     "zsRE of wrong type": (json.dumps(ZSRE | {"src": 5}), ["line 1", "'prompt'", "string (read as zsRE (MEND))"]),
     "duplicate id": (f"{own(id='a')}\n{own(id='b')}\n{own(id='a')}", ["line 3", "'a'", "line 1"]),
@@ -213,11 +213,6 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
 def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, content: str | bytes, words: list[str]) -> None:
     message = refusal(lambda: read(tmp_path, content))
     assert [word for word in ["file.json", *words] if word not in message] == []
-
-
-def test_the_byte_that_is_not_utf8_is_counted_from_the_start(tmp_path: Path) -> None:
-    good = f"{GOOD}\n".encode() * 1000
-    assert f"byte {len(good)}" in refusal(lambda: read(tmp_path, good + b"\xff\n"))
 
 
 @pytest.mark.parametrize(("name", "found"), [("nowhere.jsonl", "no such file"), ("", "a folder")])

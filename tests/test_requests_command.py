@@ -63,7 +63,7 @@ def test_a_summary_counts_what_is_there(tmp_path: Path, capsys: pytest.CaptureFi
     assert rows == {
         "requests": str(tmp_path / "facts.jsonl"),
         "records": "4, 0 bad",
-        "layout": "KnowEdit 4",
+        "layout": "EasyEdit 4",
         "subject": "3 with, 1 without; 2 not in their prompts: line 2, line 4",
         "old answer": "3 with, 1 without; 1 the same as the new one: line 4",
         "rephrases": "3; 3 with, 1 without",

@@ -8,7 +8,7 @@ __getattr__, __all__ = offered(
         "conflicts": ("fact", "settle"),
         "data": ("EditRequests",),
         "readers": ("load_requests", "stream_requests"),
-        "records": ("DEMO_REQUESTS",),
+        "sources": ("DEMO_REQUESTS",),
         "rows": ("Batch", "Row", "collate"),
         "schema": ("EditRequest", "Probe"),
         "split": ("split_by_subject",),

@@ -15,6 +15,76 @@ from pipeline.errors import UserError
 Record = dict[str, Any]
 
 
+def from_easyedit(record: Record) -> Record:
+    """EasyEdit's names: CounterFact's one neighbour, and KnowEdit's probes by axis."""
+    neighbour = _one_probe(record.get("locality_prompt"), record.get("locality_ground_truth"), "neighborhood")
+    prompt = _first(record["prompt"])
+    flat = "counterfact" if {"locality_prompt", "case_id"} & record.keys() else "easyedit"
+    return {
+        "id": record.get("case_id"),
+        "prompt": prompt,
+        "subject": _as_written(_first(record.get("subject")), prompt),
+        "new_answer": _first(record["target_new"]),
+        "old_answer": _first(record.get("ground_truth")),
+        "rephrases": _rephrases(record.get("rephrase_prompt", record.get("rephrase"))),
+        "locality": neighbour + _by_axis(record, "locality"),
+        "portability": _by_axis(record, "portability"),
+        "source": "knowedit" if "locality" in record else flat,
+    }
+
+
+def from_wikibio(record: Record) -> Record:
+    """KnowEdit's WikiBio: a passage and the sentence that is to follow; its concept is written in lower case."""
+    text = _first(record["text"])
+    subject = _as_written(_first(record["concept"]), text)
+    return {
+        "prompt": text,
+        "subject": subject if str(subject) in str(text) else None,
+        "new_answer": _first(record["labels"]),
+        "locality": _by_axis(record, "locality"),
+        "portability": _by_axis(record, "portability"),
+        "source": "wikibio",
+    }
+
+
+def from_counterfact(record: Record) -> Record:
+    """CounterFact as published: neighbours share the rewrite's true answer."""
+    rewrite = _object(record, "requested_rewrite")
+    subject, prompt = _first(rewrite.get("subject")), _first(rewrite.get("prompt"))
+    if isinstance(subject, str) and isinstance(prompt, str):
+        prompt = prompt.replace("{}", subject)
+    old = _answer(rewrite.get("target_true"))
+    neighbours = _list(record, "neighborhood_prompts")
+    return {
+        "id": record.get("case_id"),
+        "prompt": prompt,
+        "subject": subject,
+        "new_answer": _answer(rewrite.get("target_new")),
+        "old_answer": old,
+        "rephrases": _list(record, "paraphrase_prompts"),
+        "locality": [{"prompt": text, "answer": old, "axis": "neighborhood"} for text in neighbours],
+        "source": "counterfact",
+    }
+
+
+def from_zsre(record: Record) -> Record:
+    """zsRE in MEND's layout; `nq question: ` in front of `loc` marks its source and is not part of it."""
+    question, prompt = _first(record.get("loc")), _first(record["src"])
+    if isinstance(question, str):
+        question = question.removeprefix("nq question: ")
+    return {
+        "id": record.get("id"),
+        "prompt": prompt,
+        "subject": _as_written(_first(record.get("subject")), prompt),
+        "new_answer": _first(record["alt"]),
+        "old_answer": _first(record.get("answers")),
+        "rephrases": _rephrases(record.get("rephrase")),
+        "locality": _one_probe(question, record.get("loc_ans"), "nq"),
+        "portability": _by_axis(record, "portability"),
+        "source": "zsre",
+    }
+
+
 def is_blank(value: Any) -> bool:
     """Whether a field holds nothing that could be a text of its own."""
     return value is None or (isinstance(value, str) and not value.strip())
@@ -25,6 +95,11 @@ def _first(value: Any) -> Any:
     if isinstance(value, list):
         return next((found for found in map(_first, value) if found is not None), None)
     return None if is_blank(value) else value
+
+
+def _answer(value: Any) -> Any:
+    """The text of `{"str": text, "id": …}`, or of a plain answer."""
+    return _first(value.get("str") if isinstance(value, dict) else value)
 
 
 def _as_written(subject: Any, prompt: Any) -> Any:
@@ -43,10 +118,9 @@ def _object(record: Record, name: str) -> Record:
     return value
 
 
-def _needed(value: Any) -> Any:
-    """The first text of a field that may not be empty: an empty text is refused where the request is made."""
-    found = _first(value)
-    return "" if found is None else found
+def _list(record: Record, name: str) -> list[Any]:
+    value = record.get(name) or []
+    return value if isinstance(value, list) else [value]
 
 
 def _rephrases(value: Any) -> list[Any]:
@@ -66,104 +140,25 @@ def _by_axis(record: Record, kind: str) -> list[Record]:
     if "New Question" in axes:  # one probe about a further relation, as zsRE and CounterFact were extended
         return _one_probe(axes["New Question"], axes.get("New Answer"), "reasoning")
     return [
-        {"prompt": prompt, "answer": answer, "axis": axis}
+        {"prompt": _first(prompt), "answer": _first(answer), "axis": axis}
         for axis, probes in axes.items()
         for prompt, answer in _pairs(probes, f"{kind}.{axis}")
     ]
 
 
 def _pairs(probes: Any, name: str) -> Iterator[tuple[Any, Any]]:
-    """Prompt and first answer of each probe of an axis."""
+    """Prompt and answers of each probe of an axis."""
     if isinstance(probes, dict):  # lists of prompts and of answers, side by side
         prompts, answers = probes.get("prompt"), probes.get("ground_truth")
         if not isinstance(prompts, list):
             prompts, answers = [prompts], [answers]
         if not isinstance(answers, list) or len(answers) != len(prompts):
             raise UserError(f"field {name!r}: expected as many answers as prompts")
-        yield from zip(map(_first, prompts), map(_first, answers), strict=True)
+        yield from zip(prompts, answers, strict=True)
         return
     if probes is not None and not isinstance(probes, list):
         raise UserError(f"field {name!r}: expected a list of probes, found {type(probes).__name__}")
     for probe in probes or []:
         if not isinstance(probe, dict):
             raise UserError(f"field {name!r}: expected probes as objects, found {type(probe).__name__}")
-        yield _first(probe.get("prompt")), _first(probe.get("ground_truth"))
-
-
-def from_easyedit(record: Record, source: str) -> Record:
-    """EasyEdit's names: CounterFact's one neighbour, and KnowEdit's probes by axis."""
-    neighbour = _one_probe(record.get("locality_prompt"), record.get("locality_ground_truth"), "neighborhood")
-    prompt = _needed(record["prompt"])
-    return {
-        "id": record.get("case_id"),
-        "prompt": prompt,
-        "subject": _as_written(_first(record.get("subject")), prompt),
-        "new_answer": _needed(record["target_new"]),
-        "old_answer": _first(record.get("ground_truth")),
-        "rephrases": _rephrases(record.get("rephrase_prompt", record.get("rephrase"))),
-        "locality": neighbour + _by_axis(record, "locality"),
-        "portability": _by_axis(record, "portability"),
-        "source": source,
-    }
-
-
-def from_wikibio(record: Record) -> Record:
-    """KnowEdit's WikiBio: a passage and the sentence that is to follow; its concept is written in lower case."""
-    text = _needed(record["text"])
-    subject = _as_written(_first(record["concept"]), text)
-    return {
-        "prompt": text,
-        "subject": subject if str(subject) in str(text) else None,
-        "new_answer": _needed(record["labels"]),
-        "locality": _by_axis(record, "locality"),
-        "portability": _by_axis(record, "portability"),
-        "source": "wikibio",
-    }
-
-
-def from_original_counterfact(record: Record) -> Record:
-    """CounterFact as published: neighbours share the rewrite's true answer."""
-    rewrite = _object(record, "requested_rewrite")
-    subject, prompt = _first(rewrite.get("subject")), _needed(rewrite.get("prompt"))
-    if isinstance(subject, str) and isinstance(prompt, str):
-        prompt = prompt.replace("{}", subject)
-    old = _answer(rewrite.get("target_true"))
-    neighbours = _texts(record, "neighborhood_prompts")
-    return {
-        "id": record.get("case_id"),
-        "prompt": prompt,
-        "subject": subject,
-        "new_answer": _needed(_answer(rewrite.get("target_new"))),
-        "old_answer": old,
-        "rephrases": _texts(record, "paraphrase_prompts"),
-        "locality": [{"prompt": text, "answer": old, "axis": "neighborhood"} for text in neighbours],
-        "source": "counterfact",
-    }
-
-
-def _answer(value: Any) -> Any:
-    """The text of `{"str": text, "id": …}`, or of a plain answer."""
-    return _first(value.get("str") if isinstance(value, dict) else value)
-
-
-def _texts(record: Record, name: str) -> list[Any]:
-    value = record.get(name) or []
-    return value if isinstance(value, list) else [value]
-
-
-def from_zsre(record: Record) -> Record:
-    """zsRE in MEND's layout; `nq question: ` in front of `loc` marks its source and is not part of it."""
-    question, prompt = _first(record.get("loc")), _needed(record["src"])
-    if isinstance(question, str):
-        question = question.removeprefix("nq question: ")
-    return {
-        "id": record.get("id"),
-        "prompt": prompt,
-        "subject": _as_written(_first(record.get("subject")), prompt),
-        "new_answer": _needed(record["alt"]),
-        "old_answer": _first(record.get("answers")),
-        "rephrases": _rephrases(record.get("rephrase")),
-        "locality": _one_probe(question, record.get("loc_ans"), "nq"),
-        "portability": _by_axis(record, "portability"),
-        "source": "zsre",
-    }
+        yield probe.get("prompt"), probe.get("ground_truth")

@@ -7,17 +7,15 @@ fields whose type differs between rows come undecoded (datasets 5.2), and KnowEd
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.requests.layouts import without_empty
-from pipeline.requests.raw import RawRecord
 
 PREFIX = "hf:"
 
 
-def hub_records(source: str) -> Iterator[RawRecord]:
+def hub_records(source: str) -> Iterator[tuple[str, Any]]:
     """The rows of a data set on the hub or in a folder.
 
     Raises:
@@ -25,30 +23,23 @@ def hub_records(source: str) -> Iterator[RawRecord]:
     """
     name, *rest = source.removeprefix(PREFIX).split(":")
     if not name or len(rest) > 2 or not all(rest):
-        raise UserError(
-            f"requests: {source}: expected {PREFIX}NAME, {PREFIX}NAME:SPLIT or {PREFIX}NAME:CONFIG:SPLIT"
-        )
-    split = rest.pop() if rest else None
+        expected = f"{PREFIX}NAME, {PREFIX}NAME:SPLIT or {PREFIX}NAME:CONFIG:SPLIT"
+        raise UserError(f"requests: {source}: expected {expected}")
     try:
         from datasets import disable_progress_bars, load_dataset
     except ImportError:
         raise UserError(
             f"requests: {source}: needs the package `datasets`; install the extra: pip install -e '.[datasets]'"
         ) from None
+    split = rest.pop() if rest else None
     try:
         disable_progress_bars()
         rows = load_dataset(name, *rest, split=split)
-        if split is None:
-            rows = _only_split(source, rows)
-        for number, row in enumerate(rows):
-            yield RawRecord(f"{source}: row {number}", partial(without_empty, row))
+        if split is None and len(rows) != 1:
+            raise UserError(f"requests: {source}: has several splits; add one of them: {', '.join(rows)}")
+        for number, row in enumerate(rows if split else next(iter(rows.values()))):
+            yield f"row {number}", without_empty(row)
     except UserError:
         raise
     except Exception as error:  # the library raises whatever its many back ends do
         raise UserError(f"requests: {source}: cannot be read: {type(error).__name__}: {error}") from None
-
-
-def _only_split(source: str, splits: dict[str, Any]) -> Any:
-    if len(splits) != 1:
-        raise UserError(f"requests: {source}: has several splits; add one of them: {', '.join(splits)}")
-    return next(iter(splits.values()))

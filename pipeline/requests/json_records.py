@@ -2,146 +2,109 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Iterator
-from functools import partial
-from io import BufferedIOBase
-from itertools import count
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.errors import UserError
-from pipeline.requests.raw import BOM, LONGEST, BadRecordError, RawRecord, bounded_lines
+from pipeline.requests.lines import LONGEST, NOT_UTF8, bounded_lines
 
-PIECE = 2**16  # bytes of a list that are read at once
-UNFINISHED = 16  # characters before the end in which a number, word or escape that goes on is taken for an error
+PIECE = 2**14  # characters of a list that are read at once
 DECODER = json.JSONDecoder()
 
 
-def line_records(path: Path, file: BufferedIOBase) -> Iterator[RawRecord]:
+def line_records(file: TextIO) -> Iterator[tuple[str, Any]]:
     """The records of a JSONL file; blank lines are none."""
-    for number, start, line in bounded_lines(path, file):
+    for number, line in bounded_lines(file):
         if line.strip():
-            where = f"{path}: line {number}"
-            yield RawRecord(where, partial(_parse_line, where, line, start))
+            yield f"line {number}", _parsed(line)
 
 
-def _parse_line(where: str, line: bytes, start: int) -> Any:
+def _parsed(line: str) -> Any:
+    if NOT_UTF8.search(line):
+        return UserError("not UTF-8 text")
     try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRecordError(f"{where}: not UTF-8 text (byte {start + error.start} of the file)") from None
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadRecordError(f"{where}: malformed JSON: {_reason(error)}") from None
+        return UserError(f"malformed JSON: {_reason(error)}")
 
 
-def list_records(path: Path, file: BufferedIOBase) -> Iterator[RawRecord]:
+def list_records(file: TextIO) -> Iterator[tuple[str, Any]]:
     """The records of a JSON file that holds one list.
 
     Raises:
         UserError: where the list is malformed: what follows cannot be told apart any more.
     """
-    window = _Window(path, file)
+    window = _Window(file)
     window.take("[")
-    if window.peek() == "]":
-        window.take("]")
-    else:
-        for number in count():
-            value = window.value()
-            yield RawRecord(f"{path}: record {number}", partial(_parsed, value))
-            if window.peek() == "]":
-                window.take("]")
-                break
-            window.take(",")
+    number, after = 0, window.take("]") if window.peek() == "]" else ","
+    while after == ",":
+        yield f"record {number}", window.value()
+        number, after = number + 1, window.take(",]")
     if window.peek():
         raise window.malformed("the list has ended, but text follows")
 
 
-def _parsed(value: Any) -> Any:
-    """A record of a list is parsed when it is found: where it ends cannot be told otherwise."""
-    return value
-
-
 class _Window:
-    """A text file of which only what is being parsed is in memory.
+    """A text of which only what is being parsed is in memory.
 
     Attributes:
-        text: what has been read and may still be needed.
-        at: where parsing stands in it.
+        text: what has been read and is not parsed yet.
         line: the line that `text` begins in.
-        bytes_read: how many bytes were read so far.
     """
 
-    def __init__(self, path: Path, file: BufferedIOBase) -> None:
-        self.path, self.file = path, file
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.text, self.at, self.line, self.bytes_read = "", 0, 1, 0
-        self.bad_byte: int | None = None
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+        self.text, self.line = "", 1
 
     def peek(self) -> str:
         """The next character that is no space, or nothing at the file's end."""
         while True:
-            while self.at < len(self.text) and self.text[self.at].isspace():
-                self.at += 1
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self._more():
-                return ""
+            self._drop(len(self.text) - len(self.text.lstrip()))
+            if self.text or not self._more():
+                return self.text[:1]
 
-    def take(self, expected: str) -> None:
-        """Go on behind a character that must come next."""
-        if self.peek() != expected:
-            raise self.malformed(f"expecting {expected!r}" + (" or ']'" if expected == "," else ""))
-        self.at += 1
+    def take(self, expected: str) -> str:
+        """Go on behind a character that must come next, one of those expected."""
+        found = self.peek()
+        if not found or found not in expected:
+            raise self.malformed(f"expecting {' or '.join(map(repr, expected))}")
+        self._drop(1)
+        return found
 
     def value(self) -> Any:
-        """The next value, whole."""
+        """The next value, whole; the UserError that says so where it is not UTF-8."""
         self.peek()
         while True:
             try:
-                value, end = DECODER.raw_decode(self.text, self.at)
-                length = end - self.at
-            except (ValueError, RecursionError) as error:
-                wrong = getattr(error, "pos", self.at) - self.at
-                if not self._goes_on(error) or not self._more():
-                    raise self.malformed(_reason(error), self.at + wrong) from None
+                value, end = DECODER.raw_decode(self.text)
+            except json.JSONDecodeError as error:  # more text may mend it
+                if not self._more():
+                    raise self.malformed(_reason(error), error.pos) from None
                 continue
+            except (ValueError, RecursionError) as error:
+                raise self.malformed(_reason(error)) from None
             if end < len(self.text) or not self._more():  # at the very end, a number may go on
-                self.at += length
-                return value
+                bad = NOT_UTF8.search(self.text, 0, end)
+                self._drop(end)
+                return UserError("not UTF-8 text") if bad else value
 
-    def malformed(self, reason: str, at: int | None = None) -> UserError:
+    def malformed(self, reason: str, at: int = 0) -> UserError:
         """The error that says in which line the list is broken."""
-        line = self.line + self.text.count("\n", 0, self.at if at is None else at)
-        return UserError(f"{self.path}: line {line}: malformed JSON: {reason}")
-
-    def _goes_on(self, error: Exception) -> bool:
-        """Whether an error may come from the text's end, so that more text may mend it."""
-        if not isinstance(error, json.JSONDecodeError):
-            return False
-        return error.pos >= len(self.text) - UNFINISHED or error.msg.startswith("Unterminated string")
+        line = self.line + self.text.count("\n", 0, at)
+        return UserError(f"line {line}: malformed JSON: {reason}")
 
     def _more(self) -> bool:
-        """Drop what is parsed, read another piece; whether there was one. Pieces grow with the record."""
-        if self.bad_byte is not None:
-            raise UserError(f"{self.path}: not UTF-8 text (byte {self.bad_byte} of the file)")
-        if len(self.text) - self.at > LONGEST:
+        """Read another piece; whether there was one. Pieces grow with the record."""
+        if len(self.text) > LONGEST:
             raise self.malformed(f"a record longer than {LONGEST >> 20} MiB")
-        pending = len(self.decoder.getstate()[0])
-        longer = len(self.text) - self.at
-        piece = self.file.read(longer) if longer > PIECE else self.file.read1(PIECE)
-        if not self.bytes_read:
-            self.bytes_read = len(piece) - len(piece := piece.removeprefix(BOM))
-        try:
-            text = self.decoder.decode(piece, final=not piece)
-        except UnicodeDecodeError as error:  # what stands before it is read first
-            self.bad_byte = self.bytes_read - pending + error.start
-            text = error.object[: error.start].decode("utf-8")
-        self.bytes_read += len(piece)
-        self.line += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :] + text, 0
+        piece = self.file.read(max(PIECE, len(self.text)))
+        self.text += piece
         return bool(piece)
+
+    def _drop(self, end: int) -> None:
+        self.line += self.text.count("\n", 0, end)
+        self.text = self.text[end:]
 
 
 def _reason(error: Exception) -> str:

@@ -1,13 +1,12 @@
 """The layouts of requests: which fields give one away, and how its records become requests.
 
-To add one, write the function from a record (a dict) to an EditRequest's fields (in benchmarks.py), and enter it
-in LAYOUTS.
+To add one, write the function from a record (a dict) to an EditRequest's fields (in benchmark_layouts.py), and
+enter it in LAYOUTS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -16,8 +15,8 @@ from pydantic_core import ErrorDetails
 from pipeline.errors import UserError
 from pipeline.requests.benchmark_layouts import (
     Record,
+    from_counterfact,
     from_easyedit,
-    from_original_counterfact,
     from_wikibio,
     from_zsre,
     is_blank,
@@ -26,24 +25,22 @@ from pipeline.requests.schema import EditRequest, Probe
 
 
 class Layout(NamedTuple):
-    """A layout's name, the fields that give it away, and its function from record to request fields.
-
-    A record has all of `fields` and, where there are any, one of `signs`: they tell layouts with the same fields
-    apart.
-    """
+    """A layout's name, the fields that a record of it has, and its function from record to request fields."""
 
     name: str
     fields: frozenset[str]
     read: Callable[[Record], Record]
-    signs: frozenset[str] = frozenset()
 
-    def fits(self, record: Record) -> bool:
-        """Whether a record can be read by this layout."""
-        return self.fields <= record.keys() and (not self.signs or bool(self.signs & record.keys()))
 
-    def mixes_with(self, other: Layout) -> bool:
-        """Whether records of both may stand in one file: one has nothing that the other would read otherwise."""
-        return self == other or (self.fields == other.fields and not (self.signs and other.signs))
+OWN = Layout("golden-layers", frozenset({"prompt", "new_answer"}), dict)
+
+LAYOUTS = (
+    Layout("CounterFact", frozenset({"requested_rewrite"}), from_counterfact),
+    Layout("zsRE (MEND)", frozenset({"src", "alt"}), from_zsre),
+    Layout("KnowEdit WikiBio", frozenset({"text", "labels", "concept"}), from_wikibio),
+    Layout("EasyEdit", frozenset({"prompt", "target_new"}), from_easyedit),
+    OWN,
+)
 
 
 def find_layout(record: Any) -> Layout:
@@ -55,12 +52,9 @@ def find_layout(record: Any) -> Layout:
     if not isinstance(record, dict):
         raise UserError(f"expected an object, found {type(record).__name__}")
     for layout in LAYOUTS:
-        if layout.fits(record):
+        if layout.fields <= record.keys():
             return layout
-    names: dict[frozenset[str], list[str]] = {}
-    for layout in LAYOUTS:
-        names.setdefault(layout.fields, []).append(layout.name)
-    known = "; ".join(f"{' and '.join(sorted(fields))} ({', '.join(of)})" for fields, of in names.items())
+    known = "; ".join(f"{' and '.join(sorted(layout.fields))} ({layout.name})" for layout in LAYOUTS)
     raise UserError(f"no prompt and new answer found; expected the fields {known}")
 
 
@@ -87,35 +81,16 @@ def to_request(record: Record, layout: Layout, number: int) -> tuple[EditRequest
 
 def _leave_out_empty(fields: Record) -> int:
     """Take rephrases without text and probes without prompt or answer out of a request's fields; how many."""
-    rephrases = [text for text in fields.get("rephrases", []) if not is_blank(text)]
-    left_out = len(fields.get("rephrases", [])) - len(rephrases)
-    fields["rephrases"] = rephrases
-    for kind in ("locality", "portability"):
-        probes = fields.get(kind, [])
-        fields[kind] = [
-            probe for probe in probes if not is_blank(probe["prompt"]) and not is_blank(probe["answer"])
-        ]
-        left_out += len(probes) - len(fields[kind])
+    left_out = 0
+    for kind in ("rephrases", "locality", "portability"):
+        found = fields.get(kind, [])
+        fields[kind] = [one for one in found if not _is_empty(one)]
+        left_out += len(found) - len(fields[kind])
     return left_out
 
 
-OWN = Layout("golden-layers", frozenset({"prompt", "new_answer"}), dict)
-EASYEDIT = frozenset({"prompt", "target_new"})
-
-LAYOUTS = (
-    Layout("CounterFact", frozenset({"requested_rewrite"}), from_original_counterfact),
-    Layout("zsRE (MEND)", frozenset({"src", "alt"}), from_zsre),
-    Layout("KnowEdit WikiBio", frozenset({"text", "labels", "concept"}), from_wikibio),
-    Layout("KnowEdit", EASYEDIT, partial(from_easyedit, source="knowedit"), signs=frozenset({"locality"})),
-    Layout(
-        "CounterFact (EasyEdit)",
-        EASYEDIT,
-        partial(from_easyedit, source="counterfact"),
-        signs=frozenset({"locality_prompt", "case_id"}),
-    ),
-    Layout("EasyEdit", EASYEDIT, partial(from_easyedit, source="easyedit")),
-    OWN,
-)
+def _is_empty(one: Any) -> bool:
+    return any(map(is_blank, (one["prompt"], one["answer"]) if isinstance(one, dict) else (one,)))
 
 
 def without_empty(row: Record) -> Record:
@@ -127,7 +102,7 @@ def without_empty(row: Record) -> Record:
 def _wrong_field(error: ErrorDetails) -> str:
     """Which field is wrong, in what, and what there is instead."""
     name = ".".join(str(part) for part in error["loc"])
-    message = error["msg"]
+    message = "expected a text, found none" if error["input"] is None else error["msg"]
     if error["type"] == "tuple_type":
         message = f"expected a list of {'texts' if name == 'rephrases' else 'probes'}"
     elif error["type"] == "extra_forbidden":

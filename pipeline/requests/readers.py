@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UserError, check_at_least
 from pipeline.requests.layouts import Layout, find_layout, to_request
-from pipeline.requests.raw import BadRecordError, RawRecord
-from pipeline.requests.records import raw_records
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.seen import Seen
+from pipeline.requests.sources import raw_records
 
 
 class Reading(NamedTuple):
@@ -25,12 +24,14 @@ class Reading(NamedTuple):
         request: the request, or what is wrong with the record.
         layout: its layout's name, where one was found.
         left_out: how many of its probes and rephrases had an empty text.
+        earlier: place and new answer of the last request before it about the same subject and prompt.
     """
 
     place: str
-    request: EditRequest | BadRecordError
+    request: EditRequest | UserError
     layout: str | None = None
     left_out: int = 0
+    earlier: tuple[str, str] | None = None
 
 
 def load_requests(
@@ -66,7 +67,7 @@ def stream_requests(
     Args:
         source: a JSONL, JSON or CSV file, gzipped or not, `hf:NAME` for a Hugging Face data set, or `demo`.
         limit: take at most this many records; what comes after them is not read.
-        offset: leave out this many records first; their contents are not checked.
+        offset: leave out this many records first; what is wrong with them is not said.
         skip_bad: leave bad records out.
         tell: called with one line that counts bad records and names the first, when any were left out.
 
@@ -93,18 +94,18 @@ def stream_requests(
 def read_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> Iterator[Reading]:
     """Each record of a source as a request or as what is wrong with it, in constant memory.
 
-    Arguments, and what is raised beside what is wrong with a record: as for `load_requests`.
+    Arguments, and what is raised beside what is wrong with a record: as for `stream_requests`.
     """
     check_at_least("offset", offset, 0)
     if limit is not None:
         check_at_least("limit", limit, 1)
     total = 0
     with closing(Seen()) as seen:
-        reader = _Reader(seen)
-        for number, record in enumerate(islice(raw_records(source), None if limit is None else offset + limit)):
-            total = number + 1
-            if number >= offset:
-                yield reader.read(record, number)
+        reader = _Reader(source, seen)
+        for place, record in islice(raw_records(source), None if limit is None else offset + limit):
+            if total >= offset:
+                yield reader.read(record, place, total)
+            total += 1
     if not total:
         raise UserError(f"requests: {source}: holds no records")
     if total <= offset:
@@ -114,31 +115,29 @@ def read_requests(source: str | Path, limit: int | None = None, offset: int = 0)
 class _Reader:
     """Reads records one by one; knows the ids so far and the layout that the first record settled."""
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, source: str | Path, seen: Seen) -> None:
+        self.source = source
         self.seen = seen
         self.layout: Layout | None = None
         self.told = ""  # where the layout was told
 
-    def read(self, record: RawRecord, number: int) -> Reading:
+    def read(self, record: Any, place: str, number: int) -> Reading:
         """One record as a request, or what is wrong with it."""
         layout = None
         try:
-            value = record.parse()
-            layout = find_layout(value)
-            self._check_layout(layout, record.place)
-            request, left_out = to_request(value, layout, number)
-            if before := self.seen.id_before(request.id, record.place):
-                raise UserError(f"id {request.id!r} was used before, at {before}")
-            return Reading(record.place, request, layout.name, left_out)
-        except BadRecordError as bad:  # says where already
-            return Reading(record.place, bad)
+            if isinstance(record, UserError):
+                raise record
+            layout = find_layout(record)
+            self._check_layout(layout, place)
+            request, left_out = to_request(record, layout, number)
+            return Reading(place, request, layout.name, left_out, self.seen.add(request, place))
         except UserError as error:
-            return Reading(record.place, BadRecordError(f"{record.where}: {error}"), layout and layout.name)
+            return Reading(place, UserError(f"{self.source}: {place}: {error}"), layout and layout.name)
 
     def _check_layout(self, layout: Layout, place: str) -> None:
-        if self.layout is None or (layout.signs and self.layout.mixes_with(layout)):
+        if self.layout is None:
             self.layout, self.told = layout, place
-        elif not self.layout.mixes_with(layout):
+        elif layout != self.layout:
             raise UserError(
                 f"is {layout.name}, but {self.told} is {self.layout.name}; expected one layout in a file"
             )

@@ -1,0 +1,171 @@
+"""What a second process brings and sends, and a full-size model: `python -m benchmarks.distributed …`.
+
+Commands of run.py are run by one process and by two, a thread each, on this machine's CPU: on one of few cores two
+are no faster, and nothing is asked of that; what they send is the same anywhere. Where there is a GPU, a random
+model of Llama 3 8B's shape is attributed and fine-tuned too: speed and memory do not hang on what a model knows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.attribution import against_plain
+from benchmarks.bench import Bench, Figures, peak_bytes, run
+from benchmarks.kills import written
+from pipeline import LLM, EditOptions, EditRequest, FinetuneOptions, TrainerOptions, UserError, edit
+from pipeline.cli import main as command
+from pipeline.options import PlanCommand
+from pipeline.planning.plan import plan_memory
+
+ROOT = Path(__file__).parent.parent
+PROCESSES = (1, 2)
+ATTRIBUTED, TAUGHT, EPOCHS = 32, 16, 4
+TIMEOUT = 1800  # seconds: processes that wait for each other wait for ever
+FULL_SIZE, SOME, LAYER = "Llama 3 8B's shape", 1024, 3
+LLAMA_3_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    bench = Bench(__doc__, words, needed=SOME)
+    layer = max(1, len(bench.llm.blocks) // 10)
+    bench.measure("processes, attribution", lambda: attribution(bench))
+    bench.measure("processes, fine-tuning", lambda: finetuning(bench, layer))
+    if not torch.cuda.is_available():
+        print(f"no GPU here: {FULL_SIZE} is left out")
+        return
+    llm, some = random_llm(bench.llm, LLAMA_3_8B, "cuda"), bench.records[:SOME]
+    on = TrainerOptions(accelerator="gpu", devices=1, precision="bf16-true")
+    bench.measure(
+        f"{FULL_SIZE}, attribution",
+        lambda: against_plain(llm, some, on) | planned(llm, "attribution", on),
+        most={"time": 2.5},
+    )
+    bench.measure(f"{FULL_SIZE}, fine-tuning", lambda: full_size_edit(llm, some[:64], on))
+
+
+def attribution(bench: Bench) -> Figures:
+    """Requests a second, by the profile's own clock."""
+    found = {n: watch(bench, n, ATTRIBUTED, "attribute") for n in PROCESSES}
+    return {f"requests a second, {n} of them": ATTRIBUTED / one["seconds"] for n, one in found.items()}
+
+
+def finetuning(bench: Bench, layer: int) -> Figures:
+    """Requests a second from the first optimiser step to the last, and what a step sends of what could be sent."""
+    words = ["--method", "finetune", "--layers", str(layer), "--finetune.epochs", str(EPOCHS)]
+    words += ["--finetune.learnt", "0", "--finetune.whiten", "0"]  # every row in every epoch; no statistics
+    found = {n: watch(bench, n, TAUGHT, "edit", *words, "--evaluation.generation", "none") for n in PROCESSES}
+    model = bench.llm.model
+    own = [model.get_parameter(name) for name in bench.llm.blocks[layer].weight_names("mlp")]
+    rates = {n: EPOCHS * TAUGHT / one["steps"] * (one["steps"] - 1) / one["seconds"] for n, one in found.items()}
+    return {f"requests a second, {n} of them": rate for n, rate in rates.items()} | {
+        "bytes of gradients a step, sent by each of 2": found[2]["bytes"] / found[2]["steps"],
+        "bytes of the golden layer's trained weights": float(sum(weight.nbytes for weight in own)),
+        "bytes of all weights": float(sum(weight.nbytes for weight in model.parameters())),
+    }
+
+
+def watch(bench: Bench, processes: int, records: int, *words: str) -> Figures:
+    """Seconds, optimiser steps and bytes of gradients of the first process of a command on some of the records.
+
+    Raises:
+        UserError: with the command's last line, when it fails.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        asked = ["--requests", str(written(folder / "requests.jsonl", bench.records[:records]))]
+        asked += ["--model", bench.model, "--output", str(folder / "out"), "--trainer.accelerator", "cpu"]
+        asked += ["--trainer.devices", str(processes), "--trainer.strategy", "ddp" if processes > 1 else "auto"]
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        told = subprocess.run(
+            [sys.executable, str(Path(__file__)), str(folder / "seen.json"), *words, *asked],
+            capture_output=True, text=True, timeout=TIMEOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        )  # fmt: skip
+        if told.returncode:
+            lines = told.stderr.strip().splitlines() or ["no word of why"]
+            raise UserError(f"{words[0]} on {processes} processes: {lines[-1]}")
+        seen: Figures = json.loads((folder / "seen.json").read_text(encoding="utf-8"))
+        if words[0] == "attribute":
+            profile = json.loads((folder / "out" / "golden_profile.json").read_text(encoding="utf-8"))
+            seen["seconds"] = profile["seconds"]
+        return seen
+
+
+def watched(file: str, words: Sequence[str]) -> int:
+    """Run a command, and write down when its optimiser stepped and what gradients DistributedDataParallel sent."""
+    steps: list[float] = []
+    sent: list[int] = []
+    made = DistributedDataParallel.__init__
+
+    def send(_: None, bucket: Any) -> Any:
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # of the default group
+
+    def make(self: DistributedDataParallel, *args: Any, **settings: Any) -> None:
+        made(self, *args, **settings)
+        send.__annotations__ = {}  # which it would check against types, not their names
+        self.register_comm_hook(None, send)
+
+    DistributedDataParallel.__init__ = make  # type: ignore[method-assign]
+    register_optimizer_step_post_hook(lambda *_: steps.append(time.perf_counter()))
+    code = command(list(words))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        found = {"steps": len(steps), "seconds": steps[-1] - steps[0] if steps else 0.0, "bytes": sum(sent)}
+        Path(file).write_text(json.dumps(found), encoding="utf-8")
+    return code
+
+
+def random_llm(llm: LLM, shape: dict[str, Any], device: str) -> LLM:
+    """A model of a Llama's shape with random weights, made on the device, with another model's tokenizer."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+    return LLM(model.eval(), llm.tokenizer, "a random model")
+
+
+def full_size_edit(llm: LLM, requests: Sequence[EditRequest], on: TrainerOptions) -> Figures:
+    """Fine-tuning at one block, whitening aside: that needs key statistics first."""
+    chosen = FinetuneOptions(epochs=EPOCHS, learnt=0.0, whiten=0.0)
+    options = EditOptions(method="finetune", layers=[LAYER], finetune=chosen)
+    steps: list[float] = []
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(time.perf_counter()))
+    peak = peak_bytes(llm, lambda: edit(llm, requests, None, options, on), on)
+    hook.remove()
+    rate = EPOCHS * len(requests) / len(steps) * (len(steps) - 1) / (steps[-1] - steps[0])
+    return {"requests a second": rate, "peak memory in GB": peak / 1e9} | planned(llm, "finetune", on)
+
+
+def planned(llm: LLM, stage: str, on: TrainerOptions) -> Figures:
+    """What `run.py plan` says of the stage, in GB, for rows of its default length."""
+    with tempfile.TemporaryDirectory() as folder:
+        llm.model.config.save_pretrained(folder)
+        plan = plan_memory(PlanCommand(model=folder, layer=LAYER, method=["finetune"], trainer=on))
+    return {"planned memory in GB": next(need.total for need in plan.stages if need.stage == stage) / 1e9}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2 and sys.argv[1].endswith("seen.json"):  # started by `watch`, and by Lightning from there
+        sys.exit(watched(sys.argv[1], sys.argv[2:]))
+    run(main)
