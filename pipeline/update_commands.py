@@ -28,7 +28,7 @@ from pipeline.shipped import program
 if TYPE_CHECKING:
     from pipeline.editing import WeightUpdate
     from pipeline.model import LLM
-    from pipeline.updates import Store, Worked
+    from pipeline.updates import BatchResult, Store
 
 FOLLOWING = 0.5  # seconds between looks at a store's current version
 
@@ -82,7 +82,7 @@ def _update(store: Store, options: UpdateCommand, stopping: Callable[[], bool]) 
     from pipeline.reporting import mind_the_clock, say, show_on_board, tell_worked
     from pipeline.updates import BusyError, counts, update
 
-    def told(done: Worked) -> None:
+    def told(done: BatchResult) -> None:
         tell_worked(store, done, options.dry_run)
 
     mind_the_clock(store)
@@ -137,12 +137,9 @@ def rollback(options: VersionCommand) -> None:
 
     with Store(options.store) as store:
         before = store.current
-        change = rollback(store, options.version)
-        say(
-            f"version {options.version} is current, after {before}: {len(change.lost)} facts less, "
-            f"{len(change.gained)} more"
-        )
-        if change.lost:
+        gained, lost = rollback(store, options.version)
+        say(f"version {options.version} is current, after {before}: {len(lost)} facts less, {len(gained)} more")
+        if lost:
             say(f"the former are held back; `{program()} submit FILE --again` queues them anew")
 
 
@@ -174,8 +171,8 @@ def retract(options: RetractCommand) -> None:
             say("retracted; it was in the queue only")
             return
         show_on_board(store)
-        assert done.outcome and done.outcome.after and done.outcome.before
-        sides = [side.metrics["rewrite"].mean for side in (done.outcome.before, done.outcome.after)]
+        assert done.before and done.after
+        sides = [side.metrics["rewrite"].mean for side in (done.before, done.after)]
         say(f"version {done.version}: retracted; its new answer: {sides[0]:.3f} -> {sides[1]:.3f}")
 
 

@@ -156,9 +156,9 @@ class UpdatesBench(Bench):
         started = time.perf_counter()
         worked = update(store, options, lambda _: self.llm)
         whole = time.perf_counter() - started
-        own = sum(sum(one.outcome.seconds.values()) for one in worked)
-        held = sum(len(one.outcome.held) for one in worked)
-        gates = {gate.name: gate.value for one in worked for gate in one.outcome.gates}
+        own = sum(sum(one.seconds.values()) for one in worked)
+        held = sum(len(one.held) for one in worked)
+        gates = {gate.name: gate.value for one in worked for gate in one.gates}
         write_text(record, json.dumps({"whole": whole, "own": own, "held": held, "gates": gates}))
 
     def _held(self, store: Store, requests: Sequence[EditRequest]) -> Figures:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from pipeline.reporting.terminal import say
 from pipeline.updates import (
+    BatchResult,
     Store,
     Submitted,
-    Worked,
     check_number,
     counts,
     events,
@@ -43,18 +43,17 @@ def tell_submitted(store: Store, done: Submitted) -> None:
     _tell_superseded(store, done.superseded)
 
 
-def tell_worked(store: Store, done: Worked, dry_run: bool) -> None:
+def tell_worked(store: Store, done: BatchResult, dry_run: bool) -> None:
     """What came of a batch, in a few lines."""
-    outcome = done.outcome
     head = f"version {done.version}" if done.version is not None else "nothing published"
     if dry_run:
         head = "dry run, nothing changed"
     elif done.overtaken:
         head = "nothing published: another version became current meanwhile; the requests are in the queue again"
-    say(f"{head}: {len(outcome.applied)} applied, {len(outcome.held)} held back")
-    if outcome.gates:
-        say(f"  gates: {', '.join(map(str, outcome.gates))}")
-    for number, reason, _ in outcome.held[:NAMED]:
+    say(f"{head}: {len(done.applied)} applied, {len(done.held)} held back")
+    if done.gates:
+        say(f"  gates: {', '.join(map(str, done.gates))}")
+    for number, reason, _ in done.held[:NAMED]:
         say(f"  held back: request {number}: {reason}")
     _tell_superseded(store, done.superseded)
 
@@ -80,16 +79,16 @@ def show_history(store: Store, limit: int) -> None:
         on = "the base model" if row["parent"] is None else f"on {row['parent']}"
         figures = f"{row['applied']} applied, {row['held_back']} held back"
         say(f"{mark} {row['number']:04d}  {row['made']}  {on}, {figures}")
-    for line in events(store, limit):
-        say(f"  {line.at}  {line.what}")
+    for at, what in events(store, limit):
+        say(f"  {at}  {what}")
 
 
 def show_story(store: Store, number: int) -> None:
     """A request, and what happened to it."""
     row = request_row(store, number)
     say(f"request {number} ({row['id']}), {row['state']}: {row['prompt']} -> {row['new_answer']}")
-    for line in story(store, number):
-        say(f"  {line.at}  {line.what}")
+    for at, what in story(store, number):
+        say(f"  {at}  {what}")
 
 
 def show_version(store: Store, version: int) -> None:
@@ -102,7 +101,8 @@ def show_version(store: Store, version: int) -> None:
         before, after = figures["before"]["metrics"], figures["after"]["metrics"]
         say(f"  {figures['method']} in block {', '.join(map(str, figures['layers']))}")
         for name, estimate in after.items():
-            say(f"  {name}: {before[name]['mean']:.3f} -> {estimate['mean']:.3f}")
+            earlier = f"{before[name]['mean']:.3f} -> " if name in before else ""
+            say(f"  {name}: {earlier}{estimate['mean']:.3f}")
         say(f"  perplexity x {figures['after']['perplexity_ratio']:.3f}, drift {figures['after']['drift']:.3f}")
         for gate in figures["gates"]:
             sign, passed = ">=" if gate["least"] else "<=", "passed" if gate["passed"] else "missed"

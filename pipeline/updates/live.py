@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.model import LLM, generate
 from pipeline.options import TrainerOptions
 from pipeline.updates.store import CURRENT
-from pipeline.updates.versions import BASE, VERSIONS, Manifest, read_manifest, read_tensors
+from pipeline.updates.versions import BASE, VERSIONS, read_manifest, read_tensors, version_folder
 
 LINK = re.compile(rf"{VERSIONS}/(\d{{4,9}})")
 
@@ -67,9 +67,10 @@ class LiveModel:
             UserError: when the version is not one of this base model, or damaged.
         """
         while (version := self._current()) != self.version:  # again, where it moved on meanwhile
-            folder = self.store / VERSIONS / f"{version:04d}"
+            folder = version_folder(self.store, version)
             manifest = read_manifest(folder)
-            self._check(manifest, folder)
+            if version != BASE:  # version 0 is any base, unchanged
+                self.llm.check_made_for(f"version: {folder}", manifest.model, manifest.fingerprint)
             tensors = read_tensors(folder, manifest)
             with self._swapping:
                 self._swap(tensors)
@@ -99,10 +100,6 @@ class LiveModel:
         if not found:
             raise UserError(f"store: {link}: leads to {link.readlink()}; expected a version of this store")
         return int(found[1])
-
-    def _check(self, manifest: Manifest, folder: Path) -> None:
-        if manifest.version != BASE:  # version 0 is any base, unchanged
-            self.llm.check_made_for(f"version: {folder}", manifest.model, manifest.fingerprint)
 
     @torch.no_grad()
     def _swap(self, tensors: dict[str, Tensor]) -> None:

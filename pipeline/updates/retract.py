@@ -2,100 +2,80 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 from pipeline.attribution.old_answers import with_old_answers
 from pipeline.editing import WeightUpdate, can_leave_out, edit, leave_out
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import KINDS
+from pipeline.evaluation.plan import KINDS
 from pipeline.model import LLM
 from pipeline.options import RetractCommand
 from pipeline.requests import EditRequest
-from pipeline.updates.batch import Outcome
 from pipeline.updates.database import transaction
-from pipeline.updates.gates import WHOLE, failed
+from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find
-from pipeline.updates.lineage import mark
-from pipeline.updates.prover import Ground, Prover
-from pipeline.updates.publish import Change, OvertakenError, publish
+from pipeline.updates.lineage import publish
+from pipeline.updates.proving import BatchEvaluator, BatchResult
+from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
-from pipeline.updates.update import figures_of, golden_profile, ground_of
+from pipeline.updates.update import base_version, golden_profile, load_base
 
 
-class Retracted(NamedTuple):
-    """What came of it.
-
-    Attributes:
-        version: the version without the fact; None when the request was in the queue only.
-        outcome: its figures; None likewise.
-    """
-
-    version: int | None
-    outcome: Outcome | None
-
-
-def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -> Retracted:
+def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -> BatchResult:
     """Take a request out: out of the queue, or out of the version in force.
 
     Locate-then-edit leaves it out exactly: the layer is solved for anew without it. Other methods edit its prompt
     back to the old answer.
 
+    Returns:
+        the version without it and its figures; nothing when the request was in the queue only.
+
     Raises:
         UserError: when there is no such request, it is neither in line nor in force, another update is at work, or
             the version without it would miss a gate.
     """
-    number, state = find(store, options.request)
+    find(store, options.request)  # a wrong name is refused before the lock is waited for
     with store.updating():
         with transaction(store.database):
             number, state = find(store, options.request)
             if state == "queued":
-                mark(store, number, "retracted")
-                return Retracted(None, None)
+                store.set_state(number, "retracted")
+                return BatchResult()
         if state != "applied":
             raise UserError(f"retract: request {number} is {state}; only one that is queued or applied can go")
-        name = options.model or store.model
-        llm = load(name)
-        store.check_fingerprint(name, llm.fingerprint)
-        return _edited_back(store, llm, number, options)
+        return _edit_back(store, load_base(store, options, load), number, options)
 
 
-def _edited_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> Retracted:
-    ground = ground_of(store, options)
-    assert ground.update
-    request = next(one for one in ground.update.requests if one.id.partition(":")[0] == str(number))
-    prover = Prover(llm, ground, [request], options)
-    started = time.perf_counter()
-    without = _without(store, llm, ground, request, options)
-    seconds = {"edit": time.perf_counter() - started}
-    after = prover.measure(without, [0], KINDS)
-    gates = after.gates(options.gates, WHOLE)
-    if missed := failed(gates):
-        raise UserError(f"retract: the version without request {number} would miss a gate: {missed}")
-    seconds["evaluation"] = prover.seconds
-    outcome = Outcome([], [], without, None, prover.before, after, gates, prover.perplexity, seconds)
-    with transaction(store.database) as database:
-        batch = database.execute(
-            "INSERT INTO batches (started, parent) VALUES (?, ?)", (store.clock(), ground.version)
-        ).lastrowid
-    assert batch is not None
-    metrics = figures_of(outcome, len(without.requests), retracted=1)
+def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> BatchResult:
+    base = base_version(store)
+    assert base.update
+    request = next(one for one in base.update.requests if number_of(one) == number)
+    evaluator = BatchEvaluator(llm, base, [request], options)
+    with evaluator.timed("edit"):
+        without = _without(store, llm, base.update, request, options)
+    after = evaluator.measure(without, [0], KINDS)
+    gates = after.gates(options.gates, OF_MODEL)
+    if problem := missed(gates):
+        raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
+    result = BatchResult(
+        update=without, before=evaluator.before, after=after, gates=gates, seconds=evaluator.seconds
+    )
     profile = golden_profile(store, llm, [request], options)
-    try:
-        change = Change(retracted=[number])
-        version, _ = publish(store, batch, ground.version, change, [], without, profile, metrics)
-    except OvertakenError:
-        raise UserError("retract: another version became current meanwhile; nothing was published") from None
-    return Retracted(version, outcome)
+    with transaction(store.database):
+        batch = store.open_batch(base.number)
+    publish(store, batch, base.number, result, profile, retracted=[number])
+    if result.overtaken:
+        raise UserError("retract: another version became current meanwhile; nothing was published")
+    return result
 
 
-def _without(store: Store, llm: LLM, ground: Ground, request: EditRequest, options: RetractCommand) -> WeightUpdate:
-    assert ground.update
-    if can_leave_out(llm, ground.update, [request], options.edit.method):
-        return leave_out(llm, ground.update, [request], options.edit, options.one_device, options.seed)
+def _without(
+    store: Store, llm: LLM, held: WeightUpdate, request: EditRequest, options: RetractCommand
+) -> WeightUpdate:
+    """The version in force without a request."""
+    if can_leave_out(llm, held, [request], options.edit.method):
+        return leave_out(llm, held, [request], options.edit, options.one_device, options.seed)
     (answered,) = with_old_answers(llm, [request], options.attribution, options.one_device)
     back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
     profile = golden_profile(store, llm, [back], options)
-    update = edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=ground.update)
-    return update
+    return edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=held)
