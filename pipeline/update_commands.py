@@ -35,7 +35,7 @@ FOLLOWING = 0.5  # seconds between looks at a store's current version
 
 def submit(options: SubmitCommand) -> None:
     """Put the requests of a file into a store's queue."""
-    from pipeline.reporting import mind_the_clock, tell_submitted
+    from pipeline.reporting import check_clock, show_submitted
     from pipeline.requests import stream_requests
     from pipeline.updates import Store, submit
 
@@ -44,9 +44,9 @@ def submit(options: SubmitCommand) -> None:
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
-        mind_the_clock(store)
+        check_clock(store)
         done = submit(store, options.file, options.source, time_of(options.not_before), options.again)
-        tell_submitted(store, done)
+        show_submitted(store, done)
 
 
 def update(options: UpdateCommand) -> None:
@@ -79,15 +79,15 @@ def schedule(options: ScheduleCommand) -> None:
 
 
 def _update(store: Store, options: UpdateCommand, stopping: Callable[[], bool]) -> None:
-    from pipeline.reporting import mind_the_clock, say, show_on_board, tell_worked
+    from pipeline.reporting import check_clock, say, show_batch, show_on_board
     from pipeline.updates import BusyError, counts, update
 
-    def told(done: BatchResult) -> None:
-        tell_worked(store, done, options.dry_run)
+    def report(result: BatchResult) -> None:
+        show_batch(store, result, options.dry_run)
 
-    mind_the_clock(store)
+    check_clock(store)
     try:
-        worked = update(store, options, _loading(options), told, stopping)
+        worked = update(store, options, _loading(options), report, stopping)
     except BusyError as busy:  # no failure: what is due is in good hands
         say(f"{busy}; nothing to do here")
         return

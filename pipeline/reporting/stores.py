@@ -24,13 +24,13 @@ NAMED = 5  # requests that a message spells out
 LATE = 60  # seconds that clocks may differ
 
 
-def mind_the_clock(store: Store) -> None:
+def check_clock(store: Store) -> None:
     """Say so when the machine's clock went back since the store was last used."""
     if (behind := store.behind()) > LATE:
         say(f"note: this machine's clock is {behind / 60:.0f} minutes behind the store's; order counts, not time")
 
 
-def tell_submitted(store: Store, done: Submitted) -> None:
+def show_submitted(store: Store, done: Submitted) -> None:
     """What came of a submission."""
     parts = [f"{done.queued} new"]
     parts += [f"{done.again} queued anew"] if done.again else []
@@ -40,10 +40,10 @@ def tell_submitted(store: Store, done: Submitted) -> None:
         say(f"{done.left} of the known ones are held back, superseded or retracted; --again queues them anew")
     if done.changing:
         say(f"{done.changing} are about facts that are applied already, and will take their place")
-    _tell_superseded(store, done.superseded)
+    _show_superseded(store, done.superseded)
 
 
-def tell_worked(store: Store, done: BatchResult, dry_run: bool) -> None:
+def show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     """What came of a batch, in a few lines."""
     head = f"version {done.version}" if done.version is not None else "nothing published"
     if dry_run:
@@ -55,10 +55,10 @@ def tell_worked(store: Store, done: BatchResult, dry_run: bool) -> None:
         say(f"  gates: {', '.join(map(str, done.gates))}")
     for number, reason, _ in done.held[:NAMED]:
         say(f"  held back: request {number}: {reason}")
-    _tell_superseded(store, done.superseded)
+    _show_superseded(store, done.superseded)
 
 
-def _tell_superseded(store: Store, pairs: Iterable[tuple[int, int]]) -> None:
+def _show_superseded(store: Store, pairs: Iterable[tuple[int, int]]) -> None:
     pairs = list(pairs)
     for older, newer in pairs[:NAMED]:
         old, new = request_row(store, older), request_row(store, newer)

@@ -1,14 +1,14 @@
-"""What an edit came to, and what quality costs, method by method."""
+"""What an edit came to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.evaluation import Estimate, Evaluation
-from pipeline.reporting.figures.look import BLUE, GREY, INK, LINES, legend_below, look, short
+from pipeline.reporting.figures.look import BLUE, GREY, INK, legend_below, look
 from pipeline.reporting.groups import IN_SHORT, SHARES, grouped, label
 
 ROW = 0.215  # inches a metric
@@ -62,67 +62,3 @@ def _row(axes: Axes, place: int, sides: Mapping[str, Estimate]) -> None:
         axes.plot(estimate.mean, place + shift, shape, markersize=6, color=INK, markerfacecolor=filling,
                   markeredgewidth=0.8, label=side, linestyle="none")  # fmt: skip
     axes.text(1.16, place, f"{means[-1]:.2f}".removeprefix("0"), ha="right", va="center", fontsize=9)
-
-
-QUALITIES = ("rewrite", "rephrase", "locality")
-
-
-def cost_figure(name: str, methods: Mapping[str, Mapping[str, float]], model: str) -> Figure:
-    """Quality against cost, a method a column at its cost.
-
-    Args:
-        name: what was edited.
-        methods: by method its `cost` and those of rewrite, rephrase and locality that were measured.
-        model: its name.
-    """
-    told = (
-        "Left: how good each method is, further right is better. Right: what it costs, the whole edit, in "
-        "plain batched forward passes of a request's prompt and new answer; the cheapest first."
-    )
-    rows = sorted(methods.items(), key=lambda item: item[1]["cost"])
-    places = range(len(rows))
-    title = f"Quality against cost: {short(name)}, {short(model)}"
-    with look(1.1 + 0.34 * len(rows), title, told) as figure:
-        shares, costs = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-        for quality, (_, shape), filling in zip(QUALITIES, LINES, (BLUE, "white", INK), strict=False):
-            points = [(figures[quality], place) for place, (_, figures) in enumerate(rows) if quality in figures]
-            if points:
-                x, y = zip(*points, strict=True)
-                shares.plot(x, y, shape, color=INK, markerfacecolor=filling, linestyle="none", label=quality)
-        shares.set_xlim(-0.04, 1.04)
-        shares.set_ylim(len(rows) - 0.4, -0.6)
-        shares.set_yticks(places, [short(method, 24) for method, _ in rows])
-        shares.grid(color=GREY, linewidth=0.4)
-        shares.set_axisbelow(True)
-        shares.set_xlabel("share, teacher-forced")
-        dearest = max(figures["cost"] for _, figures in rows)
-        for place, (_, figures) in enumerate(rows):
-            costs.barh(place, figures["cost"], 0.6, color=GREY, edgecolor=INK, linewidth=0.6)
-            costs.text(figures["cost"], place, f" {figures['cost']:.3g}", va="center", fontsize=9)
-        costs.set_xlim(0, 1.25 * dearest)
-        costs.set_xlabel("cost, passes")
-        legend_below(shares)
-    return figure
-
-
-def by_cost(results: Sequence[Mapping[str, object]]) -> dict[str, dict[str, dict[str, float]]]:
-    """A benchmark's figures by what was edited and by method, where the cost was measured with a quality.
-
-    Args:
-        results: rows of "name" (`what, method: figure`) and "value".
-    """
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in results:
-        measured, _, figure = str(row["name"]).rpartition(": ")
-        what, _, method = measured.rpartition(", ")
-        if what and isinstance(value := row["value"], float | int):
-            found.setdefault(what, {}).setdefault(method, {})[figure] = float(value)
-    usable = {
-        what: {
-            method: figures
-            for method, figures in methods.items()
-            if figures.get("cost", 0) > 0 and any(quality in figures for quality in QUALITIES)
-        }
-        for what, methods in found.items()
-    }
-    return {what: methods for what, methods in usable.items() if methods}
