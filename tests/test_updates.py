@@ -43,7 +43,7 @@ def test_from_an_empty_store_to_two_versions(team: Team, requests: list[EditRequ
     assert [request.id.partition(":")[2] for request in held.requests] == [request.id for request in requests]
     assert (team.store.folder / "current").resolve() == version_folder(team.store.folder, 2).resolve()
     assert difference(team.store, 1, 2)[0] == [4, 5, 6, 7]
-    figures = read_metrics(version_folder(team.store.folder, 2))
+    figures = read_metrics(team.store.folder, 2)
     assert (figures["applied"], figures["facts"], figures["method"]) == (4, 7, "memit")
     assert set(figures["after"]["metrics"]) >= {"rewrite", "rephrase", "locality", "generation_exact_match"}
     assert figures["after"]["earlier"] is not None

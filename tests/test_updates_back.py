@@ -21,6 +21,7 @@ from pipeline.updates import (
     version_folder,
     versions,
 )
+from pipeline.updates.proving import Trial
 
 
 def test_every_version_can_be_gone_back_to(team: Team, requests: list[EditRequest]) -> None:
@@ -64,17 +65,16 @@ def test_an_update_does_not_publish_over_a_rollback(
     team.submit(requests[:2])
     team.update()
     team.submit(requests[2:4])
-    module = __import__("pipeline.updates.update", fromlist=["update"])
-    work = module.try_batch
+    work = Trial.edit_and_prove
 
     def slow(*arguments: Any) -> Any:
-        outcome = work(*arguments)
+        result = work(*arguments)
         with Store(team.store.folder) as another:
             rollback(another, 0)
-        return outcome
+        return result
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "try_batch", slow)
+        patched.setattr(Trial, "edit_and_prove", slow)
         (worked,) = team.update()
     assert worked.overtaken and worked.version is None
     assert team.store.current == 0
@@ -98,7 +98,7 @@ def test_retracting_a_located_fact_is_exact(team: Team, requests: list[EditReque
         team.retract(name)
     assert team.weights(5) == {}, "the base, bit for bit"
     assert in_force(team.store, 5) == set()
-    assert read_metrics(version_folder(team.store.folder, 5))["after"]["perplexity_ratio"] == 1
+    assert read_metrics(team.store.folder, 5)["after"]["perplexity_ratio"] == 1
     rollback(team.store, 1)
     assert team.states() == ["applied"] * 4
     assert "is retracted; only" not in refusal(lambda: team.retract("none"))

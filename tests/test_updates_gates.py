@@ -31,15 +31,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[set[int]], 
     def install(rewrite: Callable[[set[int]], float]) -> list[set[int]]:
         tried: list[set[int]] = []
 
-        def measure(
-            self: proving.BatchEvaluator, update: Any, numbers: Any, kinds: Any = (), also: Any = ()
-        ) -> Figures:
+        def measure(self: proving.Trial, update: Any, numbers: Any, kinds: Any = (), also: Any = ()) -> Figures:
             if update is not self.base.update:
                 tried.append(set(numbers))
             value = rewrite(set(numbers)) if update is not self.base.update else 0.0
             return Figures({"rewrite": Estimate(value, 1, value, value)}, None, 1.0, 0.0)
 
-        monkeypatch.setattr(proving.BatchEvaluator, "measure", measure)
+        monkeypatch.setattr(proving.Trial, "measure", measure)
         return tried
 
     return install

@@ -12,7 +12,7 @@ from pipeline.reporting.dashboards import EventsLogger, store_charts, tag
 from pipeline.reporting.figures.months import months_figure
 from pipeline.reporting.groups import grouped
 from pipeline.reporting.tables import markdown_table, metric_table
-from pipeline.updates import Store, read_metrics, version_folder
+from pipeline.updates import Store, read_metrics
 
 BOARD = "tensorboard"
 PICTURE = "months.png"
@@ -30,7 +30,7 @@ def show_on_board(store: Store) -> None:
     if fresh:
         logger.charts(store_charts())
     for (number,) in rows:
-        figures = read_metrics(version_folder(store.folder, number))
+        figures = read_metrics(store.folder, number)
         for name, value in scalars(figures).items():
             logger.experiment.add_scalar(name, value, number)
         logger.experiment.add_text("version/figures", version_table(number, figures), number)
@@ -48,7 +48,7 @@ def _draw(store: Store, logger: EventsLogger) -> None:
     found: dict[int, dict[str, Any]] = {}
     for (number,) in reversed(numbers):
         try:
-            found[number] = read_metrics(version_folder(store.folder, number))
+            found[number] = read_metrics(store.folder, number)
         except (UserError, OSError):
             continue
     if found:

@@ -97,7 +97,7 @@ def show_version(store: Store, version: int) -> None:
     held, folder = in_force(store, version), version_folder(store.folder, version)
     say(f"version {version}{', the current one' if version == store.current else ''}: {len(held)} facts; {folder}")
     if version:
-        figures = read_metrics(folder)
+        figures = read_metrics(store.folder, version)
         before, after = figures["before"]["metrics"], figures["after"]["metrics"]
         say(f"  {figures['method']} in block {', '.join(map(str, figures['layers']))}")
         for name, estimate in after.items():

@@ -92,47 +92,55 @@ def split_by_fit(
     ]
 
 
-class BatchEvaluator:
-    """Measures versions of the model on the requests of a batch, and on a sample of earlier facts.
+class Trial:
+    """Edits a batch on top of a version, and measures what comes of it on the batch and a sample of earlier facts.
+
+    Locate-then-edit solves for all of a layer's requests at once: parts of the batch are had from the whole by
+    leaving the others out, with no value searched for again.
 
     Args:
-        llm: the base model.
+        llm: the base model, which it is again after every edit and measurement.
         base: the version in force.
-        batch: the requests.
-        options: how to measure, and the gates.
+        batch: the requests; all of them can be edited.
+        options: how to edit and measure, and the gates.
 
     Attributes:
         before: the figures of the version in force, which locality is measured against.
-        seconds: how long was measured and, by whoever adds to it, edited.
+        seconds: how long was edited and measured.
 
     Raises:
         UserError: when texts do not fit the model, or the version in force itself misses a gate.
     """
 
     def __init__(self, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions) -> None:
-        self.llm, self.base, self.options = llm, base, options
+        self.llm, self.base, self.batch, self.options = llm, base, batch, options
         self.seconds = {"edit": 0.0, "evaluation": 0.0}
+        self.update = base.update  # with what was accepted of the batch in it
+        self.whole: WeightUpdate | None = None  # with all of the batch in it
+        self.accepted: list[int] = []  # places in the batch
+        self.held: list[HeldBack] = []
         self.evaluator = Evaluator(llm, batch, options.evaluation, options.one_device)
-        earlier = self._earlier_facts({fact(request) for request in batch})
-        self.earlier = (
-            Evaluator(llm, earlier, options.evaluation, options.one_device, ("probes",)) if earlier else None
-        )
+        self.earlier = self._earlier_facts()
         with self.timed("evaluation"):
             text = self.evaluator.only((), ("text",)).measure("Measuring base")
-        self.perplexity = text.metrics["perplexity"].mean
-        self.before = self._measure(base.update, self.evaluator)
+        self.base_perplexity = text.metrics["perplexity"].mean
+        self.before = self._figures(base.update, self.evaluator)
         if problem := missed(self.before.gates(options.gates, OF_MODEL)):
             raise UserError(
                 f"update: version {base.number}, which is in force, misses gates itself: {problem}; "
                 "roll back, retract what is not needed, or change --gates"
             )
 
-    def _earlier_facts(self, renewed: Collection[tuple[str, str]]) -> list[EditRequest]:
-        """A sample of the facts that the batch leaves in force, prompts and new answers alone."""
+    def _earlier_facts(self) -> Evaluator | None:
+        """Measures a sample of the facts that the batch leaves in force, prompts and new answers alone."""
+        renewed = {fact(request) for request in self.batch}
         held = [request for request in self.base.requests if fact(request) not in renewed]
         most = min(self.options.gates.earlier_sample, len(held))
         chosen = random.Random(self.options.seed + self.base.number).sample(held, most)
-        return [one.model_copy(update={"rephrases": (), "locality": (), "portability": ()}) for one in chosen]
+        bare = [one.model_copy(update={"rephrases": (), "locality": (), "portability": ()}) for one in chosen]
+        if not bare:
+            return None
+        return Evaluator(self.llm, bare, self.options.evaluation, self.options.one_device, ("probes",))
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -142,6 +150,72 @@ class BatchEvaluator:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - started
+
+    def edit_and_prove(self, profile: GoldenProfile) -> BatchResult:
+        """Edit the batch at the golden layer and hold it against the gates.
+
+        It is tried whole, and in halves where that misses a gate, each on top of the parts that passed; what misses
+        one alone is held back.
+        """
+        after = self._try_part(range(len(self.batch)), profile)
+        if not self.accepted:
+            return BatchResult(held=self.held, seconds=self.seconds)
+        before = self.before
+        if after is None:  # it was halved
+            before = self.measure(self.base.update, self.accepted, KINDS)
+            after = self.measure(self.update, self.accepted, KINDS)
+        return BatchResult(
+            applied=[self.batch[place] for place in self.accepted],
+            held=self.held,
+            update=self.update,
+            before=before,
+            after=after,
+            gates=after.gates(self.options.gates),
+            seconds=self.seconds,
+        )
+
+    def _try_part(self, part: Sequence[int], profile: GoldenProfile) -> Figures | None:
+        """Accept a part of the batch and give its figures, or halve it, or hold a single request back."""
+        everything = len(part) == len(self.batch)  # mostly passes: measured in full, so that once is enough
+        gates: list[Gate] = []
+        try:
+            update = self._edited(part, profile)
+            figures = self.measure(update, part, KINDS if everything else FOR_GATES, self.accepted)
+            gates = figures.gates(self.options.gates)
+            reason = missed(gates)
+        except UserError as error:
+            reason = str(error)
+        if not reason:
+            self.accepted = sorted([*self.accepted, *part])
+            self.update = update
+            return figures
+        if len(part) == 1:
+            reached = {gate.name: gate.value for gate in gates}
+            self.held.append(HeldBack(number_of(self.batch[part[0]]), reason, reached))
+            return None
+        for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+            self._try_part(half, profile)
+        return None
+
+    def _edited(self, part: Sequence[int], profile: GoldenProfile) -> WeightUpdate:
+        """The version in force with the accepted requests and a part of the others."""
+        options, device, seed = self.options.edit, self.options.one_device, self.options.seed
+        rest = [one for place, one in enumerate(self.batch) if place not in {*self.accepted, *part}]
+        with self.timed("edit"):
+            if self.whole and self._can_leave_out(rest):
+                return leave_out(self.llm, self.whole, rest, options, device, seed)
+            requests = [self.batch[place] for place in part]
+            update = edit(self.llm, requests, profile, options, device, seed=seed, after=self.update)
+        if not rest and self.whole is None:
+            self.whole = update
+        return update
+
+    def _can_leave_out(self, rest: Sequence[EditRequest]) -> bool:
+        """Whether the rest has columns of its own, and did not take the place of earlier facts."""
+        assert self.whole
+        earlier = {fact(request) for request in self.base.requests}
+        renewed = any(fact(request) in earlier for request in rest)
+        return not renewed and can_leave_out(self.llm, self.whole, rest, self.options.edit.method)
 
     def measure(
         self,
@@ -159,9 +233,9 @@ class BatchEvaluator:
             accepted: of requests in the batch that count as earlier facts.
         """
         also = [self.evaluator.only(accepted, ("probes",))] if accepted else []
-        return self._measure(update, self.evaluator.only(places, kinds), also)
+        return self._figures(update, self.evaluator.only(places, kinds), also)
 
-    def _measure(
+    def _figures(
         self, update: WeightUpdate | None, evaluator: Evaluator, also: Sequence[Evaluator] = ()
     ) -> Figures:
         earlier = [*([self.earlier] if self.earlier else []), *also]
@@ -172,104 +246,6 @@ class BatchEvaluator:
         return Figures(
             metrics=metrics,
             earlier=sum(rewrite.mean * rewrite.count for rewrite in rewrites) / count if count else None,
-            perplexity_ratio=metrics["perplexity"].mean / self.perplexity,
+            perplexity_ratio=metrics["perplexity"].mean / self.base_perplexity,
             drift=drift(self.llm, update),
         )
-
-
-def try_batch(
-    llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], profile: GoldenProfile, options: ProvingOptions
-) -> BatchResult:
-    """Edit and measure a batch; the model is the base again afterwards.
-
-    It is tried whole, and in halves where that misses a gate, each on top of the parts that passed; what misses one
-    alone is held back.
-
-    Args:
-        llm: the base model.
-        base: the version in force.
-        batch: what to apply; all of it can be edited.
-        profile: where to edit.
-        options: how.
-
-    Raises:
-        UserError: when the version in force itself misses a gate, or the profile is another model's.
-    """
-    trial = _Trial(llm, base, batch, profile, options)
-    trial.try_part(range(len(batch)))
-    return trial.result()
-
-
-class _Trial:
-    """A batch as far as it was tried: what was accepted, by its places in the batch, and what was held back.
-
-    Locate-then-edit solves for all of a layer's requests at once: its parts are had from the whole by leaving the
-    others out, with no value searched for again.
-    """
-
-    def __init__(
-        self, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], profile: GoldenProfile,
-        options: ProvingOptions,
-    ) -> None:  # fmt: skip
-        self.llm, self.base, self.batch, self.profile, self.options = llm, base, batch, profile, options
-        self.evaluator = BatchEvaluator(llm, base, batch, options)
-        self.whole: WeightUpdate | None = None
-        self.update = base.update
-        self.accepted: list[int] = []
-        self.held: list[HeldBack] = []
-        self.after: Figures | None = None  # of the whole batch, where it is accepted
-
-    def try_part(self, part: Sequence[int]) -> None:
-        """Accept a part, or halve it, or hold a single request back."""
-        everything = len(part) == len(self.batch)  # mostly passes: measured in full, so that once is enough
-        gates: list[Gate] = []
-        try:
-            update = self._edited(part)
-            figures = self.evaluator.measure(update, part, KINDS if everything else FOR_GATES, self.accepted)
-            gates = figures.gates(self.options.gates)
-            reason = missed(gates)
-        except UserError as error:
-            reason = str(error)
-        if not reason:
-            self.accepted = sorted([*self.accepted, *part])
-            self.update, self.after = update, figures if everything else None
-        elif len(part) == 1:
-            reached = {gate.name: gate.value for gate in gates}
-            self.held.append(HeldBack(number_of(self.batch[part[0]]), reason, reached))
-        else:
-            middle = len(part) // 2
-            self.try_part(part[:middle])
-            self.try_part(part[middle:])
-
-    def _edited(self, part: Sequence[int]) -> WeightUpdate:
-        """The version in force with the accepted requests and a part of the others."""
-        options, device, seed = self.options.edit, self.options.one_device, self.options.seed
-        rest = [one for place, one in enumerate(self.batch) if place not in {*self.accepted, *part}]
-        with self.evaluator.timed("edit"):
-            if self.whole and self._can_leave_out(rest):
-                return leave_out(self.llm, self.whole, rest, options, device, seed)
-            requests = [self.batch[place] for place in part]
-            update = edit(self.llm, requests, self.profile, options, device, seed=seed, after=self.update)
-        if not rest and self.whole is None:
-            self.whole = update
-        return update
-
-    def _can_leave_out(self, rest: Sequence[EditRequest]) -> bool:
-        """Whether the rest has columns of its own, and did not take the place of earlier facts."""
-        assert self.whole
-        earlier = {fact(request) for request in self.base.requests}
-        renewed = any(fact(request) in earlier for request in rest)
-        return not renewed and can_leave_out(self.llm, self.whole, rest, self.options.edit.method)
-
-    def result(self) -> BatchResult:
-        """What came of it, measured in full on what was accepted."""
-        result = BatchResult(held=self.held, seconds=self.evaluator.seconds)
-        if not self.accepted:
-            return result
-        result.applied = [self.batch[place] for place in self.accepted]
-        result.update, result.before, result.after = self.update, self.evaluator.before, self.after
-        if result.after is None:
-            result.before = self.evaluator.measure(self.base.update, self.accepted, KINDS)
-            result.after = self.evaluator.measure(self.update, self.accepted, KINDS)
-        result.gates = result.after.gates(self.options.gates)
-        return result

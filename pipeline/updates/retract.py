@@ -15,7 +15,7 @@ from pipeline.updates.database import transaction
 from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find
 from pipeline.updates.lineage import publish
-from pipeline.updates.proving import BatchEvaluator, BatchResult
+from pipeline.updates.proving import BatchResult, Trial
 from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
 from pipeline.updates.update import base_version, golden_profile, load_base
@@ -50,16 +50,14 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     base = base_version(store)
     assert base.update
     request = next(one for one in base.update.requests if number_of(one) == number)
-    evaluator = BatchEvaluator(llm, base, [request], options)
-    with evaluator.timed("edit"):
+    trial = Trial(llm, base, [request], options)
+    with trial.timed("edit"):
         without = _without(store, llm, base.update, request, options)
-    after = evaluator.measure(without, [0], KINDS)
+    after = trial.measure(without, [0], KINDS)
     gates = after.gates(options.gates, OF_MODEL)
     if problem := missed(gates):
         raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
-    result = BatchResult(
-        update=without, before=evaluator.before, after=after, gates=gates, seconds=evaluator.seconds
-    )
+    result = BatchResult(update=without, before=trial.before, after=after, gates=gates, seconds=trial.seconds)
     profile = golden_profile(store, llm, [request], options)
     with transaction(store.database):
         batch = store.open_batch(base.number)

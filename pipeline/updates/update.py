@@ -13,7 +13,7 @@ from pipeline.options import ProvingOptions, UpdateCommand
 from pipeline.requests import EditRequest
 from pipeline.updates.database import transaction
 from pipeline.updates.lineage import check_number, hold_back, publish
-from pipeline.updates.proving import BaseVersion, BatchResult, split_by_fit, try_batch
+from pipeline.updates.proving import BaseVersion, BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import peek, take
 from pipeline.updates.store import Store
 from pipeline.updates.versions import load_version
@@ -90,7 +90,7 @@ def _edit_and_prove(
     if not fitting:
         return BatchResult(held=held), None
     profile = golden_profile(store, llm, fitting, options, keep)
-    result = try_batch(llm, base, fitting, profile, options)
+    result = Trial(llm, base, fitting, options).edit_and_prove(profile)
     result.held = [*held, *result.held]
     return result, profile
 

@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
-from torch import Tensor
 
 from pipeline.editing import WeightUpdate
 from pipeline.editing.update import TENSORS_FILE
@@ -138,18 +136,8 @@ def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:
     return content
 
 
-def read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The tensors that a version changes, full and by name; none for the base."""
-    if manifest.version == BASE:
-        return {}
-    try:
-        return tensors_from_bytes(read_file(folder, manifest, TENSORS_FILE))
-    except SafetensorError as error:
-        raise UserError(f"version: {folder / TENSORS_FILE}: damaged: {error}") from None
-
-
-def check_version(store: Path, number: int, digest: str) -> Manifest:
-    """A version's manifest, after all of its files were read and found as they were written.
+def check_version(store: Path, number: int, digest: str) -> None:
+    """See that all of a version's files are as they were written.
 
     Args:
         store: the store's folder.
@@ -168,7 +156,6 @@ def check_version(store: Path, number: int, digest: str) -> Manifest:
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     if strange := sorted(there - {*manifest.files, MANIFEST}):
         raise UserError(f"version: {folder / strange[0]}: not of this version")
-    return manifest
 
 
 def load_version(store: Path, number: int, digest: str) -> WeightUpdate | None:
@@ -181,8 +168,19 @@ def load_version(store: Path, number: int, digest: str) -> WeightUpdate | None:
     return WeightUpdate.load(version_folder(store, number)) if number != BASE else None
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """A version's figures."""
+def load_weights(store: Path, number: int) -> WeightUpdate | None:
+    """As `load_version` without what later edits need; the database and the other files are not looked at."""
+    folder = version_folder(store, number)
+    manifest = read_manifest(folder)
+    if number == BASE:
+        return None
+    tensors = tensors_from_bytes(read_file(folder, manifest, TENSORS_FILE))
+    return WeightUpdate(manifest.model, manifest.fingerprint, "version", [], tensors)
+
+
+def read_metrics(store: Path, number: int) -> dict[str, Any]:
+    """A version's figures; UserError when they are missing or changed."""
+    folder = version_folder(store, number)
     return dict(json.loads(read_file(folder, read_manifest(folder), "metrics.json")))
 
 
