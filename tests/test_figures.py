@@ -17,17 +17,10 @@ from matplotlib.figure import Figure
 from pipeline.attribution import GoldenProfile, Scores, judge, select
 from pipeline.evaluation import Estimate, Evaluation
 from pipeline.options import AttributionOptions
-from pipeline.reporting.figures import (
-    agreement_figure,
-    metrics_figure,
-    months_figure,
-    score_figure,
-    selectors_figure,
-    squares_figure,
-    stability_figure,
-    sweep_figure,
-)
 from pipeline.reporting.figures.look import BLUE, GOLD, GREY, WIDTH, short
+from pipeline.reporting.figures.outcomes import metrics_figure, months_figure
+from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
+from pipeline.reporting.figures.sweeps import selectors_figure, squares_figure, sweep_figure
 from pipeline.reporting.groups import IN_SHORT, SHARES
 from pipeline.study import Grid, Study
 

@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import Estimate
 from pipeline.files import write_whole
 from pipeline.reporting.dashboards import EventsLogger, store_charts, tag
-from pipeline.reporting.figures.months import months_figure
+from pipeline.reporting.figures.outcomes import months_figure
 from pipeline.reporting.groups import grouped
 from pipeline.reporting.tables import markdown_table, metric_table
 from pipeline.updates import Store, read_metrics

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -102,3 +104,28 @@ def legend_below(axes: Axes, columns: int = 5) -> None:
         handlelength=1.6,
         handletextpad=0.5,
     )
+
+
+def squares(
+    figure: Figure, values_NL: np.ndarray, blocks: Sequence[int], golden: int, model: str, told: str, **colors: Any
+) -> tuple[Axes, Colorbar]:
+    """Requests by blocks, a square each, the golden layer's column framed.
+
+    Args:
+        figure: an empty one.
+        values_NL: what the squares' colours stand for.
+        blocks: the columns' numbers.
+        golden: the golden layer's column.
+        model: its name.
+        told: what the colours stand for.
+        colors: imshow's cmap, vmin and vmax.
+    """
+    axes = figure.subplots()
+    image = axes.imshow(values_NL, aspect="auto", interpolation="nearest", **colors)
+    for side in (golden - 0.5, golden + 0.5):
+        axes.axvline(side, color="white", linewidth=2.6)
+        axes.axvline(side, color=INK, linewidth=1.2)
+    block_axis(axes, blocks, model)
+    axes.set_ylabel("request")
+    whole_numbers(axes.yaxis)
+    return axes, figure.colorbar(image, ax=axes, label=told)

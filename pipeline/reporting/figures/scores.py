@@ -19,6 +19,7 @@ from pipeline.reporting.figures.look import (
     legend_below,
     look,
     short,
+    squares,
     whole_numbers,
 )
 
@@ -143,24 +144,13 @@ def agreement_figure(profile: GoldenProfile, scores: Scores) -> Figure:
     )
     order_N = np.argsort([kept[place] for place in first_N], kind="stable")
     with look(3.0, f"Do the requests agree on block {golden}?", told) as figure:
-        axes = figure.subplots()
-        squares = shown_NL[order_N]
-        image = axes.imshow(squares, aspect="auto", cmap=f"{SEQUENCE}_r", interpolation="nearest", vmin=1,
-                            vmax=max(2, len(kept)))  # fmt: skip
+        blocks = range(values_NL.shape[1])
+        axes, bar = squares(
+            figure, shown_NL[order_N], blocks, golden, profile.model, "place in the request's ranking",
+            cmap=f"{SEQUENCE}_r", vmin=1, vmax=max(2, len(kept)),
+        )  # fmt: skip
         for block in profile.excluded:
             axes.axvspan(block - 0.5, block + 0.5, facecolor="white", edgecolor=GREY, hatch="////", linewidth=0)
-        frame(axes, golden)
-        block_axis(axes, range(values_NL.shape[1]), profile.model)
-        axes.set_ylabel("request")
-        whole_numbers(axes.yaxis)
-        bar = figure.colorbar(image, ax=axes, label="place in the request's ranking")
         whole_numbers(bar.ax.yaxis)
         bar.ax.invert_yaxis()
     return figure
-
-
-def frame(axes: Axes, place: int) -> None:
-    """A frame around a column of squares."""
-    for side in (place - 0.5, place + 0.5):
-        axes.axvline(side, color="white", linewidth=2.6)
-        axes.axvline(side, color=INK, linewidth=1.2)

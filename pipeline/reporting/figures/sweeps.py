@@ -15,10 +15,10 @@ from pipeline.reporting.figures.look import (
     legend_below,
     look,
     short,
-    ticks,
+    squares,
     whole_numbers,
 )
-from pipeline.reporting.figures.scores import frame, selector_name
+from pipeline.reporting.figures.scores import selector_name
 from pipeline.study import Study
 from pipeline.study.questions import best_block
 from pipeline.study.sweep import JUDGED_BY
@@ -67,15 +67,18 @@ def squares_figure(study: Study, name: str, method: str) -> Figure:
         f"Framed: the golden layer, {golden}. Rows: the easiest request first."
     )
     with look(3.0, f"Does one block suit all? {short(name)}, {method}", told) as figure:
-        axes = figure.subplots()
-        image = axes.imshow(scores, aspect="auto", cmap=SEQUENCE, vmin=0, vmax=1, interpolation="nearest")
+        axes, _ = squares(
+            figure,
+            scores,
+            grid.blocks,
+            grid.blocks.index(golden),
+            study.model,
+            "score",
+            cmap=SEQUENCE,
+            vmin=0,
+            vmax=1,
+        )
         axes.scatter(scores.argmax(1), np.arange(len(scores)), s=11, color="white", edgecolors=INK, linewidths=0.6)
-        frame(axes, grid.blocks.index(golden))
-        ticks(axes, grid.blocks)
-        axes.set_xlabel(f"block of {short(study.model)}")
-        axes.set_ylabel("request")
-        whole_numbers(axes.yaxis)
-        figure.colorbar(image, ax=axes, label="score")
     return figure
 
 
@@ -93,13 +96,7 @@ def selectors_figure(study: Study, name: str, method: str) -> Figure:
             own = row["selector"] == next(iter(study.profiles[name]))
             regret, rank = float(row["regret"] or 0), row["spearman"]
             _bar(regrets, place, regret, own, f"{regret:.3f}, block {row['block']}")
-            _bar(
-                ranks,
-                place,
-                rank if isinstance(rank, float) else 0.0,
-                own,
-                "" if isinstance(rank, float) else "none",
-            )
+            _bar(ranks, place, float(rank or 0), own, "none" if rank is None else "")
         chosen_by = [str(row["selector"]).replace(" without fences", ", unfenced") for row in rows]
         names = [short(selector_name(name), MOST_SELECTORS) for name in chosen_by]
         regrets.set_yticks(places, names, fontsize=9)
