@@ -21,7 +21,7 @@ def metrics_table(evaluation: Evaluation) -> str:
     """All metrics in their groups as a Markdown table; after an edit also the paired difference."""
     before, after = evaluation.before.metrics, evaluation.after.metrics if evaluation.after else {}
     sides = {"before": before, "after": after, "difference": evaluation.difference} if after else {"value": before}
-    return markdown_table(*metric_table(sides, told=True))
+    return markdown_table(*metric_table(sides, meanings=True))
 
 
 def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation, most: int = EXAMPLES) -> str:
@@ -93,18 +93,20 @@ def _why(profile: GoldenProfile, folder: Path) -> list[str]:
 def _outcome(evaluation: Evaluation) -> str:
     """How the edit went, in a sentence or two, the model's own answers first."""
     after, before = (evaluation.after or evaluation.before).metrics, evaluation.before.metrics
-    told = []
+    sentences = []
     if "generation_exact_match" in after:
         exact, contained = after["generation_exact_match"].mean, after["generation_containment"].mean
-        told.append(
+        sentences.append(
             f"By itself the model now answers {exact:.0%} of them with the new answer and nothing more, "
             f"and names it in {contained:.0%}"
         )
-    told.append(f"{'t' if told else 'T'}eacher-forced it gives {after['rewrite'].mean:.0%} of the answers' tokens")
+    sentences.append(
+        f"{'t' if sentences else 'T'}eacher-forced it gives {after['rewrite'].mean:.0%} of the answers' tokens"
+    )
     if "locality" in after:
-        told.append(f"{after['locality'].mean:.0%} of unrelated answers' tokens stayed as they were")
+        sentences.append(f"{after['locality'].mean:.0%} of unrelated answers' tokens stayed as they were")
     ratio = after["perplexity"].mean / before["perplexity"].mean
-    return f"{'; '.join(told)}; perplexity on ordinary text is {ratio:.3f} times what it was."
+    return f"{'; '.join(sentences)}; perplexity on ordinary text is {ratio:.3f} times what it was."
 
 
 def _weights(evaluation: Evaluation) -> str:

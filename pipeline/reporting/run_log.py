@@ -186,7 +186,7 @@ class RunLog:
     @rank_zero_only
     def keep_study(self, study: Study) -> None:
         """Write study.json, study.md and the figures; show the answers."""
-        self._show_anew()
+        self._clear_shown()
         report = study_report(study)
         write_json(self.folder / "study.json", study.as_json())
         write_text(self.folder / "study.md", report)
@@ -201,7 +201,7 @@ class RunLog:
         self.tensorboard.charts(study_charts({name: list(grids) for name, grids in study.grids.items()}))
         show_study(study)
 
-    def _show_anew(self) -> None:
+    def _clear_shown(self) -> None:
         """Take what an interrupted or smaller one has shown out of TensorBoard: all of it is shown again."""
         if self.output.resumed and not self.tensorboard.opened:
             for file in self.folder.glob("events.out.tfevents.*"):

@@ -14,7 +14,7 @@ Rows = list[list[str]]
 
 
 def metric_table(
-    sides: Mapping[str, Mapping[str, Estimate]], short: bool = False, intervals: bool = True, told: bool = False
+    sides: Mapping[str, Mapping[str, Estimate]], short: bool = False, intervals: bool = True, meanings: bool = False
 ) -> tuple[list[str], Rows]:
     """Columns and rows of metrics, in their groups: a row a metric.
 
@@ -22,7 +22,7 @@ def metric_table(
         sides: by column its figures; the last one's counts are shown, and of a difference those of the one before.
         short: the chief metrics alone.
         intervals: whether the 95% intervals stand behind the means.
-        told: whether it is said what a metric counts.
+        meanings: whether a column says what each metric counts.
     """
     final = [figures for name, figures in sides.items() if name != "difference"][-1]
     rows: Rows = []
@@ -31,8 +31,8 @@ def metric_table(
         for name in names:
             figures = [figure_text(name, side.get(name)) for side in sides.values()]
             cells = figures if intervals else [figure.partition(" ")[0] for figure in figures]
-            rows.append([label(name), *([meaning(name)] if told else []), str(final[name].count), *cells])
-    return ["metric", *(["what it is"] if told else []), "count", *sides], rows
+            rows.append([label(name), *([meaning(name)] if meanings else []), str(final[name].count), *cells])
+    return ["metric", *(["what it is"] if meanings else []), "count", *sides], rows
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

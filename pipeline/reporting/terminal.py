@@ -51,8 +51,12 @@ def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 
         table.add_column(
             escape(column), overflow="fold" if words else "ellipsis", justify="left" if words else "right"
         )
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row) if len(row) > 1 else [f"[bold]{escape(row[0])}[/bold]"])
+    indent = " " if any(len(row) == 1 for row in rows) else ""
+    for first, *others in rows:
+        if others:
+            table.add_row(escape(indent + first), *map(escape, others))
+        else:
+            table.add_row(f"[bold]{escape(first)}[/bold]")
     return table
 
 

@@ -1,4 +1,4 @@
-"""The schedule: an update at set times, by APScheduler's triggers; one that fails is told, and the next comes."""
+"""The schedule: an update at set times, by APScheduler's triggers; one that fails does not end it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run_schedule(
     """Call `work` at every time of a trigger until the process is asked to end; times during a call are left out.
 
     Args:
-        work: an update; what it raises is told, and the schedule goes on.
+        work: an update; what it raises is reported, and the schedule goes on.
         when: the times.
         say: tells one line.
         stopping: asked between calls.

@@ -45,19 +45,19 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def look(height: float, title: str, told: str = "", width: float = WIDTH) -> Iterator[Figure]:
+def look(height: float, title: str, caption: str = "", width: float = WIDTH) -> Iterator[Figure]:
     """A figure in the project's look; made without pyplot, so that it needs no display.
 
     Args:
         height: in inches, without the heading.
         title: what is seen, in a few words.
-        told: how to read it, in a sentence or two, under the title.
+        caption: how to read it, in a sentence or two, under the title.
         width: in inches.
     """
     titles = textwrap.wrap(title, int(width * 10))
-    lines = textwrap.wrap(told, int(width * 14.5))
+    lines = textwrap.wrap(caption, int(width * 14.5))
     with matplotlib.rc_context(STYLE):
-        below = 0.06 + 0.19 * len(titles)  # inches from the top to what is told
+        below = 0.06 + 0.19 * len(titles)  # inches from the top to the caption
         heading = below + 0.05 + 0.17 * len(lines)
         tall = height + heading
         figure = Figure(figsize=(width, tall), dpi=140, layout="constrained")
@@ -107,7 +107,13 @@ def legend_below(axes: Axes, columns: int = 5) -> None:
 
 
 def squares(
-    figure: Figure, values_NL: np.ndarray, blocks: Sequence[int], golden: int, model: str, told: str, **colors: Any
+    figure: Figure,
+    values_NL: np.ndarray,
+    blocks: Sequence[int],
+    golden: int,
+    model: str,
+    label: str,
+    **colors: Any,
 ) -> tuple[Axes, Colorbar]:
     """Requests by blocks, a square each, the golden layer's column framed.
 
@@ -117,7 +123,7 @@ def squares(
         blocks: the columns' numbers.
         golden: the golden layer's column.
         model: its name.
-        told: what the colours stand for.
+        label: what the colours stand for.
         colors: imshow's cmap, vmin and vmax.
     """
     axes = figure.subplots()
@@ -128,4 +134,4 @@ def squares(
     block_axis(axes, blocks, model)
     axes.set_ylabel("request")
     whole_numbers(axes.yaxis)
-    return axes, figure.colorbar(image, ax=axes, label=told)
+    return axes, figure.colorbar(image, ax=axes, label=label)

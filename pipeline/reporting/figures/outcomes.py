@@ -28,9 +28,9 @@ def metrics_figure(evaluation: Evaluation) -> Figure:
     count = max(estimate.count for estimate in evaluation.before.metrics.values())
     if "rewrite" in evaluation.before.metrics:
         count = evaluation.before.metrics["rewrite"].count
-    told = f"{count} {'request' if count == 1 else 'requests'}; bars: 95% bootstrap intervals."
+    caption = f"{count} {'request' if count == 1 else 'requests'}; bars: 95% bootstrap intervals."
     title = "What the edit changed" if evaluation.after else "What the model does"
-    with look(0.9 + ROW * rows, title, told) as figure:
+    with look(0.9 + ROW * rows, title, caption) as figure:
         axes = figure.subplots()
         place, places, names = 0, [], []
         for group, members in groups.items():
@@ -75,12 +75,12 @@ def months_figure(model: str, versions: Mapping[int, Mapping[str, Any]]) -> Figu
         versions: by number, ascending, its metrics.json.
     """
     last = list(versions.values())[-1]
-    told = (
+    caption = (
         "Each version's figures on the requests it took in, as measured before it was published; earlier facts: "
         "rewrite of a sample of those that stood already."
     )
     title = f"{_count(len(versions), 'update')} of {short(model)}: {_count(last['facts'], 'fact')}"
-    with look(3.5, title, told, width=7.2) as figure:
+    with look(3.5, title, caption, width=7.2) as figure:
         panels = figure.subplot_mosaic([["quality", "perplexity"], ["quality", "requests"]], width_ratios=(6, 5))
         quality, rest, counts = (panels[name] for name in ("quality", "perplexity", "requests"))
         after = [figures["after"] for figures in versions.values()]

@@ -29,11 +29,11 @@ MOST_SELECTORS = 32  # characters of a selector's name
 def sweep_figure(study: Study, name: str, method: str) -> Figure:
     """What single edits come to, block by block: the mean of every figure, and of the score made of them."""
     grid, golden, best = study.grids[name][method], study.golden[name], best_block(study.grids[name][method])
-    told = (
+    caption = (
         f"Means of {len(grid.scores)} requests, each edited alone at each block. Score: mean of rewrite, rephrase "
         f"and locality. The golden layer, {golden}, was chosen from other requests without a trial."
     )
-    with look(3.4, f"Which block edits best? {short(name)}, {method}", told) as figure:
+    with look(3.4, f"Which block edits best? {short(name)}, {method}", caption) as figure:
         axes = figure.subplots()
         judged = [name for name in JUDGED_BY if name in grid.values and not np.isnan(grid.values[name]).all()]
         for metric, (line, shape) in zip(judged, LINES, strict=False):
@@ -62,11 +62,11 @@ def squares_figure(study: Study, name: str, method: str) -> Figure:
     grid, golden = study.grids[name][method], study.golden[name]
     order = np.argsort(-grid.scores.mean(1), kind="stable")
     scores = grid.scores[order]
-    told = (
+    caption = (
         "A square is one request edited alone at one block: brighter is better. Dot: the request's own best block. "
         f"Framed: the golden layer, {golden}. Rows: the easiest request first."
     )
-    with look(3.0, f"Does one block suit all? {short(name)}, {method}", told) as figure:
+    with look(3.0, f"Does one block suit all? {short(name)}, {method}", caption) as figure:
         axes, _ = squares(
             figure,
             scores,
@@ -86,11 +86,11 @@ def selectors_figure(study: Study, name: str, method: str) -> Figure:
     """Regret and rank correlation of every selector, the best first."""
     rows = sorted(study.selectors(name, method), key=lambda row: float(row["regret"] or 0))
     places = np.arange(len(rows))[::-1]
-    told = (
+    caption = (
         "Left: what the chosen block falls short of the best fixed block's score (0 is best). Right: Spearman's "
         "rank correlation of scores with the sweep, over the tried blocks (1 is best; none: scores do not differ)."
     )
-    with look(0.7 + 0.3 * len(rows), f"Who finds the best block? {short(name)}, {method}", told) as figure:
+    with look(0.7 + 0.3 * len(rows), f"Who finds the best block? {short(name)}, {method}", caption) as figure:
         regrets, ranks = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         for place, row in zip(places, rows, strict=True):
             own = row["selector"] == next(iter(study.profiles[name]))
