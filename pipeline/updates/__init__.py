@@ -5,10 +5,9 @@ from pipeline.updates.lineage import check_number, difference, in_force, rollbac
 from pipeline.updates.live import Answers, LiveModel
 from pipeline.updates.proving import BatchResult
 from pipeline.updates.queue import Submitted, submit
-from pipeline.updates.retract import retract
 from pipeline.updates.schedule import Stopping, run_schedule, trigger
 from pipeline.updates.store import BusyError, Store
-from pipeline.updates.update import update
+from pipeline.updates.update import retract, update
 from pipeline.updates.versions import load_version, read_metrics, version_folder
 
 __all__ = [
