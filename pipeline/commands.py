@@ -232,11 +232,12 @@ def plan(options: PlanCommand) -> None:
 def benchmark(options: BenchmarkCommand) -> None:
     """Measure editing, evaluation or a store against what is asked of it, as a table and benchmark.json."""
     from pipeline.benchmarks import BENCHMARKS
+    from pipeline.files import write_json
     from pipeline.reporting import say
 
     with working(options, "benchmark") as log:
         bench = BENCHMARKS[options.what](load(options), options, log.work)
-        log.keep_benchmark(bench.results(), bench.llm.name)
+        write_json(log.folder / "benchmark.json", bench.results())
         if bench.note:
             say(bench.note)
 

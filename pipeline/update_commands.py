@@ -28,14 +28,14 @@ from pipeline.shipped import program
 if TYPE_CHECKING:
     from pipeline.editing import WeightUpdate
     from pipeline.model import LLM
-    from pipeline.updates import Store, Worked
+    from pipeline.updates import BatchResult, Store
 
 FOLLOWING = 0.5  # seconds between looks at a store's current version
 
 
 def submit(options: SubmitCommand) -> None:
     """Put the requests of a file into a store's queue."""
-    from pipeline.reporting import mind_the_clock, tell_submitted
+    from pipeline.reporting import check_clock, show_submitted
     from pipeline.requests import stream_requests
     from pipeline.updates import Store, submit
 
@@ -44,9 +44,9 @@ def submit(options: SubmitCommand) -> None:
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
-        mind_the_clock(store)
+        check_clock(store)
         done = submit(store, options.file, options.source, time_of(options.not_before), options.again)
-        tell_submitted(store, done)
+        show_submitted(store, done)
 
 
 def update(options: UpdateCommand) -> None:
@@ -79,15 +79,15 @@ def schedule(options: ScheduleCommand) -> None:
 
 
 def _update(store: Store, options: UpdateCommand, stopping: Callable[[], bool]) -> None:
-    from pipeline.reporting import mind_the_clock, say, show_on_board, tell_worked
+    from pipeline.reporting import check_clock, say, show_batch, show_on_board
     from pipeline.updates import BusyError, counts, update
 
-    def told(done: Worked) -> None:
-        tell_worked(store, done, options.dry_run)
+    def report(result: BatchResult) -> None:
+        show_batch(store, result, options.dry_run)
 
-    mind_the_clock(store)
+    check_clock(store)
     try:
-        worked = update(store, options, _loading(options), told, stopping)
+        worked = update(store, options, _loading(options), report, stopping)
     except BusyError as busy:  # no failure: what is due is in good hands
         say(f"{busy}; nothing to do here")
         return
@@ -137,12 +137,9 @@ def rollback(options: VersionCommand) -> None:
 
     with Store(options.store) as store:
         before = store.current
-        change = rollback(store, options.version)
-        say(
-            f"version {options.version} is current, after {before}: {len(change.lost)} facts less, "
-            f"{len(change.gained)} more"
-        )
-        if change.lost:
+        gained, lost = rollback(store, options.version)
+        say(f"version {options.version} is current, after {before}: {len(lost)} facts less, {len(gained)} more")
+        if lost:
             say(f"the former are held back; `{program()} submit FILE --again` queues them anew")
 
 
@@ -174,8 +171,8 @@ def retract(options: RetractCommand) -> None:
             say("retracted; it was in the queue only")
             return
         show_on_board(store)
-        assert done.outcome and done.outcome.after and done.outcome.before
-        sides = [side.metrics["rewrite"].mean for side in (done.outcome.before, done.outcome.after)]
+        assert done.before and done.after
+        sides = [side.metrics["rewrite"].mean for side in (done.before, done.after)]
         say(f"version {done.version}: retracted; its new answer: {sides[0]:.3f} -> {sides[1]:.3f}")
 
 

@@ -14,8 +14,8 @@ from pipeline.model import LLM
 from pipeline.options import GateOptions, RetractCommand, StackedLocateOptions, UpdateCommand
 from pipeline.requests import EditRequest
 from pipeline.updates import (
+    BatchResult,
     Store,
-    Worked,
     retract,
     submit,
     update,
@@ -56,7 +56,7 @@ class Team:
     def submit(self, requests: list[EditRequest], **how: Any) -> Any:
         return submit(self.store, write(self.folder / "in.jsonl", requests), **how)
 
-    def update(self) -> list[Worked]:
+    def update(self) -> list[BatchResult]:
         return update(self.store, self.options, lambda _: self.llm)
 
     def retract(self, request: str) -> Any:

@@ -17,19 +17,10 @@ from matplotlib.figure import Figure
 from pipeline.attribution import GoldenProfile, Scores, judge, select
 from pipeline.evaluation import Estimate, Evaluation
 from pipeline.options import AttributionOptions
-from pipeline.reporting.figures import (
-    agreement_figure,
-    by_cost,
-    cost_figure,
-    metrics_figure,
-    months_figure,
-    score_figure,
-    selectors_figure,
-    squares_figure,
-    stability_figure,
-    sweep_figure,
-)
 from pipeline.reporting.figures.look import BLUE, GOLD, GREY, WIDTH, short
+from pipeline.reporting.figures.outcomes import metrics_figure, months_figure
+from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
+from pipeline.reporting.figures.sweeps import selectors_figure, squares_figure, sweep_figure
 from pipeline.reporting.groups import IN_SHORT, SHARES
 from pipeline.study import Grid, Study
 
@@ -121,25 +112,6 @@ def study(blocks: int, requests: int, name: str) -> Study:
 @pytest.mark.parametrize(("blocks", "requests", "name"), [(1, 2, "demo"), (30, 32, LONG), (100, 200, "demo")])
 def test_a_study(draw: Callable[..., Figure], blocks: int, requests: int, name: str) -> None:
     look_at(draw(study(blocks, requests, name), name, "memit"))
-
-
-def test_quality_against_cost() -> None:
-    rows = [
-        {"name": f"batch of 100, {method}: {figure}", "value": value}
-        for method, cost in (("memit", 75), ("finetune", 58), (LONG, 1))
-        for figure, value in (("rewrite", 0.9), ("locality", 0.6), ("cost", cost))
-    ]
-    rows += [
-        {"name": "golden layer by LGA: block", "value": 3},
-        {"name": "upper blocks, finetune: cost", "value": 1},
-    ]
-    ((what, methods),) = by_cost(rows).items()
-    assert what == "batch of 100" and set(methods) == {"memit", "finetune", LONG}
-    figure = cost_figure(what, methods, LONG)
-    look_at(figure)
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels[1:] == ["finetune", "memit"], "the cheapest first"
-    assert by_cost([{"name": "golden layer by LGA: block", "value": 3}]) == {}
 
 
 @pytest.mark.parametrize("versions", [1, 10, 100])

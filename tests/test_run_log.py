@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,31 +14,6 @@ from pipeline.reporting import run_log
 
 def board_of(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0, "scalars": 0}).Reload()
-
-
-def test_a_benchmark_shows_quality_against_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [
-        {"name": f"batch of 100, {method}: {figure}", "value": value, "bound": bound, "met": met}
-        for method, cost in (("memit", 75.0), ("lora", 136.0))
-        for figure, value, bound, met in (("rewrite", 0.97, 0.95, True), ("cost", cost, 80.0, cost < 80))
-    ]
-    out = tmp_path / "out"
-    with run_log("benchmark", str(out), False, {}) as log:
-        log.keep_benchmark(rows, "tiny")
-    assert json.loads((out / "benchmark.json").read_text()) == rows
-    assert (out / "cost-batch-of-100.png").stat().st_size > 5000
-    board = board_of(out)
-    assert board.Tags()["images"] == ["benchmark/cost-batch-of-100"]
-    table = board.Tensors("benchmark/results/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| batch of 100, lora: cost | 136 | 80 | **no** |" in table
-    assert "batch of 100, memit: rewrite" in capsys.readouterr().out
-
-
-def test_a_benchmark_without_costs_has_no_empty_figure(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with run_log("benchmark", str(out), False, {}) as log:
-        log.keep_benchmark([{"name": "seconds", "value": 1.0, "bound": None, "met": None}], "tiny")
-    assert not list(out.glob("*.png")) and not board_of(out).Tags()["images"]
 
 
 def test_a_study_shows_nothing_that_was_not_measured(tmp_path: Path) -> None:

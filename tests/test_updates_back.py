@@ -21,6 +21,7 @@ from pipeline.updates import (
     version_folder,
     versions,
 )
+from pipeline.updates.proving import Trial
 
 
 def test_every_version_can_be_gone_back_to(team: Team, requests: list[EditRequest]) -> None:
@@ -31,10 +32,9 @@ def test_every_version_can_be_gone_back_to(team: Team, requests: list[EditReques
     made = {version: team.weights(version) for version in (1, 2)}
     states = {2: team.states()}
     assert states[2] == ["superseded", "applied", "applied", "applied", "applied", "applied"]
-    change = rollback(team.store, 1)
-    assert (change.gained, change.lost) == ([1], [4, 5, 6])
+    assert rollback(team.store, 1) == ([1], [4, 5, 6])
     assert team.states() == ["applied"] * 3 + ["held back"] * 3
-    assert "version 2 was rolled back" in story(team.store, 5)[-1].what
+    assert "version 2 was rolled back" in story(team.store, 5)[-1][1]
     rollback(team.store, 0)
     assert team.states() == ["held back"] * 6
     rollback(team.store, 2)
@@ -65,17 +65,16 @@ def test_an_update_does_not_publish_over_a_rollback(
     team.submit(requests[:2])
     team.update()
     team.submit(requests[2:4])
-    module = __import__("pipeline.updates.update", fromlist=["update"])
-    work = module.work_through
+    work = Trial.edit_and_prove
 
     def slow(*arguments: Any) -> Any:
-        outcome = work(*arguments)
+        result = work(*arguments)
         with Store(team.store.folder) as another:
             rollback(another, 0)
-        return outcome
+        return result
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "work_through", slow)
+        patched.setattr(Trial, "edit_and_prove", slow)
         (worked,) = team.update()
     assert worked.overtaken and worked.version is None
     assert team.store.current == 0
@@ -99,7 +98,7 @@ def test_retracting_a_located_fact_is_exact(team: Team, requests: list[EditReque
         team.retract(name)
     assert team.weights(5) == {}, "the base, bit for bit"
     assert in_force(team.store, 5) == set()
-    assert read_metrics(version_folder(team.store.folder, 5))["after"]["perplexity_ratio"] == 1
+    assert read_metrics(team.store.folder, 5)["after"]["perplexity_ratio"] == 1
     rollback(team.store, 1)
     assert team.states() == ["applied"] * 4
     assert "is retracted; only" not in refusal(lambda: team.retract("none"))
@@ -112,7 +111,7 @@ def test_retracting_edits_a_trained_fact_back(team: Team, requests: list[EditReq
     team.submit(requests[:1])
     team.update()
     done = team.retract("1")
-    before, after = done.outcome.before.metrics["rewrite"].mean, done.outcome.after.metrics["rewrite"].mean
+    before, after = done.before.metrics["rewrite"].mean, done.after.metrics["rewrite"].mean
     assert before > 0.9 > after
     assert team.states() == ["retracted"]
 

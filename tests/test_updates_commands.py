@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_tiny
+from filelock import FileLock
 from peft import PeftModel
 from test_cli import one_line
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -28,7 +29,6 @@ from pipeline.editing import WeightUpdate
 from pipeline.model import load_model
 from pipeline.options import UpdateCommand
 from pipeline.updates import Stopping, Store, run_schedule, trigger
-from pipeline.updates.locks import locked
 from pipeline.updates.store import UPDATE_LOCK
 
 ROOT = Path(__file__).parent.parent
@@ -331,7 +331,7 @@ def test_another_update_is_told_and_no_failure(
     refused: Callable[..., str],
 ) -> None:  # fmt: skip
     told("submit", str(request_file), *at, "--model", str(tiny_folder))
-    with locked(Path(at[1]) / UPDATE_LOCK):
+    with FileLock(Path(at[1]) / UPDATE_LOCK):
         assert "another update is at work on it; nothing to do here" in told("update", *at, *quick)
         assert "another update is at work on it" in refused("retract", "1", *at, *quick)
     assert "in the queue of" in told("submit", str(request_file), *at)

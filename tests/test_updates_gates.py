@@ -18,8 +18,7 @@ from pipeline.evaluation import Estimate
 from pipeline.options import GateOptions
 from pipeline.requests import EditRequest
 from pipeline.updates import (
-    batch,
-    prover,
+    proving,
     request_row,
 )
 from pipeline.updates.gates import Figures
@@ -32,13 +31,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[set[int]], 
     def install(rewrite: Callable[[set[int]], float]) -> list[set[int]]:
         tried: list[set[int]] = []
 
-        def measure(self: prover.Prover, update: Any, numbers: Any, kinds: Any = (), also: Any = ()) -> Figures:
-            if update is not self.ground.update:
+        def measure(self: proving.Trial, update: Any, numbers: Any, kinds: Any = (), also: Any = ()) -> Figures:
+            if update is not self.base.update:
                 tried.append(set(numbers))
-            value = rewrite(set(numbers)) if update is not self.ground.update else 0.0
+            value = rewrite(set(numbers)) if update is not self.base.update else 0.0
             return Figures({"rewrite": Estimate(value, 1, value, value)}, None, 1.0, 0.0)
 
-        monkeypatch.setattr(prover.Prover, "measure", measure)
+        monkeypatch.setattr(proving.Trial, "measure", measure)
         return tried
 
     return install
@@ -56,7 +55,7 @@ def test_one_bad_fact_does_not_hold_back_the_others(
     (worked,) = team.update()
     assert tried[:6] == [set(range(7)), {0, 1, 2}, {0}, {1, 2}, {1}, {2}]
     reached = {"rewrite": 0.25, "perplexity": 1.0, "drift": 0.0}
-    assert worked.outcome.held == [(3, "rewrite 0.250 < 0.5", reached)]
+    assert worked.held == [(3, "rewrite 0.250 < 0.5", reached)]
     assert team.states() == ["applied", "applied", "held back", *["applied"] * 4]
     row = request_row(team.store, 3)
     assert json.loads(row["figures"]) == reached
@@ -69,13 +68,13 @@ def test_halves_of_a_located_batch_are_what_editing_them_alone_gives(
     team: Team, requests: list[EditRequest], measured: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     edits: list[int] = []
-    edit = batch.edit
+    edit = proving.edit
 
     def counting(*arguments: Any, **how: Any) -> WeightUpdate:
         edits.append(1)
         return edit(*arguments, **how)
 
-    monkeypatch.setattr(batch, "edit", counting)
+    monkeypatch.setattr(proving, "edit", counting)
     team.options.gates = GateOptions(rewrite=0.5)
     measured(lambda part: 0.25 if 2 in part else 0.75)
     team.submit(requests)
@@ -114,7 +113,22 @@ def test_every_gate_closes(gates: GateOptions, word: str, team: Team, requests: 
     team.submit(requests[:1])
     (worked,) = team.update()
     assert worked.version is None
-    assert worked.outcome.held[0].reason.startswith(word)
+    assert worked.held[0].reason.startswith(word)
+
+
+def test_locality_is_held_against_the_version_in_force(team: Team, requests: list[EditRequest]) -> None:
+    """An edit that changes unrelated answers is noticed, and told beside the figures of the version before it."""
+    team.options.edit.method = "finetune"
+    for name, value in {"epochs": 10, "learning_rate": 0.3, "learnt": 0.0, "whiten": 0.0, "kl": 0.0}.items():
+        setattr(team.options.edit.finetune, name, value)
+    team.submit(requests[:2])
+    (done,) = team.update()
+    assert done.before and done.before.metrics["locality"].mean == 1
+    assert done.after and done.after.metrics["locality"].mean < 1 and done.after.metrics["locality_kl"].mean > 0
+    team.options.gates = GateOptions(rewrite=0, locality=1, earlier=0, perplexity=None, drift=None)
+    team.submit(requests[2:4])
+    (done,) = team.update()
+    assert [one.reason.partition(" ")[0] for one in done.held] == ["locality"] * len(done.held) != []
 
 
 def test_a_version_in_force_that_misses_a_gate(team: Team, requests: list[EditRequest]) -> None:
@@ -133,8 +147,8 @@ def test_requests_that_the_method_cannot_take(team: Team, requests: list[EditReq
     team.submit([requests[0], nameless, endless])
     (worked,) = team.update()
     assert team.states() == ["applied", "held back", "held back"]
-    assert [number for number, *_ in worked.outcome.held] == [2, 3]
-    assert "subject" in worked.outcome.held[0].reason and "tokens" in worked.outcome.held[1].reason
+    assert [number for number, *_ in worked.held] == [2, 3]
+    assert "subject" in worked.held[0].reason and "tokens" in worked.held[1].reason
 
 
 def test_a_dry_run_changes_nothing(team: Team, requests: list[EditRequest]) -> None:
@@ -146,8 +160,8 @@ def test_a_dry_run_changes_nothing(team: Team, requests: list[EditRequest]) -> N
     team.options.dry_run = True
     before = list(team.store.database.iterdump())
     (worked,) = team.update()
-    assert worked.version is None and worked.outcome.after
-    assert [one.request.new_answer for one in worked.outcome.applied] == ["Nairobi and more", "Quito"]
+    assert worked.version is None and worked.after
+    assert [one.new_answer for one in worked.applied] == ["Nairobi and more", "Quito"]
     changed = set(team.store.database.iterdump()) ^ set(before)
     assert all("fingerprint" in line for line in changed), "the model is known by now"
     assert [path.name for path in (team.store.folder / "versions").iterdir()] == ["0000"]

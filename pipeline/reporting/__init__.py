@@ -3,29 +3,29 @@
 from pipeline.reporting.board import show_on_board
 from pipeline.reporting.run_log import RunLog, run_log
 from pipeline.reporting.stores import (
-    mind_the_clock,
+    check_clock,
+    show_batch,
     show_facts,
     show_history,
     show_story,
+    show_submitted,
     show_version,
-    tell_submitted,
-    tell_worked,
 )
 from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 
 __all__ = [
     "RunLog",
-    "mind_the_clock",
+    "check_clock",
     "run_log",
     "say",
     "show_answers",
+    "show_batch",
     "show_facts",
     "show_history",
     "show_on_board",
     "show_plan",
     "show_story",
+    "show_submitted",
     "show_tokens",
     "show_version",
-    "tell_submitted",
-    "tell_worked",
 ]

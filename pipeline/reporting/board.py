@@ -8,11 +8,11 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.evaluation import Estimate
 from pipeline.files import write_whole
-from pipeline.reporting.dashboards import store_charts, tag
-from pipeline.reporting.events import EventsLogger
-from pipeline.reporting.figures import months_figure
-from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label
-from pipeline.updates import Store, read_metrics, version_folder
+from pipeline.reporting.dashboards import EventsLogger, store_charts, tag
+from pipeline.reporting.figures.outcomes import months_figure
+from pipeline.reporting.groups import grouped
+from pipeline.reporting.tables import markdown_table, metric_table
+from pipeline.updates import Store, read_metrics
 
 BOARD = "tensorboard"
 PICTURE = "months.png"
@@ -30,7 +30,7 @@ def show_on_board(store: Store) -> None:
     if fresh:
         logger.charts(store_charts())
     for (number,) in rows:
-        figures = read_metrics(version_folder(store.folder, number))
+        figures = read_metrics(store.folder, number)
         for name, value in scalars(figures).items():
             logger.experiment.add_scalar(name, value, number)
         logger.experiment.add_text("version/figures", version_table(number, figures), number)
@@ -48,7 +48,7 @@ def _draw(store: Store, logger: EventsLogger) -> None:
     found: dict[int, dict[str, Any]] = {}
     for (number,) in reversed(numbers):
         try:
-            found[number] = read_metrics(version_folder(store.folder, number))
+            found[number] = read_metrics(store.folder, number)
         except (UserError, OSError):
             continue
     if found:
@@ -79,20 +79,18 @@ def version_table(number: int, figures: dict[str, Any]) -> str:
     """What a version took in, what it came to and what was asked of it, as Markdown tables."""
     layers = ", ".join(map(str, figures["layers"]))
     counts = ", ".join(f"{figures[name]} {name.replace('_', ' ')}" for name in COUNTS)
-    lines = [
-        f"**Version {number}**, `{figures['method']}` in block {layers}: {counts}\n",
-        "| metric | before [95%] | after [95%] |",
-        "| --- | --- | --- |",
+    sides = {
+        f"{side} [95%]": {name: Estimate(**value) for name, value in figures[side]["metrics"].items()}
+        for side in ("before", "after")
+    }
+    parts = [
+        f"**Version {number}**, `{figures['method']}` in block {layers}: {counts}",
+        markdown_table(*metric_table(sides, short=True)),
     ]
-    before, after = (figures[side]["metrics"] for side in ("before", "after"))
-    for names in grouped(after).values():
-        for name in (name for name in names if name in IN_SHORT):
-            sides = [figure_text(name, Estimate(**side[name])) if name in side else "" for side in (before, after)]
-            lines.append(f"| {label(name)} | {' | '.join(sides)} |")
-    if figures["gates"]:
-        lines += ["", "| gate | value | asked | passed |", "| --- | --- | --- | --- |"]
-        for gate in figures["gates"]:
-            asked = f"{'at least' if gate['least'] else 'at most'} {gate['bound']:g}"
-            passed = "yes" if gate["passed"] else "**no**"
-            lines.append(f"| {gate['name']} | {gate['value']:.3f} | {asked} | {passed} |")
-    return "\n".join(lines)
+    gates = [
+        [gate["name"], f"{gate['value']:.3f}", f"{'at least' if gate['least'] else 'at most'} {gate['bound']:g}",
+         "yes" if gate["passed"] else "**no**"]
+        for gate in figures["gates"]
+    ]  # fmt: skip
+    parts += [markdown_table(["gate", "value", "asked", "passed"], gates)] if gates else []
+    return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""What stands where in TensorBoard: tags in the order of reading, charts of several figures, columns of HPARAMS.
+"""TensorBoard as every command uses it: tags in the order of reading, charts of several figures, the HPARAMS page.
 
 TensorBoard sorts by name: numbers in tags put stages, groups and figures in the order that people want them in.
 """
@@ -8,6 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.attribution import GoldenProfile
 from pipeline.editing import WeightUpdate
@@ -34,10 +41,11 @@ COLUMNS: dict[str, type] = {  # of HPARAMS, the first five being shown at once
     "devices": str,
     "seed": float,
 }
-OF_METHOD = {  # what tells runs of a method apart: the group of its options
-    "finetune": "finetune", "lora": "lora", "memit": "locate", "rome": "locate", "emmet": "locate",
-    "alphaedit": "locate", "one_pass": "one_pass",
-}  # fmt: skip
+TYPES = {  # of a column: the protocol's name, and its field
+    str: (api_pb2.DATA_TYPE_STRING, "string_value"),
+    float: (api_pb2.DATA_TYPE_FLOAT64, "number_value"),
+    bool: (api_pb2.DATA_TYPE_BOOL, "bool_value"),
+}
 
 
 def tag(name: str, stage: str = "evaluation") -> str:
@@ -61,14 +69,12 @@ def columns(
     row |= {"request set": options.get("requests"), "chat": options.get("chat"), "seed": options.get("seed")}
     row["devices"] = str(options.get("trainer", {}).get("devices", ""))
     if update:
-        row |= {"method": update.method, "block": update.layers[0], "block chosen by": "hand"}
-        settings = options.get("edit", options).get(OF_METHOD.get(update.method, ""), {})
-        row |= {
-            name: settings.get(name.replace(" ", "_")) for name in ("epochs", "rank", "steps", "bound", "strength")
-        }
-        row["learning rate"] = settings.get("learning_rate", settings.get("step", settings.get("rate")))
-    if update and profile and update.layers[0] in profile.golden_layers:
-        row["block chosen by"] = f"{profile.method}, {profile.order}"
+        found = profile is not None and update.layers[0] in profile.golden_layers
+        row |= {"method": update.method, "block": update.layers[0]}
+        row["block chosen by"] = f"{profile.method}, {profile.order}" if profile and found else "hand"
+        row |= {name: update.options.get(name) for name in ("epochs", "rank", "steps", "bound", "strength")}
+        rates = [update.options[name] for name in ("learning_rate", "step", "rate") if name in update.options]
+        row["learning rate"] = rates[0] if rates else None
     return {name: kind(row[name]) for name, kind in COLUMNS.items() if row.get(name) is not None}
 
 
@@ -121,6 +127,77 @@ def _chart(tags: Any) -> list[Any]:
     return ["Multiline", [f"{re.escape(each)}$" for each in tags]]
 
 
-def metric_names() -> dict[str, str]:
-    """The compared metrics' tags, with their names as shown."""
-    return {tag(name): label(name) for name in COMPARED}
+class EventsLogger(TensorBoardLogger):
+    """TensorBoardLogger without its hparams.yaml: options.yaml holds the options.
+
+    Attributes:
+        opened: whether anything was shown.
+    """
+
+    opened = False
+
+    @property
+    def experiment(self) -> SummaryWriter:
+        """The writer; its file is made when it is first asked for."""
+        self.opened = True
+        return super().experiment
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Nothing: the writer flushes by itself, and Lightning would wait for the disk after every step."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close after a success only: an interrupt may have broken the writer's queue, and closing waits for it."""
+        if status == "success":
+            super().finalize(status)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Without the epoch, which Lightning puts beside every figure."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    @rank_zero_only
+    def compare(self, row: Mapping[str, Any]) -> None:
+        """Put a run into the HPARAMS page, whose columns are the same for all runs.
+
+        The metrics in it are read from the scalars of their tags: none is written for it.
+
+        Args:
+            row: values of columns of `COLUMNS`, in their types; others stay empty.
+        """
+        started = SessionStartInfo()
+        for name, value in row.items():
+            setattr(started.hparams[_key(name)], TYPES[COLUMNS[name]][1], value)
+        ended = SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
+        contents = {
+            metadata.EXPERIMENT_TAG: HParamsPluginData(experiment=_experiment()),
+            metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=started),
+            metadata.SESSION_END_INFO_TAG: HParamsPluginData(session_end_info=ended),
+        }
+        writer: Any = self.experiment.file_writer
+        for name, content in contents.items():
+            value = Summary.Value(tag=name, metadata=metadata.create_summary_metadata(content))
+            writer.add_summary(Summary(value=[value]))
+
+    @rank_zero_only
+    def charts(self, layout: Layout) -> None:
+        """Charts of several figures, on the page of custom scalars."""
+        self.experiment.add_custom_scalars(layout)
+
+
+def _experiment() -> api_pb2.Experiment:
+    """The columns of HPARAMS, in their order."""
+    settings = [
+        api_pb2.HParamInfo(name=_key(name), display_name=name, type=TYPES[kind][0])
+        for name, kind in COLUMNS.items()
+    ]
+    metrics = [
+        api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag(name)), display_name=label(name)) for name in COMPARED
+    ]
+    return api_pb2.Experiment(hparam_infos=settings, metric_infos=metrics)
+
+
+def _key(column: str) -> str:
+    """By which TensorBoard sorts, and of which it shows nothing."""
+    return f"{list(COLUMNS).index(column) + 1:02d} {column}"

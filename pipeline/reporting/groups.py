@@ -67,8 +67,8 @@ def grouped(names: Collection[str]) -> dict[str, list[str]]:
 def meaning(name: str) -> str:
     """What a metric counts, in a line."""
     kind, _, axis = name.partition("/")
-    told = next(members[kind] for members in GROUPS.values() if kind in members)
-    return f"of them {axis}" if axis else told
+    counted = next(members[kind] for members in GROUPS.values() if kind in members)
+    return f"of them {axis}" if axis else counted
 
 
 def label(name: str) -> str:

@@ -1,17 +1,18 @@
-"""The report: what was changed, where, how well, and how to use or undo it, in Markdown for anyone."""
+"""Reports in Markdown, for anyone: of an edit, what was changed, where, how well and how to undo it; of a study."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.attribution import GoldenProfile
 from pipeline.editing import WeightUpdate
 from pipeline.evaluation import Evaluation
-from pipeline.reporting.groups import figure_text, grouped, label, meaning
+from pipeline.reporting.tables import markdown_table, metric_table
 from pipeline.requests import EditRequest
 from pipeline.shipped import program
+from pipeline.study.questions import Row
+from pipeline.study.study import Study
 
 EXAMPLES = 8
 
@@ -20,29 +21,17 @@ def metrics_table(evaluation: Evaluation) -> str:
     """All metrics in their groups as a Markdown table; after an edit also the paired difference."""
     before, after = evaluation.before.metrics, evaluation.after.metrics if evaluation.after else {}
     sides = {"before": before, "after": after, "difference": evaluation.difference} if after else {"value": before}
-    columns = ["metric", "what it is", "count", *sides]
-    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-    final = after or before
-    for group, names in grouped(final).items():
-        lines.append(f"| **{group}** |{' |' * (len(columns) - 1)}")
-        for name in names:
-            cells = [label(name), meaning(name), str(final[name].count)]
-            cells += [figure_text(name, side.get(name)) for side in sides.values()]
-            lines.append(f"| {' | '.join(_inline(cell) for cell in cells)} |")
-    return "\n".join(lines)
+    return markdown_table(*metric_table(sides, meanings=True))
 
 
 def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation, most: int = EXAMPLES) -> str:
     """Prompts with what the model generates, before and after, as a Markdown table."""
-    after = evaluation.after
-    columns = ["prompt", "wanted", "before", *(["after"] if after else [])]
-    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-    for index, request in enumerate(requests[:most]):
-        cells = [request.prompt, request.new_answer, evaluation.before.answers[index]]
-        if after:
-            cells.append(after.answers[index])
-        lines.append(f"| {' | '.join(_inline(cell) for cell in cells)} |")
-    return "\n".join(lines)
+    sides = {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
+    rows = [
+        [request.prompt, request.new_answer, *(measured.answers[place] for measured in sides.values())]
+        for place, request in enumerate(requests[:most])
+    ]
+    return markdown_table(["prompt", "wanted", *sides], rows)
 
 
 def write_report(
@@ -83,16 +72,6 @@ def write_report(
     return "\n".join(parts)
 
 
-def benchmark_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """What was measured against what was asked for, as a Markdown table."""
-    lines = ["| measured | value | asked for | met |", "| --- | --- | --- | --- |"]
-    for row in results:
-        bound = "" if row["bound"] is None else f"{row['bound']:g}"
-        met = {None: "", True: "yes", False: "**no**"}[row["met"]]
-        lines.append(f"| {_inline(str(row['name']))} | {row['value']:.4g} | {bound} | {met} |")
-    return "\n".join(lines)
-
-
 def _why(profile: GoldenProfile, folder: Path) -> list[str]:
     """How the golden layer was found, and how sure that is."""
     ranking = ", ".join(map(str, profile.ranking[:5]))
@@ -114,18 +93,20 @@ def _why(profile: GoldenProfile, folder: Path) -> list[str]:
 def _outcome(evaluation: Evaluation) -> str:
     """How the edit went, in a sentence or two, the model's own answers first."""
     after, before = (evaluation.after or evaluation.before).metrics, evaluation.before.metrics
-    told = []
+    sentences = []
     if "generation_exact_match" in after:
         exact, contained = after["generation_exact_match"].mean, after["generation_containment"].mean
-        told.append(
+        sentences.append(
             f"By itself the model now answers {exact:.0%} of them with the new answer and nothing more, "
             f"and names it in {contained:.0%}"
         )
-    told.append(f"{'t' if told else 'T'}eacher-forced it gives {after['rewrite'].mean:.0%} of the answers' tokens")
+    sentences.append(
+        f"{'t' if sentences else 'T'}eacher-forced it gives {after['rewrite'].mean:.0%} of the answers' tokens"
+    )
     if "locality" in after:
-        told.append(f"{after['locality'].mean:.0%} of unrelated answers' tokens stayed as they were")
+        sentences.append(f"{after['locality'].mean:.0%} of unrelated answers' tokens stayed as they were")
     ratio = after["perplexity"].mean / before["perplexity"].mean
-    return f"{'; '.join(told)}; perplexity on ordinary text is {ratio:.3f} times what it was."
+    return f"{'; '.join(sentences)}; perplexity on ordinary text is {ratio:.3f} times what it was."
 
 
 def _weights(evaluation: Evaluation) -> str:
@@ -134,6 +115,53 @@ def _weights(evaluation: Evaluation) -> str:
     return f"Changed weights, ‖change‖ / ‖before‖: {changes}."
 
 
-def _inline(text: str) -> str:
-    """Text that cannot break a table's row."""
-    return " ".join(text.split()).replace("|", "\\|")
+def study_report(study: Study) -> str:
+    """study.md: the three questions, answered in tables."""
+    sets = "; ".join(f"{one.name}: {len(one.tried)} tried, {len(one.proxy)} to choose by" for one in study.sets)
+    parts = [
+        f"# Which block of {study.model}?\n",
+        f"Request sets: {sets}. Every tried request was edited alone at each tried block. Score: the mean of "
+        "rewrite, rephrase and locality, teacher-forced; in brackets its 95% bootstrap interval over requests. "
+        "Regret: what a block's score falls short of the best fixed block's, chosen with hindsight on the same "
+        "requests.\n",
+    ]
+    for name, grids in study.grids.items():
+        for method, grid in grids.items():
+            parts += [
+                f"## {name}, {method}\n",
+                f"{len(grid.scores)} requests × {len(grid.blocks)} blocks in {grid.seconds:.0f} s.\n",
+                "### A fixed block against each request's own best\n",
+                _study_table(study.against_optimal(name, method)),
+                "### Who finds it\n",
+                _study_table(study.selectors(name, method)),
+                f"![sweep](sweep-{name}-{method}.png)\n",
+                f"![squares](squares-{name}-{method}.png)\n",
+                f"![selectors](selectors-{name}-{method}.png)\n",
+            ]
+    for method in next(iter(study.grids.values())):
+        parts += [
+            f"## From proxy to test requests, and from set to set: {method}\n",
+            _study_table(study.carried(method)),
+        ]
+    parts += [
+        "## Selectors by halves\n",
+        "Every second tried request, over all sets and methods, and the others: what is chosen by the first half's "
+        "figures can be trusted by the second's.\n",
+        _study_table(study.halves()),
+    ]
+    return "\n".join(parts)
+
+
+def _study_table(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table, a score's interval behind it in one column."""
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("low", "high")]
+    return markdown_table(columns, [[_cell(row, name) for name in columns] for row in rows]) + "\n"
+
+
+def _cell(row: Row, name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    digits = {"times faster than the sweep": 0, "seconds": 1}.get(name, 3)
+    interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if name == "score" and "low" in row else ""
+    return f"{value:.{digits}f}{interval}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,23 +23,12 @@ from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation
 from pipeline.files import write_json, write_text, write_whole
 from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
-from pipeline.reporting.dashboards import columns, edit_charts, study_charts, study_tag, tag
-from pipeline.reporting.events import EventsLogger
-from pipeline.reporting.figures import (
-    agreement_figure,
-    block_means,
-    by_cost,
-    cost_figure,
-    metrics_figure,
-    score_figure,
-    selectors_figure,
-    squares_figure,
-    stability_figure,
-    sweep_figure,
-)
-from pipeline.reporting.report import answers_table, benchmark_table, metrics_table, write_report
-from pipeline.reporting.study import study_report
-from pipeline.reporting.terminal import say, show_benchmark, show_metrics, show_profile, show_study
+from pipeline.reporting.dashboards import EventsLogger, columns, edit_charts, study_charts, study_tag, tag
+from pipeline.reporting.figures.outcomes import metrics_figure
+from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
+from pipeline.reporting.figures.sweeps import block_means, selectors_figure, squares_figure, sweep_figure
+from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
+from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
 from pipeline.reporting.values import values_csv
 from pipeline.requests import EditRequest
 from pipeline.study import Study
@@ -106,7 +95,7 @@ class RunLog:
     @rank_zero_only
     def close(self) -> None:
         """Flush TensorBoard's events, if there are any."""
-        if self.tensorboard._experiment is not None:
+        if self.tensorboard.opened:
             closing = Thread(target=self.tensorboard.experiment.close, daemon=True)
             closing.start()
             closing.join(CLOSING_SECONDS)
@@ -120,22 +109,20 @@ class RunLog:
         profile.save(self.folder)  # last: a resumed command that finds it finds the scores, too
         self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png", "agreement.png"}
         if not shown:
-            self._profile_figures(profile, scores or self._scores_kept())
+            kept = Scores.load(self.folder) if self._is_kept(SCORES_FILE) else None
+            self._profile_figures(profile, scores or kept)
             self.tensorboard.experiment.flush()
         show_profile(profile)
 
     def profile_kept(self) -> GoldenProfile | None:
         """The profile that the resumed command had found."""
-        return GoldenProfile.load(self.folder) if self._kept(PROFILE_FILE) else None
-
-    def _scores_kept(self) -> Scores | None:
-        return Scores.load(self.folder) if self._kept(SCORES_FILE) else None
+        return GoldenProfile.load(self.folder) if self._is_kept(PROFILE_FILE) else None
 
     def update_kept(self) -> WeightUpdate | None:
         """The update that the resumed command had finished."""
-        return WeightUpdate.load(self.folder) if self._kept(UPDATE_FILE) else None
+        return WeightUpdate.load(self.folder) if self._is_kept(UPDATE_FILE) else None
 
-    def _kept(self, file: str) -> bool:
+    def _is_kept(self, file: str) -> bool:
         return self.output.resumed and (self.folder / file).is_file()
 
     @contextmanager
@@ -160,20 +147,19 @@ class RunLog:
         profile: GoldenProfile | None = None,
     ) -> None:
         """Write metrics.json, values.csv and, for an edit, report.md; show the figures everywhere."""
-        sides = {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
-        tables = {side: measured.metrics for side, measured in sides.items()}
+        sides = {"before": evaluation.before.metrics}
         if evaluation.after:
-            tables["difference"] = evaluation.difference
-        figures = {
-            side: {name: asdict(estimate) for name, estimate in metrics.items()} for side, metrics in tables.items()
-        }
-        changes = {"weights": evaluation.weights} if evaluation.weights else {}
-        write_json(self.folder / "metrics.json", {"model": model, "requests": len(requests), **figures, **changes})
+            sides |= {"after": evaluation.after.metrics, "difference": evaluation.difference}
+        write_json(
+            self.folder / "metrics.json",
+            {"model": model, "requests": len(requests)}
+            | {side: {name: asdict(one) for name, one in metrics.items()} for side, metrics in sides.items()}
+            | ({"weights": evaluation.weights} if evaluation.weights else {}),
+        )
         write_text(self.folder / "values.csv", values_csv(requests, evaluation))
-        board = self.tensorboard.experiment
-        for step, measured in enumerate(sides.values()):
-            for name, estimate in measured.metrics.items():
-                board.add_scalar(tag(name), estimate.mean, step)
+        for step, side in enumerate(("before", "after")):
+            for name, estimate in sides.get(side, {}).items():
+                self.tensorboard.experiment.add_scalar(tag(name), estimate.mean, step)
         self._figure("evaluation/before_and_after", "metrics.png", metrics_figure(evaluation))
         if evaluation.after:
             self.tensorboard.charts(edit_charts())
@@ -200,7 +186,7 @@ class RunLog:
     @rank_zero_only
     def keep_study(self, study: Study) -> None:
         """Write study.json, study.md and the figures; show the answers."""
-        self._show_anew()
+        self._clear_shown()
         report = study_report(study)
         write_json(self.folder / "study.json", study.as_json())
         write_text(self.folder / "study.md", report)
@@ -208,41 +194,32 @@ class RunLog:
         for name, grids in study.grids.items():
             for method, grid in grids.items():
                 for metric, values in {**grid.values, "score": grid.scores}.items():
-                    for block, mean in zip(grid.blocks, block_means(values), strict=True):
-                        if np.isnan(mean):
-                            continue  # no request has such a probe
-                        self.tensorboard.experiment.add_scalar(study_tag(name, method, metric), mean, block)
+                    self._curve(study_tag(name, method, metric), grid.blocks, block_means(values))
                 for number, (kind, draw) in enumerate(STUDY_FIGURES.items(), start=1):
                     shown = draw(study, name, method)
                     self._figure(f"study/{name}_{method}_{number}_{kind}", f"{kind}-{name}-{method}.png", shown)
         self.tensorboard.charts(study_charts({name: list(grids) for name, grids in study.grids.items()}))
         show_study(study)
 
-    @rank_zero_only
-    def keep_benchmark(self, results: Sequence[dict[str, Any]], model: str) -> None:
-        """Write benchmark.json and, where costs were measured, quality against cost as a figure; show all."""
-        self._show_anew()
-        write_json(self.folder / "benchmark.json", results)
-        for what, methods in by_cost(results).items():
-            file = re.sub(r"[^\w.-]+", "-", f"cost-{what}")
-            self._figure(f"benchmark/{file}", f"{file}.png", cost_figure(what, methods, model))
-        self._text("benchmark/results", benchmark_table(results))
-        show_benchmark(results)
-
-    def _show_anew(self) -> None:
+    def _clear_shown(self) -> None:
         """Take what an interrupted or smaller one has shown out of TensorBoard: all of it is shown again."""
-        if self.output.resumed and self.tensorboard._experiment is None:
+        if self.output.resumed and not self.tensorboard.opened:
             for file in self.folder.glob("events.out.tfevents.*"):
                 file.unlink()
 
     def _profile_figures(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
-        for block, score in enumerate(profile.scores):
-            self.tensorboard.experiment.add_scalar("attribution/score_by_block", score, block)
+        self._curve("attribution/score_by_block", range(len(profile.scores)), profile.scores)
         self._figure("attribution/1_scores", "scores.png", score_figure(profile))
         if profile.stability:
             self._figure("attribution/2_stability", "stability.png", stability_figure(profile))
         if profile.stability and scores:
             self._figure("attribution/3_agreement", "agreement.png", agreement_figure(profile, scores))
+
+    def _curve(self, tag: str, blocks: Sequence[int], values: Iterable[float]) -> None:
+        """A figure by block; a block where it was not measured has none."""
+        for block, value in zip(blocks, values, strict=True):
+            if not np.isnan(value):
+                self.tensorboard.experiment.add_scalar(tag, value, block)
 
     def _text(self, tag: str, text: str) -> None:
         """Markdown without its pictures, which TensorBoard shows elsewhere."""

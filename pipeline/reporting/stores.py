@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from pipeline.reporting.terminal import say
 from pipeline.updates import (
+    BatchResult,
     Store,
     Submitted,
-    Worked,
     check_number,
     counts,
     events,
@@ -24,13 +24,13 @@ NAMED = 5  # requests that a message spells out
 LATE = 60  # seconds that clocks may differ
 
 
-def mind_the_clock(store: Store) -> None:
+def check_clock(store: Store) -> None:
     """Say so when the machine's clock went back since the store was last used."""
     if (behind := store.behind()) > LATE:
         say(f"note: this machine's clock is {behind / 60:.0f} minutes behind the store's; order counts, not time")
 
 
-def tell_submitted(store: Store, done: Submitted) -> None:
+def show_submitted(store: Store, done: Submitted) -> None:
     """What came of a submission."""
     parts = [f"{done.queued} new"]
     parts += [f"{done.again} queued anew"] if done.again else []
@@ -40,26 +40,25 @@ def tell_submitted(store: Store, done: Submitted) -> None:
         say(f"{done.left} of the known ones are held back, superseded or retracted; --again queues them anew")
     if done.changing:
         say(f"{done.changing} are about facts that are applied already, and will take their place")
-    _tell_superseded(store, done.superseded)
+    _show_superseded(store, done.superseded)
 
 
-def tell_worked(store: Store, done: Worked, dry_run: bool) -> None:
+def show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     """What came of a batch, in a few lines."""
-    outcome = done.outcome
     head = f"version {done.version}" if done.version is not None else "nothing published"
     if dry_run:
         head = "dry run, nothing changed"
     elif done.overtaken:
         head = "nothing published: another version became current meanwhile; the requests are in the queue again"
-    say(f"{head}: {len(outcome.applied)} applied, {len(outcome.held)} held back")
-    if outcome.gates:
-        say(f"  gates: {', '.join(map(str, outcome.gates))}")
-    for number, reason, _ in outcome.held[:NAMED]:
+    say(f"{head}: {len(done.applied)} applied, {len(done.held)} held back")
+    if done.gates:
+        say(f"  gates: {', '.join(map(str, done.gates))}")
+    for number, reason, _ in done.held[:NAMED]:
         say(f"  held back: request {number}: {reason}")
-    _tell_superseded(store, done.superseded)
+    _show_superseded(store, done.superseded)
 
 
-def _tell_superseded(store: Store, pairs: Iterable[tuple[int, int]]) -> None:
+def _show_superseded(store: Store, pairs: Iterable[tuple[int, int]]) -> None:
     pairs = list(pairs)
     for older, newer in pairs[:NAMED]:
         old, new = request_row(store, older), request_row(store, newer)
@@ -80,16 +79,16 @@ def show_history(store: Store, limit: int) -> None:
         on = "the base model" if row["parent"] is None else f"on {row['parent']}"
         figures = f"{row['applied']} applied, {row['held_back']} held back"
         say(f"{mark} {row['number']:04d}  {row['made']}  {on}, {figures}")
-    for line in events(store, limit):
-        say(f"  {line.at}  {line.what}")
+    for at, what in events(store, limit):
+        say(f"  {at}  {what}")
 
 
 def show_story(store: Store, number: int) -> None:
     """A request, and what happened to it."""
     row = request_row(store, number)
     say(f"request {number} ({row['id']}), {row['state']}: {row['prompt']} -> {row['new_answer']}")
-    for line in story(store, number):
-        say(f"  {line.at}  {line.what}")
+    for at, what in story(store, number):
+        say(f"  {at}  {what}")
 
 
 def show_version(store: Store, version: int) -> None:
@@ -98,11 +97,12 @@ def show_version(store: Store, version: int) -> None:
     held, folder = in_force(store, version), version_folder(store.folder, version)
     say(f"version {version}{', the current one' if version == store.current else ''}: {len(held)} facts; {folder}")
     if version:
-        figures = read_metrics(folder)
+        figures = read_metrics(store.folder, version)
         before, after = figures["before"]["metrics"], figures["after"]["metrics"]
         say(f"  {figures['method']} in block {', '.join(map(str, figures['layers']))}")
         for name, estimate in after.items():
-            say(f"  {name}: {before[name]['mean']:.3f} -> {estimate['mean']:.3f}")
+            earlier = f"{before[name]['mean']:.3f} -> " if name in before else ""
+            say(f"  {name}: {earlier}{estimate['mean']:.3f}")
         say(f"  perplexity x {figures['after']['perplexity_ratio']:.3f}, drift {figures['after']['drift']:.3f}")
         for gate in figures["gates"]:
             sign, passed = ">=" if gate["least"] else "<=", "passed" if gate["passed"] else "missed"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
@@ -17,7 +18,7 @@ from pipeline.attribution import GoldenProfile
 from pipeline.evaluation import Evaluation
 from pipeline.model.explain import ShownToken
 from pipeline.planning import MemoryPlan, Need
-from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label
+from pipeline.reporting.tables import metric_table
 from pipeline.requests import EditRequest
 from pipeline.study import Study
 
@@ -35,8 +36,28 @@ def screen(soft_wrap: bool = False) -> Console:
     return Console(soft_wrap=soft_wrap and not terminal, width=wide)
 
 
-def _fits(table: Table, console: Console) -> bool:
-    return Measurement.get(console, console.options.update_width(LOG_WIDTH), table).maximum <= console.width
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, **look: Any) -> Table:
+    """A table for the terminal.
+
+    Args:
+        columns: headings.
+        rows: cells, shown as they are; one alone is a heading over those below it.
+        left: how many columns, from the first on, hold words; the others' numbers are set to the right.
+        look: of rich's Table.
+    """
+    table = Table(**({"box": None, "pad_edge": False, "header_style": "bold"} | look))
+    for place, column in enumerate(columns):
+        words = place < left
+        table.add_column(
+            escape(column), overflow="fold" if words else "ellipsis", justify="left" if words else "right"
+        )
+    indent = " " if any(len(row) == 1 for row in rows) else ""
+    for first, *others in rows:
+        if others:
+            table.add_row(escape(indent + first), *map(escape, others))
+        else:
+            table.add_row(f"[bold]{escape(first)}[/bold]")
+    return table
 
 
 @rank_zero_only
@@ -62,31 +83,17 @@ def show_profile(profile: GoldenProfile) -> None:
 @rank_zero_only
 def show_metrics(evaluation: Evaluation) -> None:
     """The chief metrics before and after, in their groups; metrics.json and the report hold all of them."""
-    console, table = screen(), _metrics_table(evaluation, intervals=True)
-    if not _fits(table, console):
-        table = _metrics_table(evaluation, intervals=False)
+    console, sides = screen(), {"before": evaluation.before.metrics}
+    if evaluation.after:
+        sides["after"] = evaluation.after.metrics
+    with_intervals = {f"{side} [95%]": figures for side, figures in sides.items()}
+    table = table_of(*metric_table(with_intervals, short=True))
+    if Measurement.get(console, console.options.update_width(LOG_WIDTH), table).maximum > console.width:
+        table = table_of(*metric_table(sides, short=True, intervals=False))
     console.print(table, highlight=False)
     if evaluation.weights:
         name, change = max(evaluation.weights.items(), key=lambda item: item[1])
         say(f"largest change: {change:.1%} of the norm of {name}")
-
-
-def _metrics_table(evaluation: Evaluation, intervals: bool) -> Table:
-    """A row a metric; a narrow terminal has no room for intervals."""
-    before, after = evaluation.before.metrics, evaluation.after.metrics if evaluation.after else {}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("metric", overflow="fold")
-    table.add_column("count", justify="right")
-    for side in ["before", "after"] if after else ["before"]:
-        table.add_column(f"{side} [95%]" if intervals else side, justify="right")
-    for group, names in grouped(after or before).items():
-        table.add_row(f"[bold]{group}[/bold]")
-        for name in (name for name in names if name in IN_SHORT):
-            cells = [f" {label(name)}", str((after or before)[name].count)]
-            figures = [figure_text(name, side.get(name)) for side in (before, after)]
-            cells += [escape(figure if intervals else figure.partition(" ")[0]) for figure in figures]
-            table.add_row(*cells[: len(table.columns)])
-    return table
 
 
 @rank_zero_only
@@ -99,36 +106,39 @@ def show_study(study: Study) -> None:
                 f"{name}, {method}: golden layer {golden['block']} scores {golden['score']:.3f}; the best fixed "
                 f"block, {fixed['block']}, {fixed['score']:.3f}; each request's own best {own['score']:.3f}"
             )
-            table = Table(box=None, pad_edge=False, header_style="bold")
-            table.add_column("chosen by", overflow="fold")
-            for column in ("block", "regret", "Spearman", "seconds"):
-                table.add_column(column, justify="right")
-            for row in study.selectors(name, method):
-                figures = [(row["regret"], 3), (row["spearman"], 2), (row["seconds"], 0)]
-                shown = [f"{value:.{digits}f}" if isinstance(value, float) else "" for value, digits in figures]
-                table.add_row(f" {row['selector']}", str(row["block"]), *shown)
-            screen().print(table, highlight=False)
+            digits = {"regret": 3, "spearman": 2, "seconds": 0}
+            rows = [
+                [f" {row['selector']}", str(row["block"]), *(_number(row[key], digits[key]) for key in digits)]
+                for row in study.selectors(name, method)
+            ]
+            columns = ["chosen by", "block", "regret", "Spearman", "seconds"]
+            screen().print(table_of(columns, rows), highlight=False)
+
+
+def _number(value: float | int | str | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, float) else ""
 
 
 @rank_zero_only
 def show_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> None:
     """Prompts with each model's answer beside."""
-    table = Table(show_lines=True, header_style="bold")
-    table.add_column("prompt", overflow="fold", ratio=1)
-    for name in answers:
-        table.add_column(name, overflow="fold", ratio=1)
-    for index, prompt in enumerate(prompts):
-        table.add_row(escape(prompt), *(escape(texts[index].strip()) for texts in answers.values()))
+    rows = [[prompt, *(texts[place].strip() for texts in answers.values())] for place, prompt in enumerate(prompts)]
+    columns = ["prompt", *answers]
+    table = table_of(columns, rows, left=len(columns), box=HEAVY_HEAD, pad_edge=True, show_lines=True)
+    for column in table.columns:
+        column.ratio = 1
     screen().print(table, highlight=False)
 
 
 @rank_zero_only
 def show_tokens(request: EditRequest, tokens: Sequence[ShownToken]) -> None:
     """A request's tokens, a line each, with what is scored and where its subject ends."""
-    table = Table("place", "id", "token", "", title=f"request {escape(request.id)}", title_justify="left", box=None)
+    rows = []
     for token in tokens:
         marks = ["scored"] * token.scored + ["the subject's last token"] * token.ends_subject
-        table.add_row(str(token.place), str(token.token_id), escape(repr(token.text)), ", ".join(marks))
+        rows.append([str(token.place), str(token.token_id), repr(token.text), ", ".join(marks)])
+    title = f"request {escape(request.id)}"
+    table = table_of(["place", "id", "token", ""], rows, left=4, title=title, title_justify="left", pad_edge=True)
     screen().print(table, highlight=False)
 
 
@@ -146,27 +156,16 @@ def show_plan(plan: MemoryPlan) -> None:
         f"{plan.model}: {plan.parameters / 1e6:,.0f} M weights, {plan.blocks} blocks, golden layer {plan.layer}, "
         f"{plan.precision}, {devices}, rows of {plan.length} tokens; GB on each device"
     )
-    table = Table("stage", box=None, header_style="bold", pad_edge=False)
-    for column in ("at once", "weights", "beside", "in all", f"longest batch in {plan.memory / 1e9:.3g} GB"):
-        table.add_column(column, justify="right")
+    rows = []
     for need in plan.stages:
         figures = [f"{size / 1e9:.2f}" for size in (need.weights, need.beside, need.total)]
-        table.add_row(need.stage, str(need.batch), *figures, _longest(need))
-    screen().print(table, highlight=False)
+        rows.append([need.stage, str(need.batch), *figures, _longest(need)])
+    longest = f"longest batch in {plan.memory / 1e9:.3g} GB"
+    columns = ["stage", "at once", "weights", "beside", "in all", longest]
+    screen().print(table_of(columns, rows), highlight=False)
 
 
 def _longest(need: Need) -> str:
     if not need.fits and not need.longest_batch:
         return "does not fit"
     return "any" if need.longest_batch is None else f"{need.longest_batch:,}"
-
-
-@rank_zero_only
-def show_benchmark(results: Sequence[Mapping[str, Any]]) -> None:
-    """What was measured, what was asked for, and whether it was met."""
-    table = Table("measured", "value", "bound", "met", box=None, header_style="bold", pad_edge=False)
-    for result in results:
-        bound = "" if result["bound"] is None else f"{result['bound']:g}"
-        met = {None: "", True: "yes", False: "NO"}[result["met"]]
-        table.add_row(escape(result["name"]), f"{result['value']:.4g}", bound, met)
-    screen().print(table)

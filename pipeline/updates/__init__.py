@@ -1,26 +1,23 @@
 """Knowledge updates over time: the queue, the gates, versions that build on one another, the schedule."""
 
-from pipeline.updates.history import counts, events, find, request_row, story, versions
-from pipeline.updates.lineage import Difference, check_number, difference, in_force, rollback
+from pipeline.updates.history import counts, events, find, request_row, story, verify, versions
+from pipeline.updates.lineage import check_number, difference, in_force, rollback
 from pipeline.updates.live import Answers, LiveModel
-from pipeline.updates.retract import Retracted, retract
+from pipeline.updates.proving import BatchResult
+from pipeline.updates.queue import Submitted, submit
 from pipeline.updates.schedule import Stopping, run_schedule, trigger
 from pipeline.updates.store import BusyError, Store
-from pipeline.updates.submit import Submitted, submit
-from pipeline.updates.update import Worked, update
-from pipeline.updates.verify import verify
+from pipeline.updates.update import retract, update
 from pipeline.updates.versions import load_version, read_metrics, version_folder
 
 __all__ = [
     "Answers",
+    "BatchResult",
     "BusyError",
-    "Difference",
     "LiveModel",
-    "Retracted",
     "Stopping",
     "Store",
     "Submitted",
-    "Worked",
     "check_number",
     "counts",
     "difference",

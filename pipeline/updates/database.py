@@ -16,10 +16,8 @@ DATABASE = "store.db"
 APPLICATION = 0x474C5550  # "GLUP" in the file's header: a store of golden layers' updates
 PATIENCE = 120  # seconds that a writer waits for another
 
-# One script a layout; a store of an older layout is brought up by those it lacks.
-HEADER = ("user_version", "application_id")
-MIGRATIONS = (
-    """
+LAYOUT = 1  # of the tables below
+SCHEMA = """
     CREATE TABLE about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 
     CREATE TABLE versions (
@@ -85,12 +83,11 @@ MIGRATIONS = (
         detail TEXT
     );
     CREATE INDEX events_request ON events (request);
-    """,
-)
+"""
 
 
 def connect(file: Path) -> sqlite3.Connection:
-    """Open the database, made or brought up to the newest layout where needed.
+    """Open the database; its tables are made where it is new.
 
     Raises:
         UserError: when the file is no store's database, damaged, or of a newer layout than this program knows.
@@ -100,25 +97,22 @@ def connect(file: Path) -> sqlite3.Connection:
         database.row_factory = sqlite3.Row
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "cache_size = -200000"):
             database.execute(f"PRAGMA {pragma}")
-        _migrate(database, file)
+        (application,), (layout,) = (
+            database.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
+        )
+        (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not (application or layout or tables):
+            header = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {LAYOUT};"
+            database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {header} COMMIT;")
+        elif application != APPLICATION:
+            raise UserError(f"store: {file}: a database of another program")
+        elif layout > LAYOUT:
+            raise UserError(
+                f"store: {file}: of layout {layout}; this program knows up to {LAYOUT}: use a newer one"
+            )
     except sqlite3.DatabaseError as error:
         raise UserError(f"store: {file}: cannot be read as a store's database ({error})") from None
     return database
-
-
-def _migrate(database: sqlite3.Connection, file: Path) -> None:
-    (layout,), (application,) = (database.execute(f"PRAGMA {name}").fetchone() for name in HEADER)
-    (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if application != APPLICATION and (tables or application or layout):
-        raise UserError(f"store: {file}: a database of another program")
-    if layout > len(MIGRATIONS):
-        raise UserError(
-            f"store: {file}: of layout {layout}; this program knows up to {len(MIGRATIONS)}: use a newer one"
-        )
-    for script in MIGRATIONS[layout:]:
-        layout += 1
-        header = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {layout};"
-        database.executescript(f"BEGIN IMMEDIATE; {script} {header} COMMIT;")
 
 
 @contextmanager

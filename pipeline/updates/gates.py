@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -13,8 +13,8 @@ from pipeline.model import LLM
 from pipeline.running.sharding import whole
 from pipeline.options import GateOptions
 
-BATCH = ("rewrite", "rephrase", "locality")
-WHOLE = ("earlier", "perplexity", "drift")  # of the model whole, whatever the batch
+OF_BATCH = ("rewrite", "rephrase", "locality")
+OF_MODEL = ("earlier", "perplexity", "drift")  # whatever the batch
 
 
 @dataclass(frozen=True)
@@ -43,36 +43,27 @@ class Figures:
     Attributes:
         metrics: of the batch, and perplexity.
         earlier: rewrite of earlier facts; None where there are none.
-        perplexity: as a multiple of the base model's.
+        perplexity_ratio: as a multiple of the base model's.
         drift: the largest change of an edited weight from the base, as a share of its norm.
     """
 
     metrics: Mapping[str, Estimate]
     earlier: float | None
-    perplexity: float
+    perplexity_ratio: float
     drift: float
 
-    def gates(self, options: GateOptions, names: Sequence[str] = BATCH + WHOLE) -> list[Gate]:
+    def gates(self, options: GateOptions, names: Sequence[str] = OF_BATCH + OF_MODEL) -> list[Gate]:
         """Those gates of the options that this can be held against."""
-        values = {name: self.metrics[name].mean for name in BATCH if name in self.metrics}
-        values |= {"perplexity": self.perplexity, "drift": self.drift}
+        values = {name: self.metrics[name].mean for name in OF_BATCH if name in self.metrics}
+        values |= {"perplexity": self.perplexity_ratio, "drift": self.drift}
         if self.earlier is not None:
             values["earlier"] = self.earlier
-        gates = []
-        for name in names:
-            bound = getattr(options, name)
-            if bound and name in values:  # 0 and null: not asked for
-                gates.append(Gate(name, values[name], bound, least=name in (*BATCH, "earlier")))
-        return gates
-
-    def as_json(self) -> dict[str, object]:
-        """For metrics.json."""
-        return {
-            "metrics": {name: asdict(estimate) for name, estimate in self.metrics.items()},
-            "earlier": self.earlier,
-            "perplexity_ratio": self.perplexity,
-            "drift": self.drift,
-        }
+        bounds = {name: getattr(options, name) for name in names if name in values}
+        return [
+            Gate(name, values[name], bound, least=name in (*OF_BATCH, "earlier"))
+            for name, bound in bounds.items()
+            if bound  # 0 and null: not asked for
+        ]
 
 
 @torch.no_grad()
@@ -85,6 +76,6 @@ def drift(llm: LLM, update: WeightUpdate | None) -> float:
     return max(shares)
 
 
-def failed(gates: Sequence[Gate]) -> str:
+def missed(gates: Sequence[Gate]) -> str:
     """The gates that are not passed, in words; empty when all are."""
     return ", ".join(str(gate) for gate in gates if not gate.passed)

@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from pipeline.editing import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.model import LLM, generate
 from pipeline.options import TrainerOptions
 from pipeline.updates.store import CURRENT
-from pipeline.updates.versions import BASE, VERSIONS, Manifest, read_manifest, read_tensors
+from pipeline.updates.versions import BASE, VERSIONS, load_weights, version_folder
 
 LINK = re.compile(rf"{VERSIONS}/(\d{{4,9}})")
 
@@ -53,7 +51,7 @@ class LiveModel:
         self.store = Path(store)
         self.llm = llm
         self.version = BASE
-        self._base: dict[str, Tensor] = {}
+        self._undo: WeightUpdate | None = None  # back to the base model
         self._swapping = threading.RLock()
         self.follow()
 
@@ -67,12 +65,14 @@ class LiveModel:
             UserError: when the version is not one of this base model, or damaged.
         """
         while (version := self._current()) != self.version:  # again, where it moved on meanwhile
-            folder = self.store / VERSIONS / f"{version:04d}"
-            manifest = read_manifest(folder)
-            self._check(manifest, folder)
-            tensors = read_tensors(folder, manifest)
+            update = load_weights(self.store, version)
+            if update:
+                folder = version_folder(self.store, version)
+                self.llm.check_made_for(f"version: {folder}", update.model, update.fingerprint)
             with self._swapping:
-                self._swap(tensors)
+                if self._undo:
+                    self._undo.apply(self.llm)
+                self._undo = update.apply(self.llm) if update else None
                 self.version = version
         return version
 
@@ -99,18 +99,3 @@ class LiveModel:
         if not found:
             raise UserError(f"store: {link}: leads to {link.readlink()}; expected a version of this store")
         return int(found[1])
-
-    def _check(self, manifest: Manifest, folder: Path) -> None:
-        if manifest.version != BASE:  # version 0 is any base, unchanged
-            self.llm.check_made_for(f"version: {folder}", manifest.model, manifest.fingerprint)
-
-    @torch.no_grad()
-    def _swap(self, tensors: dict[str, Tensor]) -> None:
-        parameters = dict(self.llm.model.named_parameters())
-        unknown = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
-        if unknown:
-            raise UserError(f"version: {unknown[0]}: no such weight, or of another shape, in {self.llm.name}")
-        for name in tensors.keys() - self._base.keys():
-            self._base[name] = parameters[name].detach().clone()
-        for name, base in self._base.items():
-            parameters[name].copy_(tensors.get(name, base))

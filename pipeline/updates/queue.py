@@ -1,76 +1,188 @@
-"""The queue: what is due goes out, the newest request of each fact alone."""
+"""The queue: what is submitted is kept once, and what is due goes out, the newest request of each fact alone."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
-from pipeline.requests import EditRequest
+from pipeline.editing.columns import owner
+from pipeline.requests import EditRequest, stream_requests
 from pipeline.updates.database import transaction
 from pipeline.updates.store import Store
 
+Contradiction = tuple[int, int]  # two requests about one fact: the older's number, and the newer's, which wins
 
-class Queued(NamedTuple):
-    """A request of the store, by its number there; its id is told apart from other files' by it."""
-
-    number: int
-    request: EditRequest
-
-
-class Contradiction(NamedTuple):
-    """Two requests about one fact: the older gives way to the newer."""
-
-    older: int
-    newer: int
+# Requests come into a table of this connection first, so that a long file keeps no other writer waiting.
+INCOMING = (
+    "CREATE TEMP TABLE IF NOT EXISTS incoming (place INTEGER PRIMARY KEY, id, source, content, digest, fact)",
+    "DELETE FROM temp.incoming",
+)
 
 
-class Taken(NamedTuple):
-    """A batch taken from the queue.
+@dataclass(frozen=True)
+class Submitted:
+    """What came of a submission.
 
     Attributes:
-        batch: its number.
-        requests: what is to be applied.
-        superseded: which due requests gave way.
+        queued: how many requests are new.
+        again: how many were queued anew.
+        known: how many were in the store already, and stay as they are.
+        left: how many of those are out of it: held back, superseded or retracted.
+        superseded: which queued requests gave way.
+        changing: how many change a fact that a version holds already.
     """
 
-    batch: int
-    requests: list[Queued]
+    queued: int
+    again: int
+    known: int
+    left: int
+    superseded: list[Contradiction]
+    changing: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests taken from the queue, their ids beginning with their numbers, and which due ones gave way."""
+
+    number: int
+    requests: list[EditRequest]
     superseded: list[Contradiction]
 
 
-def take(store: Store, most: int) -> Taken | None:
+def submit(
+    store: Store, file: str | Path, source: str | None = None, not_before: float = 0.0, again: bool = False
+) -> Submitted:
+    """Put a file's requests into the queue: all of them, or none when one is wrong.
+
+    A request is known by what it asks for: the same one twice adds nothing, whatever file, id or source it has.
+
+    Args:
+        store: the store.
+        file: as for `load_requests`.
+        source: where they come from, in place of what the file says.
+        not_before: seconds since 1970 before which they stay in the queue.
+        again: queue those anew that are known and were held back, superseded or retracted.
+
+    Raises:
+        UserError: when the file or one of its requests is wrong.
+    """
+    with transaction(store.database, alone=False) as database:
+        for statement in INCOMING:
+            database.execute(statement)
+        database.executemany(
+            "INSERT INTO temp.incoming (id, source, content, digest, fact) VALUES (?, ?, ?, ?, ?)",
+            _rows(file, source),
+        )
+    with transaction(store.database):
+        return _enqueue(store, str(file), not_before, again)
+
+
+def _rows(file: str | Path, source: str | None) -> Iterator[tuple[str, str | None, str, bytes, int]]:
+    for request in stream_requests(file):
+        content = request.model_dump_json(exclude={"id", "source"}, exclude_defaults=True)
+        digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
+        yield request.id, source or request.source, content, digest, owner(request)
+
+
+def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitted:
+    """Inside a transaction: move what came in into the queue."""
+    database, now, first = store.database, store.clock(), int(store.about("next"))
+    submission = database.execute("INSERT INTO submissions (at, file) VALUES (?, ?)", (now, file)).lastrowid
+    effective = max(now, not_before)
+    queued = database.execute(
+        "INSERT OR IGNORE INTO requests "
+        "(number, id, source, content, digest, fact, submission, not_before, effective, position) "
+        "SELECT :first + row_number() OVER (ORDER BY place), id, source, content, digest, fact, :submission, "
+        ":not_before, :effective, :first + row_number() OVER (ORDER BY place) FROM temp.incoming i "
+        "WHERE NOT EXISTS (SELECT 1 FROM requests r WHERE r.digest = i.digest)",
+        {"first": first - 1, "submission": submission, "not_before": not_before, "effective": effective},
+    ).rowcount
+    (distinct,) = database.execute("SELECT count(DISTINCT digest) FROM temp.incoming").fetchone()
+    (newest,) = database.execute("SELECT max(number) FROM requests").fetchone()
+    store.set_about("next", max(first, newest + 1))
+    left = _left(store)
+    if again:
+        for number in left:
+            _requeue(store, number, file, not_before, effective)
+    requeued = len(left) if again else 0
+    store.note_event("submitted", file=file, queued=queued, first=first, again=requeued)
+    return Submitted(
+        queued=queued,
+        again=requeued,
+        known=distinct - queued - requeued,
+        left=len(left) - requeued,
+        superseded=_settle(store) if not_before <= time.time() else [],
+        changing=_changing(store),
+    )
+
+
+def _left(store: Store) -> list[int]:
+    """Numbers of what came in that the store knows, but that is neither in line nor in force."""
+    rows = store.database.execute(
+        "SELECT r.number FROM temp.incoming i JOIN requests r USING (digest) "
+        "WHERE r.state IN ('held back', 'superseded', 'retracted') GROUP BY r.number ORDER BY min(i.place)"
+    )
+    return [number for (number,) in rows]
+
+
+def _requeue(store: Store, number: int, file: str, not_before: float, effective: float) -> None:
+    position = int(store.about("next"))
+    store.set_about("next", position + 1)
+    store.set_state(
+        number, "queued", event="queued again", reason=file,
+        batch=None, not_before=not_before, effective=effective, position=position,
+    )  # fmt: skip
+
+
+def _settle(store: Store) -> list[Contradiction]:
+    """Of due requests about facts that have just come in, all but the newest give way."""
+    pairs = store.database.execute(
+        "SELECT o.number, n.number, max(n.position) FROM temp.incoming i JOIN requests n USING (digest) "
+        "JOIN requests o ON o.fact = n.fact WHERE n.state = 'queued' AND o.state = 'queued' AND o.not_before <= ? "
+        "AND (o.effective, o.position) < (n.effective, n.position) GROUP BY o.number",
+        (time.time(),),
+    ).fetchall()
+    return [_supersede(store, older, newer) for older, newer, _ in pairs]
+
+
+def _changing(store: Store) -> int:
+    """How many of the requests that came in are about a fact that a version holds already."""
+    (count,) = store.database.execute(
+        "SELECT count(*) FROM temp.incoming i JOIN requests n USING (digest) WHERE n.state = 'queued' "
+        "AND EXISTS (SELECT 1 FROM requests a WHERE a.fact = n.fact AND a.state = 'applied')"
+    ).fetchone()
+    return int(count)
+
+
+def take(store: Store, most: int) -> Batch | None:
     """Take the next batch of what is due; None when nothing is.
 
     Of due requests about one fact the newest is taken and the others are superseded, as is a due one that is older
     than what is applied.
     """
-    with transaction(store.database) as database:
-        superseded = []
+    superseded: list[Contradiction] = []
+    with transaction(store.database):
         while rows := due(store, most):
-            pairs = [pair for row in rows if (pair := _outdone(store, row))]
-            superseded += [supersede(store, *pair) for pair in pairs]
+            pairs = [(row["number"], newer) for row in rows if (newer := _newer(store, row))]
             if not pairs:
                 break
+            superseded += [_supersede(store, *pair) for pair in pairs]
         if not rows:
             return None
-        batch = database.execute(
-            "INSERT INTO batches (started, parent) VALUES (?, ?)", (store.clock(), store.current)
-        ).lastrowid
-        assert batch is not None
-        numbers = [row["number"] for row in rows]
-        database.executemany(
-            "UPDATE requests SET state = 'taken', batch = ? WHERE number = ?", [(batch, n) for n in numbers]
-        )
-        for number in numbers:
-            store.tell("taken", request=number, batch=batch)
-    return Taken(batch, [queued(row) for row in rows], superseded)
+        batch = store.open_batch(store.current)
+        for row in rows:
+            store.set_state(row["number"], "taken", batch=batch)
+    return Batch(batch, [_request(row) for row in rows], superseded)
 
 
-def peek(store: Store, most: int) -> list[Queued]:
+def peek(store: Store, most: int) -> list[EditRequest]:
     """The next batch as `take` would take it, left where it is."""
-    return [queued(row) for row in due(store, most) if not _outdone(store, row)]
+    return [_request(row) for row in due(store, most) if not _newer(store, row)]
 
 
 def due(store: Store, most: int) -> list[sqlite3.Row]:
@@ -81,27 +193,29 @@ def due(store: Store, most: int) -> list[sqlite3.Row]:
     ).fetchall()
 
 
-def _outdone(store: Store, row: sqlite3.Row) -> Contradiction | None:
-    """A newer request about the same fact, due or applied; None when this one is the newest."""
+def _newer(store: Store, row: sqlite3.Row) -> int | None:
+    """The number of the newest request about the same fact, due or applied; None when it is this one."""
     newer = store.database.execute(
         "SELECT number FROM requests WHERE fact = ? "
         "AND (state = 'queued' AND not_before <= ? OR state = 'applied') "
         "AND (effective, position) > (?, ?) ORDER BY effective DESC, position DESC LIMIT 1",
         (row["fact"], time.time(), row["effective"], row["position"]),
     ).fetchone()
-    return Contradiction(row["number"], newer[0]) if newer else None
+    return newer[0] if newer else None
 
 
-def queued(row: sqlite3.Row) -> Queued:
+def _supersede(store: Store, older: int, newer: int) -> Contradiction:
+    """Inside a transaction: a request gives way to a newer one about the same fact; both by number."""
+    store.set_state(older, "superseded", successor=newer)
+    return older, newer
+
+
+def _request(row: sqlite3.Row) -> EditRequest:
     """A row as the request that it holds; its id begins with its number, so that no two are alike."""
     fields = json.loads(row["content"]) | {"id": f"{row['number']}:{row['id']}", "source": row["source"]}
-    return Queued(row["number"], EditRequest.model_validate(fields))
+    return EditRequest.model_validate(fields)
 
 
-def supersede(store: Store, older: int, newer: int) -> Contradiction:
-    """Inside a transaction: a request gives way to a newer one about the same fact; both by number."""
-    store.database.execute(
-        "UPDATE requests SET state = 'superseded', successor = ? WHERE number = ?", (newer, older)
-    )
-    store.tell("superseded", request=older, by=newer)
-    return Contradiction(older, newer)
+def number_of(request: EditRequest) -> int:
+    """The number in the store of a request that `take` gave."""
+    return int(request.id.partition(":")[0])

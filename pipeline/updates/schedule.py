@@ -1,4 +1,4 @@
-"""The schedule: an update at set times, by APScheduler; one that fails is told, and the next one comes."""
+"""The schedule: an update at set times, by APScheduler's triggers; one that fails does not end it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
-from apscheduler.events import EVENT_JOB_MISSED
-from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
@@ -20,6 +19,7 @@ from pipeline.running.interrupts import interrupts
 from pipeline.options import seconds
 
 LATE = 3600  # seconds that a start may be late, after a machine slept, and still be made up for
+LOOKING = 1.0  # seconds between looks at the clock, which a sleeping machine moves
 
 
 class Stopping:
@@ -67,38 +67,44 @@ def trigger(cron: str | None, every: str | None) -> BaseTrigger:
 def run_schedule(
     work: Callable[[], Any], when: BaseTrigger, say: Callable[[str], Any], stopping: Stopping, at_once: bool = False
 ) -> None:
-    """Call `work` at every time of a trigger until the process is asked to end; one call at a time.
-
-    The scheduler's own thread only says that it is time: work is done in this thread, where signals arrive.
+    """Call `work` at every time of a trigger until the process is asked to end; times during a call are left out.
 
     Args:
-        work: an update; what it raises is told, and the schedule goes on.
+        work: an update; what it raises is reported, and the schedule goes on.
         when: the times.
         say: tells one line.
         stopping: asked between calls.
         at_once: whether the first call is now.
     """
-    due = threading.Event()
-    if at_once:
-        due.set()
-    scheduler = BackgroundScheduler(job_defaults={"coalesce": True, "misfire_grace_time": LATE})
-    scheduler.add_listener(
-        lambda _: say("the machine slept through a start; waiting for the next"), EVENT_JOB_MISSED
-    )
-    job = scheduler.add_job(due.set, when)
-    scheduler.start()
-    say(f"next update at {job.next_run_time:%Y-%m-%d %H:%M:%S}" if not at_once else "updating now, and as asked")
-    try:
-        while not stopping():
-            if not due.wait(timeout=0.2):
-                continue
-            due.clear()
+    due = _now() if at_once else _next(when, None)
+    say("updating now, and as asked" if at_once else f"next update at {due:%Y-%m-%d %H:%M:%S}")
+    while not stopping():
+        late = (_now() - due).total_seconds()
+        if late < 0:
+            stopping.asked.wait(min(-late, LOOKING))
+            continue
+        if late > LATE:
+            say("the machine slept through a start; waiting for the next")
+        else:
             _attempt(work, say)
-            if not stopping():
-                say(f"next update at {job.next_run_time:%Y-%m-%d %H:%M:%S}")
-    finally:
-        scheduler.shutdown(wait=False)
+        due = _next(when, due)
+        if not stopping():
+            say(f"next update at {due:%Y-%m-%d %H:%M:%S}")
     say("asked to end: ended between two batches")
+
+
+def _now() -> datetime:
+    return datetime.now().astimezone()
+
+
+def _next(when: BaseTrigger, last: datetime | None) -> datetime:
+    """The next time of a trigger that is still to come."""
+    time = when.get_next_fire_time(last, _now())
+    while time is not None and time <= _now():
+        time = when.get_next_fire_time(time, _now())
+    if time is None:
+        raise UserError("cron: names a time that never comes")
+    return time
 
 
 def _attempt(work: Callable[[], Any], say: Callable[[str], Any]) -> None:

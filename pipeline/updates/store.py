@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
 from pipeline.files import file_digest
 from pipeline.shipped import program
 from pipeline.updates.database import DATABASE, connect, transaction
-from pipeline.updates.locks import LockedError, locked
 from pipeline.updates.versions import (
     BASE,
     MANIFEST,
@@ -56,31 +57,32 @@ class Store:
 
     def __init__(self, folder: str | Path, model: str | None = None, make: bool = False) -> None:
         self.folder = Path(folder)
-        self._check_folder(model if make else None, make)
+        self._check_folder(make, bool(model))
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / OPENING_LOCK):
+        with FileLock(self.folder / OPENING_LOCK):
             self.database = connect(self.folder / DATABASE)
             if self.about("model") is None:
-                self._begin(_lasting(model or ""))
+                self._begin(_absolute(model or ""))
             self._point()
 
-    def _check_folder(self, model: str | None, make: bool) -> None:
-        there = self.folder.is_dir() and any(
-            path.name not in (OPENING_LOCK, VERSIONS) for path in self.folder.iterdir()
-        )
+    def _check_folder(self, make: bool, named: bool) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"store: {self.folder}: a file; expected a store's folder")
-        if there and not (self.folder / DATABASE).is_file():
+        if (self.folder / DATABASE).is_file():
+            return
+        if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {OPENING_LOCK, VERSIONS}:
             raise UserError(f"store: {self.folder}: no store: it holds other things, and no {DATABASE}")
-        if not there and not make:
+        if not make:
             raise UserError(f"store: {self.folder}: no such store; `{program()} submit` makes one")
-        if not there and not model:
+        self._check_named(named)
+
+    def _check_named(self, named: bool) -> None:
+        if not named:
             raise UserError(f"store: {self.folder}: new; name the model that it is for with --model")
 
     def _begin(self, model: str) -> None:
         """Make version 0, the base model as it is, and say whose store this is."""
-        if not model:
-            raise UserError(f"store: {self.folder}: new; name the model that it is for with --model")
+        self._check_named(bool(model))
         folder = version_folder(self.folder, BASE)
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed here
         write_version(self.folder, Manifest(version=BASE, parent=None, model=model, fingerprint=""))
@@ -123,7 +125,7 @@ class Store:
 
     def check_model(self, name: str | None) -> None:
         """Raise UserError when a model of this name is not the store's."""
-        if name is not None and _lasting(name) != self.model:
+        if name is not None and _absolute(name) != self.model:
             raise UserError(f"store: {self.folder}: made for model {self.model!r}, not for {name!r}")
 
     def check_fingerprint(self, name: str, fingerprint: str) -> None:
@@ -144,9 +146,14 @@ class Store:
         """The number of the version in force; 0 is the base model."""
         return int(self.about("current"))
 
+    @property
+    def newest(self) -> int:
+        """The number of the version that was made last."""
+        return int(self.database.execute("SELECT max(number) FROM versions").fetchone()[0])
+
     def point(self) -> None:
         """Set the link `current` to the version in force."""
-        with locked(self.folder / OPENING_LOCK):
+        with FileLock(self.folder / OPENING_LOCK):
             self._point()
 
     def _point(self) -> None:
@@ -167,47 +174,72 @@ class Store:
         Raises:
             BusyError: when another process is that one.
         """
+        lock = FileLock(self.folder / UPDATE_LOCK)
         try:
-            with locked(self.folder / UPDATE_LOCK, wait=False):
-                self._recover()
-                yield
-        except LockedError:
+            lock.acquire(blocking=False)
+        except Timeout:
             raise BusyError(f"store: {self.folder}: another update is at work on it") from None
+        try:
+            self._recover()
+            yield
+        finally:
+            lock.release()
 
     def _recover(self) -> None:
         """Requests that a dead update had taken go back to the queue; what it had half written goes."""
         with transaction(self.database) as database:
-            dead = [row[0] for row in database.execute("SELECT number FROM batches WHERE outcome = 'open'")]
-            for batch in dead:
+            for (batch,) in database.execute("SELECT number FROM batches WHERE outcome = 'open'").fetchall():
                 self.give_back(batch, "the update ended before it was done")
-        (newest,) = self.database.execute("SELECT max(number) FROM versions").fetchone()
-        remove_unfinished(self.folder, newest)
+        remove_unfinished(self.folder, self.newest)
         self.point()
 
-    def give_back(self, batch: int, why: str) -> None:
-        """Inside a transaction: what a batch had taken and not finished is in the queue again, where it was."""
+    # inside a transaction
+
+    def open_batch(self, parent: int) -> int:
+        """A new batch on top of a version; returns its number."""
         rows = self.database.execute(
-            "UPDATE requests SET state = 'queued', batch = NULL WHERE batch = ? AND state = 'taken' "
-            "RETURNING number",
-            (batch,),
-        ).fetchall()
-        for (number,) in rows:
-            self.tell("given back", request=number, batch=batch, reason=why)
-        self.database.execute(  # an interrupt may fall behind what ended it: then it stays as it ended
-            "UPDATE batches SET outcome = 'given back' WHERE number = ? AND outcome = 'open'", (batch,)
+            "INSERT INTO batches (started, parent) VALUES (?, ?) RETURNING number", (self.clock(), parent)
+        )
+        return int(rows.fetchall()[0][0])
+
+    def end_batch(self, batch: int, outcome: str, version: int | None = None) -> None:
+        """Note what came of a batch; one that has ended stays as it ended."""
+        self.database.execute(
+            "UPDATE batches SET outcome = ?, version = ? WHERE number = ? AND outcome = 'open'",
+            (outcome, version, batch),
         )
 
-    # time and events
+    def give_back(self, batch: int, reason: str) -> None:
+        """What a batch had taken and not finished is in the queue again, where it was."""
+        rows = self.database.execute("SELECT number FROM requests WHERE batch = ? AND state = 'taken'", (batch,))
+        for (number,) in rows.fetchall():
+            self.set_state(number, "queued", event="given back", batch=None, reason=reason)
+        self.end_batch(batch, "given back")
 
-    def clock(self) -> float:
-        """Seconds since 1970, never less than what was told before, even when the machine's clock goes back."""
-        return max(time.time(), float(self.about("clock") or 0))
+    def set_state(
+        self, request: int, state: str, only: Collection[str] = (), event: str | None = None, **columns: Any
+    ) -> None:
+        """Give a request a state, and note it as an event.
 
-    def behind(self) -> float:
-        """Seconds that the machine's clock is behind the store's."""
-        return max(0.0, float(self.about("clock") or 0) - time.time())
+        Args:
+            request: its number.
+            state: the new state.
+            only: nothing is done unless it is in one of these; none: any.
+            event: the event's name where it is not the state's.
+            columns: others to be set; version, successor, reason and figures are empty unless they are given.
+        """
+        columns = dict.fromkeys(("version", "successor", "reason", "figures")) | {"state": state} | columns
+        changed = self.database.execute(
+            f"UPDATE requests SET {', '.join(f'{name} = ?' for name in columns)} WHERE number = ?"
+            + (f" AND state IN ({', '.join('?' * len(only))})" if only else ""),
+            (*columns.values(), request, *only),
+        ).rowcount
+        if changed:
+            batch, version = columns.get("batch"), columns["version"]
+            detail = {"by": columns["successor"], "reason": columns["reason"]}
+            self.note_event(event or state, request=request, batch=batch, version=version, **detail)
 
-    def tell(
+    def note_event(
         self,
         what: str,
         request: int | None = None,
@@ -215,16 +247,26 @@ class Store:
         version: int | None = None,
         **detail: str | int | None,
     ) -> None:
-        """Inside a transaction: note what happened, for `history`; details that are None are left out."""
-        told = {name: value for name, value in detail.items() if value is not None}
+        """Note what happened, for `history`; details that are None are left out."""
+        known = {name: value for name, value in detail.items() if value is not None}
         at = self.clock()
         self.database.execute(
             "INSERT INTO events (at, what, request, batch, version, detail) VALUES (?, ?, ?, ?, ?, ?)",
-            (at, what, request, batch, version, json.dumps(told, ensure_ascii=False) if told else None),
+            (at, what, request, batch, version, json.dumps(known, ensure_ascii=False) if known else None),
         )
         self.set_about("clock", at)
 
+    # time
 
-def _lasting(name: str) -> str:
+    def clock(self) -> float:
+        """Seconds since 1970, never less than what was noted before, even when the machine's clock goes back."""
+        return max(time.time(), float(self.about("clock") or 0))
+
+    def behind(self) -> float:
+        """Seconds that the machine's clock is behind the store's."""
+        return max(0.0, float(self.about("clock") or 0) - time.time())
+
+
+def _absolute(name: str) -> str:
     """A model's name that means the same from any working folder."""
     return str(Path(name).resolve()) if name != BUNDLED and name and Path(name).exists() else name

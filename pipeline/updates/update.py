@@ -1,62 +1,48 @@
-"""The update: take what is due, edit it on top of the version in force, prove it, publish it or hold it back."""
+"""Making versions: what is due is edited on top of the version in force, proved, and published or held back.
+
+A retraction makes one as well: its fact is edited back, and what it took the place of stays as it is.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.attribution import GoldenProfile, find_golden_layer
+from pipeline.attribution.old_answers import with_old_answers
 from pipeline.attribution.profile import PROFILE_FILE
-from pipeline.editing import choose_layers
+from pipeline.editing import WeightUpdate, can_leave_out, choose_layers, edit, leave_out
+from pipeline.errors import UserError
+from pipeline.evaluation.plan import KINDS
 from pipeline.model import LLM
-from pipeline.options import ProvingOptions, UpdateCommand
+from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests import EditRequest
-from pipeline.updates.batch import Outcome, work_through
 from pipeline.updates.database import transaction
-from pipeline.updates.lineage import check_number
-from pipeline.updates.prover import Ground
-from pipeline.updates.publish import Change, OvertakenError, hold_back, publish
-from pipeline.updates.queue import Contradiction, peek, take
+from pipeline.updates.gates import OF_MODEL, missed
+from pipeline.updates.history import find
+from pipeline.updates.lineage import check_number, hold_back, publish
+from pipeline.updates.proving import BaseVersion, BatchResult, Trial, split_by_fit
+from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
 from pipeline.updates.versions import load_version
 
 PROXY = 128  # requests that find the golden layer, at most
 
 
-class Worked(NamedTuple):
-    """A batch that was worked through.
-
-    Attributes:
-        version: what was published; None when nothing was.
-        outcome: what came of it.
-        superseded: which requests gave way to newer ones.
-        overtaken: whether another version became current meanwhile, so that nothing was published.
-    """
-
-    version: int | None
-    outcome: Outcome
-    superseded: list[Contradiction]
-    overtaken: bool = False
-
-
 def update(
     store: Store,
     options: UpdateCommand,
     load: Callable[[str], LLM],
-    told: Callable[[Worked], Any] = lambda _: None,
+    report: Callable[[BatchResult], Any] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
-) -> list[Worked]:
+) -> list[BatchResult]:
     """Work through everything that is due, a version a batch.
 
     Args:
         store: the store.
         options: how.
         load: loads the base model by its name; not called when nothing is due.
-        told: called after each batch.
+        report: called with what came of each batch.
         stopping: asked before each batch.
 
     Raises:
@@ -66,68 +52,127 @@ def update(
     if not store.about("fingerprint"):
         store.check_model(options.model)
     if options.dry_run:
-        return _rehearse(store, options, load, told)
-    worked: list[Worked] = []
+        return _rehearse(store, options, load, report)
+    llm, results = None, []
     with store.updating():
-        llm = None
-        while not stopping() and (taken := take(store, options.batch)):
+        while not stopping() and (batch := take(store, options.batch)):
             try:
-                llm = llm or _loaded(store, options, load)
-                ground = ground_of(store, options)
-                where = partial(golden_profile, store, llm, options=options)
-                outcome = work_through(llm, ground, taken.requests, where, options)
-                version, superseded = _finish(store, taken.batch, ground, outcome, options)
-            except OvertakenError:
-                _give_back(store, taken.batch, "another version became current meanwhile")
-                worked.append(Worked(None, outcome, taken.superseded, overtaken=True))
-                told(worked[-1])
-                break
+                llm = llm or load_base(store, options, load)
+                base = base_version(store)
+                result, profile = _edit_and_prove(store, llm, base, batch.requests, options)
+                if result.update:
+                    publish(store, batch.number, base.number, result, profile)
+                else:
+                    hold_back(store, batch.number, result.held)
             except BaseException as error:
-                _give_back(store, taken.batch, " ".join(str(error).split()) or type(error).__name__)
+                with transaction(store.database):
+                    store.give_back(batch.number, " ".join(str(error).split()) or type(error).__name__)
                 raise
-            worked.append(Worked(version, outcome, [*taken.superseded, *superseded]))
-            told(worked[-1])
-    return worked
+            result.superseded = [*batch.superseded, *result.superseded]
+            results.append(result)
+            report(result)
+            if result.overtaken:
+                break
+    return results
 
 
-def _loaded(store: Store, options: ProvingOptions, load: Callable[[str], LLM]) -> LLM:
+def _rehearse(
+    store: Store, options: UpdateCommand, load: Callable[[str], LLM], report: Callable[[BatchResult], Any]
+) -> list[BatchResult]:
+    """The next batch as it would be, without a change to the store."""
+    batch = peek(store, options.batch)
+    if not batch:
+        return []
+    llm = load_base(store, options, load)
+    result, _ = _edit_and_prove(store, llm, base_version(store), batch, options, keep=False)
+    report(result)
+    return [result]
+
+
+def _edit_and_prove(
+    store: Store, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions,
+    keep: bool = True,
+) -> tuple[BatchResult, GoldenProfile | None]:  # fmt: skip
+    """What comes of a batch, and where it was edited: None when nothing in it can be."""
+    fitting, held = split_by_fit(llm, batch, options)
+    if not fitting:
+        return BatchResult(held=held), None
+    profile = golden_profile(store, llm, fitting, options, keep)
+    result = Trial(llm, base, fitting, options).edit_and_prove(profile)
+    result.held = [*held, *result.held]
+    return result, profile
+
+
+def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -> BatchResult:
+    """Take a request out: out of the queue, or out of the version in force.
+
+    Locate-then-edit leaves it out exactly: the layer is solved for anew without it. Other methods edit its prompt
+    back to the old answer.
+
+    Returns:
+        the version without it and its figures; nothing when the request was in the queue only.
+
+    Raises:
+        UserError: when there is no such request, it is neither in line nor in force, another update is at work, or
+            the version without it would miss a gate.
+    """
+    find(store, options.request)  # a wrong name is refused before the lock is waited for
+    with store.updating():
+        with transaction(store.database):
+            number, state = find(store, options.request)
+            if state == "queued":
+                store.set_state(number, "retracted")
+                return BatchResult()
+        if state != "applied":
+            raise UserError(f"retract: request {number} is {state}; only one that is queued or applied can go")
+        return _edit_back(store, load_base(store, options, load), number, options)
+
+
+def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> BatchResult:
+    base = base_version(store)
+    assert base.update
+    request = next(one for one in base.update.requests if number_of(one) == number)
+    trial = Trial(llm, base, [request], options)
+    with trial.timed("edit"):
+        without = _without(store, llm, base.update, request, options)
+    after = trial.measure(without, [0], KINDS)
+    gates = after.gates(options.gates, OF_MODEL)
+    if problem := missed(gates):
+        raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
+    result = BatchResult(update=without, before=trial.before, after=after, gates=gates, seconds=trial.seconds)
+    profile = golden_profile(store, llm, [request], options)
+    with transaction(store.database):
+        batch = store.open_batch(base.number)
+    publish(store, batch, base.number, result, profile, retracted=[number])
+    if result.overtaken:
+        raise UserError("retract: another version became current meanwhile; nothing was published")
+    return result
+
+
+def _without(
+    store: Store, llm: LLM, held: WeightUpdate, request: EditRequest, options: RetractCommand
+) -> WeightUpdate:
+    """The version in force without a request."""
+    if can_leave_out(llm, held, [request], options.edit.method):
+        return leave_out(llm, held, [request], options.edit, options.one_device, options.seed)
+    (answered,) = with_old_answers(llm, [request], options.attribution, options.one_device)
+    back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
+    profile = golden_profile(store, llm, [back], options)
+    return edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=held)
+
+
+def load_base(store: Store, options: ProvingOptions, load: Callable[[str], LLM]) -> LLM:
+    """Load the base model, and see that it is the store's."""
     name = options.model or store.model
     llm = load(name)
     store.check_fingerprint(name, llm.fingerprint)
     return llm
 
 
-def _rehearse(
-    store: Store, options: UpdateCommand, load: Callable[[str], LLM], told: Callable[[Worked], Any]
-) -> list[Worked]:
-    """The next batch as it would be, without a change to the store."""
-    batch = peek(store, options.batch)
-    if not batch:
-        return []
-    llm = _loaded(store, options, load)
-    where = partial(golden_profile, store, llm, options=options, keep=False)
-    worked = Worked(None, work_through(llm, ground_of(store, options), batch, where, options), [])
-    told(worked)
-    return [worked]
-
-
-def _give_back(store: Store, batch: int, why: str) -> None:
-    with transaction(store.database):
-        store.give_back(batch, why)
-
-
-def ground_of(store: Store, options: ProvingOptions) -> Ground:
-    """What candidates stand on: the version in force, its files checked."""
+def base_version(store: Store) -> BaseVersion:
+    """The version in force, its files checked."""
     version = store.current
-    update = load_version(store.folder, version, check_number(store, version))
-    return Ground(version, update, store.about(_perplexity_name(options)))
-
-
-def _perplexity_name(options: ProvingOptions) -> str:
-    """What the store knows the base's perplexity by: it is that of one text."""
-    file = options.evaluation.text
-    text = Path(file).read_bytes() if file and Path(file).is_file() else b""
-    return f"perplexity {hashlib.sha256(text).hexdigest()[:16]}"
+    return BaseVersion(version, load_version(store.folder, version, check_number(store, version)))
 
 
 def golden_profile(
@@ -148,42 +193,3 @@ def golden_profile(
     if keep:
         profile.save(store.folder)
     return profile
-
-
-def _finish(
-    store: Store,
-    batch: int,
-    ground: Ground,
-    outcome: Outcome,
-    options: ProvingOptions,
-) -> tuple[int | None, list[Contradiction]]:
-    """Publish what was accepted; hold back the rest."""
-    if outcome.perplexity:
-        store.set_about(_perplexity_name(options), outcome.perplexity)
-    if outcome.update is None or not outcome.applied:
-        hold_back(store, batch, outcome.held)
-        return None, []
-    change = Change(applied=[one.number for one in outcome.applied])
-    metrics = figures_of(outcome, len(outcome.update.requests))
-    return publish(store, batch, ground.version, change, outcome.held, outcome.update, outcome.profile, metrics)
-
-
-def figures_of(outcome: Outcome, facts: int, retracted: int = 0) -> dict[str, Any]:
-    """A version's metrics.json."""
-    assert outcome.update and outcome.before and outcome.after
-    return {
-        "made": time.time(),
-        "method": outcome.update.method,
-        "layers": outcome.update.layers,
-        "applied": len(outcome.applied),
-        "held_back": len(outcome.held),
-        "retracted": retracted,
-        "facts": facts,
-        "before": outcome.before.as_json(),
-        "after": outcome.after.as_json(),
-        "gates": [
-            {"name": g.name, "value": g.value, "bound": g.bound, "least": g.least, "passed": g.passed}
-            for g in outcome.gates
-        ],
-        "seconds": outcome.seconds,
-    }

@@ -15,12 +15,10 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load as tensors_from_bytes
-from torch import Tensor
 
 from pipeline.editing import WeightUpdate
 from pipeline.editing.update import TENSORS_FILE
@@ -30,7 +28,8 @@ from pipeline.files import file_digest
 BASE = 0
 VERSIONS, MANIFEST = "versions", "manifest.json"
 NAME = re.compile(r"\d{4,9}")
-FILE_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")  # also in a folder of such a name
+PART = r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
+FileName = Annotated[str, Field(pattern=f"^{PART}(/{PART})?$")]  # no name leads out of the folder
 
 
 class Manifest(BaseModel):
@@ -48,7 +47,7 @@ class Manifest(BaseModel):
     parent: int | None
     model: str
     fingerprint: str
-    files: dict[str, str] = {}
+    files: dict[FileName, str] = {}
 
 
 def version_folder(store: Path, number: int) -> Path:
@@ -105,7 +104,7 @@ def read_manifest(folder: Path) -> Manifest:
     """A version's manifest.
 
     Raises:
-        UserError: when there is none, or it was changed.
+        UserError: when there is none, it was changed, or it names a file that is not in the folder.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -126,10 +125,8 @@ def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:
     """A version's file, whose bytes are those that the manifest knows.
 
     Raises:
-        UserError: when the file is missing, changed, or its name leads out of the folder.
+        UserError: when the file is missing or changed.
     """
-    if not all(FILE_NAME.fullmatch(part) for part in name.split("/")) or name.count("/") > 1:
-        raise UserError(f"version: {folder}: {name!r} is no name of a version's file")
     path = folder / name
     if not path.is_file() or path.is_symlink():
         raise UserError(f"version: {path}: missing")
@@ -139,18 +136,8 @@ def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:
     return content
 
 
-def read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The tensors that a version changes, full and by name; none for the base."""
-    if manifest.version == BASE:
-        return {}
-    try:
-        return tensors_from_bytes(read_file(folder, manifest, TENSORS_FILE))
-    except SafetensorError as error:
-        raise UserError(f"version: {folder / TENSORS_FILE}: damaged: {error}") from None
-
-
-def check_version(store: Path, number: int, digest: str) -> Manifest:
-    """A version's manifest, after all of its files were read and found as they were written.
+def check_version(store: Path, number: int, digest: str) -> None:
+    """See that all of a version's files are as they were written.
 
     Args:
         store: the store's folder.
@@ -169,7 +156,6 @@ def check_version(store: Path, number: int, digest: str) -> Manifest:
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     if strange := sorted(there - {*manifest.files, MANIFEST}):
         raise UserError(f"version: {folder / strange[0]}: not of this version")
-    return manifest
 
 
 def load_version(store: Path, number: int, digest: str) -> WeightUpdate | None:
@@ -182,11 +168,20 @@ def load_version(store: Path, number: int, digest: str) -> WeightUpdate | None:
     return WeightUpdate.load(version_folder(store, number)) if number != BASE else None
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """A version's figures."""
+def load_weights(store: Path, number: int) -> WeightUpdate | None:
+    """As `load_version` without what later edits need; the database and the other files are not looked at."""
+    folder = version_folder(store, number)
     manifest = read_manifest(folder)
-    figures: dict[str, Any] = json.loads(read_file(folder, manifest, "metrics.json"))
-    return figures
+    if number == BASE:
+        return None
+    tensors = tensors_from_bytes(read_file(folder, manifest, TENSORS_FILE))
+    return WeightUpdate(manifest.model, manifest.fingerprint, "version", [], tensors)
+
+
+def read_metrics(store: Path, number: int) -> dict[str, Any]:
+    """A version's figures; UserError when they are missing or changed."""
+    folder = version_folder(store, number)
+    return dict(json.loads(read_file(folder, read_manifest(folder), "metrics.json")))
 
 
 def text_digest(text: str) -> str:

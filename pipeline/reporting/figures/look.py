@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -43,19 +45,19 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def look(height: float, title: str, told: str = "", width: float = WIDTH) -> Iterator[Figure]:
+def look(height: float, title: str, caption: str = "", width: float = WIDTH) -> Iterator[Figure]:
     """A figure in the project's look; made without pyplot, so that it needs no display.
 
     Args:
         height: in inches, without the heading.
         title: what is seen, in a few words.
-        told: how to read it, in a sentence or two, under the title.
+        caption: how to read it, in a sentence or two, under the title.
         width: in inches.
     """
     titles = textwrap.wrap(title, int(width * 10))
-    lines = textwrap.wrap(told, int(width * 14.5))
+    lines = textwrap.wrap(caption, int(width * 14.5))
     with matplotlib.rc_context(STYLE):
-        below = 0.06 + 0.19 * len(titles)  # inches from the top to what is told
+        below = 0.06 + 0.19 * len(titles)  # inches from the top to the caption
         heading = below + 0.05 + 0.17 * len(lines)
         tall = height + heading
         figure = Figure(figsize=(width, tall), dpi=140, layout="constrained")
@@ -102,3 +104,34 @@ def legend_below(axes: Axes, columns: int = 5) -> None:
         handlelength=1.6,
         handletextpad=0.5,
     )
+
+
+def squares(
+    figure: Figure,
+    values_NL: np.ndarray,
+    blocks: Sequence[int],
+    golden: int,
+    model: str,
+    label: str,
+    **colors: Any,
+) -> tuple[Axes, Colorbar]:
+    """Requests by blocks, a square each, the golden layer's column framed.
+
+    Args:
+        figure: an empty one.
+        values_NL: what the squares' colours stand for.
+        blocks: the columns' numbers.
+        golden: the golden layer's column.
+        model: its name.
+        label: what the colours stand for.
+        colors: imshow's cmap, vmin and vmax.
+    """
+    axes = figure.subplots()
+    image = axes.imshow(values_NL, aspect="auto", interpolation="nearest", **colors)
+    for side in (golden - 0.5, golden + 0.5):
+        axes.axvline(side, color="white", linewidth=2.6)
+        axes.axvline(side, color=INK, linewidth=1.2)
+    block_axis(axes, blocks, model)
+    axes.set_ylabel("request")
+    whole_numbers(axes.yaxis)
+    return axes, figure.colorbar(image, ax=axes, label=label)

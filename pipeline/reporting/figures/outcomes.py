@@ -1,16 +1,19 @@
-"""What an edit came to, and what quality costs, method by method."""
+"""What came of it: an edit, before and after, and a store over its versions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.evaluation import Estimate, Evaluation
-from pipeline.reporting.figures.look import BLUE, GREY, INK, LINES, legend_below, look, short
+from pipeline.reporting.figures.look import BLUE, GOLD, GREY, INK, LINES, legend_below, look, short, ticks
 from pipeline.reporting.groups import IN_SHORT, SHARES, grouped, label
 
+CURVES = {"rewrite": BLUE, "rephrase": INK, "locality": INK}
 ROW = 0.215  # inches a metric
 MARKS = {"before": ("o", "white", GREY), "after": ("D", BLUE, BLUE)}  # shape, filling, interval
 
@@ -25,9 +28,9 @@ def metrics_figure(evaluation: Evaluation) -> Figure:
     count = max(estimate.count for estimate in evaluation.before.metrics.values())
     if "rewrite" in evaluation.before.metrics:
         count = evaluation.before.metrics["rewrite"].count
-    told = f"{count} {'request' if count == 1 else 'requests'}; bars: 95% bootstrap intervals."
+    caption = f"{count} {'request' if count == 1 else 'requests'}; bars: 95% bootstrap intervals."
     title = "What the edit changed" if evaluation.after else "What the model does"
-    with look(0.9 + ROW * rows, title, told) as figure:
+    with look(0.9 + ROW * rows, title, caption) as figure:
         axes = figure.subplots()
         place, places, names = 0, [], []
         for group, members in groups.items():
@@ -64,65 +67,64 @@ def _row(axes: Axes, place: int, sides: Mapping[str, Estimate]) -> None:
     axes.text(1.16, place, f"{means[-1]:.2f}".removeprefix("0"), ha="right", va="center", fontsize=9)
 
 
-QUALITIES = ("rewrite", "rephrase", "locality")
-
-
-def cost_figure(name: str, methods: Mapping[str, Mapping[str, float]], model: str) -> Figure:
-    """Quality against cost, a method a column at its cost.
+def months_figure(model: str, versions: Mapping[int, Mapping[str, Any]]) -> Figure:
+    """Quality, cost to the rest, and facts, version by version.
 
     Args:
-        name: what was edited.
-        methods: by method its `cost` and those of rewrite, rephrase and locality that were measured.
-        model: its name.
+        model: the store's.
+        versions: by number, ascending, its metrics.json.
     """
-    told = (
-        "Left: how good each method is, further right is better. Right: what it costs, the whole edit, in "
-        "plain batched forward passes of a request's prompt and new answer; the cheapest first."
+    last = list(versions.values())[-1]
+    caption = (
+        "Each version's figures on the requests it took in, as measured before it was published; earlier facts: "
+        "rewrite of a sample of those that stood already."
     )
-    rows = sorted(methods.items(), key=lambda item: item[1]["cost"])
-    places = range(len(rows))
-    title = f"Quality against cost: {short(name)}, {short(model)}"
-    with look(1.1 + 0.34 * len(rows), title, told) as figure:
-        shares, costs = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-        for quality, (_, shape), filling in zip(QUALITIES, LINES, (BLUE, "white", INK), strict=False):
-            points = [(figures[quality], place) for place, (_, figures) in enumerate(rows) if quality in figures]
-            if points:
-                x, y = zip(*points, strict=True)
-                shares.plot(x, y, shape, color=INK, markerfacecolor=filling, linestyle="none", label=quality)
-        shares.set_xlim(-0.04, 1.04)
-        shares.set_ylim(len(rows) - 0.4, -0.6)
-        shares.set_yticks(places, [short(method, 24) for method, _ in rows])
-        shares.grid(color=GREY, linewidth=0.4)
-        shares.set_axisbelow(True)
-        shares.set_xlabel("share, teacher-forced")
-        dearest = max(figures["cost"] for _, figures in rows)
-        for place, (_, figures) in enumerate(rows):
-            costs.barh(place, figures["cost"], 0.6, color=GREY, edgecolor=INK, linewidth=0.6)
-            costs.text(figures["cost"], place, f" {figures['cost']:.3g}", va="center", fontsize=9)
-        costs.set_xlim(0, 1.25 * dearest)
-        costs.set_xlabel("cost, passes")
-        legend_below(shares)
+    title = f"{_count(len(versions), 'update')} of {short(model)}: {_count(last['facts'], 'fact')}"
+    with look(3.5, title, caption, width=7.2) as figure:
+        panels = figure.subplot_mosaic([["quality", "perplexity"], ["quality", "requests"]], width_ratios=(6, 5))
+        quality, rest, counts = (panels[name] for name in ("quality", "perplexity", "requests"))
+        after = [figures["after"] for figures in versions.values()]
+        for (name, color), (line, shape) in zip(CURVES.items(), LINES, strict=False):
+            _curve(quality, [each["metrics"].get(name, {}).get("mean") for each in after], name, color, line, shape)
+        _curve(quality, [each["earlier"] for each in after], "earlier facts", GOLD, *LINES[3])
+        quality.set_ylim(-0.03, 1.06)
+        quality.set_ylabel("share")
+        _curve(rest, [each["perplexity_ratio"] for each in after], "", BLUE, *LINES[0])
+        rest.axhline(1, color=INK, linewidth=0.8)
+        rest.set_title("perplexity, × the base's")
+        rest.ticklabel_format(useOffset=False)
+        _requests(counts, list(versions.values()))
+        for axes in (quality, rest, counts):
+            ticks(axes, list(versions), most=10 if axes is quality else 6)
+            axes.set_xlim(-0.6, len(versions) - 0.4)
+        quality.set_xlabel("version")
+        counts.set_xlabel("version")
+        legend_below(quality)
+        counts.legend(fontsize=8, ncols=3, loc="upper right", columnspacing=1.0, handlelength=1.2)
     return figure
 
 
-def by_cost(results: Sequence[Mapping[str, object]]) -> dict[str, dict[str, dict[str, float]]]:
-    """A benchmark's figures by what was edited and by method, where the cost was measured with a quality.
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
-    Args:
-        results: rows of "name" (`what, method: figure`) and "value".
-    """
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in results:
-        measured, _, figure = str(row["name"]).rpartition(": ")
-        what, _, method = measured.rpartition(", ")
-        if what and isinstance(value := row["value"], float | int):
-            found.setdefault(what, {}).setdefault(method, {})[figure] = float(value)
-    usable = {
-        what: {
-            method: figures
-            for method, figures in methods.items()
-            if figures.get("cost", 0) > 0 and any(quality in figures for quality in QUALITIES)
-        }
-        for what, methods in found.items()
-    }
-    return {what: methods for what, methods in usable.items() if methods}
+
+def _curve(axes: Axes, values: Sequence[float | None], name: str, color: str, line: str, shape: str) -> None:
+    """One figure over the versions; a gap where it was not measured, nothing where it never was."""
+    shown = np.array([np.nan if value is None else value for value in values], dtype=float)
+    if np.isfinite(shown).any():
+        axes.plot(shown, color=color, linestyle=line, marker=shape, markersize=4.5, markeredgecolor=INK,
+                  markeredgewidth=0.5, label=name)  # fmt: skip
+
+
+def _requests(axes: Axes, versions: Sequence[Mapping[str, Any]]) -> None:
+    """What came in, what was held back, what was taken out."""
+    places, floor = np.arange(len(versions)), np.zeros(len(versions))
+    looks = {"applied": (BLUE, None), "held_back": ("white", "////"), "retracted": (GOLD, "....")}
+    for name, (color, hatch) in looks.items():
+        counts = np.array([each[name] for each in versions], dtype=float)
+        if counts.any():
+            axes.bar(places, counts, 0.8, floor, color=color, hatch=hatch, edgecolor=INK, linewidth=0.6,
+                     label=name.replace("_", " "))  # fmt: skip
+            floor += counts
+    axes.set_ylim(0, max(1.0, 1.45 * floor.max()))  # with room for the legend
+    axes.set_title("requests")

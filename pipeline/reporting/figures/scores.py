@@ -19,6 +19,7 @@ from pipeline.reporting.figures.look import (
     legend_below,
     look,
     short,
+    squares,
     whole_numbers,
 )
 
@@ -99,11 +100,11 @@ def stability_figure(profile: GoldenProfile) -> Figure:
     """How often each block is chosen when requests are resampled, and how that settles as they grow in number."""
     stability, golden = profile.stability, profile.golden_layers[0]
     assert stability
-    told = (
+    caption = (
         f"{stability.resamples} draws of the {profile.requests} requests, with replacement; each chooses a block. "
         "Below: draws of fewer requests; above a point the block that they choose most."
     )
-    with look(3.1, f"How sure is block {golden}? {stability.chosen[golden]:.0%}", told) as figure:
+    with look(3.1, f"How sure is block {golden}? {stability.chosen[golden]:.0%}", caption) as figure:
         shares, settling = figure.subplots(2, 1, height_ratios=(3, 2))
         blocks = range(len(stability.chosen))
         colors = [GOLD if block == golden else BLUE for block in blocks]
@@ -136,31 +137,20 @@ def agreement_figure(profile: GoldenProfile, scores: Scores) -> Figure:
     first_N = shown_NL[:, kept].argmin(axis=1)
     golden = profile.golden_layers[0]
     own = int((shown_NL[:, golden] == 1).sum())
-    told = (
+    caption = (
         f"Each row is a request's own ranking of the blocks{' inside the fences' if profile.fences else ''}; rows "
         f"stand in order of their own best block. Framed: block {golden}, the best for {own} of "
         f"{len(values_NL)} alone."
     )
     order_N = np.argsort([kept[place] for place in first_N], kind="stable")
-    with look(3.0, f"Do the requests agree on block {golden}?", told) as figure:
-        axes = figure.subplots()
-        squares = shown_NL[order_N]
-        image = axes.imshow(squares, aspect="auto", cmap=f"{SEQUENCE}_r", interpolation="nearest", vmin=1,
-                            vmax=max(2, len(kept)))  # fmt: skip
+    with look(3.0, f"Do the requests agree on block {golden}?", caption) as figure:
+        blocks = range(values_NL.shape[1])
+        axes, bar = squares(
+            figure, shown_NL[order_N], blocks, golden, profile.model, "place in the request's ranking",
+            cmap=f"{SEQUENCE}_r", vmin=1, vmax=max(2, len(kept)),
+        )  # fmt: skip
         for block in profile.excluded:
             axes.axvspan(block - 0.5, block + 0.5, facecolor="white", edgecolor=GREY, hatch="////", linewidth=0)
-        frame(axes, golden)
-        block_axis(axes, range(values_NL.shape[1]), profile.model)
-        axes.set_ylabel("request")
-        whole_numbers(axes.yaxis)
-        bar = figure.colorbar(image, ax=axes, label="place in the request's ranking")
         whole_numbers(bar.ax.yaxis)
         bar.ax.invert_yaxis()
     return figure
-
-
-def frame(axes: Axes, place: int) -> None:
-    """A frame around a column of squares."""
-    for side in (place - 0.5, place + 0.5):
-        axes.axvline(side, color="white", linewidth=2.6)
-        axes.axvline(side, color=INK, linewidth=1.2)

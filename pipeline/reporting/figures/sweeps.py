@@ -15,10 +15,10 @@ from pipeline.reporting.figures.look import (
     legend_below,
     look,
     short,
-    ticks,
+    squares,
     whole_numbers,
 )
-from pipeline.reporting.figures.scores import frame, selector_name
+from pipeline.reporting.figures.scores import selector_name
 from pipeline.study import Study
 from pipeline.study.questions import best_block
 from pipeline.study.sweep import JUDGED_BY
@@ -29,11 +29,11 @@ MOST_SELECTORS = 32  # characters of a selector's name
 def sweep_figure(study: Study, name: str, method: str) -> Figure:
     """What single edits come to, block by block: the mean of every figure, and of the score made of them."""
     grid, golden, best = study.grids[name][method], study.golden[name], best_block(study.grids[name][method])
-    told = (
+    caption = (
         f"Means of {len(grid.scores)} requests, each edited alone at each block. Score: mean of rewrite, rephrase "
         f"and locality. The golden layer, {golden}, was chosen from other requests without a trial."
     )
-    with look(3.4, f"Which block edits best? {short(name)}, {method}", told) as figure:
+    with look(3.4, f"Which block edits best? {short(name)}, {method}", caption) as figure:
         axes = figure.subplots()
         judged = [name for name in JUDGED_BY if name in grid.values and not np.isnan(grid.values[name]).all()]
         for metric, (line, shape) in zip(judged, LINES, strict=False):
@@ -62,20 +62,23 @@ def squares_figure(study: Study, name: str, method: str) -> Figure:
     grid, golden = study.grids[name][method], study.golden[name]
     order = np.argsort(-grid.scores.mean(1), kind="stable")
     scores = grid.scores[order]
-    told = (
+    caption = (
         "A square is one request edited alone at one block: brighter is better. Dot: the request's own best block. "
         f"Framed: the golden layer, {golden}. Rows: the easiest request first."
     )
-    with look(3.0, f"Does one block suit all? {short(name)}, {method}", told) as figure:
-        axes = figure.subplots()
-        image = axes.imshow(scores, aspect="auto", cmap=SEQUENCE, vmin=0, vmax=1, interpolation="nearest")
+    with look(3.0, f"Does one block suit all? {short(name)}, {method}", caption) as figure:
+        axes, _ = squares(
+            figure,
+            scores,
+            grid.blocks,
+            grid.blocks.index(golden),
+            study.model,
+            "score",
+            cmap=SEQUENCE,
+            vmin=0,
+            vmax=1,
+        )
         axes.scatter(scores.argmax(1), np.arange(len(scores)), s=11, color="white", edgecolors=INK, linewidths=0.6)
-        frame(axes, grid.blocks.index(golden))
-        ticks(axes, grid.blocks)
-        axes.set_xlabel(f"block of {short(study.model)}")
-        axes.set_ylabel("request")
-        whole_numbers(axes.yaxis)
-        figure.colorbar(image, ax=axes, label="score")
     return figure
 
 
@@ -83,23 +86,17 @@ def selectors_figure(study: Study, name: str, method: str) -> Figure:
     """Regret and rank correlation of every selector, the best first."""
     rows = sorted(study.selectors(name, method), key=lambda row: float(row["regret"] or 0))
     places = np.arange(len(rows))[::-1]
-    told = (
+    caption = (
         "Left: what the chosen block falls short of the best fixed block's score (0 is best). Right: Spearman's "
         "rank correlation of scores with the sweep, over the tried blocks (1 is best; none: scores do not differ)."
     )
-    with look(0.7 + 0.3 * len(rows), f"Who finds the best block? {short(name)}, {method}", told) as figure:
+    with look(0.7 + 0.3 * len(rows), f"Who finds the best block? {short(name)}, {method}", caption) as figure:
         regrets, ranks = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         for place, row in zip(places, rows, strict=True):
             own = row["selector"] == next(iter(study.profiles[name]))
             regret, rank = float(row["regret"] or 0), row["spearman"]
             _bar(regrets, place, regret, own, f"{regret:.3f}, block {row['block']}")
-            _bar(
-                ranks,
-                place,
-                rank if isinstance(rank, float) else 0.0,
-                own,
-                "" if isinstance(rank, float) else "none",
-            )
+            _bar(ranks, place, float(rank or 0), own, "none" if rank is None else "")
         chosen_by = [str(row["selector"]).replace(" without fences", ", unfenced") for row in rows]
         names = [short(selector_name(name), MOST_SELECTORS) for name in chosen_by]
         regrets.set_yticks(places, names, fontsize=9)

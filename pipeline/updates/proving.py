@@ -1,0 +1,251 @@
+"""One batch: edited on top of the version in force, measured, and where a gate fails, halved and tried again."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipeline.attribution import GoldenProfile
+from pipeline.editing import WeightUpdate, accept, can_leave_out, edit, leave_out
+from pipeline.errors import UserError
+from pipeline.evaluation import Evaluator
+from pipeline.evaluation.plan import KINDS
+from pipeline.model import LLM
+from pipeline.options import ProvingOptions
+from pipeline.requests import EditRequest, fact
+from pipeline.updates.gates import OF_MODEL, Figures, Gate, drift, missed
+from pipeline.updates.queue import Contradiction, number_of
+
+FOR_GATES = ("probes", "text")  # the kinds of measurement that gates need
+
+
+class BaseVersion(NamedTuple):
+    """The version in force, which a batch is edited on top of; its update is None for the base model itself."""
+
+    number: int
+    update: WeightUpdate | None
+
+    @property
+    def requests(self) -> list[EditRequest]:
+        """The facts that it holds."""
+        return self.update.requests if self.update else []
+
+
+class HeldBack(NamedTuple):
+    """A request that is not applied: its number, why, and the figures that it reached alone."""
+
+    number: int
+    reason: str
+    figures: dict[str, float]
+
+
+@dataclass
+class BatchResult:
+    """What came of a batch.
+
+    Attributes:
+        applied: what was accepted.
+        held: what was not.
+        update: the version in force with what was accepted in it, or without what was retracted; None: as it was.
+        before, after: the figures on those requests; None where there are none.
+        gates: those of `after`.
+        seconds: of editing and of measuring.
+        version: what was published; None when nothing was.
+        superseded: which requests gave way to newer ones.
+        overtaken: whether another version became current meanwhile, so that nothing was published.
+    """
+
+    applied: list[EditRequest] = field(default_factory=list)
+    held: list[HeldBack] = field(default_factory=list)
+    update: WeightUpdate | None = None
+    before: Figures | None = None
+    after: Figures | None = None
+    gates: list[Gate] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    version: int | None = None
+    superseded: list[Contradiction] = field(default_factory=list)
+    overtaken: bool = False
+
+
+def split_by_fit(
+    llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions
+) -> tuple[list[EditRequest], list[HeldBack]]:
+    """Those of a batch that the method and the model can take, and those that they cannot."""
+
+    def problem(requests: Sequence[EditRequest]) -> str:
+        try:
+            Evaluator(llm, accept(requests, options.edit), options.evaluation, kinds=("probes", "generation"))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    if not problem(batch):
+        return list(batch), []
+    problems = [problem([request]) for request in batch]
+    fitting = [request for request, reason in zip(batch, problems, strict=True) if not reason]
+    return fitting, [
+        HeldBack(number_of(request), reason, {}) for request, reason in zip(batch, problems, strict=True) if reason
+    ]
+
+
+class Trial:
+    """Edits a batch on top of a version, and measures what comes of it on the batch and a sample of earlier facts.
+
+    Locate-then-edit solves for all of a layer's requests at once: parts of the batch are had from the whole by
+    leaving the others out, with no value searched for again.
+
+    Args:
+        llm: the base model, which it is again after every edit and measurement.
+        base: the version in force.
+        batch: the requests; all of them can be edited.
+        options: how to edit and measure, and the gates.
+
+    Attributes:
+        before: the figures of the version in force, which locality is measured against.
+        seconds: how long was edited and measured.
+
+    Raises:
+        UserError: when texts do not fit the model, or the version in force itself misses a gate.
+    """
+
+    def __init__(self, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions) -> None:
+        self.llm, self.base, self.batch, self.options = llm, base, batch, options
+        self.seconds = {"edit": 0.0, "evaluation": 0.0}
+        self.update = base.update  # with what was accepted of the batch in it
+        self.whole: WeightUpdate | None = None  # with all of the batch in it
+        self.accepted: list[int] = []  # places in the batch
+        self.held: list[HeldBack] = []
+        self.evaluator = Evaluator(llm, batch, options.evaluation, options.one_device)
+        self.earlier = self._earlier_facts()
+        with self.timed("evaluation"):
+            text = self.evaluator.only((), ("text",)).measure("Measuring base")
+        self.base_perplexity = text.metrics["perplexity"].mean
+        self.before = self._figures(base.update, self.evaluator)
+        if problem := missed(self.before.gates(options.gates, OF_MODEL)):
+            raise UserError(
+                f"update: version {base.number}, which is in force, misses gates itself: {problem}; "
+                "roll back, retract what is not needed, or change --gates"
+            )
+
+    def _earlier_facts(self) -> Evaluator | None:
+        """Measures a sample of the facts that the batch leaves in force, prompts and new answers alone."""
+        renewed = {fact(request) for request in self.batch}
+        held = [request for request in self.base.requests if fact(request) not in renewed]
+        most = min(self.options.gates.earlier_sample, len(held))
+        chosen = random.Random(self.options.seed + self.base.number).sample(held, most)
+        bare = [one.model_copy(update={"rephrases": (), "locality": (), "portability": ()}) for one in chosen]
+        if not bare:
+            return None
+        return Evaluator(self.llm, bare, self.options.evaluation, self.options.one_device, ("probes",))
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count the seconds inside the `with`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - started
+
+    def edit_and_prove(self, profile: GoldenProfile) -> BatchResult:
+        """Edit the batch at the golden layer and hold it against the gates.
+
+        It is tried whole, and in halves where that misses a gate, each on top of the parts that passed; what misses
+        one alone is held back.
+        """
+        after = self._try_part(range(len(self.batch)), profile)
+        if not self.accepted:
+            return BatchResult(held=self.held, seconds=self.seconds)
+        before = self.before
+        if after is None:  # it was halved
+            before = self.measure(self.base.update, self.accepted, KINDS)
+            after = self.measure(self.update, self.accepted, KINDS)
+        return BatchResult(
+            applied=[self.batch[place] for place in self.accepted],
+            held=self.held,
+            update=self.update,
+            before=before,
+            after=after,
+            gates=after.gates(self.options.gates),
+            seconds=self.seconds,
+        )
+
+    def _try_part(self, part: Sequence[int], profile: GoldenProfile) -> Figures | None:
+        """Accept a part of the batch and give its figures, or halve it, or hold a single request back."""
+        everything = len(part) == len(self.batch)  # mostly passes: measured in full, so that once is enough
+        gates: list[Gate] = []
+        try:
+            update = self._edited(part, profile)
+            figures = self.measure(update, part, KINDS if everything else FOR_GATES, self.accepted)
+            gates = figures.gates(self.options.gates)
+            reason = missed(gates)
+        except UserError as error:
+            reason = str(error)
+        if not reason:
+            self.accepted = sorted([*self.accepted, *part])
+            self.update = update
+            return figures
+        if len(part) == 1:
+            reached = {gate.name: gate.value for gate in gates}
+            self.held.append(HeldBack(number_of(self.batch[part[0]]), reason, reached))
+            return None
+        for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+            self._try_part(half, profile)
+        return None
+
+    def _edited(self, part: Sequence[int], profile: GoldenProfile) -> WeightUpdate:
+        """The version in force with the accepted requests and a part of the others."""
+        options, device, seed = self.options.edit, self.options.one_device, self.options.seed
+        rest = [one for place, one in enumerate(self.batch) if place not in {*self.accepted, *part}]
+        with self.timed("edit"):
+            if self.whole and self._can_leave_out(rest):
+                return leave_out(self.llm, self.whole, rest, options, device, seed)
+            requests = [self.batch[place] for place in part]
+            update = edit(self.llm, requests, profile, options, device, seed=seed, after=self.update)
+        if not rest and self.whole is None:
+            self.whole = update
+        return update
+
+    def _can_leave_out(self, rest: Sequence[EditRequest]) -> bool:
+        """Whether the rest has columns of its own, and did not take the place of earlier facts."""
+        assert self.whole
+        earlier = {fact(request) for request in self.base.requests}
+        renewed = any(fact(request) in earlier for request in rest)
+        return not renewed and can_leave_out(self.llm, self.whole, rest, self.options.edit.method)
+
+    def measure(
+        self,
+        update: WeightUpdate | None,
+        places: Collection[int],
+        kinds: Sequence[str] = FOR_GATES,
+        accepted: Collection[int] = (),
+    ) -> Figures:
+        """Figures of the model with an update.
+
+        Args:
+            update: what to measure; None is the base.
+            places: of requests in the batch: which to measure on.
+            kinds: what to measure.
+            accepted: of requests in the batch that count as earlier facts.
+        """
+        also = [self.evaluator.only(accepted, ("probes",))] if accepted else []
+        return self._figures(update, self.evaluator.only(places, kinds), also)
+
+    def _figures(
+        self, update: WeightUpdate | None, evaluator: Evaluator, also: Sequence[Evaluator] = ()
+    ) -> Figures:
+        earlier = [*([self.earlier] if self.earlier else []), *also]
+        with self.timed("evaluation"), update.applied(self.llm) if update else nullcontext():
+            metrics = evaluator.measure("Measuring the batch").metrics
+            rewrites = [one.measure("Earlier facts").metrics["rewrite"] for one in earlier]
+        count = sum(rewrite.count for rewrite in rewrites)
+        return Figures(
+            metrics=metrics,
+            earlier=sum(rewrite.mean * rewrite.count for rewrite in rewrites) / count if count else None,
+            perplexity_ratio=metrics["perplexity"].mean / self.base_perplexity,
+            drift=drift(self.llm, update),
+        )
