@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import parse
-from pipeline.commands import COMMANDS
+from pipeline.table import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -25,7 +25,6 @@ from pipeline.attribution import GoldenProfile
 from pipeline.cli import main
 from pipeline.editing import METHODS as EDITS
 from pipeline.editing import WeightUpdate
-from pipeline.parsing import build_parser
 from pipeline.requests import layouts, load_requests
 
 ELSEWHERE = ("run.py benchmark", "run.py demo", "run.py plan", "--follow")
@@ -63,7 +62,7 @@ def run(command: str, folder: Path) -> None:
         command = "python run.py update --store runs/store"
     words = shlex.split(command.replace("2026-12-24", "2226-12-24"))[2:]
     name = words[0] if words and not words[0].startswith("-") else "run"
-    flags = {flag for action in build_parser(name)._actions for flag in action.option_strings}
+    flags = {f"--{flag}" for flag in flags_of(name)}
     for option, value in small(folder, name).items():
         if f"--{option}" in flags:
             words += [f"--{option}", str(value)]

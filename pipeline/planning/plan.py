@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -124,7 +124,7 @@ def stages(case: Case, options: PlanCommand) -> Iterator[Stage]:
         beside = partial(passes.key_statistics, case, scope)
         yield Stage("key statistics", READ_TOGETHER, None, beside, fixed=True)
     for method in options.method:
-        edit = replace(options.edit, method=method)
+        edit = options.edit.by(method)
         batch = options.batch or getattr(edit, METHODS[method].options).batch_size
         if method in edits.TRAINED:
             sent = edits.trained_bytes(case, edit) if case.devices > 1 and not _is_sharded(options) else 0

@@ -34,10 +34,6 @@ COLUMNS: dict[str, type] = {  # of HPARAMS, the first five being shown at once
     "devices": str,
     "seed": float,
 }
-OF_METHOD = {  # what tells runs of a method apart: the group of its options
-    "finetune": "finetune", "lora": "lora", "memit": "locate", "rome": "locate", "emmet": "locate",
-    "alphaedit": "locate", "one_pass": "one_pass",
-}  # fmt: skip
 
 
 def tag(name: str, stage: str = "evaluation") -> str:
@@ -62,7 +58,7 @@ def columns(
     row["devices"] = str(options.get("trainer", {}).get("devices", ""))
     if update:
         row |= {"method": update.method, "block": update.layers[0], "block chosen by": "hand"}
-        settings = options.get("edit", options).get(OF_METHOD.get(update.method, ""), {})
+        settings = update.options
         row |= {
             name: settings.get(name.replace(" ", "_")) for name in ("epochs", "rank", "steps", "bound", "strength")
         }
