@@ -372,8 +372,8 @@ def test_wrong_words_are_named_in_one_line(words: list[str], parts: list[str], r
         ("attribute", "scope: mlpp", ["options.yaml: scope", "'mlpp'", "attention, block, down, mlp"]),
         ("run", "edit:\n  statistics:\n    tokens: 0", ["options.yaml: edit.statistics.tokens: 0 is too small"]),
         pytest.param("run", "edit: 5", ["edit", "mapping"]),
-        pytest.param("run", "edit:", ["edit", "mapping"]),
-        pytest.param("attribute", "trainer:", ["trainer", "mapping"]),
+        pytest.param("run", "edit:\nlimit: 2", ["edit: expected a mapping"]),
+        pytest.param("attribute", "trainer:\nlimit: 2", ["trainer: expected a mapping"]),
         pytest.param("attribute", "model: null\nscope: mlp", ["model"]),
     ],
 )

@@ -170,6 +170,7 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
 class StudyCommand(AskedModelOptions, ResumeOptions, ComputeOptions, SeedOptions):
     """Edit requests alone at every block, and compare the golden layer, every request's own best, and selectors."""
 
+    trainer: TrainerOptions = group(TrainerOptions, without=("num_nodes",))
     requests: list[str] = field(default_factory=lambda: ["demo"])
     """Request sets: files of edit requests, hf:NAME[:SPLIT], or `demo`."""
     limit: Annotated[int, at_least(2)] = 32
