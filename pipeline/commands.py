@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import demo as guided
+from pipeline import options as of
 from pipeline.attribution import GoldenProfile, check_method
 from pipeline.editing import (
     METHODS,
@@ -22,17 +23,6 @@ from pipeline.evaluation import evaluate as measure
 from pipeline.files import write_json
 from pipeline.model import generate as answer
 from pipeline.model.explain import explain
-from pipeline.options import (
-    AttributeCommand,
-    DemoCommand,
-    EditCommand,
-    EvaluateCommand,
-    ExportCommand,
-    GenerateCommand,
-    PlanCommand,
-    RunCommand,
-    StudyCommand,
-)
 from pipeline.planning import plan_memory
 from pipeline.reporting import say, show_answers, show_plan, show_tokens
 from pipeline.requests import load_requests, split_by_subject
@@ -45,7 +35,7 @@ from pipeline.update_commands import generate_live, of_store
 STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad")
 
 
-def run(options: RunCommand) -> None:
+def run(options: of.RunCommand) -> None:
     """All stages, on the two parts of the requests; with a profile the last two, on all of them."""
     check_method([], options.attribution)
     check_choice("edit.method", options.edit.method, METHODS)
@@ -68,13 +58,13 @@ def run(options: RunCommand) -> None:
         edit_and_prove(log, llm, edits, profile, options.edit, options)
 
 
-def demo(options: DemoCommand) -> None:
+def demo(options: of.DemoCommand) -> None:
     """The guided run."""
     with working(options, "demo") as log:
         guided.show(load(options), options, log)
 
 
-def attribute(options: AttributeCommand) -> None:
+def attribute(options: of.AttributeCommand) -> None:
     """Stage one alone."""
     check_method([], options)
     with working(options, "attribute") as log:
@@ -83,7 +73,7 @@ def attribute(options: AttributeCommand) -> None:
         find_and_keep(log, load(options, requests=requests), requests, options, options)
 
 
-def edit(options: EditCommand) -> None:
+def edit(options: of.EditCommand) -> None:
     """Stages two and three, by a profile or at blocks that are named."""
     check_choice("method", options.method, METHODS)
     with working(options, "edit") as log:
@@ -101,7 +91,7 @@ def edit(options: EditCommand) -> None:
         edit_and_prove(log, llm, requests, profile, options, options, after)
 
 
-def evaluate(options: EvaluateCommand) -> None:
+def evaluate(options: of.EvaluateCommand) -> None:
     """Stage three alone; with `--explain` only what the model is given for the first requests."""
     if options.explain:
         prepare(options)
@@ -120,7 +110,7 @@ def evaluate(options: EvaluateCommand) -> None:
         log.keep_metrics(llm.name, requests, measured)
 
 
-def export(options: ExportCommand) -> None:
+def export(options: of.ExportCommand) -> None:
     """An update, of a folder or a store, in a form that others load."""
     with working(options, "export") as log:
         if options.update:
@@ -137,7 +127,7 @@ def export(options: ExportCommand) -> None:
             update.save(log.folder)
 
 
-def generate(options: GenerateCommand) -> None:
+def generate(options: of.GenerateCommand) -> None:
     """Answers of the base model beside those of an update's, or of a store's current version."""
     prepare(options)
     update = WeightUpdate.load(options.update) if options.update else None
@@ -157,7 +147,7 @@ def generate(options: GenerateCommand) -> None:
     show_answers(prompts, answers)
 
 
-def study(options: StudyCommand) -> None:
+def study(options: of.StudyCommand) -> None:
     """The study of every set of requests; one in the output folder goes on where that is asked for."""
     with working(options, "study", STUDY_MAY_CHANGE) as log:
         sets = []
@@ -170,7 +160,7 @@ def study(options: StudyCommand) -> None:
         log.keep_study(run_study(load(options), sets, options, log.folder))
 
 
-def plan(options: PlanCommand) -> None:
+def plan(options: of.PlanCommand) -> None:
     """The plan, shown and, where a folder is named, kept."""
     if options.output is None:
         prepare(options)

@@ -9,32 +9,22 @@ from typing import Any
 
 from lightning.pytorch import seed_everything
 
+from pipeline import options as of
 from pipeline.attribution import GoldenProfile, choose, score_requests
 from pipeline.editing import WeightUpdate, edit
 from pipeline.evaluation import Evaluator, evaluate
 from pipeline.model import LLM, hush, load_model, weights_dtype
 from pipeline.model.processes import check_alike, is_one_of_several, launch
-from pipeline.options import (
-    AttributeCommand,
-    AttributionOptions,
-    ComputeOptions,
-    EditCommand,
-    EditOptions,
-    ProvingOptions,
-    RequestOptions,
-    RunCommand,
-    TrainerOptions,
-)
+from pipeline.options import shared
 from pipeline.options.base import as_config
-from pipeline.options.shared import SHARDED, CommandOptions
 from pipeline.reporting import RunLog, run_log, say
 from pipeline.requests import EditRequest, load_requests
 
 
-def prepare(options: CommandOptions) -> None:
+def prepare(options: shared.CommandOptions) -> None:
     """Hush the libraries, join the other processes where somebody started them, and seed every draw."""
     hush(options.verbose)
-    if isinstance(options, ComputeOptions) and is_one_of_several():
+    if isinstance(options, of.ComputeOptions) and is_one_of_several():
         launch(_trainer(options))  # join at once: to name one output folder, and to fail together
     seed_everything(getattr(options, "seed", 0), verbose=False)
 
@@ -47,7 +37,7 @@ def working(options: Any, command: str, may_change: Collection[str] = ()) -> Abs
     return run_log(command, options.output, options.overwrite, saved, resume, may_change)
 
 
-def read_requests(options: RequestOptions) -> list[EditRequest]:
+def read_requests(options: of.RequestOptions) -> list[EditRequest]:
     """The requests that the options name; what is left out of them is told."""
     return load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=say)
 
@@ -55,20 +45,20 @@ def read_requests(options: RequestOptions) -> list[EditRequest]:
 def load(options: Any, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:
     """Start the other processes, if any, see that all were given the same, and load the model."""
     name, chat = model or options.model, getattr(options, "chat", False)
-    if not isinstance(options, ComputeOptions):
+    if not isinstance(options, of.ComputeOptions):
         return load_model(name, verbose=options.verbose, chat=chat)
     trainer = _trainer(options)
     device = launch(trainer)
     check_alike("requests", requests)
-    spread = device if trainer.strategy in SHARDED else None
+    spread = device if trainer.strategy in shared.SHARDED else None
     llm = load_model(name, weights_dtype(trainer), options.verbose, chat, spread)  # type: ignore[attr-defined]
     check_alike("model", [llm.fingerprint])
     return llm
 
 
-def _trainer(options: ComputeOptions) -> TrainerOptions:
+def _trainer(options: of.ComputeOptions) -> of.TrainerOptions:
     """What a command runs on: a store is worked on by one device."""
-    return options.one_device if isinstance(options, ProvingOptions) else options.trainer
+    return options.one_device if isinstance(options, of.ProvingOptions) else options.trainer
 
 
 def note_chat(llm: LLM, what: str, chat: bool) -> None:
@@ -82,8 +72,8 @@ def find_and_keep(
     log: RunLog,
     llm: LLM,
     requests: list[EditRequest],
-    attribution: AttributionOptions,
-    options: AttributeCommand | RunCommand,
+    attribution: of.AttributionOptions,
+    options: of.AttributeCommand | of.RunCommand,
 ) -> GoldenProfile:
     """Stage one: score, choose, and keep profile and scores; a resumed command goes on with what it has."""
     profile, scores = log.profile_kept(), None
@@ -101,8 +91,8 @@ def edit_and_prove(
     llm: LLM,
     requests: list[EditRequest],
     profile: GoldenProfile | None,
-    how: EditOptions,
-    options: RunCommand | EditCommand,
+    how: of.EditOptions,
+    options: of.RunCommand | of.EditCommand,
     after: WeightUpdate | None = None,
 ) -> None:
     """Stages two and three: edit, save the update, measure what was saved."""

@@ -6,39 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from pipeline import updates
+from pipeline import options as of
+from pipeline import reporting, updates
 from pipeline.attribution import GoldenProfile, check_method
 from pipeline.editing import METHODS, WeightUpdate
 from pipeline.errors import UserError, check_choice
 from pipeline.model import generate as answer
-from pipeline.options import (
-    DiffCommand,
-    ExportCommand,
-    GenerateCommand,
-    HistoryCommand,
-    ModelOptions,
-    ProvingOptions,
-    RetractCommand,
-    RollbackCommand,
-    ScheduleCommand,
-    ShowCommand,
-    SubmitCommand,
-    UpdateCommand,
-    VerifyCommand,
-    time_of,
-)
-from pipeline.reporting import (
-    mind_the_clock,
-    say,
-    show_answers,
-    show_facts,
-    show_history,
-    show_on_board,
-    show_story,
-    show_version,
-    tell_submitted,
-    tell_worked,
-)
+from pipeline.reporting import say, show_answers
 from pipeline.requests import stream_requests
 from pipeline.shipped import program
 from pipeline.stages import load, prepare
@@ -47,19 +21,19 @@ from pipeline.updates import LiveModel, Stopping, Store
 FOLLOWING = 0.5  # seconds between looks at a store's current version
 
 
-def submit(options: SubmitCommand) -> None:
+def submit(options: of.SubmitCommand) -> None:
     """A file's requests go into the queue; a file that is refused makes no store."""
     if not Path(options.store).exists():
         for _ in stream_requests(options.file):
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
-        mind_the_clock(store)
-        done = updates.submit(store, options.file, options.source, time_of(options.not_before), options.again)
-        tell_submitted(store, done)
+        reporting.mind_the_clock(store)
+        done = updates.submit(store, options.file, options.source, of.time_of(options.not_before), options.again)
+        reporting.tell_submitted(store, done)
 
 
-def update(options: UpdateCommand) -> None:
+def update(options: of.UpdateCommand) -> None:
     """Work through what is due, once."""
     prepare(options)
     _check(options)
@@ -68,7 +42,7 @@ def update(options: UpdateCommand) -> None:
         _update(store, options, stopping)
 
 
-def schedule(options: ScheduleCommand) -> None:
+def schedule(options: of.ScheduleCommand) -> None:
     """Work through what is due whenever it is time, until a signal ends it."""
     prepare(options)
     _check(options)
@@ -83,45 +57,45 @@ def schedule(options: ScheduleCommand) -> None:
         updates.run_schedule(work, when, say, stopping, at_once=options.every is not None)
 
 
-def _update(store: Store, options: UpdateCommand, stopping: Callable[[], bool]) -> None:
-    mind_the_clock(store)
-    told = partial(tell_worked, store, dry_run=options.dry_run)
+def _update(store: Store, options: of.UpdateCommand, stopping: Callable[[], bool]) -> None:
+    reporting.mind_the_clock(store)
+    told = partial(reporting.tell_worked, store, dry_run=options.dry_run)
     try:
         worked = updates.update(store, options, partial(load, options), told, stopping)
     except updates.BusyError as busy:  # no failure: what is due is in good hands
         say(f"{busy}; nothing to do here")
         return
     finally:
-        show_on_board(store)
+        reporting.show_on_board(store)
     if not worked:
         say(f"nothing is due in {store.folder}; {updates.counts(store).get('queued', 0)} waiting for their date")
 
 
-def history(options: HistoryCommand) -> None:
+def history(options: of.HistoryCommand) -> None:
     """The latest versions and events, or one request's story."""
     with Store(options.store) as store:
         if options.request is None:
-            show_history(store, options.limit)
+            reporting.show_history(store, options.limit)
         else:
-            show_story(store, updates.find(store, options.request)[0])
+            reporting.show_story(store, updates.find(store, options.request)[0])
 
 
-def show(options: ShowCommand) -> None:
+def show(options: of.ShowCommand) -> None:
     """One version, whole."""
     with Store(options.store) as store:
-        show_version(store, options.version)
+        reporting.show_version(store, options.version)
 
 
-def diff(options: DiffCommand) -> None:
+def diff(options: of.DiffCommand) -> None:
     """What one version says and another does not."""
     with Store(options.store) as store:
         gained, lost = updates.difference(store, options.older, options.newer)
         say(f"from version {options.older} to {options.newer}: {len(gained)} facts gained, {len(lost)} lost")
-        show_facts(store, gained, "+")
-        show_facts(store, lost, "-")
+        reporting.show_facts(store, gained, "+")
+        reporting.show_facts(store, lost, "-")
 
 
-def rollback(options: RollbackCommand) -> None:
+def rollback(options: of.RollbackCommand) -> None:
     """Another version becomes the current one; what that loses is held back."""
     with Store(options.store) as store:
         before = store.current
@@ -134,7 +108,7 @@ def rollback(options: RollbackCommand) -> None:
             say(f"the former are held back; `{program()} submit FILE --again` queues them anew")
 
 
-def verify(options: VerifyCommand) -> None:
+def verify(options: of.VerifyCommand) -> None:
     """Every version, one after another; raises UserError when any is damaged."""
     prepare(options)
     with Store(options.store) as store:
@@ -146,7 +120,7 @@ def verify(options: VerifyCommand) -> None:
             raise UserError(f"store: {store.folder}: {wrong} versions are damaged, as listed")
 
 
-def retract(options: RetractCommand) -> None:
+def retract(options: of.RetractCommand) -> None:
     """A request that waits leaves the queue; one that is applied is edited back."""
     prepare(options)
     _check(options)
@@ -155,13 +129,13 @@ def retract(options: RetractCommand) -> None:
         if done.version is None:
             say("retracted; it was in the queue only")
             return
-        show_on_board(store)
+        reporting.show_on_board(store)
         assert done.outcome and done.outcome.after and done.outcome.before
         sides = [side.metrics["rewrite"].mean for side in (done.outcome.before, done.outcome.after)]
         say(f"version {done.version}: retracted; its new answer: {sides[0]:.3f} -> {sides[1]:.3f}")
 
 
-def of_store(options: ExportCommand) -> tuple[WeightUpdate, str]:
+def of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
     """The version that `export` is to write, and its base model's name.
 
     Raises:
@@ -176,7 +150,7 @@ def of_store(options: ExportCommand) -> tuple[WeightUpdate, str]:
         return found, _model_of(store, options)
 
 
-def generate_live(prompts: list[str], options: GenerateCommand) -> None:
+def generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
     """Answer prompts by a store's current version and, with `--follow`, by every later one."""
     assert options.store is not None
     with Store(options.store) as store:
@@ -197,12 +171,12 @@ def generate_live(prompts: list[str], options: GenerateCommand) -> None:
             stopping.asked.wait(FOLLOWING)
 
 
-def _model_of(store: Store, options: ModelOptions) -> str:
+def _model_of(store: Store, options: of.ModelOptions) -> str:
     """The model to load for a store: the one that it knows, unless another is named."""
-    return store.model if options.model == ModelOptions.model else options.model
+    return store.model if options.model == of.ModelOptions.model else options.model
 
 
-def _check(options: ProvingOptions) -> None:
+def _check(options: of.ProvingOptions) -> None:
     """See that the options name what there is, before a store is made or a request is held back for their sake.
 
     Raises:

@@ -107,9 +107,11 @@ class Scene:
             torch.set_num_threads(1)  # threads do not live through a fork
             signal.signal(INT, signal.default_int_handler)
             os.chdir(self.folder)
-            for options in (EvaluationOptions, EvaluateCommand):  # several batches, where there are few requests
-                options.__init__.__kwdefaults__ |= {"batch_size": 4, "fluency_tokens": 4}
-            StudyCommand.__init__.__kwdefaults__["together"] = 2
+            if self.words[0] == "study":  # several batches, where there are few requests
+                StudyCommand.__init__.__kwdefaults__["together"] = 2
+            else:
+                for options in (EvaluationOptions, EvaluateCommand):
+                    options.__init__.__kwdefaults__ |= {"batch_size": 4, "fluency_tokens": 4}
             os.environ["XDG_CACHE_HOME"] = str(self.folder / "cache")
             for owner in STEPS:
                 count(owner, self._calls(owner))
