@@ -7,7 +7,7 @@ from statistics import median
 
 import house
 
-LINES = 19_770
+LINES = 19_699
 OPTIONS_OF_RUN, OPTIONS_OF_ALL = 38, 350
 CHAIN = 38
 CIRCLES = [  # trial edits: attribution asks the study, which asks the edits, which ask attribution
