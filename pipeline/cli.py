@@ -15,11 +15,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from pipeline.commands import COMMANDS
 from pipeline.errors import UserError
 from pipeline.running.interrupts import interrupts
 from pipeline.parsing import DEFAULT_COMMAND, UsageError, parse
 from pipeline.shipped import about, program, shipped_configs
+from pipeline.table import COMMANDS
 
 USAGE_ERROR, FAILED = 2, 1
 
@@ -45,7 +45,7 @@ def _run(words: list[str]) -> int:
     verbose = any(word in ("--verbose", "--verbose=true") for word in words)
     try:
         options = parse(name, words)
-        COMMANDS[name].function(options)
+        COMMANDS[name].call(options)
         sys.stdout.flush()
     except (SystemExit, KeyboardInterrupt) as leaving:
         by_signal = interrupts.noted or signal.SIGINT

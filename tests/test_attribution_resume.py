@@ -83,7 +83,7 @@ def test_scores_that_are_no_numbers(
 
 
 def test_killed_and_resumed_ends_in_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
-    words = ["attribute", "--model", str(tiny_folder), "--requests", "demo", "--batch_size", "1"]
+    words = ["attribute", "--model", str(tiny_folder), "--requests", "demo", "--expert.batch_size", "1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main([*words, "--output", str(whole)]) == 0
     process = subprocess.Popen(

@@ -57,7 +57,7 @@ def test_every_method_from_the_command_line(
 ) -> None:
     words = ["attribute", "--model", str(tiny_folder), "--requests", str(request_file), "--method", method]
     words += ["--layer", "1"] if method == "fixed" else []
-    assert main([*words, "--samples", "2", "--output", str(tmp_path / "out")]) == 0
+    assert main([*words, "--expert.samples", "2", "--output", str(tmp_path / "out")]) == 0
     profile = GoldenProfile.load(tmp_path / "out")
     assert profile.method == method
     scores = Scores.load(tmp_path / "out")

@@ -215,8 +215,8 @@ def test_so_does_the_sweep(one_block: LLM, tmp_path: Path) -> None:
 def command(tiny_folder: Path, tmp_path: Path, editing: EditOptions) -> list[str]:
     return [
         *("study", "--model", str(tiny_folder), "--limit", "4", "--proxy", "12", "--output", str(tmp_path / "out")),
-        *("--edit.locate.steps", "3", "--edit.statistics.text", str(editing.statistics.text)),
-        *("--edit.statistics.tokens", "512", "--edit.statistics.cache", str(tmp_path / "cache")),
+        *("--edit.expert.steps", "3", "--edit.statistics.text", str(editing.statistics.text)),
+        *("--edit.statistics.tokens", "512"),
     ]
 
 
@@ -250,7 +250,7 @@ def test_a_study_folder_of_other_options_is_refused(
 ) -> None:
     assert main([*command, "--every", "4"]) == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
-    assert main([*command, "--edit.locate.step", "0.5", "--resume"]) == 1
+    assert main([*command, "--edit.expert.step", "0.5", "--resume"]) == 1
     assert "another edit" in capsys.readouterr().err
     assert main(command) == 1
     assert "holds something already" in capsys.readouterr().err
@@ -275,8 +275,7 @@ def test_sets_of_one_name_are_refused(
         (["--selectors", "[fixed]"], "'fixed' does not exist"),
         (["--selectors", "[lga,lga]"], "each once"),
         (["--limit", "1"], "limit"),
-        (["--edit.locate.rounds", "2"], "locate.rounds"),
-        (["--attribution.top_k", "9"], "top_k: 9"),  # found after the model is loaded
+        (["--edit.expert.rounds", "2"], "locate.rounds"),
     ],
 )
 def test_what_a_study_cannot_do(

@@ -133,7 +133,7 @@ class AdaptersAlone(LightningModule):
         if not losses_B.isfinite().all():
             raise UserError(
                 f"edit: the loss is not a number in epoch {epoch}, block {self.layer}; "
-                "try a smaller --lora.learning_rate"
+                "try a smaller --expert.learning_rate"
             )
         unlearnt_B = losses_B.detach() > self.options.learnt
         loss = (losses_B * unlearnt_B).sum()

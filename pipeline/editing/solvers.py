@@ -68,7 +68,7 @@ def alphaedit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, threshold: f
     values, vectors = torch.linalg.eigh(moment_II.double())
     free = vectors[:, values < threshold * values[-1]]
     if not free.shape[1]:
-        raise UserError(f"alphaedit: no direction is free of text; raise --locate.threshold above {threshold}")
+        raise UserError(f"alphaedit: no direction is free of text; raise --expert.threshold above {threshold}")
     P = free @ free.T
     s = 0.01 * (P @ K).square().sum(0).mean()
     system = K @ K.T @ P + s * torch.eye(len(P), dtype=P.dtype, device=P.device)
@@ -86,5 +86,5 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solution of a symmetric positive definite system; UserError when it is singular."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed or not factor.isfinite().all():
-        raise UserError("edit: the closed-form system is singular; raise --locate.strength or --locate.ridge")
+        raise UserError("edit: the closed-form system is singular; raise --expert.strength or --expert.ridge")
     return torch.cholesky_solve(right, factor)

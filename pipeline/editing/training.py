@@ -112,7 +112,7 @@ class Training(LightningModule):
         if self.trainer.world_size > 1:
             raise UserError(
                 f"trainer: {failed}; devices that train together cannot repeat a step alone; give "
-                f"--trainer.micro_batch {max(1, largest // 2)}"
+                f"--expert.batch_size {self.trainer.world_size * max(1, largest // 2)}"
             )
         if largest == 1:
             raise UserError(f"trainer: {failed}; {INSTEAD}")
@@ -160,7 +160,7 @@ class Training(LightningModule):
             ids = dict.fromkeys(tag for tag in lesson.batch.tags if tag is not None)
             raise UserError(
                 f"edit: the loss is not a number in step {self.global_step}, in the batch of requests "
-                f"{', '.join(ids)}; try a smaller --{self.name}.learning_rate"
+                f"{', '.join(ids)}; try a smaller --expert.learning_rate"
             )
 
     def _follow(self, figures: Tensor, rows: int) -> None:

@@ -161,7 +161,7 @@ class ValueSearch(LightningModule):
                 ids = ", ".join(located.id for located in batch)
                 raise UserError(
                     f"edit: the loss is not a number in step {step}, in the batch of requests {ids}; "
-                    "try a smaller --locate.step"
+                    "try a smaller --expert.step"
                 )
             if live:
                 learnt_GO[running] = unit_GO.detach()[running]

@@ -181,7 +181,7 @@ def _profiles(llm: LLM, one: RequestSet, options: StudyCommand, folder: Path) ->
         own = replace(options.attribution, method=selector)
         ways = {selector: own}
         if SELECTORS[selector].fenced and own.fences:
-            ways[UNFENCED.format(selector)] = replace(own, fences=0.0)
+            ways[UNFENCED.format(selector)] = replace(own, fences=0.0, expert={})
         files = {
             name: folder / f"{digest(llm.fingerprint, llm.chat, asdict(way), one.proxy)}.json"
             for name, way in ways.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -90,7 +90,7 @@ class Sweep:
             UserError: for a method that cannot be tried so, or requests that it cannot take.
         """
         check_trial(method, self.options, requests)
-        blocks, options = sorted(blocks), replace(self.options, method=method)
+        blocks, options = sorted(blocks), self.options.by(method)
         trial = self._trial(options)
         found = self.results.of(trial, requests)
         missing = [n for n in range(len(requests)) if any((n, block) not in found for block in blocks)]
