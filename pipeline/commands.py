@@ -8,27 +8,22 @@ from pathlib import Path
 
 from pipeline import demo as guided
 from pipeline import options as of
-from pipeline.attribution import GoldenProfile, check_method
-from pipeline.editing import (
-    METHODS,
-    WeightUpdate,
-    accept,
-    check_earlier,
-    choose_layers,
-    export_adapter,
-    export_merged,
-)
+from pipeline.attribution.find import check_selector
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.editing.editor import METHODS, accept, check_earlier, choose_layers
+from pipeline.editing.export import export_adapter, export_merged
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
-from pipeline.evaluation import evaluate as measure
+from pipeline.evaluation.evaluator import evaluate as measure
 from pipeline.files import write_json
-from pipeline.model import generate as answer
 from pipeline.model.explain import explain
-from pipeline.planning import plan_memory
-from pipeline.reporting import say, show_answers, show_plan, show_tokens
-from pipeline.requests import load_requests, split_by_subject
+from pipeline.model.generation import generate as answer
+from pipeline.planning.plan import plan_memory
+from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
+from pipeline.requests.readers import load_requests
+from pipeline.requests.split import split_by_subject
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
-from pipeline.study.results import RESULTS_FILE
 from pipeline.study.study import check_study, parted, run_study
 from pipeline.update_commands import generate_live, of_store
 
@@ -37,7 +32,7 @@ STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selector
 
 def run(options: of.RunCommand) -> None:
     """All stages, on the two parts of the requests; with a profile the last two, on all of them."""
-    check_method([], options.attribution)
+    check_selector([], options.attribution)
     check_choice("edit.method", options.edit.method, METHODS)
     with working(options, "run") as log:
         requests = read_requests(options)
@@ -45,7 +40,7 @@ def run(options: of.RunCommand) -> None:
             profile, edits = GoldenProfile.load(options.profile), requests
         else:
             proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
-            check_method(proxy, options.attribution)
+            check_selector(proxy, options.attribution)
         edits = accept(edits, options.edit)
         llm = load(options, requests=requests)
         if options.profile:
@@ -66,10 +61,10 @@ def demo(options: of.DemoCommand) -> None:
 
 def attribute(options: of.AttributeCommand) -> None:
     """Stage one alone."""
-    check_method([], options)
+    check_selector([], options)
     with working(options, "attribute") as log:
         requests = read_requests(options)
-        check_method(requests, options)
+        check_selector(requests, options)
         find_and_keep(log, load(options, requests=requests), requests, options, options)
 
 

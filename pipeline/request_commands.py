@@ -8,9 +8,8 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.files import write_whole
 from pipeline.options import RequestsCommand
-from pipeline.requests import load_requests
-from pipeline.requests.check import NAMED, check_requests, require_good
-from pipeline.requests.summary import summary
+from pipeline.requests.check import NAMED, check_requests, require_good, summary
+from pipeline.requests.readers import load_requests
 from pipeline.requests.writer import check_target, request_writer
 
 
@@ -37,8 +36,8 @@ def requests(options: RequestsCommand) -> None:
 
 def _show_known(options: RequestsCommand) -> None:
     """Which answers of the requests a model gives by itself, and which requests it cannot take."""
-    from pipeline.evaluation import find_known
-    from pipeline.reporting import say
+    from pipeline.evaluation.known import find_known
+    from pipeline.reporting.terminal import say
     from pipeline.stages import load, prepare
 
     prepare(options)

@@ -10,22 +10,29 @@ from typing import Any
 from lightning.pytorch import seed_everything
 
 from pipeline import options as of
-from pipeline.attribution import GoldenProfile, choose, score_requests
-from pipeline.editing import WeightUpdate, edit
-from pipeline.evaluation import Evaluator, evaluate
-from pipeline.model import LLM, hush, load_model, weights_dtype
-from pipeline.model.processes import check_alike, is_one_of_several, launch
-from pipeline.options import shared
+from pipeline.attribution.find import choose, score_requests
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.editing.editor import edit
+from pipeline.editing.update import WeightUpdate
+from pipeline.evaluation.evaluator import Evaluator, evaluate
+from pipeline.model.llm import LLM
+from pipeline.model.loading import load_model
 from pipeline.options.base import as_config
-from pipeline.reporting import RunLog, run_log, say
-from pipeline.requests import EditRequest, load_requests
+from pipeline.options.shared import SHARDED, CommandOptions
+from pipeline.reporting.run_log import RunLog, run_log
+from pipeline.reporting.terminal import say
+from pipeline.requests.readers import load_requests
+from pipeline.requests.schema import EditRequest
+from pipeline.running.launch import is_one_of_several
+from pipeline.running.processes import check_alike, join
+from pipeline.running.trainer import hush, weights_dtype
 
 
-def prepare(options: shared.CommandOptions) -> None:
+def prepare(options: CommandOptions) -> None:
     """Hush the libraries, join the other processes where somebody started them, and seed every draw."""
     hush(options.verbose)
     if isinstance(options, of.ComputeOptions) and is_one_of_several():
-        launch(_trainer(options))  # join at once: to name one output folder, and to fail together
+        join(_trainer(options))  # join at once: to name one output folder, and to fail together
     seed_everything(getattr(options, "seed", 0), verbose=False)
 
 
@@ -43,14 +50,14 @@ def read_requests(options: of.RequestOptions) -> list[EditRequest]:
 
 
 def load(options: Any, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:
-    """Start the other processes, if any, see that all were given the same, and load the model."""
+    """See that all processes were given the same, and load the model."""
     name, chat = model or options.model, getattr(options, "chat", False)
     if not isinstance(options, of.ComputeOptions):
         return load_model(name, verbose=options.verbose, chat=chat)
     trainer = _trainer(options)
-    device = launch(trainer)
+    device = join(trainer)
     check_alike("requests", requests)
-    spread = device if trainer.strategy in shared.SHARDED else None
+    spread = device if trainer.strategy in SHARDED else None
     llm = load_model(name, weights_dtype(trainer), options.verbose, chat, spread)  # type: ignore[attr-defined]
     check_alike("model", [llm.fingerprint])
     return llm
@@ -81,7 +88,7 @@ def find_and_keep(
         work = log.work / "attribution"
         scores = score_requests(llm, requests, attribution, options.trainer, options.seed, work)
         name = options.requests if options.requests == "demo" else Path(options.requests).name
-        profile = choose(llm, scores, attribution, name, options.seed)
+        profile = choose(scores, attribution, name, options.seed)
     log.keep_profile(profile, scores)
     return profile
 

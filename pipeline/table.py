@@ -9,11 +9,19 @@ from pipeline import options as of
 
 
 class Command(NamedTuple):
-    """A command: where its function stands, its options, and the flags that bare words stand for."""
+    """A command.
+
+    Attributes:
+        function: where it stands.
+        options: what it takes.
+        words: the flags that bare words stand for.
+        spreads: whether it runs on several devices, a process each.
+    """
 
     function: str
     options: type
     words: tuple[str, ...] = ()
+    spreads: bool = False
 
     @property
     def help(self) -> str:
@@ -27,15 +35,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "run": Command("pipeline.commands:run", of.RunCommand),
-    "demo": Command("pipeline.commands:demo", of.DemoCommand),
-    "attribute": Command("pipeline.commands:attribute", of.AttributeCommand),
-    "edit": Command("pipeline.commands:edit", of.EditCommand),
-    "evaluate": Command("pipeline.commands:evaluate", of.EvaluateCommand),
-    "requests": Command("pipeline.request_commands:requests", of.RequestsCommand, words=("requests",)),
+    "run": Command("pipeline.commands:run", of.RunCommand, spreads=True),
+    "demo": Command("pipeline.commands:demo", of.DemoCommand, spreads=True),
+    "attribute": Command("pipeline.commands:attribute", of.AttributeCommand, spreads=True),
+    "edit": Command("pipeline.commands:edit", of.EditCommand, spreads=True),
+    "evaluate": Command("pipeline.commands:evaluate", of.EvaluateCommand, spreads=True),
+    "requests": Command("pipeline.request_commands:requests", of.RequestsCommand, ("requests",), spreads=True),
     "export": Command("pipeline.commands:export", of.ExportCommand, words=("version",)),
-    "generate": Command("pipeline.commands:generate", of.GenerateCommand),
-    "study": Command("pipeline.commands:study", of.StudyCommand),
+    "generate": Command("pipeline.commands:generate", of.GenerateCommand, spreads=True),
+    "study": Command("pipeline.commands:study", of.StudyCommand, spreads=True),
     "plan": Command("pipeline.commands:plan", of.PlanCommand),
     "submit": Command("pipeline.update_commands:submit", of.SubmitCommand, words=("file",)),
     "update": Command("pipeline.update_commands:update", of.UpdateCommand),

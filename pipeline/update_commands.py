@@ -8,12 +8,14 @@ from pathlib import Path
 
 from pipeline import options as of
 from pipeline import reporting, updates
-from pipeline.attribution import GoldenProfile, check_method
-from pipeline.editing import METHODS, WeightUpdate
+from pipeline.attribution.find import check_selector
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.editing.editor import METHODS
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
-from pipeline.model import generate as answer
-from pipeline.reporting import say, show_answers
-from pipeline.requests import stream_requests
+from pipeline.model.generation import generate as answer
+from pipeline.reporting.terminal import say, show_answers
+from pipeline.requests.readers import stream_requests
 from pipeline.shipped import program
 from pipeline.stages import load, prepare
 from pipeline.updates import LiveModel, Stopping, Store
@@ -28,9 +30,9 @@ def submit(options: of.SubmitCommand) -> None:
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
-        reporting.mind_the_clock(store)
+        reporting.check_clock(store)
         done = updates.submit(store, options.file, options.source, of.time_of(options.not_before), options.again)
-        reporting.tell_submitted(store, done)
+        reporting.show_submitted(store, done)
 
 
 def update(options: of.UpdateCommand) -> None:
@@ -58,10 +60,10 @@ def schedule(options: of.ScheduleCommand) -> None:
 
 
 def _update(store: Store, options: of.UpdateCommand, stopping: Callable[[], bool]) -> None:
-    reporting.mind_the_clock(store)
-    told = partial(reporting.tell_worked, store, dry_run=options.dry_run)
+    reporting.check_clock(store)
+    report = partial(reporting.show_batch, store, dry_run=options.dry_run)
     try:
-        worked = updates.update(store, options, partial(load, options), told, stopping)
+        worked = updates.update(store, options, partial(load, options), report, stopping)
     except updates.BusyError as busy:  # no failure: what is due is in good hands
         say(f"{busy}; nothing to do here")
         return
@@ -99,12 +101,9 @@ def rollback(options: of.RollbackCommand) -> None:
     """Another version becomes the current one; what that loses is held back."""
     with Store(options.store) as store:
         before = store.current
-        change = updates.rollback(store, options.version)
-        say(
-            f"version {options.version} is current, after {before}: {len(change.lost)} facts less, "
-            f"{len(change.gained)} more"
-        )
-        if change.lost:
+        gained, lost = updates.rollback(store, options.version)
+        say(f"version {options.version} is current, after {before}: {len(lost)} facts less, {len(gained)} more")
+        if lost:
             say(f"the former are held back; `{program()} submit FILE --again` queues them anew")
 
 
@@ -130,8 +129,8 @@ def retract(options: of.RetractCommand) -> None:
             say("retracted; it was in the queue only")
             return
         reporting.show_on_board(store)
-        assert done.outcome and done.outcome.after and done.outcome.before
-        sides = [side.metrics["rewrite"].mean for side in (done.outcome.before, done.outcome.after)]
+        assert done.before and done.after
+        sides = [side.metrics["rewrite"].mean for side in (done.before, done.after)]
         say(f"version {done.version}: retracted; its new answer: {sides[0]:.3f} -> {sides[1]:.3f}")
 
 
@@ -183,7 +182,7 @@ def _check(options: of.ProvingOptions) -> None:
         UserError: for an unknown method, a missing or damaged profile, or a text that is no file.
     """
     check_choice("edit.method", options.edit.method, METHODS)
-    check_method([], options.attribution)
+    check_selector([], options.attribution)
     if profile := getattr(options, "profile", None):
         GoldenProfile.load(profile)
     for flag, text in (("edit.statistics", options.edit.statistics.text), ("evaluation", options.evaluation.text)):
