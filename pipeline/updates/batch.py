@@ -10,7 +10,7 @@ from pipeline.attribution import GoldenProfile
 from pipeline.editing import WeightUpdate, accept, can_leave_out, edit, leave_out
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluator
-from pipeline.evaluation.evaluate import KINDS
+from pipeline.evaluation.plan import KINDS
 from pipeline.model import LLM
 from pipeline.options import ProvingOptions
 from pipeline.requests import EditRequest, fact

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pipeline.attribution.old_answers import with_old_answers
 from pipeline.editing import WeightUpdate, can_leave_out, edit, leave_out
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import KINDS
+from pipeline.evaluation.plan import KINDS
 from pipeline.model import LLM
 from pipeline.options import RetractCommand
 from pipeline.requests import EditRequest
