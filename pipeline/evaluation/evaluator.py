@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.editing.update import WeightUpdate
 from pipeline.evaluation.metrics import Estimate, Resampled
@@ -202,26 +202,14 @@ def kept_folder(folder: Path) -> Path | None:
     """A folder for what the base model says, made and marked as used now; of many such ones the oldest go.
 
     Returns:
-        None where it cannot be written: that costs the next command time, and this one nothing.
+        None where it cannot be made: that costs the next command time, and this one nothing.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.touch()
     except OSError:
         return None
-    _forget(folder.parent)
+    with suppress(OSError):  # another command may be removing them, too
+        for old in sorted(folder.parent.glob("base-*"), key=lambda one: one.stat().st_mtime)[:-MOST_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
     return folder
-
-
-@rank_zero_only
-def _forget(cache: Path) -> None:
-    others = sorted(cache.glob("base-*"), key=_last_used)
-    for old in others[:-MOST_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _last_used(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except OSError:  # another process has removed it
-        return 0.0

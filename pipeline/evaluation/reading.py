@@ -67,12 +67,16 @@ class Reading(Stage):
     Args:
         llm: the model, as it is now.
         compared: texts whose next-token distributions are compared.
-        base: what they are compared with, of those texts that were read before.
+        base: of those that were read before, what the base's head read, (M, D).
         title: on the progress bar.
     """
 
     def __init__(
-        self, llm: LLM, compared: Collection[Text] = (), base: TextReadings | None = None, title: str = "Measuring"
+        self,
+        llm: LLM,
+        compared: Collection[Text] = (),
+        base: Mapping[Text, Tensor] | None = None,
+        title: str = "Measuring",
     ) -> None:
         super().__init__(llm.model)
         self.llm, self.compared, self.base, self.title = llm, compared, base or {}, title
@@ -81,42 +85,41 @@ class Reading(Stage):
         return collate(items, self.llm.pad_token_id)
 
     def step(self, batch: Batch) -> list[list[tuple[Any, ...]]]:
-        """For each row, the fields of a `TextReading` of each of its texts."""
-        places = self._places(batch)
-        before = {tag: hidden_MD for tag in places if (hidden_MD := self._of_base(tag)) is not None}
+        """For each group, the fields of a `TextReading` of each of its texts."""
+        places = _compared_places(batch, self.compared)
+        before = {text: self.base[text] for text in places if text in self.base}
         also_MD = torch.cat(list(before.values())) if before else None
         with head_reads(self.model, batch.row_N, batch.position_N, also_MD) as hidden:
             logits_NV = wide_logits(self.model(input_ids=batch.input_ids_BT, use_cache=False))
         logits_NV, base_MV = logits_NV.split([len(batch.target_N), len(logits_NV) - len(batch.target_N)])
-        moved = self._divergences(base_MV, logits_NV, {tag: places[tag] for tag in before})
-        kept = {tag: hidden[0][places[tag]].float().cpu() for tag in places if tag not in before}
+        moved = _divergences(base_MV, logits_NV, {text: places[text] for text in before})
+        kept = {text: hidden[0][places[text]].float().cpu() for text in places if text not in before}
         found: list[list[tuple[Any, ...]]] = [[] for _ in batch.input_ids_BT]
         for row, text, (choices, loss) in zip(rows_of(batch), batch.texts, _choices(batch, logits_NV), strict=True):
             found[row].append((choices, loss, kept.get(text.tag), moved.get(text.tag)))
         return found
 
-    def _of_base(self, tag: Text) -> Tensor | None:
-        return self.base[tag].hidden_MD if tag in self.base else None
 
-    def _places(self, batch: Batch) -> dict[Text, list[int]]:
-        """Which of the batch's tokens are compared: of ordinary text, one in EVERY, of a probe, the first."""
-        places, start = {}, 0
-        for text in batch.texts:
-            if text.tag in self.compared:
-                count = len(text.targets) if text.tag.kind == "text" else 1
-                places[text.tag] = list(range(start, start + count, EVERY))
-            start += len(text.targets)
-        return places
+def _compared_places(batch: Batch, compared: Collection[Text]) -> dict[Text, list[int]]:
+    """Which of the batch's targets are compared, by text: of ordinary text one in EVERY, of a probe the first."""
+    places, start = {}, 0
+    for text in batch.texts:
+        if text.tag in compared:
+            count = len(text.targets) if text.tag.kind == "text" else 1
+            places[text.tag] = list(range(start, start + count, EVERY))
+        start += len(text.targets)
+    return places
 
-    def _divergences(self, base_MV: Tensor, now_NV: Tensor, places: Mapping[Text, list[int]]) -> dict[Text, float]:
-        """Mean KL(base ‖ now) of each text; never below nought, which only rounding could bring."""
-        if not places:
-            return {}
-        taken = [place for each in places.values() for place in each]
-        base_MV, now_MV = base_MV.log_softmax(-1), now_NV[taken].log_softmax(-1)
-        moved_M = (base_MV.exp() * (base_MV - now_MV)).sum(-1).clamp(min=0).cpu()
-        parts = moved_M.split([len(each) for each in places.values()])
-        return {tag: part.mean().item() for tag, part in zip(places, parts, strict=True)}
+
+def _divergences(base_MV: Tensor, now_NV: Tensor, places: Mapping[Text, list[int]]) -> dict[Text, float]:
+    """Mean KL(base ‖ now) of each text; never below nought, which only rounding could bring."""
+    if not places:
+        return {}
+    taken = [place for each in places.values() for place in each]
+    base_MV, now_MV = base_MV.log_softmax(-1), now_NV[taken].log_softmax(-1)
+    moved_M = (base_MV.exp() * (base_MV - now_MV)).sum(-1).clamp(min=0).cpu()
+    parts = moved_M.split([len(each) for each in places.values()])
+    return {text: part.mean().item() for text, part in zip(places, parts, strict=True)}
 
 
 def rows_of(batch: Batch) -> list[int]:
@@ -146,12 +149,18 @@ def read(llm: LLM, plan: Plan, base: TextReadings, runtime: Runtime, title: str,
         title: on the progress bar.
         kept: a folder whose name stands for all of this: what is found there is not read again.
     """
+    hidden = {text: reading.hidden_MD for text, reading in base.items() if reading.hidden_MD is not None}
+
+    def said(questions: Mapping[K, Question], name: str) -> dict[K, str]:
+        stage, folder = Saying(llm, f"{title}: {name}"), kept and kept / name
+        asked = list(questions.values())
+        texts = run(stage, asked, runtime, lambda one: len(one.token_ids), BATCH_SIZE, BATCH_TOKENS, folder)
+        return dict(zip(questions, texts, strict=True))
+
     with llm.frozen():
-        reading = Reading(llm, plan.compared, base, title)
+        reading = Reading(llm, plan.compared, hidden, title)
         texts = read_groups(reading, plan.groups(), runtime, kept=kept and kept / "texts")
-        answers = _say(llm, plan.questions, runtime, f"{title}: answers", kept and kept / "answers")
-        long = _say(llm, plan.long, runtime, f"{title}: long answers", kept and kept / "long")
-    return Readings(texts, answers, long)
+        return Readings(texts, said(plan.questions, "answers"), said(plan.long, "long answers"))
 
 
 def read_groups(
@@ -161,7 +170,7 @@ def read_groups(
     batch_size: int | None = None,
     kept: Path | None = None,
 ) -> dict[Text, TextReading]:
-    """What a stage reads of texts, by their tags; each text's tag is its own.
+    """What a stage reads of each text, in groups that share a row.
 
     Ordinary text is a window a batch: all its tokens are predicted, each against the whole vocabulary.
     """
@@ -171,17 +180,6 @@ def read_groups(
         return max(length, BATCH_TOKENS) if group[0].tag.kind == "text" else length
 
     outputs = run(stage, groups, runtime, size, batch_size or BATCH_SIZE, BATCH_TOKENS, kept)
-    return {
-        text.tag: TextReading(*reading)
-        for group, output in zip(groups, outputs, strict=True)
-        for text, reading in zip(group, output, strict=True)
-    }
-
-
-def _say(
-    llm: LLM, questions: Mapping[K, Question], runtime: Runtime, title: str, kept: Path | None
-) -> dict[K, str]:
-    """What the model says to each question."""
-    asked = list(questions.values())
-    said = run(Saying(llm, title), asked, runtime, lambda one: len(one.token_ids), BATCH_SIZE, BATCH_TOKENS, kept)
-    return dict(zip(questions, said, strict=True))
+    texts = [text for group in groups for text in group]
+    readings = [TextReading(*reading) for output in outputs for reading in output]
+    return {text.tag: reading for text, reading in zip(texts, readings, strict=True)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ class SideBySideEvaluator:
         self.runtime = runtime or Runtime()
         self.requests = len(requests)
         self.texts = probe_rows(llm, requests, with_rivals=False)
-        own = [[row for row in self.texts if row.tag.request == number] for number in range(len(requests))]
-        self.groups = [group for rows in own for group in pack(rows)]  # rows of different requests are not shared
+        by_request = groupby(self.texts, key=lambda row: row.tag.request)
+        self.groups = [group for _, own in by_request for group in pack(list(own))]  # requests share no rows
         self.reading = ChangedReading(llm)
         self.base: TextReadings = {}
 
@@ -52,10 +53,11 @@ class SideBySideEvaluator:
         """
         self.base = self.base or read_groups(self.reading, self.groups, self.runtime)
         self.reading.layer, self.reading.changes = layer, changes
-        columns = teacher_forced_values(self.texts, read_groups(self.reading, self.groups, self.runtime), self.base)
+        now = read_groups(self.reading, self.groups, self.runtime)
+        columns = teacher_forced_values(self.texts, now, self.base)
         return [
-            {name: column.values[request] for name, column in columns.items() if request in column.values}
-            for request in range(self.requests)
+            {name: column.values[number] for name, column in columns.items() if number in column.values}
+            for number in range(self.requests)
         ]
 
 
@@ -70,13 +72,13 @@ class ChangedReading(Reading):
         self.entered: dict[tuple[Text, int], tuple[int, Tensor]] = {}  # by batch: a block, and what enters it
 
     def step(self, batch: Batch) -> list[list[tuple[Any, ...]]]:
-        owners = dict(zip(rows_of(batch), (text.tag.request for text in batch.texts), strict=True))
-        request_B = torch.tensor([owners[row] for row in sorted(owners)], device=self.device)
+        owners = {row: text.tag.request for row, text in zip(rows_of(batch), batch.texts, strict=True)}
+        own_B = torch.tensor([owners[row] for row in range(len(owners))], device=self.device)
         with ExitStack() as stack:
             stack.enter_context(self.activations.from_block(self.layer, self._entering(batch)))
-            for name, factors in self.changes.items():
-                own = _adding(*(factor[request_B.to(factor.device)] for factor in factors))
-                stack.enter_context(self.activations.changing(name, len(request_B), own))
+            for name, (left_BOk, right_BkI) in self.changes.items():
+                change = _adding(left_BOk[own_B], right_BkI[own_B])
+                stack.enter_context(self.activations.changing(name, len(own_B), change))
             return super().step(batch)
 
     def _entering(self, batch: Batch) -> Tensor | None:
