@@ -21,7 +21,7 @@ from pipeline.running.kept import Kept
 from pipeline.running.stage import Stage
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Ends a measurement in its middle."""
 
 
@@ -34,7 +34,7 @@ class Counter:
 
         def counted(stage: Stage, batch: Any) -> Any:
             if self.batches == self.last:
-                raise Killed
+                raise KilledError
             self.batches += 1
             return step(stage, batch)
 
@@ -132,7 +132,7 @@ def test_what_was_read_before_a_kill_is_not_read_again(
     whole = counter.during(measure)
     shutil.rmtree(tmp_path / "work")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         counter.during(measure, last=killed)
     assert counter.during(measure) == whole - killed > 0
     assert found[0] == found[1]

@@ -16,9 +16,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pipeline.cli import main
 from pipeline.editing.contexts import CONTEXTS, in_context
-from pipeline.editing.edit import edit
 from pipeline.editing.update import WeightUpdate
-from pipeline.editing.values import locate
 from pipeline.model.explain import explain
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
@@ -239,6 +237,9 @@ def test_a_template_that_does_not_serve_is_refused(
 
 
 def test_an_edit_in_a_chat(tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest], tmp_path: Path) -> None:
+    from pipeline.editing import edit
+    from pipeline.editing.values import locate
+
     model = family_model("llama", len(tokenizer))
     llm = LLM(model, chatty(tokenizer, TURNS + OPENING), "tiny", chat=True)
     for row in locate(llm, requests[0], CONTEXTS[:3]).rows:
