@@ -5,18 +5,23 @@ Runs that are compared alternate, and medians count, so that a machine's moods f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from pipeline.benchmarks.bench import Bench, Figures
-from pipeline.evaluation import Evaluator, Measurement
+from pipeline.evaluation import reading
+from pipeline.evaluation.evaluator import Evaluator, Measurement
 from pipeline.evaluation.plan import Plan
-from pipeline.evaluation.rows import RowBatch
-from pipeline.model.targets import head_reads_only
+from pipeline.model.activations import target_logits
 from pipeline.options import EvaluationOptions
+from pipeline.requests.rows import Batch, collate
+from pipeline.running.stage import Items, in_batches
 
 TOGETHER = slice(0, 100)  # records measured in batches and one text at a time
 WHOLE = slice(0, 1000)  # records whose cost is put beside plain forward passes
@@ -49,18 +54,14 @@ class EvaluationBench(Bench):
 
     def one_at_a_time(self) -> Figures:
         """All probes of all requests, scored and answered, with and without batches."""
-        batched, single = EvaluationOptions(keep_base=False), EvaluationOptions(keep_base=False, batch_size=1)
-        evaluators = {
-            name: Evaluator(self.llm, self.records[TOGETHER], chosen, self.trainer, kinds)
-            for name, chosen, kinds in (
-                ("batched", batched, ALL_PROBES),
-                ("single", single, ALL_PROBES),
-                ("batched teacher-forced", batched, ("probes",)),
-                ("single teacher-forced", single, ("probes",)),
-            )
-        }
+        sizes = {"batched": reading.BATCH_SIZE, "single": 1}
         seconds, measured = self.in_turns(
-            {name: partial(one.measure, name.capitalize()) for name, one in evaluators.items()}, TURNS
+            {
+                f"{name}{suffix}": partial(self._measured, TOGETHER, kinds, size)
+                for name, size in sizes.items()
+                for suffix, kinds in (("", ALL_PROBES), (" teacher-forced", ("probes",)))
+            },
+            TURNS,
         )
         return {
             "speed-up": seconds["single"] / seconds["batched"],
@@ -72,28 +73,35 @@ class EvaluationBench(Bench):
 
     def forward_passes(self) -> Figures:
         """Rewrite, rephrase and locality, from texts to figures, beside plain passes over the same batches."""
-        options = EvaluationOptions(keep_base=False)
-        plan = Plan(self.llm, self.records[WHOLE], options, ("probes",))
-        (loader,) = plan.data().predict_dataloader()
-        batches = list(loader)
-
-        def evaluated() -> Measurement:
-            return Evaluator(self.llm, self.records[WHOLE], options, self.trainer, ("probes",)).measure("Evaluated")
-
-        seconds, _ = self.in_turns({"evaluated": evaluated, "passed": partial(self._plain_passes, batches)}, TURNS)
+        plan = Plan(self.llm, self.records[WHOLE], EvaluationOptions(), ("probes",))
+        groups = Items(range(len(plan.groups())), plan.groups())
+        batches = in_batches(groups, reading.size, reading.BATCH_SIZE, reading.BATCH_TOKENS)
+        collated = [collate(batch.items, self.llm.pad_token_id) for batch in batches]
+        evaluated = partial(self._measured, WHOLE, ("probes",), reading.BATCH_SIZE)
+        passed = partial(self._plain_passes, collated)
+        seconds, _ = self.in_turns({"evaluated": evaluated, "passed": passed}, TURNS)
         return {
             "cost in forward passes": seconds["evaluated"] / seconds["passed"],
             "seconds a request": seconds["evaluated"] / len(self.records[WHOLE]),
         }
 
+    def _measured(self, records: slice, kinds: Sequence[str], batch_size: int) -> Measurement:
+        """From texts to figures, with nothing kept from before."""
+        with (
+            TemporaryDirectory() as cache,
+            patch.dict(os.environ, XDG_CACHE_HOME=cache),
+            patch.object(reading, "BATCH_SIZE", batch_size),
+        ):
+            return Evaluator(self.llm, self.records[records], trainer=self.trainer, kinds=kinds).measure(
+                "Measuring"
+            )
+
     @torch.no_grad()
-    def _plain_passes(self, batches: Sequence[RowBatch]) -> None:
+    def _plain_passes(self, batches: Sequence[Batch]) -> None:
         """The model alone, its head at the scored positions only."""
         with self.llm.frozen():
             for batch in batches:
-                moved = move_data_to_device(batch, self.device)
-                with head_reads_only(self.llm.model, moved.row_N, moved.position_N):
-                    self.llm.model(input_ids=moved.input_ids_BT, use_cache=False).logits[0, 0, 0].item()
+                target_logits(self.llm.model, move_data_to_device(batch, self.device))[0, 0].item()
 
 
 def _agreeing_values(one: Measurement, other: Measurement) -> float:

@@ -47,7 +47,6 @@ class Plan:
         if not requests:
             raise UserError("requests: none to measure")
         self.requests = list(requests)
-        self.kinds = tuple(kinds)
         self.texts: list[Row] = []
         if "probes" in kinds:
             self.texts += probe_rows(llm, requests, "probability" in kinds)
@@ -85,7 +84,6 @@ class Plan:
     def only(self, numbers: Collection[int], kinds: Sequence[str]) -> Plan:
         """The part for some of the requests and kinds; requests keep their numbers."""
         part, wanted = copy(self), set(numbers)
-        part.kinds = tuple(kind for kind in self.kinds if kind in kinds)
 
         def is_in(text: Text) -> bool:
             if text.kind == "text":

@@ -170,16 +170,14 @@ def read_groups(
     batch_size: int | None = None,
     kept: Path | None = None,
 ) -> dict[Text, TextReading]:
-    """What a stage reads of each text, in groups that share a row.
-
-    Ordinary text is a window a batch: all its tokens are predicted, each against the whole vocabulary.
-    """
-
-    def size(group: list[Row]) -> int:
-        length = len(group[0].token_ids) - 1
-        return max(length, BATCH_TOKENS) if group[0].tag.kind == "text" else length
-
+    """What a stage reads of each text, in groups that share a row."""
     outputs = run(stage, groups, runtime, size, batch_size or BATCH_SIZE, BATCH_TOKENS, kept)
     texts = [text for group in groups for text in group]
     readings = [TextReading(*reading) for output in outputs for reading in output]
     return {text.tag: reading for text, reading in zip(texts, readings, strict=True)}
+
+
+def size(group: list[Row]) -> int:
+    """A group's tokens, for batches; a window of ordinary text, which predicts each token, fills one by itself."""
+    length = len(group[0].token_ids) - 1
+    return max(length, BATCH_TOKENS) if group[0].tag.kind == "text" else length

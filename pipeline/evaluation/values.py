@@ -138,10 +138,10 @@ def damage_values(texts: Sequence[Row], readings: Readings) -> Values:
         losses = {text.request: readings.texts[text].loss for text in windows}
         columns["perplexity"] = Column(losses, {text.request: tokens for text, tokens in windows.items()})
     for name, kind in (("locality_kl", "locality"), ("text_kl", "text")):
-        moved = [(row.tag.request, readings.texts[row.tag].divergence) for row in texts if row.tag.kind == kind]
-        pairs = [(unit, divergence) for unit, divergence in moved if divergence is not None]
-        if pairs:
-            columns[name] = Column.of_means(pairs)
+        moved = {row.tag: readings.texts[row.tag].divergence for row in texts if row.tag.kind == kind}
+        column = Column.of_means((text.request, kl) for text, kl in moved.items() if kl is not None)
+        if column.values:
+            columns[name] = column
     if readings.long:
         columns["fluency"] = Column({unit: ngram_entropy(said) for unit, said in readings.long.items()})
     return columns
