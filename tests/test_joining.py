@@ -20,7 +20,7 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.model.explain import explain
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
-from pipeline.options import EditOptions, LocateOptions, StatisticsOptions
+from pipeline.options import EditOptions
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
 
@@ -245,11 +245,7 @@ def test_an_edit_in_a_chat(tokenizer: PreTrainedTokenizerFast, requests: list[Ed
     for row in locate(llm, requests[0], CONTEXTS[:3]).rows:
         assert llm.tokenizer.decode(row.token_ids).startswith("<user>")
         assert row.subject and llm.tokenizer.decode(row.token_ids[: row.subject[1] + 1]).endswith("Spain")
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(TEXTS * 2))
-    options = EditOptions(
-        layers=[1], locate=LocateOptions(steps=2), statistics=StatisticsOptions(text=str(text), tokens=512)
-    )
+    options = EditOptions(method="one_pass", layers=[1])
     update = edit(llm, requests, options=options)
     update.save(tmp_path)
     assert WeightUpdate.load(tmp_path).chat

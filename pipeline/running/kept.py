@@ -1,4 +1,4 @@
-"""Half-done work: what items have come to, a file a batch, so that a kill loses the batch at work and nothing else."""
+"""Half-done work: what items have come to, a file a batch, so that a kill loses the batch at work, no more."""
 
 from __future__ import annotations
 
