@@ -27,7 +27,7 @@ __getattr__, __all__ = offered(
         "editing.finetune": ("FineTune",),
         "editing.update": ("WeightUpdate",),
         "errors": ("UserError",),
-        "evaluation.evaluate": ("evaluate",),
+        "evaluation.evaluator": ("evaluate",),
         "model.blocks": ("find_blocks",),
         "model.generation": ("generate",),
         "model.llm": ("LLM",),
