@@ -201,6 +201,7 @@ def study(options: StudyCommand) -> None:
     from pipeline.reporting.terminal import say
     from pipeline.requests import load_requests
     from pipeline.study.study import check_study, parted, run_study
+    from pipeline.study.sweep import RESULTS
 
     with working(options, "study", STUDY_MAY_CHANGE) as log:
         sets = []
@@ -209,7 +210,7 @@ def study(options: StudyCommand) -> None:
             read = load_requests(file, most, options.offset, options.skip_bad, tell=say)
             sets.append(parted(_set_name(file), read, options))
         check_study(sets, options)
-        log.going_on()
+        log.going_on(RESULTS)
         log.keep_study(run_study(load(options), sets, options, log.folder, log.work))
 
 
