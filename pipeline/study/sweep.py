@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
-from pipeline.editing.edit import check_subjects
+from pipeline.editing.editor import check_subjects
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.statistics import key_moments
-from pipeline.errors import UserError, check_choice
+from pipeline.errors import check_choice
 from pipeline.evaluation.side_by_side import SideBySideEvaluator
 from pipeline.files import digest
 from pipeline.model.llm import LLM
@@ -113,8 +113,6 @@ def check_trial(method: str, options: EditOptions, requests: Sequence[EditReques
     """Raise UserError for a method that cannot be tried with single edits, or requests that it cannot take."""
     check_choice(flag, method, [name for name, kind in METHODS.items() if kind.trial])
     check_subjects(requests, method, instead="lora")
-    if getattr(settings_of(replace(options, method=method)), "rounds", 1) > 1:
-        raise UserError("edit.expert.rounds: trial edits visit a block once; expected 1")
 
 
 def key(request: EditRequest) -> int:
