@@ -25,9 +25,9 @@ class StudyCommand(ModelOptions, OutputOptions, ComputeOptions):
     methods: list[str] = field(default_factory=lambda: ["memit"])
     """Ways to edit: memit, emmet, rome, alphaedit or lora."""
     selectors: list[str] = field(default_factory=lambda: ["lga", "gradient_norm", "causal_tracing", "middle"])
-    """Ways to choose a block; the first one's choice is the golden layer. Those of --method of `attribute` but fixed;
-    under research: lga_past_first, lga_subject, lga_cosine, lga_cosine_past_first, lga_cosine_last, gradient_norm;
-    sweep: the truth, each proxy request edited alone at every block by the first of --methods."""
+    """Ways to choose a block; the first one's choice is the golden layer. Those that --method of `attribute` takes,
+    but fixed; under research: lga_past_first, lga_subject, lga_cosine, lga_cosine_past_first, lga_cosine_last,
+    gradient_norm; sweep: each proxy request edited alone at every block by the first of --methods."""
     every: int = 1
     """Try every n-th block only, and those that selectors chose."""
     together: int = 32

@@ -51,6 +51,12 @@ class Grid:
         """What a block falls short of the best fixed one."""
         return float(self.means.max()) - self.mean(block)
 
+    @cached_property
+    def halves(self) -> tuple[Grid, Grid]:
+        """Every second request, and the others."""
+        requests = range(len(self.scores))
+        return self.taken(requests[::2]), self.taken(requests[1::2])
+
     def taken(self, requests: Sequence[int]) -> Grid:
         """The same for some of the requests, by number."""
         part = {name: values[list(requests)] for name, values in self.values.items()}

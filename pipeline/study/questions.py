@@ -18,7 +18,6 @@ from pipeline.evaluation.metrics import bootstrap_mean
 from pipeline.study.grid import Figures, Grid, mean_of
 
 Row = dict[str, float | int | str | None]
-HALVES = {"first": 0, "second": 1}  # every second request, from which on
 
 
 def outcome(grid: Grid, picked: Callable[[Figures], Figures]) -> Row:
@@ -95,7 +94,7 @@ def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks
     rows: list[Row] = []
     for name, profile in profiles.items():
         block, scores = profile.golden_layers[0], _ranked_by(profile)
-        faster = a_request * profile.requests / profile.seconds if profile.stability else None
+        faster = a_request * profile.requests / profile.seconds if profile.stability and profile.seconds else None
         rows.append(
             {
                 "selector": name,
@@ -113,7 +112,7 @@ def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks
 
 def _half_swept(grid: Grid) -> Row:
     """The sweep itself as a selector: chosen on one half of the requests, measured on the other, both ways."""
-    first, second = (grid.taken(range(start, len(grid.scores), 2)) for start in HALVES.values())
+    first, second = grid.halves
     both_ways = [(first.best, second), (second.best, first)]
     swept = dict(zip(first.blocks, first.means.tolist(), strict=True))
     return {
@@ -141,20 +140,17 @@ def by_halves(
     Returns:
         rows, the best rank correlation on the first half first.
     """
-    every = [(name, grid) for name, found in grids.items() for grid in found.values()]
     rows: list[Row] = []
     for selector in next(iter(profiles.values())):
         row: Row = {"selector": selector}
-        for half, start in HALVES.items():
-            ranks, regrets = [], []
-            for name, grid in every:
-                part, profile = grid.taken(range(start, len(grid.scores), 2)), profiles[name][selector]
-                ranks.append(rank_correlation(_ranked_by(profile), part))
-                regrets.append(part.regret(profile.golden_layers[0]))
+        for half, name in enumerate(("first", "second")):
+            every = [(profiles[one][selector], grid.halves[half]) for one in grids for grid in grids[one].values()]
+            ranks = [rank_correlation(_ranked_by(profile), part) for profile, part in every]
+            regrets = [part.regret(profile.golden_layers[0]) for profile, part in every]
             known = [rank for rank in ranks if rank is not None]
-            row[f"spearman, {half} half"] = float(np.mean(known)) if known else None
-            row[f"regret, {half} half"] = float(np.mean(regrets))
-            row[f"worst regret, {half} half"] = max(regrets)
+            row[f"spearman, {name} half"] = float(np.mean(known)) if known else None
+            row[f"regret, {name} half"] = float(np.mean(regrets))
+            row[f"worst regret, {name} half"] = max(regrets)
         rows.append(row)
     return sorted(rows, key=lambda row: -float(row["spearman, first half"] or -1))
 
