@@ -220,7 +220,7 @@ def test_what_cannot_be_tried_is_known_at_once(requests: list[EditRequest]) -> N
 def command(tiny_folder: Path, tmp_path: Path, editing: EditOptions) -> list[str]:
     return [
         *("study", "--model", str(tiny_folder), "--limit", "4", "--proxy", "12", "--output", str(tmp_path / "out")),
-        *("--edit.expert", "{steps: 3}", "--edit.statistics.text", str(editing.statistics.text)),
+        *("--edit.expert.steps", "3", "--edit.statistics.text", str(editing.statistics.text)),
         *("--edit.statistics.tokens", "512"),
     ]
 
@@ -255,7 +255,7 @@ def test_a_study_folder_of_other_options_is_refused(
 ) -> None:
     assert main([*command, "--every", "4"]) == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
-    assert main([*command, "--edit.expert", "{step: 0.5}", "--resume"]) == 1
+    assert main([*command, "--edit.expert.step", "0.5", "--resume"]) == 1
     assert "another edit" in capsys.readouterr().err
     assert main(command) == 1
     assert "holds something already" in capsys.readouterr().err
