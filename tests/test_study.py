@@ -278,7 +278,6 @@ def test_sets_of_one_name_are_refused(
     [
         (["--selectors", "[lga,lga]"], "each once"),
         (["--limit", "1"], "limit"),
-        (["--attribution.top_k", "9"], "top_k: 9"),  # found after the model is loaded
     ],
 )
 def test_what_a_study_cannot_do(

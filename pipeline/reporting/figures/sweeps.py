@@ -20,7 +20,7 @@ from pipeline.reporting.figures.look import (
 )
 from pipeline.reporting.figures.scores import frame, selector_name
 from pipeline.study import Study
-from pipeline.study.grid import JUDGED_BY
+from pipeline.study.grid import JUDGED_BY, mean_of
 
 MOST_SELECTORS = 32  # characters of a selector's name
 
@@ -36,9 +36,9 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         axes = figure.subplots()
         judged = [name for name in JUDGED_BY if name in grid.values and not np.isnan(grid.values[name]).all()]
         for metric, (line, shape) in zip(judged, LINES, strict=False):
-            axes.plot(grid.blocks, block_means(grid.values[metric]), color=BLUE, linestyle=line, marker=shape,
+            axes.plot(grid.blocks, mean_of(grid.values[metric]), color=BLUE, linestyle=line, marker=shape,
                       markersize=4, linewidth=1.1, label=metric)  # fmt: skip
-        axes.plot(grid.blocks, block_means(grid.scores), color=INK, linewidth=2.4, label="score")
+        axes.plot(grid.blocks, grid.means, color=INK, linewidth=2.4, label="score")
         axes.axvline(golden, color=GOLD, linewidth=6, alpha=0.6, zorder=0, label=f"golden layer: {golden}")
         axes.axvline(best, color=INK, linewidth=1.2, linestyle="-.", zorder=0, label=f"best fixed block: {best}")
         axes.set_ylim(0, 1.03)
@@ -47,13 +47,6 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         axes.set_ylabel("share, teacher-forced")
         legend_below(axes, columns=3)
     return figure
-
-
-def block_means(values_RL: np.ndarray) -> np.ndarray:
-    """Each block's mean over the requests that have the figure; NaN where none has."""
-    there = ~np.isnan(values_RL)
-    sums, counts = np.where(there, values_RL, 0).sum(0), there.sum(0)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def squares_figure(study: Study, name: str, method: str) -> Figure:
