@@ -200,8 +200,8 @@ def study(options: StudyCommand) -> None:
     """Edit requests alone at every block, and compare the golden layer, every request's own best, and selectors."""
     from pipeline.reporting.terminal import say
     from pipeline.requests import load_requests
+    from pipeline.study.results import RESULTS_FILE
     from pipeline.study.study import check_study, parted, run_study
-    from pipeline.study.sweep import RESULTS
 
     with working(options, "study", STUDY_MAY_CHANGE) as log:
         sets = []
@@ -210,8 +210,8 @@ def study(options: StudyCommand) -> None:
             read = load_requests(file, most, options.offset, options.skip_bad, tell=say)
             sets.append(parted(_set_name(file), read, options))
         check_study(sets, options)
-        log.going_on(RESULTS)
-        log.keep_study(run_study(load(options), sets, options, log.folder, log.work))
+        log.going_on(RESULTS_FILE)
+        log.keep_study(run_study(load(options), sets, options, log.folder))
 
 
 def plan(options: PlanCommand) -> None:

@@ -116,8 +116,8 @@ class AttributionBench(Bench):
         tried = parted(Path(file).stem, requests, options)
         study = run_study(self.llm, [tried], options, self.folder / "trials")
         (method,) = options.methods
-        golden = next(row for row in study.against_optimal[tried.name][method] if row["choice"] == "golden layer")
-        lga = study.selectors[tried.name][method][0]
+        golden = next(row for row in study.against_optimal(tried.name, method) if row["choice"] == "golden layer")
+        lga = study.selectors(tried.name, method)[0]
         return {
             "sweep over LGA": float(lga["times faster than the sweep"] or 0),
             "regret of LGA's block": float(lga["regret"] or 0),

@@ -14,8 +14,10 @@ class AttributionOptions:
     """How the golden layer is found."""
 
     method: str = "lga"
-    """lga: layer gradient analysis; gradient_norm_subject: size of the new answer's gradient at the subject's last
-    token; causal_tracing: ROME's; middle: the middle block; fixed: the one that --layer names."""
+    """lga: layer gradient analysis, with kin under research (lga_past_first, lga_subject, lga_cosine,
+    lga_cosine_past_first, lga_cosine_last); gradient_norm, gradient_norm_subject: size of the new answer's
+    gradient, over all tokens or at the subject's last; causal_tracing: ROME's; sweep: the truth, by editing each
+    request alone at each block; middle: the middle block; fixed: the one that --layer names."""
     layer: int | None = None
     """fixed: the block, counted from 0."""
     scope: str = "mlp"
@@ -30,6 +32,8 @@ class AttributionOptions:
     """How many golden layers to name."""
     batch_size: int = 16
     """The most requests in a batch; fewer where their tokens would take much memory."""
+    trial: str = "memit"
+    """sweep: the way to edit: memit, emmet, rome, alphaedit or lora."""
     samples: int = 10
     """causal_tracing: how often a subject is corrupted."""
     noise: float = 3.0

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pipeline.errors import UserError, check_at_least
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.editing import EditOptions
+from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions
 
 
@@ -25,9 +26,7 @@ class StudyCommand(ModelOptions, OutputOptions, ComputeOptions):
     methods: list[str] = field(default_factory=lambda: ["memit"])
     """Ways to edit: memit, emmet, rome, alphaedit or lora."""
     selectors: list[str] = field(default_factory=lambda: ["lga", "gradient_norm", "causal_tracing", "middle"])
-    """Ways to choose a block; the first one's choice is the golden layer. Those that --method of `attribute` takes,
-    but fixed; under research: lga_past_first, lga_subject, lga_cosine, lga_cosine_past_first, lga_cosine_last,
-    gradient_norm; sweep: each proxy request edited alone at every block by the first of --methods."""
+    """Ways to choose a block, as --method of `attribute` names them; the first one's choice is the golden layer."""
     every: int = 1
     """Try every n-th block only, and those that selectors chose."""
     together: int = 32
@@ -36,6 +35,7 @@ class StudyCommand(ModelOptions, OutputOptions, ComputeOptions):
     """Go on with a study in --output; its sets, methods, selectors and blocks may be others than before."""
     attribution: AttributionOptions = field(default_factory=AttributionOptions)
     edit: EditOptions = field(default_factory=EditOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
     def __post_init__(self) -> None:
         ComputeOptions.__post_init__(self)

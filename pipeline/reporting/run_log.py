@@ -27,6 +27,7 @@ from pipeline.reporting.dashboards import columns, edit_charts, study_charts, st
 from pipeline.reporting.events import EventsLogger
 from pipeline.reporting.figures import (
     agreement_figure,
+    block_means,
     by_cost,
     cost_figure,
     metrics_figure,
@@ -42,7 +43,6 @@ from pipeline.reporting.terminal import say, show_benchmark, show_metrics, show_
 from pipeline.reporting.values import values_csv
 from pipeline.requests import EditRequest
 from pipeline.study import Study
-from pipeline.study.grid import mean_of
 
 PICTURE = re.compile(r"!\[\w+\]\([^)]*\.png\)\n*")
 SHOWN_ANSWERS = 30
@@ -208,7 +208,7 @@ class RunLog:
         for name, grids in study.grids.items():
             for method, grid in grids.items():
                 for metric, values in {**grid.values, "score": grid.scores}.items():
-                    for block, mean in zip(grid.blocks, mean_of(values), strict=True):
+                    for block, mean in zip(grid.blocks, block_means(values), strict=True):
                         if np.isnan(mean):
                             continue  # no request has such a probe
                         self.tensorboard.experiment.add_scalar(study_tag(name, method, metric), mean, block)

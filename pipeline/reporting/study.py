@@ -24,20 +24,20 @@ def study_report(study: Study) -> str:
                 f"## {name}, {method}\n",
                 f"{len(grid.scores)} requests × {len(grid.blocks)} blocks in {grid.seconds:.0f} s.\n",
                 "### A fixed block against each request's own best\n",
-                table(study.against_optimal[name][method]),
+                table(study.against_optimal(name, method)),
                 "### Who finds it\n",
-                table(study.selectors[name][method]),
+                table(study.selectors(name, method)),
                 f"![sweep](sweep-{name}-{method}.png)\n",
                 f"![squares](squares-{name}-{method}.png)\n",
                 f"![selectors](selectors-{name}-{method}.png)\n",
             ]
     for method in next(iter(study.grids.values())):
-        parts += [f"## From proxy to test requests, and from set to set: {method}\n", table(study.carried[method])]
+        parts += [f"## From proxy to test requests, and from set to set: {method}\n", table(study.carried(method))]
     parts += [
         "## Selectors by halves\n",
         "Every second tried request, over all sets and methods, and the others: what is chosen by the first half's "
         "figures can be trusted by the second's.\n",
-        table(study.halves),
+        table(study.halves()),
     ]
     return "\n".join(parts)
 

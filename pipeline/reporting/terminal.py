@@ -94,7 +94,7 @@ def show_study(study: Study) -> None:
     """How near the golden layer comes to the best, and what each selector chose; study.md holds all of it."""
     for name, grids in study.grids.items():
         for method in grids:
-            own, fixed, golden, *_ = study.against_optimal[name][method]
+            own, fixed, golden, *_ = study.against_optimal(name, method)
             say(
                 f"{name}, {method}: golden layer {golden['block']} scores {golden['score']:.3f}; the best fixed "
                 f"block, {fixed['block']}, {fixed['score']:.3f}; each request's own best {own['score']:.3f}"
@@ -103,7 +103,7 @@ def show_study(study: Study) -> None:
             table.add_column("chosen by", overflow="fold")
             for column in ("block", "regret", "Spearman", "seconds"):
                 table.add_column(column, justify="right")
-            for row in study.selectors[name][method]:
+            for row in study.selectors(name, method):
                 figures = [(row["regret"], 3), (row["spearman"], 2), (row["seconds"], 0)]
                 shown = [f"{value:.{digits}f}" if isinstance(value, float) else "" for value, digits in figures]
                 table.add_row(f" {row['selector']}", str(row["block"]), *shown)

@@ -20,14 +20,15 @@ from pipeline.reporting.figures.look import (
 )
 from pipeline.reporting.figures.scores import frame, selector_name
 from pipeline.study import Study
-from pipeline.study.grid import JUDGED_BY, mean_of
+from pipeline.study.questions import best_block
+from pipeline.study.sweep import JUDGED_BY
 
 MOST_SELECTORS = 32  # characters of a selector's name
 
 
 def sweep_figure(study: Study, name: str, method: str) -> Figure:
     """What single edits come to, block by block: the mean of every figure, and of the score made of them."""
-    grid, golden, best = study.grids[name][method], study.golden[name], study.grids[name][method].best
+    grid, golden, best = study.grids[name][method], study.golden[name], best_block(study.grids[name][method])
     told = (
         f"Means of {len(grid.scores)} requests, each edited alone at each block. Score: mean of rewrite, rephrase "
         f"and locality. The golden layer, {golden}, was chosen from other requests without a trial."
@@ -36,9 +37,9 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         axes = figure.subplots()
         judged = [name for name in JUDGED_BY if name in grid.values and not np.isnan(grid.values[name]).all()]
         for metric, (line, shape) in zip(judged, LINES, strict=False):
-            axes.plot(grid.blocks, mean_of(grid.values[metric]), color=BLUE, linestyle=line, marker=shape,
+            axes.plot(grid.blocks, block_means(grid.values[metric]), color=BLUE, linestyle=line, marker=shape,
                       markersize=4, linewidth=1.1, label=metric)  # fmt: skip
-        axes.plot(grid.blocks, grid.means, color=INK, linewidth=2.4, label="score")
+        axes.plot(grid.blocks, block_means(grid.scores), color=INK, linewidth=2.4, label="score")
         axes.axvline(golden, color=GOLD, linewidth=6, alpha=0.6, zorder=0, label=f"golden layer: {golden}")
         axes.axvline(best, color=INK, linewidth=1.2, linestyle="-.", zorder=0, label=f"best fixed block: {best}")
         axes.set_ylim(0, 1.03)
@@ -47,6 +48,13 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         axes.set_ylabel("share, teacher-forced")
         legend_below(axes, columns=3)
     return figure
+
+
+def block_means(values_RL: np.ndarray) -> np.ndarray:
+    """Each block's mean over the requests that have the figure; NaN where none has."""
+    there = ~np.isnan(values_RL)
+    sums, counts = np.where(there, values_RL, 0).sum(0), there.sum(0)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def squares_figure(study: Study, name: str, method: str) -> Figure:
@@ -73,7 +81,7 @@ def squares_figure(study: Study, name: str, method: str) -> Figure:
 
 def selectors_figure(study: Study, name: str, method: str) -> Figure:
     """Regret and rank correlation of every selector, the best first."""
-    rows = sorted(study.selectors[name][method], key=lambda row: float(row["regret"] or 0))
+    rows = sorted(study.selectors(name, method), key=lambda row: float(row["regret"] or 0))
     places = np.arange(len(rows))[::-1]
     told = (
         "Left: what the chosen block falls short of the best fixed block's score (0 is best). Right: Spearman's "
