@@ -18,15 +18,7 @@ from pipeline.options.commands import (
     RequestsCommand,
     RunCommand,
 )
-from pipeline.options.editing import (
-    EditOptions,
-    FinetuneOptions,
-    LocateOptions,
-    LoraOptions,
-    OnePassOptions,
-    StatisticsOptions,
-    TrainingOptions,
-)
+from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.planning import PlanCommand
 from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions, TrainerOptions
@@ -38,8 +30,6 @@ from pipeline.options.updates import (
     ProvingOptions,
     RetractCommand,
     ScheduleCommand,
-    StackedEditOptions,
-    StackedLocateOptions,
     StoreOptions,
     SubmitCommand,
     UpdateCommand,
@@ -61,14 +51,10 @@ __all__ = [
     "EvaluateCommand",
     "EvaluationOptions",
     "ExportCommand",
-    "FinetuneOptions",
     "GateOptions",
     "GenerateCommand",
     "HistoryCommand",
-    "LocateOptions",
-    "LoraOptions",
     "ModelOptions",
-    "OnePassOptions",
     "OutputOptions",
     "PlanCommand",
     "ProvingOptions",
@@ -77,14 +63,11 @@ __all__ = [
     "RetractCommand",
     "RunCommand",
     "ScheduleCommand",
-    "StackedEditOptions",
-    "StackedLocateOptions",
     "StatisticsOptions",
     "StoreOptions",
     "StudyCommand",
     "SubmitCommand",
     "TrainerOptions",
-    "TrainingOptions",
     "UpdateCommand",
     "VerifyCommand",
     "VersionCommand",

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from pipeline.errors import UserError, check_above, check_at_least, check_at_most
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.editing import EditOptions, LocateOptions
+from pipeline.options.editing import EditOptions
 from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import ComputeOptions, TrainerOptions
 
@@ -21,32 +21,6 @@ class StoreOptions:
     """The store's folder: queue, versions, history."""
     verbose: bool = False
     """Show the libraries' own messages, and tracebacks."""
-
-
-@dataclass(kw_only=True)
-class StackedLocateOptions(LocateOptions):
-    """Locate-then-edit where one layer is to hold batch after batch: small values, so that many get along."""
-
-    key_contexts: int = 1
-    """Contexts that a subject's keys are taken under; at most 9."""
-    neighbour_weight: float = 0.1
-    """memit: weight of such names against ordinary text."""
-    steps: int | None = 25
-    """The most optimiser steps of a value; null: 40 for up to 10 requests, 22 for more."""
-    step: float = 0.13
-    """Adam's step size for a value, in units of the projection's output norm."""
-    bound: float | None = 1.3
-    """Largest change of a value, in units of the projection's output norm; null: 2 for up to 10 requests, 1.6 for
-    more."""
-    strength: float = 20.0
-    """memit: weight of what is to stay against the requests, free of the keys' scale."""
-
-
-@dataclass(kw_only=True)
-class StackedEditOptions(EditOptions):
-    """How the golden layer is changed, batch after batch."""
-
-    locate: StackedLocateOptions = field(default_factory=StackedLocateOptions)
 
 
 @dataclass(kw_only=True)
@@ -118,7 +92,7 @@ class ProvingOptions(StoreOptions, ComputeOptions):
 
     model: str | None = None
     """The base model; a new store needs it, an old one knows it."""
-    edit: StackedEditOptions = field(default_factory=StackedEditOptions)
+    edit: EditOptions = field(default_factory=lambda: EditOptions(stacked=True))
     attribution: AttributionOptions = field(default_factory=AttributionOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     gates: GateOptions = field(default_factory=GateOptions)

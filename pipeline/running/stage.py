@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -138,6 +139,7 @@ def run(
     kept: str | Path | None = None,
     in_step: bool = False,
     callbacks: Sequence[Callback] = (),
+    logger: Logger | bool = False,
 ) -> list[Any]:
     """The outputs of every item, in the items' order, whole in every process.
 
@@ -151,6 +153,7 @@ def run(
         kept: the name in the work folder, or the folder itself, under which outputs are kept as they come.
         in_step: let all devices run as many batches, as a backward pass through spread weights needs.
         callbacks: what watches the stage.
+        logger: where the stage's curves go.
 
     Raises:
         UserError: when the memory does not suffice for one item.
@@ -162,7 +165,7 @@ def run(
     left = Items(*zip(*((n, item) for n, item in enumerate(items) if n not in done), strict=True)) if len(done) < len(items) else None
     if left:
         watching = [*callbacks, *([keeping] if keeping else [])]
-        with trainer_of(runtime, stage.title, watching) as trainer:
+        with trainer_of(runtime, stage.title, watching, logger=logger) as trainer:
             most = min(batch_size, max(1, len(left) // trainer.world_size))  # no device without an item, if possible
             batches = in_batches(left, tokens, most, most_tokens)
             outputs = trainer.predict(stage, datamodule=Batches(batches, in_step)) or []

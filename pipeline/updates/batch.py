@@ -182,4 +182,4 @@ class Halving:
         assert self.whole
         earlier = {fact(request) for request in self.ground.update.requests} if self.ground.update else set()
         renewed = any(fact(request) in earlier for request in rest)
-        return not renewed and can_leave_out(self.llm, self.whole, rest, self.options.edit.method)
+        return not renewed and can_leave_out(self.whole, rest, self.options.edit.method)

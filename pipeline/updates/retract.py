@@ -92,7 +92,7 @@ def _edited_back(store: Store, llm: LLM, number: int, options: RetractCommand) -
 
 def _without(store: Store, llm: LLM, ground: Ground, request: EditRequest, options: RetractCommand) -> WeightUpdate:
     assert ground.update
-    if can_leave_out(llm, ground.update, [request], options.edit.method):
+    if can_leave_out(ground.update, [request], options.edit.method):
         return leave_out(llm, ground.update, [request], options.edit, options.one_device, options.seed)
     (answered,) = with_old_answers(llm, [request], options.attribution, options.one_device)
     back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
