@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing.keeping import KeepTraining
-from pipeline.editing.lessons import LessonData, read_lessons
+from pipeline.editing.lesson_data import LessonData
+from pipeline.editing.lessons import read_lessons
 from pipeline.editing.lora import Adapter, reads_for
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
@@ -156,7 +157,7 @@ class FineTune(LightningModule):
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Train until every request is learnt or the settings' epochs are over; an adapter is merged then."""
         settings = self.settings
-        self.whiteners = find_whiteners(self.llm, self.weight_names, settings, self.statistics, runtime)
+        self.find_whiteners(runtime)
         reading = (min(self.layers), [requests], settings.contexts, settings.kl > 0, runtime)
         (lessons,) = read_lessons(self.llm, *reading)
         data = LessonData(lessons, settings.batch_size, self.llm.pad_token_id, runtime.seed)
@@ -164,6 +165,12 @@ class FineTune(LightningModule):
             self.fit(data, runtime)
             if self.lora and adapted:
                 self.state = self.lora.merged(adapted)
+
+    def find_whiteners(self, runtime: Runtime) -> None:
+        """Of every projection that is trained, where the settings want any."""
+        names = [name.removesuffix(".weight") for name in self.weight_names] if self.settings.whiten else []
+        moments = key_moments(self.llm, names, self.statistics, runtime)
+        self.whiteners = {name: whitener(moment, self.settings.whiten) for name, moment in moments.items()}
 
     def fit(self, data: LessonData, runtime: Runtime) -> None:
         """Train; where the memory does not suffice, from the start again in micro-batches of half the size."""
@@ -311,15 +318,6 @@ class FineTune(LightningModule):
 def _scale(weight: Tensor) -> float:
     """The root mean square of a weight's entries."""
     return weight.float().square().mean().sqrt().item()
-
-
-def find_whiteners(
-    llm: LLM, weights: Sequence[str], settings: FinetuneSettings, statistics: StatisticsOptions, runtime: Runtime
-) -> dict[str, Tensor]:
-    """The whitener of every projection that these weights are of, where the settings want any."""
-    names = [name.removesuffix(".weight") for name in weights] if settings.whiten else []
-    moments = key_moments(llm, names, statistics, runtime)
-    return {name: whitener(moment, settings.whiten) for name, moment in moments.items()}
 
 
 def make_finetune(

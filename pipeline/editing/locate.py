@@ -122,7 +122,7 @@ class LocateThenEdit:
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """At each layer in turn: search the values, gather the keys, solve, and change the weight in place."""
-        moments = self._moments(runtime)
+        moments = self.moments(runtime)
         located = self.located(requests)
         for layer in self.layers:
             columns = self._taken_out(
@@ -135,12 +135,12 @@ class LocateThenEdit:
 
     def leave_out(self, requests: Sequence[EditRequest], runtime: Runtime, left: Sequence[EditRequest]) -> None:
         """Solve again without these requests, for those that are left alone; no value is searched for anew."""
-        moments = self._moments(runtime)
+        moments = self.moments(runtime)
         for layer in self.layers:
             columns = self._taken_out(layer).without([owner(request) for request in requests])
             self._put_in(layer, columns, left, moments[layer], runtime)
 
-    def _moments(self, runtime: Runtime) -> dict[int, Tensor]:
+    def moments(self, runtime: Runtime) -> dict[int, Tensor]:
         """The second moment of ordinary text's keys, by layer."""
         names = {layer: next(iter(self.llm.blocks[layer].down)) for layer in self.layers}
         found = key_moments(self.llm, list(names.values()), self.statistics, runtime)

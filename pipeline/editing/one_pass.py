@@ -14,7 +14,7 @@ Shapes: B rows, T tokens, N edited tokens of all requests, I inputs and O output
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.editing.method import register, settings_of
 from pipeline.errors import UserError, check_above, check_choice
-from pipeline.model.activations import target_losses
+from pipeline.model.activations import Activations, target_losses
 from pipeline.model.blocks import Projection
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
@@ -95,8 +95,9 @@ class OnePass:
             raise UserError(
                 f"trainer: {len(rows)} requests for {world_size()} devices that share a model's weights"
             )
-        capturing = Capturing(self.llm, self.projections)
-        seen = run(capturing, rows, runtime, lambda row: len(row.token_ids), in_step=True)
+        seen = run(
+            Capturing(self.llm, list(self.projections)), rows, runtime, lambda row: len(row.token_ids), in_step=True
+        )
         for name, projection in self.projections.items():
             parts = zip(*(of_row[name] for of_row in seen), strict=True)
             self._change(name, projection, Captured(*(torch.cat(part).double() for part in parts)))
@@ -183,49 +184,45 @@ class Capturing(Stage):
 
     title, gradients = "One pass", True
 
-    def __init__(self, llm: LLM, projections: Mapping[str, Projection]) -> None:
+    def __init__(self, llm: LLM, projections: Sequence[str]) -> None:
         super().__init__(llm.model)
-        self.llm, self.projections = llm, dict(projections)
+        self.activations, self.projections = Activations(llm), list(projections)
 
     def collate(self, items: list[Row]) -> Batch:
-        return collate(items, self.llm.pad_token_id)
+        return collate(items, self.activations.llm.pad_token_id)
 
     def step(self, batch: Batch) -> list[dict[str, Captured]]:
-        with capturing(self.projections) as seen:
+        with self.capturing(len(batch.texts)) as seen:
             losses_B = target_losses(self.model, batch)
         if not losses_B.isfinite().all():
             ids = ", ".join(str(row.tag) for row in batch.texts)
             raise UserError(f"edit: the loss is not a number in the batch of requests {ids}")
         gradients = torch.autograd.grad(losses_B.sum(), [output for _, output in seen.values()])
-        edited_N = batch.row_N * batch.input_ids_BT.shape[1] + batch.position_N
-        captured = {
-            name: [x.detach().flatten(0, -2)[edited_N].cpu() for x in (*pair, gradient)]
-            for (name, pair), gradient in zip(seen.items(), gradients, strict=True)
-        }
-        of_text = [(batch.text_N == number).cpu() for number in range(len(batch.texts))]
-        return [{name: Captured(*(x[own_N] for x in kept)) for name, kept in captured.items()} for own_N in of_text]
+        found: list[dict[str, Captured]] = [{} for _ in batch.texts]
+        for (name, pair), gradient in zip(seen.items(), gradients, strict=True):
+            kept = [vectors.detach()[batch.row_N, batch.position_N].cpu() for vectors in (*pair, gradient)]
+            for number, of_text in enumerate(found):
+                of_text[name] = Captured(*(vectors[(batch.text_N == number).cpu()] for vectors in kept))
+        return found
 
+    @contextmanager
+    def capturing(self, rows: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Keep each projection's input and output; the graph starts at the first outputs, all weights being frozen.
 
-@contextmanager
-def capturing(projections: Mapping[str, Projection]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Keep each projection's input and output; the graph starts at the first outputs, as all weights are frozen.
+        The model goes on with a copy of the output: Falcon adds its attention's to it in place.
+        """
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    The model goes on with a copy of the output: Falcon adds its attention's to it in place.
-    """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+        def keep(name: str, input_BTI: Tensor, output_BTO: Tensor) -> Tensor:
+            if name in seen:
+                raise UserError(f"model: {name} runs twice in one pass; one_pass expects once")
+            seen[name] = input_BTI, output_BTO if output_BTO.requires_grad else output_BTO.requires_grad_(True)
+            return output_BTO.clone()
 
-    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if name in seen:
-            raise UserError(f"model: {name} runs twice in one pass; one_pass expects once")
-        seen[name] = args[0], output if output.requires_grad else output.requires_grad_(True)
-        return output.clone()
-
-    handles: list[Any] = [module.register_forward_hook(partial(keep, name)) for name, module in projections.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+        with ExitStack() as stack:
+            for name in self.projections:
+                stack.enter_context(self.activations.changing(name, rows, partial(keep, name)))
+            yield seen
 
 
 register("one_pass", OnePass, OnePassSettings)

@@ -84,6 +84,10 @@ class ValueSearch(Stage):
         self.shown = 0  # steps
         self.captured: dict[tuple[str, ...], tuple[list[Suffixes], Tensor]] = {}  # by batch, and what comes after
 
+    def climb(self, layer: int) -> None:
+        """Search at another block from now on, no lower than the one before."""
+        self.runner = SuffixRunner(self.runner.llm, layer)
+
     def collate(self, items: list[Located]) -> list[Located]:
         return items
 
