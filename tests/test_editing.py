@@ -56,6 +56,11 @@ def profile_of(llm: LLM, requests: list[EditRequest], layer: int) -> GoldenProfi
     )
 
 
+def weights(llm: LLM) -> dict[str, Tensor]:
+    """A copy of every tensor of the model, buffers included."""
+    return {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
+
+
 @pytest.mark.parametrize("scope", ["mlp", "down"])
 def test_only_the_golden_layer_changes_and_learns(tiny: LLM, requests: list[EditRequest], scope: str) -> None:
     base, before = weights(tiny), mean_loss(tiny, requests)

@@ -7,7 +7,7 @@ what the unedited model says after the unrelated prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -40,12 +40,11 @@ class Lesson(NamedTuple):
     base_V: Tensor | None
 
 
-@dataclass(frozen=True)
 class Lessons:
     """What is taught together: each request's lessons (bare, then under each context), and unrelated prompts."""
 
-    taught: list[list[Lesson]]
-    others: list[Lesson]
+    def __init__(self, taught: list[list[Lesson]], others: list[Lesson]) -> None:
+        self.taught, self.others = taught, others
 
     def of_epoch(self, request: int, epoch: int) -> Lesson:
         """The bare prompt in even epochs, contexts in turn in odd ones: rows of a batch are of like length."""
