@@ -103,7 +103,9 @@ def test_within_an_epoch(
     monkeypatch.setattr(keeping, "SHARE", 0)
     steps.crash_after(done, tiny_llm, requests, options=options, work=tmp_path, trainer=trainer)
     assert same(edit(tiny_llm, requests, options=options, work=tmp_path), expected)
-    assert steps.done == total - done // (micro_batch and 3 or 1) * (micro_batch and 3 or 1), "no step is done twice"
+    assert steps.done == total - done // (micro_batch and 3 or 1) * (micro_batch and 3 or 1), (
+        "no step is done twice"
+    )
 
 
 def test_a_signal_loses_nothing(

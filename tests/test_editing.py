@@ -15,13 +15,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.errors import UserError
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import METHODS, edit
 from pipeline.editing.export import export_adapter, export_merged
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.method import NoSettings, register, settings_of
 from pipeline.editing.update import WeightUpdate
+from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import TrainerOptions
@@ -278,7 +278,11 @@ def test_a_kind_of_edit_is_registered_once() -> None:
 @pytest.mark.parametrize(
     ("method", "expert", "line"),
     [
-        ("memit", {"step_size": 1}, "'step_size' is no setting of memit (did you mean steps?); there is associations"),
+        (
+            "memit",
+            {"step_size": 1},
+            "'step_size' is no setting of memit (did you mean steps?); there is associations",
+        ),
         ("finetune", {"epochs": "many"}, "edit.expert.epochs: 'many'; expected int"),
         ("finetune", {"epochs": True}, "edit.expert.epochs: True; expected int"),
         ("memit", {"bound": "far"}, "edit.expert.bound: 'far'; expected float | None"),

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing import finetune, locate, one_pass  # noqa: F401  each registers its kinds of edit
+from pipeline.editing import finetune, locate, lora, one_pass  # noqa: F401  each registers its kinds of edit
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError

@@ -1,4 +1,4 @@
-"""Fine-tuning of the golden layer, or LoRA on it: mini-batches over epochs, loss on the new answers' tokens only.
+"""Fine-tuning of the golden layer: mini-batches over epochs, loss on the new answers' tokens only.
 
 Breadth-first mini-batches at one well-chosen layer are what makes plain fine-tuning a strong editor
 (arXiv 2509.22072). Blocks below the layer run once, before it; see `pipeline.editing.lessons`.
@@ -10,22 +10,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing.keeping import KeepTraining
 from pipeline.editing.lesson_data import LessonData
-from pipeline.editing.lessons import read_lessons
-from pipeline.editing.lora import Adapter, reads_for
+from pipeline.editing.lessons import read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
-from pipeline.editing.whitening import WhitenedAdam, whitener
+from pipeline.editing.whitening import WhitenedAdam, reads_for, whitener
 from pipeline.errors import UserError, check_above, check_at_least, check_at_most, check_choice
 from pipeline.model.activations import Activations, target_logits
 from pipeline.model.checkpointing import checkpointing
@@ -37,6 +35,9 @@ from pipeline.running.processes import from_first
 from pipeline.running.sharding import as_spread, put, whole
 from pipeline.running.stage import INSTEAD, attempt
 from pipeline.running.trainer import Runtime, trainer_of
+
+if TYPE_CHECKING:
+    from pipeline.editing.lora import Adapter
 
 
 @dataclass(kw_only=True)
@@ -74,43 +75,6 @@ class FinetuneSettings:
             check_above(f"edit.expert.{name}", getattr(self, name), 0)
         check_at_most("edit.expert.last_step", self.last_step, 1)
         check_at_most("edit.expert.contexts", self.contexts, 4)
-
-
-@dataclass(kw_only=True)
-class LoraSettings(FinetuneSettings):
-    """What LoRA can be set to."""
-
-    epochs: int = 26
-    learning_rate: float = 5e-3
-    last_step: float = 0.05
-    learnt: float = 0.1
-    kl: float = 0.6
-    rank: int = 16
-    """Rank of the change; at most the smaller side of a projection."""
-    alpha: float = 32.0
-    """LoRA's scaling is alpha / rank."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("edit.expert.rank", self.rank, 1)
-        check_above("edit.expert.alpha", self.alpha, 0)
-
-
-def teaching_loss(batch: Batch, logits_NV: Tensor, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
-    """Σ weight · ℓ(x, y_new) over rows that are not learnt yet, plus `kl` · Σ weight · KL(base ‖ now) over prompts
-    about something else; and ℓ, in nats, of each taught row."""
-    losses_B = batch.losses(logits_NV)
-    weight_B = torch.full_like(losses_B, 1 / len(losses_B))
-    if batch.weight_B is not None:
-        weight_B = batch.weight_B.to(losses_B)
-    taught = len(losses_B) - (0 if batch.base_KV is None else len(batch.base_KV))
-    unlearnt_B = losses_B[:taught].detach() > settings.learnt
-    loss = (weight_B[:taught] * losses_B[:taught] * unlearnt_B).sum()
-    if batch.base_KV is not None:
-        now_KV = logits_NV[-len(batch.base_KV) :].log_softmax(-1)
-        kl_K = F.kl_div(now_KV, batch.base_KV, log_target=True, reduction="none").sum(-1)
-        loss = loss + settings.kl * weight_B[taught:] @ kl_K
-    return loss, losses_B[:taught]
 
 
 class FineTune(LightningModule):
@@ -255,7 +219,7 @@ class FineTune(LightningModule):
         """
         with self.activations.from_block(min(self.layers), batch.enter_BTD):
             logits_NV = target_logits(self.model, batch)
-        loss, losses_B = teaching_loss(batch, logits_NV, self.settings)
+        loss, losses_B = teaching_loss(batch, logits_NV, self.settings.learnt, self.settings.kl)
         counts_B = torch.ones_like(losses_B, dtype=torch.bool)
         if batch.weight_B is not None:  # a device without a row of its own runs one that counts nothing
             counts_B = batch.weight_B[: len(losses_B)] > 0
@@ -327,14 +291,4 @@ def make_finetune(
     return FineTune(llm, layers, settings_of(options), statistics=options.statistics)
 
 
-def make_lora(
-    llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
-) -> FineTune:
-    """LoRA as `edit` makes it."""
-    settings: LoraSettings = settings_of(options)
-    adapter = Adapter(llm, layers, settings.scope, settings.rank, settings.alpha, earlier or {})
-    return FineTune(llm, layers, settings, adapter, options.statistics)
-
-
 register("finetune", make_finetune, FinetuneSettings)
-register("lora", make_lora, LoraSettings, trial="adapters")

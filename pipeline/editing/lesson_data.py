@@ -108,7 +108,7 @@ class LessonData(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The epoch, how many of its micro-batches were run, and how many make a step."""
         assert self.trainer
-        run = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        run = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         return {"begun": [self.trainer.current_epoch, run], "parts": self.trainer.accumulate_grad_batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.editing.contexts import CONTEXTS, in_context, neighbours
 from pipeline.model.activations import Activations, target_logits
@@ -70,6 +71,23 @@ def collate_lessons(
         enter_BTD=nn.utils.rnn.pad_sequence(enter, batch_first=True) if enter else None,
         base_KV=torch.stack(base) if base else None,
     )
+
+
+def teaching_loss(batch: Batch, logits_NV: Tensor, learnt: float, kl: float) -> tuple[Tensor, Tensor]:
+    """Σ weight · ℓ(x, y_new) over rows that are not learnt yet, plus `kl` · Σ weight · KL(base ‖ now) over prompts
+    about something else; and ℓ, in nats, of each taught row."""
+    losses_B = batch.losses(logits_NV)
+    weight_B = torch.full_like(losses_B, 1 / len(losses_B))
+    if batch.weight_B is not None:
+        weight_B = batch.weight_B.to(losses_B)
+    taught = len(losses_B) - (0 if batch.base_KV is None else len(batch.base_KV))
+    unlearnt_B = losses_B[:taught].detach() > learnt
+    loss = (weight_B[:taught] * losses_B[:taught] * unlearnt_B).sum()
+    if batch.base_KV is not None:
+        now_KV = logits_NV[-len(batch.base_KV) :].log_softmax(-1)
+        kl_K = F.kl_div(now_KV, batch.base_KV, log_target=True, reduction="none").sum(-1)
+        loss = loss + kl * weight_B[taught:] @ kl_K
+    return loss, losses_B[:taught]
 
 
 class Reading(Stage):

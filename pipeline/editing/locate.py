@@ -180,10 +180,8 @@ class LocateThenEdit:
         self, search: ValueSearch, located: Sequence[Located], runtime: Runtime, kept: str | None = None
     ) -> list[Tensor]:
         """Every request's change (O,) of the output; with a work folder, found ones are kept there by this name."""
-        sizes = {"batch_size": self.settings.batch_size, "most_tokens": SEARCHED_TOGETHER}
-        return run(
-            search, located, runtime, Located.tokens, **sizes, kept=kept, in_step=True, logger=runtime.logger
-        )
+        sizes = (Located.tokens, self.settings.batch_size, SEARCHED_TOGETHER)
+        return run(search, located, runtime, *sizes, kept=kept, in_step=True, logger=runtime.logger)
 
     def keys(self, reading: KeyReading, requests: Sequence[EditRequest], runtime: Runtime) -> Tensor:
         """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""

@@ -1,9 +1,10 @@
-"""LoRA's adapter (PEFT): low-rank factors beside the golden layers' projections, merged into the weights."""
+"""LoRA (PEFT): low-rank factors beside the golden layers' projections are trained, and merged into the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,35 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.editing.finetune import FineTune, FinetuneSettings
+from pipeline.editing.method import register, settings_of
 from pipeline.editing.update import ADAPTER_PREFIX
-from pipeline.errors import UserError
+from pipeline.editing.whitening import reads_for
+from pipeline.errors import UserError, check_above, check_at_least
 from pipeline.model.blocks import sizes
 from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions
 from pipeline.running.sharding import add
+
+
+@dataclass(kw_only=True)
+class LoraSettings(FinetuneSettings):
+    """What LoRA can be set to."""
+
+    epochs: int = 26
+    learning_rate: float = 5e-3
+    last_step: float = 0.05
+    learnt: float = 0.1
+    kl: float = 0.6
+    rank: int = 16
+    """Rank of the change; at most the smaller side of a projection."""
+    alpha: float = 32.0
+    """LoRA's scaling is alpha / rank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("edit.expert.rank", self.rank, 1)
+        check_above("edit.expert.alpha", self.alpha, 0)
 
 
 class Adapter:
@@ -91,12 +116,6 @@ class Adapter:
         _merge(adapted, -1)
 
 
-def reads_for(name: str) -> str:
-    """The projection whose inputs a factor reads, by the factor's name in the model; empty for any other weight."""
-    projection, factor, _ = name.partition(".lora_A")
-    return projection if factor else ""
-
-
 def _merge(adapted: PeftModel, sign: int) -> None:
     """Add the adapter's change to the weights beside it, or take it away."""
     for module in adapted.modules():
@@ -119,3 +138,15 @@ def _config(llm: LLM, layers: Sequence[int], scope: str, rank: int, alpha: float
         "layers_pattern": pattern,
         "fan_in_fan_out": isinstance(projection, Conv1D),
     }
+
+
+def make_lora(
+    llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
+) -> FineTune:
+    """LoRA as `edit` makes it."""
+    settings: LoraSettings = settings_of(options)
+    adapter = Adapter(llm, layers, settings.scope, settings.rank, settings.alpha, earlier or {})
+    return FineTune(llm, layers, settings, adapter, options.statistics)
+
+
+register("lora", make_lora, LoraSettings, trial="adapters")

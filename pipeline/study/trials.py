@@ -18,8 +18,8 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from pipeline.editing.editor import METHODS
-from pipeline.editing.finetune import FineTune, teaching_loss
-from pipeline.editing.lessons import Lessons, collate_lessons, read_lessons
+from pipeline.editing.finetune import FineTune
+from pipeline.editing.lessons import Lessons, collate_lessons, read_lessons, teaching_loss
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.values import KeyReading
 from pipeline.editing.whitening import WhitenedAdam
@@ -58,7 +58,7 @@ def side_by_side(llm: LLM, requests: Sequence[EditRequest], options: EditOptions
 
 @contextmanager
 def changed_rows(llm: LLM, changes: dict[str, LowRank]) -> Iterator[None]:
-    """Inside the `with`, every row of a pass runs under its own changes: left (right x) is added to what x gives."""
+    """Inside the `with`, every row of a pass runs under its own changes, added to what the weights do."""
     with ExitStack() as stack:
         for name, (left_BOk, right_BkI) in changes.items():
 
@@ -194,7 +194,7 @@ class AdaptersAlone(Stage):
         changes = {name: (self.scaling * B[own], A[own]) for name, (B, A) in trained.items()}
         with Activations(self.llm).from_block(self.layer, lesson.enter_BTD), changed_rows(self.llm, changes):
             logits_NV = target_logits(self.llm.model, lesson)
-        loss, losses_B = teaching_loss(lesson, logits_NV, self.settings)
+        loss, losses_B = teaching_loss(lesson, logits_NV, self.settings.learnt, self.settings.kl)
         if not losses_B.isfinite().all():
             raise UserError(
                 f"edit: the loss is not a number in epoch {epoch}, block {self.layer}; "
