@@ -22,7 +22,7 @@ __getattr__, __all__ = offered(
         "attribution.callback": ("GradientAttribution",),
         "attribution.find": ("choose", "find_golden_layer"),
         "attribution.profile": ("GoldenProfile",),
-        "editing.edit": ("edit",),
+        "editing.editor": ("edit",),
         "editing.export": ("export_merged",),
         "editing.finetune": ("FineTune",),
         "editing.update": ("WeightUpdate",),

@@ -151,8 +151,8 @@ def study(options: of.StudyCommand) -> None:
             read = load_requests(file, most, options.offset, options.skip_bad, tell=say)
             sets.append(parted(_set_name(file), read, options))
         check_study(sets, options)
-        log.going_on(RESULTS_FILE)
-        log.keep_study(run_study(load(options), sets, options, log.folder))
+        log.going_on(RESULTS)
+        log.keep_study(run_study(load(options), sets, options, log.folder, log.work))
 
 
 def plan(options: of.PlanCommand) -> None:

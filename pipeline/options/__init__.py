@@ -20,15 +20,7 @@ from pipeline.options.commands import (
     RunCommand,
     StudyCommand,
 )
-from pipeline.options.editing import (
-    EditOptions,
-    FinetuneOptions,
-    LocateOptions,
-    LoraOptions,
-    OnePassOptions,
-    StatisticsOptions,
-    TrainingOptions,
-)
+from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions, TrainerOptions
 from pipeline.options.updates import (
@@ -40,8 +32,6 @@ from pipeline.options.updates import (
     RollbackCommand,
     ScheduleCommand,
     ShowCommand,
-    StackedEditOptions,
-    StackedLocateOptions,
     StoreOptions,
     SubmitCommand,
     UpdateCommand,

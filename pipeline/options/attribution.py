@@ -26,10 +26,8 @@ class AttributionOptions(Options):
     """How the golden layer is found."""
 
     method: str = "lga"
-    """lga: layer gradient analysis, with kin under research (lga_past_first, lga_subject, lga_cosine,
-    lga_cosine_past_first, lga_cosine_last); gradient_norm, gradient_norm_subject: size of the new answer's
-    gradient, over all tokens or at the subject's last; causal_tracing: ROME's; sweep: the truth, by editing each
-    request alone at each block; middle: the middle block; fixed: the one that --layer names."""
+    """lga: layer gradient analysis; gradient_norm_subject: size of the new answer's gradient at the subject's last
+    token; causal_tracing: ROME's; middle: the middle block; fixed: the one that --layer names."""
     layer: Annotated[int | None, at_least(0)] = None
     """fixed: the block, counted from 0."""
     scope: Annotated[str, one_of(*SCOPES)] = "mlp"
@@ -46,8 +44,6 @@ class AttributionOptions(Options):
     """Tukey's factor: blocks with scores outside [Q1 - f*IQR, Q3 + f*IQR] are set aside; 0: none are."""
     batch_size: Annotated[Count, NO_FLAG] = 16
     """The most requests in a batch; fewer where their tokens would take much memory."""
-    trial: Annotated[str, NO_FLAG] = "memit"
-    """sweep: the way to edit: memit, emmet, rome, alphaedit or lora."""
     samples: Annotated[Count, NO_FLAG] = 10
     """causal_tracing: how often a subject is corrupted."""
     noise: Annotated[Positive, NO_FLAG] = 3.0

@@ -184,14 +184,15 @@ class StudyCommand(AskedModelOptions, ResumeOptions, ComputeOptions, SeedOptions
     methods: list[str] = field(default_factory=lambda: ["memit"])
     """Ways to edit: memit, emmet, rome, alphaedit or lora."""
     selectors: list[str] = field(default_factory=lambda: ["lga", "gradient_norm", "causal_tracing", "middle"])
-    """Ways to choose a block, as --method of `attribute` names them; the first one's choice is the golden layer."""
+    """Ways to choose a block; the first one's choice is the golden layer. Those that --method of `attribute` takes,
+    but fixed; under research: lga_past_first, lga_subject, lga_cosine, lga_cosine_past_first, lga_cosine_last,
+    gradient_norm; sweep: each proxy request edited alone at every block by the first of --methods."""
     every: Count = 1
     """Try every n-th block only, and those that selectors chose."""
     together: Annotated[Count, NO_FLAG] = 32
     """Requests that are edited side by side."""
     attribution: AttributionOptions = group(AttributionOptions, without=("method", "layer", "top_k"))
     edit: EditOptions = group(EditOptions, without=("layers", "last_wins"))
-    evaluation: Annotated[EvaluationOptions, NO_FLAG] = group(EvaluationOptions)
 
     def check(self) -> None:
         """Raise UserError for lists that name nothing, or the same twice, and a model in slices."""

@@ -19,7 +19,7 @@ from pipeline.options.base import (
     at_most,
     group,
 )
-from pipeline.options.editing import EditOptions, LocateOptions
+from pipeline.options.editing import EditOptions
 from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import CommandOptions, ComputeOptions, SeedOptions, TrainerOptions
 
@@ -34,25 +34,6 @@ class StoreOptions(CommandOptions):
 
     store: str
     """The store's folder: queue, versions, history."""
-
-
-@dataclass(kw_only=True)
-class StackedLocateOptions(LocateOptions):
-    """Locate-then-edit where one layer is to hold batch after batch: small values, so that many get along."""
-
-    key_contexts: Count = 1
-    neighbour_weight: Weight = 0.1
-    steps: Most = 25
-    step: Positive = 0.13
-    bound: Annotated[float | None, above(0)] = 1.3
-    strength: Positive = 20.0
-
-
-@dataclass(kw_only=True)
-class StackedEditOptions(EditOptions):
-    """How the golden layer is changed, batch after batch."""
-
-    locate: Annotated[LocateOptions, NO_FLAG] = group(StackedLocateOptions)
 
 
 @dataclass(kw_only=True)
@@ -116,10 +97,13 @@ class ProvingOptions(StoreOptions, ComputeOptions, SeedOptions):
     model: str | None = None
     """The base model; a new store needs it, an old one knows it."""
     trainer: TrainerOptions = group(TrainerOptions, without=("devices", "num_nodes", "strategy"))
-    edit: StackedEditOptions = group(StackedEditOptions, without=("last_wins",))
+    edit: EditOptions = group(EditOptions, without=("last_wins",))
     attribution: AttributionOptions = group(AttributionOptions, without=("layer", "top_k"))
     evaluation: EvaluationOptions = group(EvaluationOptions, without=("fluency",))
     gates: GateOptions = group(GateOptions)
+
+    def check(self) -> None:
+        self.edit.stacked = True  # a store's updates build on each other
 
     @property
     def one_device(self) -> TrainerOptions:

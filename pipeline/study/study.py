@@ -194,7 +194,7 @@ def _profiles(
         fenced = replace(options.attribution, method=selector)
         choices = {selector: fenced}
         if ways[selector].fenced and fenced.fences:
-            choices[UNFENCED.format(selector)] = replace(fenced, fences=0.0)
+            choices[UNFENCED.format(selector)] = replace(fenced, fences=0.0, expert={})
         about = llm.fingerprint, llm.chat, one.proxy, options.methods[0] if selector == SWEEP else ""
         files = {name: folder / f"{digest(*about, asdict(choice))}.json" for name, choice in choices.items()}
         kept = from_first({name: GoldenProfile.load(file) for name, file in files.items() if file.is_file()})
