@@ -12,11 +12,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing import finetune, locate, lora, one_pass  # noqa: F401  each registers its kinds of edit
+from pipeline.editing import finetune, locate, lora, one_pass  # noqa: F401  each registers its own kinds
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.files import claim
+from pipeline.files import digest
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import TrainerOptions
@@ -72,12 +72,11 @@ def edit(
     left = [request for request in earlier.requests if fact(request) not in anew]
     settings = asdict(settings_of(options))
     method = METHODS[options.method].make(llm, layers, options, earlier.state)
-    if work:
-        about = [llm.fingerprint, llm.chat, options.method, layers, settings, options.statistics]
-        claim(work, "edit", [*about, requests, seed, earlier.requests])
+    about = (llm.fingerprint, llm.chat, options.method, layers, settings, options.statistics, seed)
+    own = work / digest(*about, requests, earlier.requests) if work else None
     with earlier.applied(llm), restored(llm, method.weight_names):
         with llm.frozen():
-            method.run(requests, Runtime(trainer or TrainerOptions(), logger, seed, work), left)
+            method.run(requests, Runtime(trainer or TrainerOptions(), logger, seed, own), left)
         changed = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in method.weight_names}
     return WeightUpdate(
         model=llm.name,

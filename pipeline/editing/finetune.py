@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,16 +18,18 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.editing.adapter import Adapter
 from pipeline.editing.keeping import KeepTraining
 from pipeline.editing.lesson_data import LessonData
 from pipeline.editing.lessons import read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.whitening import WhitenedAdam, reads_for, whitener
-from pipeline.errors import UserError, check_above, check_at_least, check_at_most, check_choice
+from pipeline.errors import UserError
 from pipeline.model.activations import Activations, target_logits
 from pipeline.model.checkpointing import checkpointing
 from pipeline.model.llm import LLM
+from pipeline.options.base import Count, Options, Positive, Weight, above, at_least, at_most, one_of
 from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.rows import Batch
 from pipeline.requests.schema import EditRequest
@@ -36,45 +38,31 @@ from pipeline.running.sharding import as_spread, put, whole
 from pipeline.running.stage import INSTEAD, attempt
 from pipeline.running.trainer import Runtime, trainer_of
 
-if TYPE_CHECKING:
-    from pipeline.editing.lora import Adapter
-
 
 @dataclass(kw_only=True)
-class FinetuneSettings:
+class FinetuneSettings(Options):
     """What fine-tuning can be set to."""
 
-    scope: str = "mlp"
+    scope: Annotated[str, one_of("mlp", "down")] = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: int = 11
+    epochs: Count = 11
     """The most passes over the requests."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Requests in an optimiser step, over all devices."""
-    contexts: int = 4
+    contexts: Annotated[int, at_least(0), at_most(4)] = 4
     """Contexts that a prompt is trained under, in turn, every second epoch; 0: the bare prompt alone."""
-    learning_rate: float = 0.02
+    learning_rate: Positive = 0.02
     """Adam's step size, in units of a weight's root mean square (LoRA: as it is)."""
-    last_step: float = 0.3
+    last_step: Annotated[float, above(0), at_most(1)] = 0.3
     """The last epoch's step size, in units of the first's."""
-    learnt: float = 0.05
+    learnt: Weight = 0.05
     """A row whose loss (nats) is below this counts no more; when all are, training ends."""
-    kl: float = 0.3
+    kl: Weight = 0.3
     """Weight of answering as before after prompts about something else; 0: not asked for."""
-    whiten: float = 0.01
+    whiten: Weight = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
-    bound: float = 0.0
+    bound: Weight = 0.0
     """Largest change of a trained weight's entry, in units of the weight's root mean square; 0: none."""
-
-    def __post_init__(self) -> None:
-        check_choice("edit.expert.scope", self.scope, ("mlp", "down"))
-        for name in ("epochs", "batch_size"):
-            check_at_least(f"edit.expert.{name}", getattr(self, name), 1)
-        for name in ("contexts", "learnt", "kl", "whiten", "bound"):
-            check_at_least(f"edit.expert.{name}", getattr(self, name), 0)
-        for name in ("learning_rate", "last_step"):
-            check_above(f"edit.expert.{name}", getattr(self, name), 0)
-        check_at_most("edit.expert.last_step", self.last_step, 1)
-        check_at_most("edit.expert.contexts", self.contexts, 4)
 
 
 class FineTune(LightningModule):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, in_context, neighb
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.values import SEARCHED_TOGETHER, KeyReading, Located, ValueSearch, locate
-from pipeline.errors import check_above, check_at_least, check_at_most
 from pipeline.model.blocks import Projection
 from pipeline.model.llm import LLM
+from pipeline.options.base import Count, FromZero, Most, Options, Positive, Weight, above, at_least, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
@@ -40,43 +40,32 @@ Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, 
 
 
 @dataclass(kw_only=True)
-class LocateSettings:
+class LocateSettings(Options):
     """What locate-then-edit can be set to."""
 
-    contexts: int = 1
+    contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 1
     """Contexts that a value is searched under, the bare prompt being the first; at most 9."""
-    associations: int = 2
+    associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 2
     """Openings that call for what goes with a subject, which it is searched under as well; at most 2."""
-    key_contexts: int = 5
+    key_contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 5
     """Contexts that a subject's keys are taken under; at most 9."""
-    neighbours: int = 10
+    neighbours: FromZero = 10
     """memit: other names in each prompt, whose outputs are to stay; 0: none."""
-    neighbour_weight: float = 1.0
+    neighbour_weight: Weight = 1.0
     """memit: weight of such names against ordinary text."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Requests whose values are searched for together."""
-    steps: int | None = None
+    steps: Most = None
     """The most optimiser steps of a value; default: 40 for up to 10 requests, 22 for more."""
-    step: float = 0.16
+    step: Positive = 0.16
     """Adam's step size for a value, in units of the projection's output norm."""
-    bound: float | None = None
+    bound: Annotated[float | None, above(0)] = None
     """Largest change of a value, in units of the projection's output norm; default: 2 for up to 10 requests, else
     1.6."""
-    strength: float = 80.0
+    strength: Positive = 80.0
     """memit: weight of what is to stay against the requests, free of the keys' scale."""
-    threshold: float = 0.02
+    threshold: Positive = 0.02
     """alphaedit: eigenvalues of the statistics below this, relative to the largest, count as free of text."""
-
-    def __post_init__(self) -> None:
-        for name in ("contexts", "key_contexts", "batch_size", *(["steps"] if self.steps is not None else [])):
-            check_at_least(f"edit.expert.{name}", getattr(self, name), 1)
-        for name in ("step", "strength", "threshold", *(["bound"] if self.bound is not None else [])):
-            check_above(f"edit.expert.{name}", getattr(self, name), 0)
-        for name in ("associations", "neighbours", "neighbour_weight"):
-            check_at_least(f"edit.expert.{name}", getattr(self, name), 0)
-        for name in ("contexts", "key_contexts"):
-            check_at_most(f"edit.expert.{name}", getattr(self, name), len(CONTEXTS))
-        check_at_most("edit.expert.associations", self.associations, len(ASSOCIATIONS))
 
 
 class LocateThenEdit:

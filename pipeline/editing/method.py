@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from types import UnionType
-from typing import Any, Protocol, get_args, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from pipeline.errors import UserError, check_choice, did_you_mean
+from pipeline.errors import UserError, check_choice
+from pipeline.options.base import Options, check_expert, kinds_of
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
@@ -37,7 +37,7 @@ class EditMethod(Protocol):
 
 
 @dataclass(kw_only=True)
-class NoSettings:
+class NoSettings(Options):
     """Of a kind of edit that has none."""
 
 
@@ -85,23 +85,9 @@ def settings_of(options: EditOptions) -> Any:
     """
     check_choice("method", options.method, METHODS)
     method = METHODS[options.method]
-    hints = get_type_hints(method.settings)
-    known = {one.name: hints[one.name] for one in fields(method.settings)}
-    for name, value in options.expert.items():
-        if name not in known:
-            raise UserError(
-                f"edit.expert: {name!r} is no setting of {options.method}{did_you_mean(name, known)}; there is "
-                f"{', '.join(sorted(known)) or 'none'}"
-            )
-        if not _fits(value, known[name]):
-            expected = str(getattr(known[name], "__name__", known[name])).replace("NoneType", "None")
-            raise UserError(f"edit.expert.{name}: {value!r}; expected {expected}")
-    return method.settings(**{**(method.stacked if options.stacked else {}), **options.expert})
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    return isinstance(value, int | float if hint is float else hint)
+    try:
+        check_expert(options.expert, kinds_of(method.settings), options.method)
+        return method.settings(**{**(method.stacked if options.stacked else {}), **options.expert})
+    except UserError as error:
+        line = str(error)
+        raise UserError(f"edit.{line if line.startswith('expert') else f'expert.{line}'}") from None

@@ -17,16 +17,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.editing.method import register, settings_of
-from pipeline.errors import UserError, check_above, check_choice
+from pipeline.errors import UserError
 from pipeline.model.activations import Activations, target_losses
 from pipeline.model.blocks import Projection
 from pipeline.model.llm import LLM
+from pipeline.options.base import Options, Positive, one_of
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Batch, Row, collate
 from pipeline.requests.schema import EditRequest
@@ -37,20 +38,15 @@ from pipeline.running.trainer import Runtime
 
 
 @dataclass(kw_only=True)
-class OnePassSettings:
+class OnePassSettings(Options):
     """What one-pass editing can be set to."""
 
-    scope: str = "down"
+    scope: Annotated[str, one_of("mlp", "down")] = "down"
     """What is changed: mlp (all projections of the layer's MLP) or down (the down-projection)."""
-    rate: float = 1.5
+    rate: Positive = 1.5
     """How far a token's output is moved, in units of the projection's output norm."""
-    ridge: float = 0.01
+    ridge: Positive = 0.01
     """Weight of a small change against the requests, in units of the mean squared norm of the inputs."""
-
-    def __post_init__(self) -> None:
-        check_choice("edit.expert.scope", self.scope, ("mlp", "down"))
-        for name in ("rate", "ridge"):
-            check_above(f"edit.expert.{name}", getattr(self, name), 0)
 
 
 class Captured(NamedTuple):

@@ -12,8 +12,8 @@ from pipeline.options.base import (
     Weight,
     at_least,
     check_expert,
+    kinds_of,
     one_of,
-    settings,
 )
 
 SCOPES = ("mlp", "down", "attention", "block")
@@ -50,7 +50,7 @@ class AttributionOptions(Options):
     """causal_tracing: the corruption's size, in standard deviations of the embeddings."""
 
     def __post_init__(self) -> None:
-        check_expert(self.expert, settings(AttributionOptions, only=NO_FLAG), "attribution")
+        check_expert(self.expert, kinds_of(AttributionOptions, only=NO_FLAG), "attribution")
         vars(self).update(self.expert)
         super().__post_init__()
 

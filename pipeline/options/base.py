@@ -164,6 +164,6 @@ def check_expert(given: Mapping[str, Any], kinds: Mapping[str, Any], method: str
             raise UserError(f"expert.{name}: {value} is not {described(kinds[name])}")
 
 
-def settings(options: type, only: object = None) -> dict[str, Any]:
+def kinds_of(options: type, only: object = None) -> dict[str, Any]:
     """The types of a class's fields, by name; of those only that have a note, where one is named."""
     return {one.name: kind for one, kind, notes in declared(options) if only is None or only in notes}
