@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny, refusal
+from pipeline.editing.alone import ALONE
+from pipeline.model.row_changes import RowChanges
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.attribution import Scores, choose, find_golden_layer
 from pipeline.cli import main
-from pipeline.editing.alone import ALONE
 from pipeline.editing.method import Runtime
 from pipeline.model import LLM, collate_targets, encode, target_losses
-from pipeline.model.row_changes import RowChanges
 from pipeline.options import (
     AttributionOptions,
     EditOptions,
