@@ -35,7 +35,7 @@ FOLLOWING = 0.5  # seconds between looks at a store's current version
 
 def submit(options: SubmitCommand) -> None:
     """Put the requests of a file into a store's queue."""
-    from pipeline.reporting import check_clock, show_submitted
+    from pipeline.reporting import show_submitted
     from pipeline.requests import stream_requests
     from pipeline.updates import Store, submit
 
@@ -44,7 +44,6 @@ def submit(options: SubmitCommand) -> None:
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
-        check_clock(store)
         done = submit(store, options.file, options.source, time_of(options.not_before), options.again)
         show_submitted(store, done)
 
@@ -79,13 +78,12 @@ def schedule(options: ScheduleCommand) -> None:
 
 
 def _update(store: Store, options: UpdateCommand, stopping: Callable[[], bool]) -> None:
-    from pipeline.reporting import check_clock, say, show_batch, show_on_board
+    from pipeline.reporting import say, show_batch, show_on_board
     from pipeline.updates import BusyError, counts, update
 
     def report(result: BatchResult) -> None:
         show_batch(store, result, options.dry_run)
 
-    check_clock(store)
     try:
         worked = update(store, options, _loading(options), report, stopping)
     except BusyError as busy:  # no failure: what is due is in good hands

@@ -56,7 +56,6 @@ class BatchResult:
         seconds: of editing and of measuring.
         version: what was published; None when nothing was.
         superseded: which requests gave way to newer ones.
-        overtaken: whether another version became current meanwhile, so that nothing was published.
     """
 
     applied: list[EditRequest] = field(default_factory=list)
@@ -68,7 +67,6 @@ class BatchResult:
     seconds: dict[str, float] = field(default_factory=dict)
     version: int | None = None
     superseded: list[Contradiction] = field(default_factory=list)
-    overtaken: bool = False
 
 
 def split_by_fit(

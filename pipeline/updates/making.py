@@ -24,7 +24,7 @@ from pipeline.updates.lineage import check_number, hold_back, publish
 from pipeline.updates.proving import BaseVersion, BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
-from pipeline.updates.versions import load_version
+from pipeline.updates.folders import load_version
 
 PROXY = 128  # requests that find the golden layer, at most
 
@@ -49,21 +49,21 @@ def update(
         BusyError: when another update is at work on the store.
         UserError: when a batch could not be worked through; its requests are in the queue again.
     """
-    if not store.about("fingerprint"):
-        store.check_model(options.model)
     if options.dry_run:
         return _rehearse(store, options, load, report)
     llm, results = None, []
     with store.updating():
         while not stopping() and (batch := take(store, options.batch)):
             try:
-                llm = llm or load_base(store, options, load)
+                llm = llm or store.load_base(load, options.model)
                 base = base_version(store)
                 result, profile = _edit_and_prove(store, llm, base, batch.requests, options)
                 if result.update:
                     publish(store, batch.number, base.number, result, profile)
                 else:
-                    hold_back(store, batch.number, result.held)
+                    with transaction(store.database):
+                        hold_back(store, result.held)
+                        store.end_batch(batch.number, "held back")
             except BaseException as error:
                 with transaction(store.database):
                     store.give_back(batch.number, " ".join(str(error).split()) or type(error).__name__)
@@ -71,8 +71,6 @@ def update(
             result.superseded = [*batch.superseded, *result.superseded]
             results.append(result)
             report(result)
-            if result.overtaken:
-                break
     return results
 
 
@@ -83,7 +81,7 @@ def _rehearse(
     batch = peek(store, options.batch)
     if not batch:
         return []
-    llm = load_base(store, options, load)
+    llm = store.load_base(load, options.model)
     result, _ = _edit_and_prove(store, llm, base_version(store), batch, options, keep=False)
     report(result)
     return [result]
@@ -125,7 +123,7 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
                 return BatchResult()
         if state != "applied":
             raise UserError(f"retract: request {number} is {state}; only one that is queued or applied can go")
-        return _edit_back(store, load_base(store, options, load), number, options)
+        return _edit_back(store, store.load_base(load, options.model), number, options)
 
 
 def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> BatchResult:
@@ -144,8 +142,6 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     with transaction(store.database):
         batch = store.open_batch(base.number)
     publish(store, batch, base.number, result, profile, retracted=[number])
-    if result.overtaken:
-        raise UserError("retract: another version became current meanwhile; nothing was published")
     return result
 
 
@@ -159,14 +155,6 @@ def _without(
     back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
     profile = golden_profile(store, llm, [back], options)
     return edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=held)
-
-
-def load_base(store: Store, options: ProvingOptions, load: Callable[[str], LLM]) -> LLM:
-    """Load the base model, and see that it is the store's."""
-    name = options.model or store.model
-    llm = load(name)
-    store.check_fingerprint(name, llm.fingerprint)
-    return llm
 
 
 def base_version(store: Store) -> BaseVersion:
