@@ -45,9 +45,9 @@ class RequestCheck:
         rephrases: how many there are.
         probes: how many there are by kind (locality, portability) and axis.
         words: by `prompt` and `new_answer`, how many texts have so many words.
-        found: `bad` records with what is wrong; where a subject is `astray`, not in its prompt, which locate-then-edit
-            needs; where answers are `unchanged`; `duplicates` and `contradictions` of a request before, same subject
-            and prompt.
+        found: `bad` records, with what is wrong; requests that are `astray`: the prompt lacks the subject, which
+            locate-then-edit needs; `unchanged`: the new answer is the old one; `duplicates` and `contradictions` of
+            one before with the same subject and prompt.
     """
 
     def __init__(self, source: str) -> None:

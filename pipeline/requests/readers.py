@@ -126,12 +126,18 @@ def _read(record: Any, where: str, place: str, number: int, seen: _Seen) -> Read
 
 
 class _Seen:
-    """What was read before: the layout that the first record settled, ids that may not come again, and facts."""
+    """What was read before.
+
+    Attributes:
+        layout: the name of the first record's layout, and the record's place.
+        ids: by id, the place where it was used.
+        facts: by subject and prompt, place and new answer of the last request about it.
+    """
 
     def __init__(self) -> None:
-        self.layout: tuple[str, str] | None = None  # its name, and where it was told
-        self.ids: dict[str, str] = {}  # id → place
-        self.facts: dict[tuple[str, str], tuple[str, str]] = {}  # subject and prompt → place and new answer, the last
+        self.layout: tuple[str, str] | None = None
+        self.ids: dict[str, str] = {}
+        self.facts: dict[tuple[str, str], tuple[str, str]] = {}
 
     def check_layout(self, layout: Layout, place: str) -> None:
         """Raise UserError when records before had another layout."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.model import LLM
-from pipeline.updates.store import CURRENT, Store
 from pipeline.updates.folders import load_version
+from pipeline.updates.store import CURRENT, Store
 
 NAMED = 5  # requests that a message spells out
 
@@ -107,7 +107,8 @@ def verify(store: Store, load: Callable[[str], LLM], model: str | None = None) -
     if not (store.folder / CURRENT).is_dir():
         raise UserError(f"store: {store.folder / CURRENT}: leads nowhere")
     llm = store.load_base(load, model) if store.newest else None
-    for number, digest in store.database.execute("SELECT number, manifest FROM versions ORDER BY number").fetchall():
+    made = store.database.execute("SELECT number, manifest FROM versions ORDER BY number").fetchall()
+    for number, digest in made:
         problem = ""
         try:
             update = load_version(store.folder, number, digest)

@@ -13,10 +13,10 @@ from pipeline.attribution import GoldenProfile
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.updates.database import transaction
+from pipeline.updates.folders import Manifest, check_version, remove_unfinished, write_version
 from pipeline.updates.proving import BatchResult, HeldBack
 from pipeline.updates.queue import Contradiction, number_of
 from pipeline.updates.store import Store
-from pipeline.updates.folders import Manifest, check_version, remove_unfinished, write_version
 
 
 class Change(NamedTuple):
@@ -106,7 +106,13 @@ def _change(store: Store, version: int, request: int, what: str, successor: int 
         "INSERT INTO changes (version, request, what, successor) VALUES (?, ?, ?, ?)",
         (version, request, what, successor),
     )
-    store.set_state(request, what, version=version if what == "applied" else None, successor=successor)
+    _take_over(store, request, Change(what, version, successor))
+
+
+def _take_over(store: Store, request: int, change: Change) -> None:
+    """Inside a transaction: a request is in the state that a version gave it."""
+    home = change.version if change.what == "applied" else None
+    store.set_state(request, change.what, version=home, successor=change.successor)
 
 
 def hold_back(store: Store, held: Sequence[HeldBack]) -> None:
@@ -189,20 +195,13 @@ def rollback(store: Store, version: int) -> tuple[list[int], list[int]]:
     with transaction(store.database):
         before = store.current
         was, shall_be = last_changes(store, before), last_changes(store, version)
-        for request in sorted(was.keys() | shall_be.keys()):
-            if was.get(request) != shall_be.get(request):
-                _move(store, request, was.get(request), shall_be.get(request))
+        for request, change in shall_be.items():
+            if change != was.get(request):
+                _take_over(store, request, change)
+        for request in was.keys() - shall_be.keys():
+            reason = f"version {was[request].version} was rolled back"
+            store.set_state(request, "held back", only=["applied", "superseded", "retracted"], reason=reason)
         store.set_about("current", version)
         store.note_event("rolled back", version=version, left=before)
     store.point()
     return difference(store, before, version)
-
-
-def _move(store: Store, request: int, was: Change | None, shall_be: Change | None) -> None:
-    """Inside a transaction: a request is in the state that a version gave it, or held back where none did."""
-    if shall_be:
-        home = shall_be.version if shall_be.what == "applied" else None
-        store.set_state(request, shall_be.what, version=home, successor=shall_be.successor)
-    elif was:
-        reason = f"version {was.version} was rolled back"
-        store.set_state(request, "held back", only=["applied", "superseded", "retracted"], reason=reason)

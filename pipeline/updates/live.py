@@ -12,8 +12,8 @@ from pipeline.editing import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.model import LLM, generate
 from pipeline.options import TrainerOptions
-from pipeline.updates.store import CURRENT
 from pipeline.updates.folders import BASE, VERSIONS, load_weights, version_folder
+from pipeline.updates.store import CURRENT
 
 LINK = re.compile(rf"{VERSIONS}/(\d{{4,9}})")
 

@@ -18,13 +18,13 @@ from pipeline.model import LLM
 from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests import EditRequest
 from pipeline.updates.database import transaction
+from pipeline.updates.folders import load_version
 from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find
 from pipeline.updates.lineage import check_number, hold_back, publish
 from pipeline.updates.proving import BaseVersion, BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
-from pipeline.updates.folders import load_version
 
 PROXY = 128  # requests that find the golden layer, at most
 
@@ -58,6 +58,8 @@ def update(
                 llm = llm or store.load_base(load, options.model)
                 base = base_version(store)
                 result, profile = _edit_and_prove(store, llm, base, batch.requests, options)
+                if profile:
+                    profile.save(store.folder)
                 if result.update:
                     publish(store, batch.number, base.number, result, profile)
                 else:
@@ -82,20 +84,19 @@ def _rehearse(
     if not batch:
         return []
     llm = store.load_base(load, options.model)
-    result, _ = _edit_and_prove(store, llm, base_version(store), batch, options, keep=False)
+    result, _ = _edit_and_prove(store, llm, base_version(store), batch, options)
     report(result)
     return [result]
 
 
 def _edit_and_prove(
-    store: Store, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions,
-    keep: bool = True,
-) -> tuple[BatchResult, GoldenProfile | None]:  # fmt: skip
+    store: Store, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions
+) -> tuple[BatchResult, GoldenProfile | None]:
     """What comes of a batch, and where it was edited: None when nothing in it can be."""
     fitting, held = split_by_fit(llm, batch, options)
     if not fitting:
         return BatchResult(held=held), None
-    profile = golden_profile(store, llm, fitting, options, keep)
+    profile = golden_profile(store, llm, fitting, options)
     result = Trial(llm, base, fitting, options).edit_and_prove(profile)
     result.held = [*held, *result.held]
     return result, profile
@@ -114,7 +115,6 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
         UserError: when there is no such request, it is neither in line nor in force, another update is at work, or
             the version without it would miss a gate.
     """
-    find(store, options.request)  # a wrong name is refused before the lock is waited for
     with store.updating():
         with transaction(store.database):
             number, state = find(store, options.request)
@@ -130,15 +130,14 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     base = base_version(store)
     assert base.update
     request = next(one for one in base.update.requests if number_of(one) == number)
-    trial = Trial(llm, base, [request], options)
+    trial, profile = Trial(llm, base, [request], options), golden_profile(store, llm, [request], options)
     with trial.timed("edit"):
-        without = _without(store, llm, base.update, request, options)
+        without = _without(llm, base.update, request, profile, options)
     after = trial.measure(without, [0], KINDS)
     gates = after.gates(options.gates, OF_MODEL)
     if problem := missed(gates):
         raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
     result = BatchResult(update=without, before=trial.before, after=after, gates=gates, seconds=trial.seconds)
-    profile = golden_profile(store, llm, [request], options)
     with transaction(store.database):
         batch = store.open_batch(base.number)
     publish(store, batch, base.number, result, profile, retracted=[number])
@@ -146,14 +145,13 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
 
 
 def _without(
-    store: Store, llm: LLM, held: WeightUpdate, request: EditRequest, options: RetractCommand
+    llm: LLM, held: WeightUpdate, request: EditRequest, profile: GoldenProfile, options: RetractCommand
 ) -> WeightUpdate:
     """The version in force without a request."""
     if can_leave_out(llm, held, [request], options.edit.method):
         return leave_out(llm, held, [request], options.edit, options.one_device, options.seed)
     (answered,) = with_old_answers(llm, [request], options.attribution, options.one_device)
     back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
-    profile = golden_profile(store, llm, [back], options)
     return edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=held)
 
 
@@ -164,9 +162,9 @@ def base_version(store: Store) -> BaseVersion:
 
 
 def golden_profile(
-    store: Store, llm: LLM, requests: Sequence[EditRequest], options: ProvingOptions, keep: bool = True
+    store: Store, llm: LLM, requests: Sequence[EditRequest], options: ProvingOptions
 ) -> GoldenProfile:
-    """Where to edit: the profile of the options, else the store's, else one found with these requests, and kept.
+    """Where to edit: the profile of the options, else the store's, else one found with these requests.
 
     Raises:
         UserError: when it is another model's.
@@ -178,6 +176,4 @@ def golden_profile(
         answered = [request for request in requests if request.old_answer] or list(requests)
         profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.one_device, "the queue")
     choose_layers(llm, profile, options.edit)
-    if keep:
-        profile.save(store.folder)
     return profile

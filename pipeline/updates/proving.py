@@ -73,21 +73,14 @@ def split_by_fit(
     llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions
 ) -> tuple[list[EditRequest], list[HeldBack]]:
     """Those of a batch that the method and the model can take, and those that they cannot."""
-
-    def problem(requests: Sequence[EditRequest]) -> str:
+    fitting, held = [], []
+    for request in batch:
         try:
-            Evaluator(llm, accept(requests, options.edit), options.evaluation, kinds=("probes", "generation"))
+            Evaluator(llm, accept([request], options.edit), options.evaluation, kinds=("probes", "generation"))
+            fitting.append(request)
         except UserError as error:
-            return str(error)
-        return ""
-
-    if not problem(batch):
-        return list(batch), []
-    problems = [problem([request]) for request in batch]
-    fitting = [request for request, reason in zip(batch, problems, strict=True) if not reason]
-    return fitting, [
-        HeldBack(number_of(request), reason, {}) for request, reason in zip(batch, problems, strict=True) if reason
-    ]
+            held.append(HeldBack(number_of(request), str(error), {}))
+    return fitting, held
 
 
 class Trial:

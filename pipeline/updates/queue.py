@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.editing.columns import owner
 from pipeline.requests import EditRequest, stream_requests
@@ -71,7 +72,8 @@ def submit(
     """
     store.database.executescript(INCOMING)
     store.database.executemany(
-        "INSERT OR IGNORE INTO temp.incoming (id, source, content, digest, fact) VALUES (?, ?, ?, ?, ?)", _rows(file, source)
+        "INSERT OR IGNORE INTO temp.incoming (id, source, content, digest, fact) VALUES (?, ?, ?, ?, ?)",
+        _rows(file, source),
     )
     with transaction(store.database):
         return _enqueue(store, str(file), not_before, again)
@@ -86,10 +88,10 @@ def _rows(file: str | Path, source: str | None) -> Iterator[tuple[str, str | Non
 
 def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitted:
     """Inside a transaction: move what came in into the queue."""
-    database, first = store.database, int(store.about("next"))
-    when = {"not_before": not_before, "effective": max(store.clock(), not_before)}
+    database, now, first = store.database, store.clock(), int(store.about("next"))
+    when: dict[str, Any] = {"not_before": not_before, "effective": max(now, not_before)}
     left = _left(store)
-    submission = database.execute("INSERT INTO submissions (at, file) VALUES (?, ?)", (store.clock(), file)).lastrowid
+    submission = database.execute("INSERT INTO submissions (at, file) VALUES (?, ?)", (now, file)).lastrowid
     queued = database.execute(
         "INSERT INTO requests (id, source, content, digest, fact, submission, not_before, effective, position) "
         "SELECT id, source, content, digest, fact, :submission, :not_before, :effective, :first + place - 1 "

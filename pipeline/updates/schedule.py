@@ -16,8 +16,8 @@ from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from pipeline.errors import UserError
-from pipeline.running.interrupts import interrupts
 from pipeline.options import seconds
+from pipeline.running.interrupts import interrupts
 
 WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat", "sun")  # cron's 0 to 7; APScheduler's 0 is Monday
 LOOKING = 1.0  # seconds between looks at the clock, which a sleeping machine moves
