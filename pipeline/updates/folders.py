@@ -20,8 +20,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load as tensors_from_bytes
 
-from pipeline.editing import WeightUpdate
-from pipeline.editing.update import TENSORS_FILE
+from pipeline.editing.update import TENSORS_FILE, WeightUpdate
 from pipeline.errors import UserError
 from pipeline.files import file_digest
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
 from pipeline.updates.folders import load_version
 from pipeline.updates.store import CURRENT, Store
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.attribution import GoldenProfile
+from pipeline.attribution.profile import GoldenProfile
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.updates.database import transaction

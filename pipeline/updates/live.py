@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.editing import WeightUpdate
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.model import LLM, generate
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
 from pipeline.options import TrainerOptions
 from pipeline.updates.folders import BASE, VERSIONS, load_weights, version_folder
 from pipeline.updates.store import CURRENT

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.attribution import GoldenProfile, find_golden_layer
+from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.old_answers import with_old_answers
-from pipeline.attribution.profile import PROFILE_FILE
-from pipeline.editing import WeightUpdate, can_leave_out, choose_layers, edit, leave_out
+from pipeline.attribution.profile import PROFILE_FILE, GoldenProfile
+from pipeline.editing.editor import choose_layers, edit
+from pipeline.editing.leave_out import can_leave_out, leave_out
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.plan import KINDS
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
 from pipeline.updates.database import transaction
 from pipeline.updates.folders import load_version
 from pipeline.updates.gates import OF_MODEL, missed
@@ -148,9 +151,9 @@ def _without(
     llm: LLM, held: WeightUpdate, request: EditRequest, profile: GoldenProfile, options: RetractCommand
 ) -> WeightUpdate:
     """The version in force without a request."""
-    if can_leave_out(llm, held, [request], options.edit.method):
+    if can_leave_out(held, [request], options.edit.method):
         return leave_out(llm, held, [request], options.edit, options.one_device, options.seed)
-    (answered,) = with_old_answers(llm, [request], options.attribution, options.one_device)
+    (answered,) = with_old_answers(llm, [request], Runtime(options.one_device))
     back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
     return edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=held)
 

@@ -9,14 +9,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.attribution import GoldenProfile
-from pipeline.editing import WeightUpdate, accept, can_leave_out, edit, leave_out
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.editing.editor import accept, edit
+from pipeline.editing.leave_out import can_leave_out, leave_out
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.evaluation import Evaluator
+from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.plan import KINDS
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions
-from pipeline.requests import EditRequest, fact
+from pipeline.requests.conflicts import fact
+from pipeline.requests.schema import EditRequest
 from pipeline.updates.gates import OF_MODEL, Figures, Gate, drift, missed
 from pipeline.updates.queue import Contradiction, number_of
 
@@ -206,7 +209,7 @@ class Trial:
         assert self.whole
         earlier = {fact(request) for request in self.base.requests}
         renewed = any(fact(request) in earlier for request in rest)
-        return not renewed and can_leave_out(self.llm, self.whole, rest, self.options.edit.method)
+        return not renewed and can_leave_out(self.whole, rest, self.options.edit.method)
 
     def measure(
         self,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.editing.columns import owner
-from pipeline.requests import EditRequest, stream_requests
+from pipeline.requests.readers import stream_requests
+from pipeline.requests.schema import EditRequest
 from pipeline.updates.database import transaction
 from pipeline.updates.store import Store
 
