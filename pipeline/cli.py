@@ -15,11 +15,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from pipeline.commands import COMMANDS
 from pipeline.errors import UserError
-from pipeline.running.interrupts import interrupts
 from pipeline.parsing import DEFAULT_COMMAND, UsageError, parse
+from pipeline.running import launch
+from pipeline.running.interrupts import Interrupted, interrupts
 from pipeline.shipped import about, program, shipped_configs
+from pipeline.table import COMMANDS
 
 USAGE_ERROR, FAILED = 2, 1
 
@@ -41,40 +42,29 @@ def _run(words: list[str]) -> int:
     if words and words[0] == "--version":
         print(about())
         return 0
-    name = words.pop(0) if words and not words[0].startswith("-") else DEFAULT_COMMAND
-    verbose = any(word in ("--verbose", "--verbose=true") for word in words)
+    name = words[0] if words and not words[0].startswith("-") else DEFAULT_COMMAND
+    rest = words[1:] if words and words[0] == name else words
     try:
-        options = parse(name, words)
-        COMMANDS[name].function(options)
+        options = parse(name, rest)
+        if COMMANDS[name].spreads and (devices := launch.devices_to_start(options)) > 1:
+            return launch.supervise([name, *rest], devices, options)
+        COMMANDS[name].call(options)
         sys.stdout.flush()
-    except (SystemExit, KeyboardInterrupt) as leaving:
-        by_signal = interrupts.noted or signal.SIGINT
-        if isinstance(leaving, SystemExit) and not (
-            interrupts.noted or isinstance(leaving.__context__, KeyboardInterrupt)
-        ):
-            return int(leaving.code or 0)  # --help and --print_config end here
-        by = " by SIGTERM" if by_signal == signal.SIGTERM else ""
-        print(f"interrupted{by}", file=sys.stderr)  # Lightning turns it into SystemExit
-        return 128 + by_signal
+    except SystemExit as leaving:
+        return int(leaving.code or 0)  # --help and --print_config end here
+    except Interrupted:
+        return launch.leave(128 + (interrupts.noted or signal.SIGINT), launch.of_interrupt(interrupts.noted))
     except BrokenPipeError:  # who reads what is printed has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        code = USAGE_ERROR if isinstance(error, UsageError) else FAILED
         line = user_line(error)
-        processes = sys.modules.get("pipeline.running.processes")  # not there: there is this one alone
-        several = processes is not None and processes.world_size() > 1
-        if line is None and not several:
+        if line is None and not launch.is_one_of_several():
             raise
-        told = processes is not None and processes.is_told()
-        if not told:  # the first of several to fail tells
-            if line is None or verbose:
-                traceback.print_exc()
-            if line is not None:
-                print(f"error: {line}", file=sys.stderr)
-        if processes is not None:
-            processes.end(code, told)
-        return code
+        if line is None or "--verbose" in rest or "--verbose=true" in rest:
+            traceback.print_exc()
+        code = USAGE_ERROR if isinstance(error, UsageError) else FAILED
+        return launch.leave(code, f"error: {line or error}")
     return 0
 
 
@@ -91,7 +81,7 @@ def user_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, RuntimeError) and re.search("Connection (closed|reset) by peer|Broken pipe", str(error)):
-        return "trainer: another process of this command has ended"
+        return f"trainer: {launch.IN_ITS_WAKE}"
     if "No space left on device" in str(error) or "File too large" in str(error):  # raised inside libraries
         return "no room left on the disk while writing the output"
     return None

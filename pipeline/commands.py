@@ -1,52 +1,38 @@
-"""One function a command: thin, so that what a command does can be done from Python as well.
-
-A command's imports stand inside it, so that `--help` answers without loading torch.
-"""
+"""A function a command: thin, so that what a command does can be done from Python as well."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from pipeline import update_commands
+from pipeline import demo as guided
+from pipeline import options as of
+from pipeline.attribution.find import check_selector
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.editing.editor import METHODS, accept, check_earlier, choose_layers
+from pipeline.editing.export import export_adapter, export_merged
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
-from pipeline.options import (
-    AttributeCommand,
-    BenchmarkCommand,
-    DemoCommand,
-    DiffCommand,
-    EditCommand,
-    EvaluateCommand,
-    ExportCommand,
-    GenerateCommand,
-    HistoryCommand,
-    PlanCommand,
-    RequestsCommand,
-    RetractCommand,
-    RunCommand,
-    ScheduleCommand,
-    StudyCommand,
-    SubmitCommand,
-    UpdateCommand,
-    VerifyCommand,
-    VersionCommand,
-)
+from pipeline.evaluation.evaluator import evaluate as measure
+from pipeline.files import write_json
+from pipeline.model.explain import explain
+from pipeline.model.generation import generate as answer
+from pipeline.planning.plan import plan_memory
+from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
+from pipeline.requests.readers import load_requests
+from pipeline.requests.split import split_by_subject
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
+from pipeline.study.study import check_study, parted, run_study
+from pipeline.update_commands import generate_live, of_store
 
-STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "together", "skip_bad")
+STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad")
 
 
-def run(options: RunCommand) -> None:
-    """Find the golden layer with one part of the requests, edit the other part there, and prove it."""
-    from pipeline.attribution import GoldenProfile, check_method
-    from pipeline.editing import METHODS, accept, choose_layers
-    from pipeline.requests import split_by_subject
-
-    check_method([], options.attribution)
+def run(options: of.RunCommand) -> None:
+    """All stages, on the two parts of the requests; with a profile the last two, on all of them."""
+    check_selector([], options.attribution)
     check_choice("edit.method", options.edit.method, METHODS)
     with working(options, "run") as log:
         requests = read_requests(options)
@@ -54,7 +40,7 @@ def run(options: RunCommand) -> None:
             profile, edits = GoldenProfile.load(options.profile), requests
         else:
             proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
-            check_method(proxy, options.attribution)
+            check_selector(proxy, options.attribution)
         edits = accept(edits, options.edit)
         llm = load(options, requests=requests)
         if options.profile:
@@ -64,33 +50,26 @@ def run(options: RunCommand) -> None:
         else:
             llm.check_layers(options.edit.layers or [])
             profile = find_and_keep(log, llm, proxy, options.attribution, options)
-        edit_and_prove(log, llm, edits, profile, options, options.edit, options.evaluation)
+        edit_and_prove(log, llm, edits, profile, options.edit, options)
 
 
-def demo(options: DemoCommand) -> None:
-    """See it all on a handful of facts: old answers, golden layer, edit, new answers, what else moved, and back."""
-    from pipeline.demo import show
-
+def demo(options: of.DemoCommand) -> None:
+    """The guided run."""
     with working(options, "demo") as log:
-        show(load(options), options, log)
+        guided.show(load(options), options, log)
 
 
-def attribute(options: AttributeCommand) -> None:
-    """Find the golden layer of a model from a set of edit requests, and keep it as a profile."""
-    from pipeline.attribution import check_method
-
-    check_method([], options)
+def attribute(options: of.AttributeCommand) -> None:
+    """Stage one alone."""
+    check_selector([], options)
     with working(options, "attribute") as log:
         requests = read_requests(options)
-        check_method(requests, options)
+        check_selector(requests, options)
         find_and_keep(log, load(options, requests=requests), requests, options, options)
 
 
-def edit(options: EditCommand) -> None:
-    """Edit requests at the golden layer, measure before and after, and keep the update."""
-    from pipeline.attribution import GoldenProfile
-    from pipeline.editing import METHODS, WeightUpdate, accept, check_earlier, choose_layers
-
+def edit(options: of.EditCommand) -> None:
+    """Stages two and three, by a profile or at blocks that are named."""
     check_choice("method", options.method, METHODS)
     with working(options, "edit") as log:
         requests = accept(read_requests(options), options)
@@ -104,59 +83,35 @@ def edit(options: EditCommand) -> None:
             note_chat(llm, "profile", profile.chat)
         if after:
             check_earlier(llm, after)
-        edit_and_prove(log, llm, requests, profile, options, options, options.evaluation, after)
+        edit_and_prove(log, llm, requests, profile, options, options, after)
 
 
-def evaluate(options: EvaluateCommand) -> None:
-    """Measure a model on edit requests and, with an update, the model before and after it."""
-    from pipeline.editing import WeightUpdate
-    from pipeline.evaluation import evaluate
-
+def evaluate(options: of.EvaluateCommand) -> None:
+    """Stage three alone; with `--explain` only what the model is given for the first requests."""
     if options.explain:
-        return _explain(options)
+        prepare(options)
+        requests = read_requests(options)[: options.explain]
+        llm = load(options)
+        for request in requests:
+            show_tokens(request, explain(llm, request))
+        return
     with working(options, "evaluate") as log:
         requests = read_requests(options)
         update = WeightUpdate.load(options.update) if options.update else None
         llm = load(options, requests=requests)
         if update:
             note_chat(llm, "update", update.chat)
-        measured = evaluate(llm, requests, update, options, options.trainer, log.work)
+        measured = measure(llm, requests, update, options, options.trainer, log.work)
         log.keep_metrics(llm.name, requests, measured)
 
 
-def requests(options: RequestsCommand) -> None:
-    """Check a file of edit requests and say what is in it; --to writes it as the project's own JSONL."""
-    from pipeline.files import write_whole
-    from pipeline.requests.check import check_requests, require_good, summary
-    from pipeline.requests.writer import check_target, request_writer
-
-    def check(partial: Path | None = None) -> None:
-        with request_writer(partial, str(options.to).endswith(".gz")) as keep:
-            found = check_requests(options.requests, options.limit, options.offset, keep)
-        print(summary(found))
-        require_good(found, options.skip_bad)
-
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        pass  # a process that another started for --model: the file is checked already
-    elif options.to:
-        check_target(Path(options.to), options.overwrite)
-        own = f".{os.getpid()}"  # two commands may write the same file: the last one stays, whole
-        print(f"written to {write_whole(Path(options.to), check, own)}")
-    else:
-        check()
-    if options.model:
-        _show_known(options)
-
-
-def export(options: ExportCommand) -> None:
-    """Write the edited model as a plain Hugging Face folder, or the update alone, or as a PEFT adapter."""
-    from pipeline.editing import WeightUpdate, export_adapter, export_merged
-
+def export(options: of.ExportCommand) -> None:
+    """An update, of a folder or a store, in a form that others load."""
     with working(options, "export") as log:
         if options.update:
             update, model = WeightUpdate.load(options.update), options.model
         else:
-            update, model = update_commands.of_store(options)
+            update, model = of_store(options)
         llm = load(options, model)
         llm.check_made_for("update", update.model, update.fingerprint)
         if options.kind == "merged":
@@ -167,41 +122,28 @@ def export(options: ExportCommand) -> None:
             update.save(log.folder)
 
 
-def generate(options: GenerateCommand) -> None:
-    """Show the answers of the base model and of the edited one side by side."""
-    from pipeline.editing import WeightUpdate
-    from pipeline.model import generate
-    from pipeline.reporting import show_answers
-
+def generate(options: of.GenerateCommand) -> None:
+    """Answers of the base model beside those of an update's, or of a store's current version."""
     prepare(options)
     update = WeightUpdate.load(options.update) if options.update else None
     prompts = options.prompt or [request.prompt for request in read_requests(options)]
     if options.store:
-        update_commands.generate_live(prompts, options, lambda name: load(options, name))
+        generate_live(prompts, options)
         return
     llm = load(options)
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
         note_chat(llm, "update", update.chat)
-    settings: dict[str, Any] = {
-        "max_new_tokens": options.max_new_tokens,
-        "batch_size": options.batch_size,
-        "trainer": options.trainer,
-    }
-    answers = {"base": generate(llm, prompts, **settings, title="Base model")}
+    how = partial(answer, llm, prompts, options.max_new_tokens, options.batch_size, options.trainer)
+    answers = {"base": how(title="Base model")}
     if update:
         with update.applied(llm):
-            answers["edited"] = generate(llm, prompts, **settings, title="Edited model")
+            answers["edited"] = how(title="Edited model")
     show_answers(prompts, answers)
 
 
-def study(options: StudyCommand) -> None:
-    """Edit requests alone at every block, and compare the golden layer, every request's own best, and selectors."""
-    from pipeline.reporting.terminal import say
-    from pipeline.requests import load_requests
-    from pipeline.study.results import RESULTS_FILE
-    from pipeline.study.study import check_study, parted, run_study
-
+def study(options: of.StudyCommand) -> None:
+    """The study of every set of requests; one in the output folder goes on where that is asked for."""
     with working(options, "study", STUDY_MAY_CHANGE) as log:
         sets = []
         for file in options.requests:
@@ -209,16 +151,12 @@ def study(options: StudyCommand) -> None:
             read = load_requests(file, most, options.offset, options.skip_bad, tell=say)
             sets.append(parted(_set_name(file), read, options))
         check_study(sets, options)
-        log.going_on(RESULTS_FILE)
-        log.keep_study(run_study(load(options), sets, options, log.folder))
+        log.going_on(RESULTS)
+        log.keep_study(run_study(load(options), sets, options, log.folder, log.work))
 
 
-def plan(options: PlanCommand) -> None:
-    """Say what memory a device will need for attribution, edits and evaluation; no weight is read."""
-    from pipeline.files import write_json
-    from pipeline.planning import plan_memory
-    from pipeline.reporting import show_plan
-
+def plan(options: of.PlanCommand) -> None:
+    """The plan, shown and, where a folder is named, kept."""
     if options.output is None:
         prepare(options)
         show_plan(plan_memory(options))
@@ -227,85 +165,6 @@ def plan(options: PlanCommand) -> None:
         planned = plan_memory(options)
         write_json(log.folder / "plan.json", planned.to_dict())
         show_plan(planned)
-
-
-def benchmark(options: BenchmarkCommand) -> None:
-    """Measure editing, evaluation or a store against what is asked of it, as a table and benchmark.json."""
-    from pipeline.benchmarks import BENCHMARKS
-    from pipeline.files import write_json
-    from pipeline.reporting import say
-
-    with working(options, "benchmark") as log:
-        bench = BENCHMARKS[options.what](load(options), options, log.work)
-        write_json(log.folder / "benchmark.json", bench.results())
-        if bench.note:
-            say(bench.note)
-
-
-class Command(NamedTuple):
-    """A command's function, its options, the line that `--help` shows of it, and the flags of bare words."""
-
-    function: Callable[[Any], None]
-    options: type
-    words: tuple[str, ...] = ()
-
-    @property
-    def help(self) -> str:
-        return (self.function.__doc__ or "").splitlines()[0]
-
-
-COMMANDS = {
-    "run": Command(run, RunCommand),
-    "demo": Command(demo, DemoCommand),
-    "attribute": Command(attribute, AttributeCommand),
-    "edit": Command(edit, EditCommand),
-    "evaluate": Command(evaluate, EvaluateCommand),
-    "requests": Command(requests, RequestsCommand, words=("requests",)),
-    "export": Command(export, ExportCommand, words=("version",)),
-    "generate": Command(generate, GenerateCommand),
-    "study": Command(study, StudyCommand),
-    "plan": Command(plan, PlanCommand),
-    "benchmark": Command(benchmark, BenchmarkCommand, words=("what",)),
-    "submit": Command(update_commands.submit, SubmitCommand, words=("file",)),
-    "update": Command(update_commands.update, UpdateCommand),
-    "schedule": Command(update_commands.schedule, ScheduleCommand),
-    "history": Command(update_commands.history, HistoryCommand),
-    "show": Command(update_commands.show, VersionCommand, words=("version",)),
-    "diff": Command(update_commands.diff, DiffCommand, words=("older", "newer")),
-    "rollback": Command(update_commands.rollback, VersionCommand, words=("version",)),
-    "verify": Command(update_commands.verify, VerifyCommand),
-    "retract": Command(update_commands.retract, RetractCommand, words=("request",)),
-}
-
-
-def _show_known(options: RequestsCommand) -> None:
-    """Which answers of the requests a model gives by itself, and which requests it cannot take."""
-    from pipeline.evaluation import find_known
-    from pipeline.reporting.terminal import say
-    from pipeline.requests import load_requests
-    from pipeline.requests.check import NAMED
-
-    prepare(options)
-    read = load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=lambda _: None)
-    llm = load(options)
-    known = find_known(llm, read, options.batch_size, options.trainer)
-    say(f"{llm.name} gives {len(known.old)} of {known.asked} old answers, and {len(known.new)} new answers already")
-    for reason in known.unusable[:NAMED]:
-        say(f"bad: {reason}")
-    if known.unusable:
-        raise UserError(f"requests: {len(known.unusable)} of {len(read)} are none that {llm.name} can take")
-
-
-def _explain(options: EvaluateCommand) -> None:
-    """Show what the model is given for the first requests, and what of it is scored."""
-    from pipeline.model.explain import explain
-    from pipeline.reporting import show_tokens
-
-    prepare(options)
-    requests = read_requests(options)[: options.explain]
-    llm = load(options)
-    for request in requests:
-        show_tokens(request, explain(llm, request))
 
 
 def _set_name(requests: str) -> str:

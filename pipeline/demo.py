@@ -13,8 +13,9 @@ from rich.console import Console
 from pipeline.attribution import GoldenProfile, find_golden_layer
 from pipeline.editing import edit
 from pipeline.evaluation import evaluate
-from pipeline.requests.answers import contains_answer
-from pipeline.model import LLM, first_statement, generate
+from pipeline.requests.answers import contains_answer, first_statement
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
 from pipeline.model.llm import fingerprint
 from pipeline.options import AttributionOptions, DemoCommand, EditOptions, StatisticsOptions
 from pipeline.reporting import RunLog, say, show_answers

@@ -148,7 +148,7 @@ def _set_aside(path: Path) -> Path:
 def _keeps_some(output: OutputFolder, path: Path) -> bool:
     """Leave of a failed command's folder what is worth more than a clean disk; whether there is any."""
     goes_on = output.goes_on
-    finished = {name for name in output.finished if (path / name).is_file()}
+    finished = {name for name in output.finished if (path / name).exists()}
     if not (finished or goes_on):
         return False
     for file in path.iterdir():

@@ -62,10 +62,10 @@ PROFILE_FILES = {
 }
 
 
-FINETUNE = ("--method", "finetune", "--finetune.whiten", "0", "--finetune.epochs")
+FINETUNE = ("--method", "finetune", "--expert.whiten", "0", "--expert.epochs")
 
 
-RUN_FINETUNE = ("--edit.method", "finetune", "--edit.finetune.whiten", "0", "--edit.finetune.epochs")
+RUN_FINETUNE = ("--edit.method", "finetune", "--edit.expert.whiten", "0", "--edit.expert.epochs")
 
 
 TEXT = "The path along the marsh is best walked in the hour after sunrise. " * 8
@@ -104,7 +104,7 @@ def made(tiny_folder: Path, ordinary_text: str, tmp_path_factory: pytest.TempPat
     common = ["--model", str(tiny_folder), "--limit", "6", *CPU]
     profile, edited = place / "profile", place / "edited"
     assert main(["attribute", *common, "--output", str(profile)]) == 0
-    by = ["--profile", str(profile), *FINETUNE, "3", "--finetune.learning_rate", "0.2"]
+    by = ["--profile", str(profile), *FINETUNE, "3", "--expert.learning_rate", "0.2"]
     assert main(["edit", *common, *by, "--evaluation.text", ordinary_text, "--output", str(edited)]) == 0
     return SimpleNamespace(profile=profile, edited=edited)
 

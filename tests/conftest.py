@@ -76,15 +76,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
 
 
-def edit_options(folder: Path, tokens: int, epochs: int, batch_size: int) -> EditOptions:
-    """Options of an edit of block 1 that trains so many epochs on every row, with statistics of its own text."""
+def edit_options(folder: Path, method: str, tokens: int, **settings: Any) -> EditOptions:
+    """Options of an edit of block 1 by a method of these settings, with statistics of its own text."""
     text = folder / "text.txt"
     text.write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 40)
-    options = EditOptions(layers=[1])
-    for training in (options.finetune, options.lora):
-        training.epochs, training.batch_size, training.learnt = epochs, batch_size, 0.0
-    options.statistics = StatisticsOptions(text=str(text), tokens=tokens, cache=str(folder / "cache"))
-    return options
+    return EditOptions(
+        method=method, layers=[1], expert=settings, statistics=StatisticsOptions(text=str(text), tokens=tokens)
+    )
 
 
 SIZES: dict[str, Any] = {

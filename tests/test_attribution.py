@@ -9,12 +9,17 @@ import torch
 from conftest import SHARED
 from torch.nn import functional as F
 
-from pipeline import UserError
-from pipeline.attribution import GoldenProfile, find_golden_layer, select
+from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.inner_products import CapturedInput, forming_is_cheaper
-from pipeline.model import LLM, first_statement, generate
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.attribution.selection import select
+from pipeline.errors import UserError
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
 from pipeline.options import AttributionOptions
-from pipeline.requests import EditRequest, load_requests
+from pipeline.requests.answers import first_statement
+from pipeline.requests.readers import load_requests
+from pipeline.requests.schema import EditRequest
 
 
 def autograd_scores(llm: LLM, requests: list[EditRequest], scope: str) -> torch.Tensor:
@@ -33,12 +38,10 @@ def autograd_scores(llm: LLM, requests: list[EditRequest], scope: str) -> torch.
     llm.model.eval()
     total = torch.zeros(len(llm.blocks), dtype=torch.float64)
     for request in requests:
-        old, new = (gradients(request.prompt, a) for a in (request.old_answer or "", request.new_answer))
+        old, new = (gradients(request.prompt, answer) for answer in (request.old_answer or "", request.new_answer))
+        each = zip(old, new, strict=True)
         total += torch.tensor(
-            [
-                sum((a.double() * b.double()).sum() for a, b in zip(x, y, strict=True))
-                for x, y in zip(old, new, strict=True)
-            ]
+            [sum((a.double() * b.double()).sum() for a, b in zip(x, y, strict=True)) for x, y in each]
         )
     return total / len(requests)
 

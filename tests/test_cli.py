@@ -11,21 +11,27 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pipeline import UserError, cli
-from pipeline.cli import COMMANDS, main
-from pipeline.options import RunCommand
+from pipeline import UserError
+from pipeline.cli import main
+from pipeline.editing import METHODS
+from pipeline.options import EditOptions, RunCommand
+from pipeline.options.base import as_config
+from pipeline.parsing import flags_of
+from pipeline.table import COMMANDS, Command
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PROGRESS = re.compile(r": \d+/\d+ (in|after|when it stopped,) ")
 STORE = ["--store", "DIR"]
+FINETUNE = ["edit", "--method", "finetune"]
 REQUIRED = {  # flags without which a command cannot be asked for its config
     "export": ["--update", "DIR"],
     "submit": [*STORE, "--file", "FILE"],
@@ -56,12 +62,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The options that commands were called with, in place of their work."""
     calls: list[Any] = []
 
-    def keep(options: Any) -> None:
-        """Keep the options."""
-        calls.append(options)
-
-    for name, command in COMMANDS.items():
-        monkeypatch.setitem(cli.COMMANDS, name, command._replace(function=keep))
+    monkeypatch.setattr(Command, "call", lambda _, options: calls.append(options))
     return calls
 
 
@@ -84,18 +85,6 @@ def config_file(tmp_path: Path, text: str) -> str:
     return str(file)
 
 
-def flag_names(options: type, prefix: str = "") -> list[str]:
-    """Every flag of a dataclass of options, groups entered."""
-    names = []
-    for field in fields(options):
-        factory = field.default_factory
-        if isinstance(factory, type) and is_dataclass(factory):
-            names += flag_names(factory, f"{prefix}{field.name}.")
-        else:
-            names.append(f"--{prefix}{field.name}")
-    return names
-
-
 # help and --print_config
 
 
@@ -110,7 +99,7 @@ def test_help_names_every_command(word: str, capsys: pytest.CaptureFixture[str])
 def test_help_of_a_command_names_every_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
-    missing = [flag for flag in flag_names(COMMANDS[name].options) if not re.search(rf"{re.escape(flag)}\b", text)]
+    missing = [flag for flag in flags_of(name) if not re.search(rf"--{re.escape(flag)}\b", text)]
     assert not missing
     assert COMMANDS[name].help in " ".join(text.split())
 
@@ -154,7 +143,7 @@ def test_printed_config_is_the_defaults_and_can_be_passed_again(
     assert main([name, *words]) == 0
     assert main([name, "--config", config_file(tmp_path, printed)]) == 0
     assert received[0] == received[1]
-    assert yaml.safe_load(printed) == asdict(received[0])
+    assert yaml.safe_load(printed) == as_config(received[0])
 
 
 # what reaches the options
@@ -194,9 +183,12 @@ def test_flags_override_a_config(flags_first: bool, tmp_path: Path, received: li
         (["attribute", "--overwrite=false"], "overwrite", False),
         (["attribute", "--overwrite", "false"], "overwrite", False),
         (["attribute", "--trainer.devices", "0,1"], "trainer.devices", "0,1"),
-        (["run", "--edit.finetune.epochs", "2"], "edit.finetune.epochs", 2),
-        (["run", "--edit.finetune.batch-size", "2"], "edit.finetune.batch_size", 2),
-        (["edit", "--finetune.learning_rate", "1e-3"], "finetune.learning_rate", 1e-3),
+        (["run", "--edit.method", "finetune", "--edit.expert", '{"epochs": 2}'], "edit.finetune.epochs", 2),
+        (["run", "--edit.method=lora", "--edit.expert.batch-size", "2"], "edit.lora.batch_size", 2),
+        (["edit", "--expert.learning_rate", "1e-3", "--method=finetune"], "finetune.learning_rate", 1e-3),
+        (["update", *STORE, "--edit.expert", '{"steps": 5}'], "edit.locate.bound", 1.3),
+        (["update", *STORE, "--edit.expert", '{"steps": null}'], "edit.locate.steps", None),
+        (["attribute", "--expert", '{"fences": 0}'], "fences", 0),
         (["edit", "--layers", "1"], "layers", [1]),
         (["edit", "--layers", "1", "2", "--limit", "3"], "layers", [1, 2]),
         (["edit", "--layers", "1,2"], "layers", [1, 2]),
@@ -237,7 +229,7 @@ def test_every_shipped_config_parses(file: Path, received: list[Any]) -> None:
     command = {"update": ["update", *STORE], "study": ["study"]}.get(file.stem, ["run"])
     assert main([*command, "--config", str(file)]) == 0
     content = yaml.safe_load(file.read_text())
-    assert differences(content, asdict(received[0])) == []
+    assert differences(content, as_config(received[0])) == []
 
 
 def differences(part: Mapping[str, Any], whole: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -255,7 +247,31 @@ def test_the_default_config_says_what_the_options_say() -> None:
     content = yaml.safe_load((ROOT / "configs" / "default.yaml").read_text())
     content["attribution"].pop("order")  # the README gives a reason for it
     content["edit"].pop("statistics")  # and the file itself for this one
-    assert differences(content, asdict(RunCommand())) == []
+    assert differences(content, as_config(RunCommand())) == []
+
+
+def test_every_command_has_its_function() -> None:
+    for command in COMMANDS.values():
+        module, _, name = command.function.partition(":")
+        assert callable(getattr(import_module(module), name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_experts_settings_are_the_methods(method: str) -> None:
+    held = METHODS[method].options
+    (name, default), *_ = ((key, value) for key, value in asdict(getattr(EditOptions(), held)).items() if value)
+    options = EditOptions(method=method, expert={name: default})
+    changed = replace(options, expert={name: default + 1 if isinstance(default, int) else default})
+    assert getattr(getattr(changed, held), name) == changed.expert[name]
+    other = "one_pass" if held != "one_pass" else "memit"
+    assert options.by(other).expert == {} and options.by(method) == options
+
+
+def test_what_is_no_flag_is_no_option_of_a_command() -> None:
+    assert not {"edit.locate.steps", "edit.locate", "attribution.fences", "trainer.micro_batch"} & set(
+        flags_of("run")
+    )
+    assert len(flags_of("run")) <= 40
 
 
 # what is refused, and in which words
@@ -267,8 +283,12 @@ def test_the_default_config_says_what_the_options_say() -> None:
         (["atribute"], ["'atribute'", "attribute?", *COMMANDS]),
         (["Attribute"], ["'Attribute'", *COMMANDS]),
         (["attribute", "--modle", "x"], ["--modle", "--model?", "attribute --help"]),
-        (["attribute", "--finetune.epochs", "2"], ["--finetune.epochs"]),
-        (["run", "--edit.finetune.epoch", "2"], ["--edit.finetune.epoch", "--edit.finetune.epochs?"]),
+        (["edit", "--finetune.epochs", "2"], ["--finetune.epochs"]),
+        (["edit", "--statistics.token", "2"], ["--statistics.token", "--statistics.tokens?"]),
+        (["run", "--edit.expert", '{"step_": 2}'], ["edit.expert: 'step_' is no setting of memit", "mean step?"]),
+        (["run", "--edit.expert.epochs", "2"], ["edit.expert: 'epochs' is no setting of memit", "there is assoc"]),
+        (["attribute", "--expert", '{"fence": 2}'], ["expert: 'fence' is no setting", "mean fences?"]),
+        (["attribute", "--expert", "2"], ["expert: 2 is not a mapping"]),
         (["attribute", "model"], ["'model' is not understood", "--NAME VALUE", "attribute --help"]),
         (["attribute", "-x"], ["'-x' is not understood"]),
         (["attribute", "--requests", "a", "b"], ["'b' is not understood"]),
@@ -276,7 +296,7 @@ def test_the_default_config_says_what_the_options_say() -> None:
         (["diff", "1", *STORE], ["missing NEWER", "diff --help"]),
         (["update"], ["missing --store"]),
         (["evaluate", "--explain", "-1"], ["explain", "-1", "0"]),
-        (["export", "--update", "x", "--chat"], ["chat", "leave --chat out"]),
+        (["export", "--update", "x", "--chat"], ["flag --chat does not exist"]),
         (["attribute", "--model"], ["model: no value", "a text"]),
         (["attribute", "--model", ""], ["model: no value"]),
         (["attribute", "--model="], ["model: no value"]),
@@ -286,7 +306,7 @@ def test_the_default_config_says_what_the_options_say() -> None:
         (["generate", "--prompt"], ["prompt: no value"]),
         (["attribute", "--trainer", "5"], ["trainer: expected a mapping", "trainer.devices"]),
         (["run", "--attribution.scope", "x"], ["attribution.scope: 'x'"]),
-        (["run", "--edit.finetune.scope", "x"], ["edit.finetune.scope: 'x'"]),
+        (["run", "--edit.expert", '{"batch_size": "x"}'], ["edit.expert.batch_size: x is not a whole number"]),
         (["run", "--evaluation.generation", "x"], ["evaluation.generation: 'x'"]),
         (["update", *STORE, "--gates.rewrite", "2"], ["error: gates.rewrite: 2.0"]),
         (["export", "--update", "x", "--version", "3"], ["version: 3 of which store?", "--store"]),
@@ -295,21 +315,22 @@ def test_the_default_config_says_what_the_options_say() -> None:
         (["attribute", "--top_k", "0"], ["top_k", "0", "1"]),
         (["attribute", "--limit", "0"], ["limit", "0", "1"]),
         (["attribute", "--offset", "-1"], ["offset", "-1", "0"]),
-        (["attribute", "--fences", "-1"], ["fences", "-1", "0"]),
-        (["attribute", "--fences", "nan"], ["fences", "nan", "a number"]),
-        (["attribute", "--fences", "wide"], ["fences", "wide", "a number"]),
+        (["attribute", "--expert.fences", "-1"], ["expert.fences", "-1", "0"]),
+        (["attribute", "--expert.fences", "nan"], ["expert.fences", "nan", "a number"]),
+        (["attribute", "--expert.fences", "wide"], ["expert.fences", "wide", "a number"]),
+        (["plan", "--memory", "nan"], ["memory", "nan", "a number"]),
         (["attribute", "--overwrite=maybe"], ["overwrite", "maybe", "true or false"]),
         (["attribute", "--scope", "mlpp"], ["scope", "'mlpp'", "'mlp'?", "attention, block, down, mlp"]),
         (["attribute", "--old_answers", "mine"], ["old_answers", "'mine'", "dataset, model"]),
         (["attribute", "--trainer.precision", "8"], ["trainer.precision", "'8'", "32-true", "bf16-mixed"]),
         (["attribute", "--trainer.num_nodes", "0"], ["trainer.num_nodes", "0", "1"]),
-        (["attribute", "--batch_size", "0"], ["batch_size", "0", "1"]),
-        (["edit", "--finetune.scope", "attention"], ["finetune.scope", "'attention'", "down, mlp"]),
-        (["edit", "--finetune.epochs", "0"], ["finetune.epochs", "0", "1"]),
-        (["edit", "--finetune.learning_rate", "0"], ["finetune.learning_rate", "0"]),
-        (["edit", "--finetune.learning_rate", "inf"], ["finetune.learning_rate", "inf"]),
-        (["edit", "--finetune.learnt", "-1"], ["finetune.learnt", "-1"]),
-        (["edit", "--lora.rank", "0"], ["lora.rank", "0", "1"]),
+        (["attribute", "--expert.batch_size", "0"], ["expert.batch_size", "0", "1"]),
+        ([*FINETUNE, "--expert.scope", "attention"], ["expert.scope", "'attention'", "down, mlp"]),
+        ([*FINETUNE, "--expert.epochs", "0"], ["expert.epochs", "0", "1"]),
+        ([*FINETUNE, "--expert.learning_rate", "0"], ["expert.learning_rate", "0"]),
+        ([*FINETUNE, "--expert.learning_rate", ".inf"], ["expert.learning_rate", "inf"]),
+        ([*FINETUNE, "--expert.learnt", "-1"], ["expert.learnt", "-1"]),
+        (["edit", "--method", "lora", "--expert.rank", "0"], ["expert.rank", "0", "1"]),
         (["edit", "--layers", "one"], ["layers", "one", "whole numbers"]),
         (["run", "--proxy_fraction", "1"], ["proxy_fraction", "1", "between 0 and 1"]),
         (["evaluate", "--max_new_tokens", "0"], ["max_new_tokens", "0", "1"]),
@@ -336,20 +357,23 @@ def test_wrong_words_are_named_in_one_line(words: list[str], parts: list[str], r
     ("command", "text", "parts"),
     [
         ("attribute", "modle: x", ["'modle'", "model?", "requests", "trainer"]),
-        ("run", "edit:\n  finetune:\n    epoch: 3", ["'edit.finetune.epoch'", "edit.finetune.learning_rate"]),
+        ("run", "edit:\n  statistics:\n    token: 3", ["'edit.statistics.token'", "edit.statistics.tokens"]),
+        ("run", "edit:\n  expert:\n    epoch: 3", ["options.yaml: edit.expert: 'epoch' is no setting of memit"]),
+        ("run", "edit:\n  expert: 3", ["options.yaml: edit.expert: 3 is not a mapping"]),
+        ("run", "edit:\n  expert:", ["edit.expert: expected a mapping"]),
         ("run", "edti:\n  method: x", ["'edti'", "attribution"]),
         ("attribute", "a: [1", ["malformed YAML", "line 1"]),
         ("attribute", "- model", ["a mapping"]),
         ("attribute", "", ["a mapping"]),
         ("attribute", "1: 2", ["'1'"]),
         ("attribute", "top_k: many", ["top_k", "many", "a whole number"]),
-        ("edit", "finetune:\n  epochs: many", ["finetune.epochs", "many", "a whole number"]),
-        ("edit", "finetune:\n  epochs: 0", ["finetune.epochs", "0"]),
+        ("edit", "method: lora\nexpert:\n  epochs: many", ["expert.epochs", "many", "a whole number"]),
+        ("edit", "method: lora\nexpert:\n  epochs: 0", ["options.yaml: expert.epochs", "0"]),
         ("attribute", "scope: mlpp", ["options.yaml: scope", "'mlpp'", "attention, block, down, mlp"]),
-        ("run", "edit:\n  lora:\n    rank: 0", ["options.yaml: edit.lora.rank: 0 is too small"]),
+        ("run", "edit:\n  statistics:\n    tokens: 0", ["options.yaml: edit.statistics.tokens: 0 is too small"]),
         pytest.param("run", "edit: 5", ["edit", "mapping"]),
-        pytest.param("run", "edit:", ["edit", "mapping"]),
-        pytest.param("attribute", "trainer:", ["trainer", "mapping"]),
+        pytest.param("run", "edit:\nlimit: 2", ["edit: expected a mapping"]),
+        pytest.param("attribute", "trainer:\nlimit: 2", ["trainer: expected a mapping"]),
         pytest.param("attribute", "model: null\nscope: mlp", ["model"]),
     ],
 )
@@ -384,7 +408,8 @@ def test_a_flag_that_overrides_a_config_is_what_is_wrong(tmp_path: Path, refused
 
 def test_the_keys_that_exist_are_keys(tmp_path: Path, refused: Callable[..., str]) -> None:
     listed = refused("attribute", "--config", config_file(tmp_path, "nothing_like_it: 1")).partition("there is ")[2]
-    assert set(listed.split(", ")) == {field.name for field in fields(COMMANDS["attribute"].options)}
+    flags = {flag.partition(".")[0] for flag in flags_of("attribute")}
+    assert set(listed.split(", ")) == flags - {"config", "print_config"}
 
 
 # what a command raises while it works
@@ -393,11 +418,11 @@ def test_the_keys_that_exist_are_keys(tmp_path: Path, refused: Callable[..., str
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """`attribute` raises this."""
 
-    def work(_: Any) -> None:
+    def work(*_: Any) -> None:
         """Fail."""
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "attribute", COMMANDS["attribute"]._replace(function=work))
+    monkeypatch.setattr(Command, "call", work)
 
 
 @pytest.mark.parametrize(

@@ -376,7 +376,9 @@ def test_requests_that_contradict_each_other(
 
 
 def test_export_adapter(editing: list[str], elsewhere: Path, model: list[str]) -> None:
-    assert main([*editing, "--method", "lora", "--lora.whiten", "0", "--lora.epochs", "1", "--output", "one"]) == 0
+    assert (
+        main([*editing, "--method", "lora", "--expert.whiten", "0", "--expert.epochs", "1", "--output", "one"]) == 0
+    )
     assert main(["export", *model, "--update", "one", "--kind", "adapter", "--output", "adapter"]) == 0
     assert {"adapter_model.safetensors", "adapter_config.json"} <= names_in(elsewhere / "adapter")
     assert main([*editing, "--output", "two"]) == 0

@@ -241,4 +241,4 @@ def test_resume_needs_what_was_interrupted(
     assert "holds no options.yaml" in refused(*editing, "--resume", "--output", "foreign")
     shutil.copytree(made.edited, elsewhere / "other")
     message = refused(*editing, "--resume", "--output", "other")
-    assert "was started with another finetune, layers, limit, profile, requests" in message
+    assert "was started with another expert, layers, limit, profile, requests" in message

@@ -249,11 +249,11 @@ def test_what_evaluation_cannot_do_is_found_before_the_edit(
 
 
 def test_a_loss_that_is_no_number(editing: list[str], refused: Callable[..., str]) -> None:
-    words = [*FINETUNE, "3", "--finetune.learning_rate", "1e30", "--finetune.batch_size", "2"]
+    words = [*FINETUNE, "3", "--expert.learning_rate", "1e30", "--expert.batch_size", "2"]
     line = refused(*editing, *words, "--output", "out")
-    assert "not a number in step 1" in line and "--finetune.learning_rate" in line
+    assert "not a number in step 1" in line and "--expert.learning_rate" in line
     assert line.count("capital-") == 2
 
 
 def test_a_loss_that_is_no_number_after_the_last_step(editing: list[str], refused: Callable[..., str]) -> None:
-    assert "not a number" in refused(*editing, "--finetune.learning_rate", "1e30", "--output", "out")
+    assert "not a number" in refused(*editing, "--expert.learning_rate", "1e30", "--output", "out")

@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, NAMES, in_context, neighbours
-from pipeline.editing.keys import KeyRow, neighbour_moments, read_keys
-from pipeline.model import LLM
-from pipeline.model.targets import tokenize
-from pipeline.options import TrainerOptions
-from pipeline.requests import EditRequest
+from pipeline.editing.editor import METHODS
+from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.values import KeyReading
+from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions
+from pipeline.requests.rows import Row
+from pipeline.requests.schema import EditRequest
+from pipeline.running.stage import run
+from pipeline.running.trainer import Runtime
 
 
 @pytest.mark.parametrize("template", CONTEXTS + ASSOCIATIONS)
@@ -44,27 +48,32 @@ def test_neighbours_are_other_names_in_the_requests_own_prompts(requests: list[E
 
 
 def test_keys_are_what_enters_the_projection(tiny: LLM, requests: list[EditRequest]) -> None:
-    all_ids = tokenize(tiny, [request.prompt for request in requests])
-    rows = [KeyRow(n, ids, n % 3, len(ids) - n % 2) for n, ids in enumerate(all_ids)]
+    all_ids = tiny.tokens.texts([request.prompt for request in requests])
+    rows = [Row(ids, len(ids), (n % 3, len(ids) - 1 - n % 2), n) for n, ids in enumerate(all_ids)]
     (down,) = tiny.blocks[2].down.values()
     with tiny.frozen(), torch.no_grad():
-        found = read_keys(tiny, 2, rows, TrainerOptions())
+        found = run(KeyReading(tiny, 2), rows)
         for row, keys in zip(rows, found, strict=True):
             seen: list[torch.Tensor] = []
             handle = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
             tiny.model(input_ids=torch.tensor([row.token_ids]))
             handle.remove()
-            torch.testing.assert_close(keys, seen[0][0, row.first : row.end], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(keys, seen[0][0, row.subject[0] : row.subject[1] + 1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_moment_of_neighbours(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    options = EditOptions(expert={"neighbours": 2, "neighbour_weight": 0.5})
+    method = METHODS["memit"].make(tiny_llm, [1], options)
+    assert isinstance(method, LocateThenEdit)
+    text_II = torch.eye(48)
     with tiny_llm.frozen():
-        (moment,) = neighbour_moments(tiny_llm, 1, [requests], 2, TrainerOptions(), 0)
-        texts = neighbours(requests, 2, 1000, 0)
+        (moment,) = method.kept(KeyReading(tiny_llm, 1), [requests], text_II, Runtime())
         rows = []
-        for text, end in texts:
-            (ids,) = tokenize(tiny_llm, [text])
+        for text, end in neighbours(requests, 2, 1000, 0):
+            (ids,) = tiny_llm.tokens.texts([text])
             upto = next(n for n in range(len(ids)) if len(tiny_llm.tokenizer.decode(ids[: n + 1])) >= end)
-            rows.append(KeyRow(len(rows), ids, upto, len(ids)))
-        keys = torch.cat(read_keys(tiny_llm, 1, rows, TrainerOptions()))
-    torch.testing.assert_close(moment, keys.T @ keys / len(keys), rtol=1e-4, atol=1e-5)
+            rows.append(Row(ids, len(ids), (upto, len(ids) - 1), len(rows)))
+        keys = torch.cat(run(KeyReading(tiny_llm, 1), rows))
+    near_II = keys.T @ keys
+    expected = text_II / text_II.trace() + 0.5 * near_II / near_II.trace()
+    torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-5)

@@ -4,24 +4,56 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny, mean_loss
+from conftest import make_tiny, mean_loss, refusal
+from lightning.pytorch import Callback, Trainer
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline import UserError
-from pipeline.attribution import GoldenProfile, find_golden_layer
-from pipeline.editing import WeightUpdate, edit, export_adapter, export_merged
-from pipeline.model import LLM
-from pipeline.options import EditOptions, FinetuneOptions
-from pipeline.requests import EditRequest
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.editing.editor import METHODS, edit
+from pipeline.editing.export import export_adapter, export_merged
+from pipeline.editing.finetune import FineTune
+from pipeline.editing.method import NoSettings, register, settings_of
+from pipeline.editing.update import WeightUpdate
+from pipeline.errors import UserError
+from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.data import EditRequests
+from pipeline.requests.rows import Batch
+from pipeline.requests.schema import EditRequest
 
-FEW = FinetuneOptions(epochs=30, batch_size=4, learning_rate=0.2, last_step=1.0, learnt=0.0, whiten=0.0)
+FEW = {"epochs": 30, "batch_size": 4, "learning_rate": 0.2, "last_step": 1.0, "learnt": 0.0, "whiten": 0.0}
+
+
+def finetune(layers: list[int], **settings: Any) -> EditOptions:
+    return EditOptions(method="finetune", layers=layers, expert=FEW | settings)
+
+
+def profile_of(llm: LLM, requests: list[EditRequest], layer: int) -> GoldenProfile:
+    """A profile whose golden layer is this one."""
+    blocks = list(range(len(llm.blocks)))
+    return GoldenProfile(
+        model=llm.name,
+        fingerprint=llm.fingerprint,
+        method="middle",
+        scope="",
+        scores=[0.0] * len(blocks),
+        fences=None,
+        excluded=[],
+        ranking=blocks,
+        raw_ranking=blocks,
+        golden_layers=[layer],
+        request_set="",
+        requests=len(requests),
+        seconds=0.0,
+    )
 
 
 def weights(llm: LLM) -> dict[str, Tensor]:
@@ -32,7 +64,7 @@ def weights(llm: LLM) -> dict[str, Tensor]:
 @pytest.mark.parametrize("scope", ["mlp", "down"])
 def test_only_the_golden_layer_changes_and_learns(tiny: LLM, requests: list[EditRequest], scope: str) -> None:
     base, before = weights(tiny), mean_loss(tiny, requests)
-    options = EditOptions(method="finetune", layers=[2], finetune=FinetuneOptions(**{**vars(FEW), "scope": scope}))
+    options = finetune([2], scope=scope)
     update = edit(tiny, requests, options=options)
     assert set(update.tensors) == set(tiny.blocks[2].weight_names(scope))
     assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tiny).items()), "edit left its mark"
@@ -47,14 +79,14 @@ def test_only_the_golden_layer_changes_and_learns(tiny: LLM, requests: list[Edit
 
 def test_undo_is_exact(tiny: LLM, requests: list[EditRequest]) -> None:
     base = weights(tiny)
-    update = edit(tiny, requests, options=EditOptions(method="finetune", layers=[0, 3], finetune=FEW))
+    update = edit(tiny, requests, options=finetune([0, 3]))
     undo = update.apply(tiny)
     undo.apply(tiny)
     assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tiny).items())
 
 
 def test_a_saved_update_gives_the_measured_model(tiny: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    update = edit(tiny, requests, options=EditOptions(method="finetune", layers=[1], finetune=FEW))
+    update = edit(tiny, requests, options=finetune([1]))
     update.save(tmp_path)
     loaded = WeightUpdate.load(tmp_path)
     assert (loaded.method, loaded.layers, loaded.requests) == ("finetune", [1], requests)
@@ -65,7 +97,7 @@ def test_a_saved_update_gives_the_measured_model(tiny: LLM, requests: list[EditR
 
 
 def test_the_same_seed_gives_the_same_edit(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    options = EditOptions(method="finetune", layers=[1], finetune=FEW)
+    options = finetune([1])
     first, again, other = (edit(tiny_llm, requests, options=options, seed=seed).tensors for seed in (1, 1, 2))
     name = next(iter(first))
     assert torch.equal(first[name], again[name])
@@ -73,10 +105,10 @@ def test_the_same_seed_gives_the_same_edit(tiny_llm: LLM, requests: list[EditReq
 
 
 def test_training_ends_when_every_loss_is_low(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    bare = FinetuneOptions(epochs=60, batch_size=7, learning_rate=0.1, contexts=0, kl=0, whiten=0.0)
+    bare = {"epochs": 60, "batch_size": 7, "learning_rate": 0.1, "contexts": 0, "kl": 0}
     losses = []
     for learnt in (0.0, 4.2):
-        options = EditOptions(method="finetune", layers=[1], finetune=replace(bare, learnt=learnt))
+        options = finetune([1], **bare, learnt=learnt)
         with edit(tiny_llm, requests, options=options).applied(tiny_llm):
             losses.append([mean_loss(tiny_llm, [request]) for request in requests])
     to_the_end, when_learnt = losses
@@ -86,16 +118,16 @@ def test_training_ends_when_every_loss_is_low(tiny_llm: LLM, requests: list[Edit
 
 def test_a_loss_that_is_not_a_number_names_the_requests(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     base = weights(tiny_llm)
-    wild = FinetuneOptions(epochs=5, batch_size=7, learning_rate=1e30, whiten=0.0)
+    wild = finetune([1], epochs=5, batch_size=7, learning_rate=1e30)
     with pytest.raises(UserError, match=r"not a number.*capital-0"):
-        edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], finetune=wild))
+        edit(tiny_llm, requests, options=wild)
     assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tiny_llm).items())
     assert not any(p.grad is not None for p in tiny_llm.model.parameters())
 
 
 def test_the_profile_says_where(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    profile = find_golden_layer(tiny_llm, requests).model_copy(update={"golden_layers": [2]})
-    assert edit(tiny_llm, requests, profile, EditOptions(method="finetune", finetune=FEW)).layers == [2]
+    profile = profile_of(tiny_llm, requests, 2)
+    assert edit(tiny_llm, requests, profile, EditOptions(method="finetune", expert=FEW)).layers == [2]
 
 
 @pytest.mark.parametrize(
@@ -115,16 +147,16 @@ def test_another_models_profile_and_update_are_refused(
     tiny_llm: LLM, tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest]
 ) -> None:
     other = make_tiny("llama", tokenizer, seed=1)
-    profile: GoldenProfile = find_golden_layer(other, requests)
+    profile = profile_of(other, requests, 2)
     with pytest.raises(UserError, match="profile: made for model"):
         edit(tiny_llm, requests, profile)
-    update = edit(other, requests, options=EditOptions(method="finetune", layers=[0], finetune=FEW))
+    update = edit(other, requests, options=finetune([0]))
     with pytest.raises(UserError, match="update: made for model"):
         update.apply(tiny_llm)
 
 
 def test_a_damaged_update_is_found(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[0], finetune=FEW)).save(tmp_path)
+    edit(tiny_llm, requests, options=finetune([0])).save(tmp_path)
     file = tmp_path / "update.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -140,7 +172,7 @@ def test_a_damaged_update_is_found(tiny_llm: LLM, requests: list[EditRequest], t
 
 
 def test_an_export_is_a_plain_model(tiny: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    update = edit(tiny, requests, options=EditOptions(method="finetune", layers=[1], finetune=FEW))
+    update = edit(tiny, requests, options=finetune([1]))
     export_merged(tiny, update, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)(requests[0].prompt).input_ids])
@@ -149,7 +181,7 @@ def test_an_export_is_a_plain_model(tiny: LLM, requests: list[EditRequest], tmp_
 
 
 def test_an_adapter_of_any_update_is_the_update(tiny: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    update = edit(tiny, requests, options=EditOptions(method="finetune", layers=[1], finetune=FEW))
+    update = edit(tiny, requests, options=finetune([1]))
     export_adapter(tiny, update, tmp_path)
     adapted = PeftModel.from_pretrained(deepcopy(tiny.model), tmp_path).eval()
     ids = torch.tensor([tiny.tokenizer(requests[0].prompt).input_ids])
@@ -166,3 +198,106 @@ def test_an_update_that_changes_nothing_is_no_adapter(tiny_llm: LLM, tmp_path: P
     with pytest.raises(UserError, match="changes nothing"):
         export_adapter(tiny_llm, nothing, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_training_in_ones_own_trainer(tiny_llm: LLM, requests: list[EditRequest], request_file: Path) -> None:
+    """The module is an ordinary one: plain batches, any Trainer."""
+    base, before = weights(tiny_llm), mean_loss(tiny_llm, requests)
+    trainer = Trainer(
+        max_epochs=3, accumulate_grad_batches=2, accelerator="cpu", logger=False, enable_checkpointing=False
+    )
+    trainer.fit(FineTune(tiny_llm, [1]), EditRequests(request_file, tiny_llm.tokenizer, batch_size=2))
+    assert (trainer.current_epoch, trainer.global_step) == (3, 6)
+    assert 0 < trainer.callback_metrics["edit/unlearnt"] <= 1
+    changed = {name for name, tensor in weights(tiny_llm).items() if not torch.equal(tensor, base[name])}
+    assert changed == set(tiny_llm.blocks[1].weight_names("mlp"))
+    assert mean_loss(tiny_llm, requests) < before
+
+
+class Seen(Callback):
+    """What a user's own callback sees."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps += 1
+
+
+def test_an_edit_in_ones_own_trainer(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    """Its callbacks see every stage, and a second edit in it begins anew."""
+    options, seen = finetune([1], epochs=3, kl=0.5), Seen()
+    plain = edit(tiny_llm, requests, options=options)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[seen])
+    for turn in (1, 2):
+        own = edit(tiny_llm, requests, options=options, trainer=trainer)
+        assert seen.steps == turn * 6
+        for name, tensor in plain.tensors.items():
+            torch.testing.assert_close(own.tensors[name], tensor)
+    assert trainer.callbacks.count(seen) == 1
+
+
+def test_micro_batches_make_the_same_steps(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    options = finetune([1], epochs=3, kl=0.5)
+    whole = edit(tiny_llm, requests, options=options)
+    parts = edit(tiny_llm, requests, options=options, trainer=TrainerOptions(micro_batch=1, accelerator="cpu"))
+    for name, tensor in whole.tensors.items():
+        base = tiny_llm.model.get_parameter(name).detach()
+        assert (parts.tensors[name] - tensor).norm() < 1e-2 * (tensor - base).norm()
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora"])
+def test_where_the_memory_does_not_suffice_micro_batches_are_halved(
+    method: str, tiny_llm: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = EditOptions(method=method, layers=[1], expert=FEW | {"epochs": 3, "kl": 0.5, "learning_rate": 0.01})
+    whole = edit(tiny_llm, requests, options=options)
+    step, sizes = FineTune.training_step, list[int]()
+
+    def small(module: FineTune, batch: Batch) -> Tensor:
+        sizes.append(len(batch.texts))
+        if module.global_step == 3 and len(batch.texts) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(module, batch)
+
+    monkeypatch.setattr(FineTune, "training_step", small)
+    halved = edit(tiny_llm, requests, options=options)
+    assert max(sizes[:4]) == 6 and max(sizes[4:]) == 3
+    for name, tensor in whole.tensors.items():
+        base = tiny_llm.model.get_parameter(name).detach()
+        assert (halved.tensors[name] - tensor).norm() < 2e-2 * (tensor - base).norm()
+
+
+def test_a_kind_of_edit_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="'memit' is registered already"):
+        register("memit", METHODS["memit"].make)
+    with pytest.raises(ValueError, match="'one step' is no identifier"):
+        register("one step", METHODS["memit"].make, NoSettings)
+
+
+@pytest.mark.parametrize(
+    ("method", "expert", "line"),
+    [
+        (
+            "memit",
+            {"step_size": 1},
+            "'step_size' is no setting of memit (did you mean steps?); there is associations",
+        ),
+        ("finetune", {"epochs": "many"}, "edit.expert.epochs: 'many'; expected int"),
+        ("finetune", {"epochs": True}, "edit.expert.epochs: True; expected int"),
+        ("memit", {"bound": "far"}, "edit.expert.bound: 'far'; expected float | None"),
+        ("lora", {"rank": 0}, "edit.expert.rank: 0 is too small"),
+        ("one_pass", {"scope": "attention"}, "edit.expert.scope: 'attention' does not exist"),
+    ],
+)
+def test_bad_settings(
+    tiny_llm: LLM, requests: list[EditRequest], method: str, expert: dict[str, Any], line: str
+) -> None:
+    options = EditOptions(method=method, layers=[1], expert=expert)
+    assert line in refusal(lambda: edit(tiny_llm, requests, options=options))
+
+
+def test_stores_have_settings_of_their_own() -> None:
+    assert settings_of(EditOptions(stacked=True)).bound == 1.3
+    assert settings_of(EditOptions(stacked=True, expert={"bound": 2})).bound == 2
+    assert settings_of(EditOptions()).bound is None

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.attribution import METHODS, Runtime, score_requests
-from pipeline.attribution.estimators import ESTIMATORS
+from pipeline.attribution.find import score_requests
 from pipeline.attribution.lga import score_gradients
-from pipeline.model import LLM
-from pipeline.options import AttributionOptions, TrainerOptions
-from pipeline.requests import EditRequest
+from pipeline.model.llm import LLM
+from pipeline.options import AttributionOptions
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
+from pipeline.study.selectors import ESTIMATORS, RESEARCH
 
 Gradients = list[list[Tensor]]  # block by block, weight by weight
 
@@ -87,7 +88,7 @@ def kept_of(llm: LLM, request: EditRequest, keep: str) -> Callable[[int, int], s
 def test_estimators_equal_autograd(
     family: str, tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest]
 ) -> None:
-    assert set(EXPECTED) == set(ESTIMATORS) <= set(METHODS)
+    assert set(EXPECTED) == {name for name, selector in RESEARCH.items() if selector.of_gradients}
     llm = make_tiny(family, tokenizer)
     llm.model.eval()
     for name, (keep, score) in EXPECTED.items():
@@ -98,7 +99,8 @@ def test_estimators_equal_autograd(
                 for answer in (request.old_answer, request.new_answer)
             )
             expected.append([score(*pair) for pair in zip(old, new, strict=True)])
-        found = score_requests(llm, requests[:4], AttributionOptions(method=name, batch_size=3)).values
+        options = AttributionOptions(method=name, batch_size=3)
+        found = score_requests(llm, requests[:4], options, selectors=RESEARCH).values
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max(), err_msg=name)
 
 
@@ -118,7 +120,5 @@ def test_positions_that_every_chat_begins_with_are_left_out(
         seen.append(shared)
         return estimator.positions(batch, shared)  # type: ignore[misc, arg-type]
 
-    score_gradients(
-        estimator._replace(positions=watched), chat, requests, AttributionOptions(), Runtime(TrainerOptions())
-    )
+    score_gradients(estimator._replace(positions=watched), chat, requests, AttributionOptions(), Runtime())
     assert seen == [len(tokenizer("User: ").input_ids)]

@@ -20,11 +20,14 @@ from plain_loop import (
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.editing import WeightUpdate
-from pipeline.evaluation import Estimate, Evaluation, evaluate
-from pipeline.model import LLM
+from pipeline.editing.update import WeightUpdate
+from pipeline.evaluation import reading
+from pipeline.evaluation.evaluator import Evaluation, evaluate
+from pipeline.evaluation.metrics import Estimate
+from pipeline.model.llm import LLM
 from pipeline.options import EvaluationOptions
-from pipeline.requests import EditRequest, Probe, load_requests
+from pipeline.requests.readers import load_requests
+from pipeline.requests.schema import EditRequest, Probe
 
 RIVER = Probe(prompt="The largest river of Peru is", answer="the Nile in the far west")
 PLACE = Probe(prompt="Spain lies in", answer="the far west of Lima")
@@ -62,15 +65,16 @@ def taught(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, r
 def measure(
     llm: LLM, requests: list[EditRequest], update: WeightUpdate | None, text: Path, **options: Any
 ) -> Evaluation:
-    chosen: dict[str, Any] = {"batch_size": 3, "text": str(text), "keep_base": False} | options
-    return evaluate(llm, requests, update, EvaluationOptions(**chosen))
+    return evaluate(llm, requests, update, EvaluationOptions(text=str(text), **options))
 
 
 def means(metrics: dict[str, Estimate]) -> dict[str, float]:
     return {name: estimate.mean for name, estimate in metrics.items()}
 
 
-def test_figures_are_those_of_a_plain_loop(taught: LLM, requests: list[EditRequest], text_file: Path) -> None:
+def test_figures_are_those_of_a_plain_loop(
+    taught: LLM, requests: list[EditRequest], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     update = noise(taught, 1)
     base_choices = locality_choices(taught, requests)
     base = plain_figures(taught, requests, base_choices)
@@ -79,7 +83,9 @@ def test_figures_are_those_of_a_plain_loop(taught: LLM, requests: list[EditReque
     change = {name: edited[name] - base[name] for name in base}
     for batch_size in (3, 64):
         taught.model.train()
-        measured = measure(taught, requests, update, text_file, batch_size=batch_size)
+        monkeypatch.setattr(reading, "BATCH_SIZE", batch_size)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(batch_size)))
+        measured = measure(taught, requests, update, text_file)
         assert measured.after is not None
         assert means(measured.before.metrics) == pytest.approx(base, rel=1e-4)
         after = means(measured.after.metrics)

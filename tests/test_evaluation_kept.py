@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from conftest import make_tiny
 from plain_loop import TEXT, noise
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.evaluation import Evaluation, evaluate
-from pipeline.evaluation import readings as readings_module
-from pipeline.evaluation.reading import Reader
-from pipeline.evaluation.readings import Readings
-from pipeline.model import LLM
+from pipeline.evaluation import evaluator
+from pipeline.evaluation.evaluator import Evaluation, evaluate
+from pipeline.model.llm import LLM
 from pipeline.options import EvaluationOptions
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
+from pipeline.running.kept import Kept
+from pipeline.running.stage import Stage
+
+
+class KilledError(Exception):
+    """Ends a measurement in its middle."""
 
 
 class Counter:
-    """How many batches were read."""
+    """How many batches were run; some may be the last."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.batches = 0
-        step = Reader.predict_step
+        self.batches, self.last = 0, 10**9
+        step = Stage.predict_step
 
-        def counted(reader: Reader, batch: Any) -> Any:
+        def counted(stage: Stage, batch: Any) -> Any:
+            if self.batches == self.last:
+                raise KilledError
             self.batches += 1
-            return step(reader, batch)
+            return step(stage, batch)
 
-        monkeypatch.setattr(Reader, "predict_step", counted)
+        monkeypatch.setattr(Stage, "predict_step", counted)
 
-    def during(self, call: Any) -> int:
-        self.batches = 0
+    def during(self, call: Any, last: int = 10**9) -> int:
+        self.batches, self.last = 0, last
         call()
         return self.batches
 
@@ -45,17 +52,23 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> EvaluationOptions:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "golden-layers"
+
+
+@pytest.fixture
+def options(tmp_path: Path, cache: Path) -> EvaluationOptions:
     (tmp_path / "text.txt").write_text(TEXT)
-    return EvaluationOptions(text=str(tmp_path / "text.txt"), cache=str(tmp_path / "cache"), max_new_tokens=4)
+    return EvaluationOptions(text=str(tmp_path / "text.txt"), max_new_tokens=4)
 
 
-def kept(options: EvaluationOptions) -> list[Path]:
-    return sorted(Path(options.cache or "").glob("*"))
+def kept(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*"))
 
 
 def test_an_edit_measured_with_a_kept_base_has_the_same_figures(
-    tiny_llm: LLM, requests: list[EditRequest], options: EvaluationOptions, counter: Counter
+    tiny_llm: LLM, requests: list[EditRequest], options: EvaluationOptions, counter: Counter, cache: Path
 ) -> None:
     update = noise(tiny_llm, 1)
     found: list[Evaluation] = []
@@ -67,10 +80,10 @@ def test_an_edit_measured_with_a_kept_base_has_the_same_figures(
     assert 0 < second == first / 2
     assert found[0] == found[1]
     assert found[0].after is not None and found[0].after.metrics["locality_kl"].mean > 0
-    assert [file.suffix for file in kept(options)] == [".npz"]
+    assert [folder.name.partition("-")[0] for folder in kept(cache)] == ["base"]
 
 
-@pytest.mark.parametrize("what", ["model", "requests", "text", "options", "keep_base"])
+@pytest.mark.parametrize("what", ["model", "requests", "text", "options"])
 def test_nothing_else_is_taken_for_it(
     what: str,
     tiny_llm: LLM,
@@ -88,74 +101,104 @@ def test_nothing_else_is_taken_for_it(
         Path(options.text or "").write_text(TEXT + "More.")
     if what == "options":
         options.max_new_tokens = 5
-    if what == "keep_base":
-        options.keep_base = False
     assert counter.during(lambda: evaluate(llm, requests, None, options)) > 0
 
 
 def test_an_edited_model_is_not_kept_as_the_base(
-    tiny_llm: LLM, requests: list[EditRequest], options: EvaluationOptions
+    tiny_llm: LLM, requests: list[EditRequest], options: EvaluationOptions, cache: Path
 ) -> None:
     with noise(tiny_llm, 1).applied(tiny_llm):
         edited = evaluate(tiny_llm, requests, None, options)
-    assert kept(options) == []
+    assert kept(cache) == []
     assert evaluate(tiny_llm, requests, None, options).before != edited.before
+
+
+@pytest.mark.parametrize("killed", [3, 10])
+def test_what_was_read_before_a_kill_is_not_read_again(
+    killed: int,
+    tiny_llm: LLM,
+    requests: list[EditRequest],
+    options: EvaluationOptions,
+    counter: Counter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither of the base nor of the edited model."""
+    found: list[Evaluation] = []
+
+    def measure() -> None:
+        found.append(evaluate(tiny_llm, requests, noise(tiny_llm, 1), options, work=tmp_path / "work"))
+
+    whole = counter.during(measure)
+    shutil.rmtree(tmp_path / "work")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    with pytest.raises(KilledError):
+        counter.during(measure, last=killed)
+    assert counter.during(measure) == whole - killed > 0
+    assert found[0] == found[1]
 
 
 def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
     """Or lies where it changes nothing."""
-    readings = Readings(choices={0: [3, 4], 2: [5]}, losses={0: 0.5, 2: 1.5}, said={0: "It is"})
-    file = tmp_path / "base-0.npz"
-    readings.keep(file)
-    assert Readings.kept(file) == readings
+    outputs = {0: ([3, 4], 0.5, torch.arange(3.0), None), 2: ([5], 1.5, None, 0.25), 3: "It is"}
+    Kept(tmp_path).write(outputs)
+    (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     refused = 0
     for place in range(0, len(whole), 7):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        found = Readings.kept(file)
-        assert found in (None, readings)
-        refused += found is None
-    assert refused > len(whole) / 7 / 2
+        found = Kept(tmp_path).read()
+        assert not found or repr(found) == repr(outputs)
+        refused += not found
+    assert refused > len(whole) / 7 / 4
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
 def test_a_damaged_file_is_read_anew(
-    damage: str, tiny_llm: LLM, requests: list[EditRequest], options: EvaluationOptions, counter: Counter
+    damage: str,
+    tiny_llm: LLM,
+    requests: list[EditRequest],
+    options: EvaluationOptions,
+    counter: Counter,
+    cache: Path,
 ) -> None:
     expected = evaluate(tiny_llm, requests, None, options)
-    (file,) = kept(options)
+    file = next(cache.glob("base-*/texts/*.pt"))
     content = bytearray(file.read_bytes())
     if damage == "flipped":
-        content[len(content) // 2] ^= 1
+        content[content.index(b"data.pkl") + 100] ^= 1
     file.write_bytes({"cut": content[:-200], "empty": b"", "other": b"not an archive"}.get(damage, content))
     found: list[Evaluation] = []
-    assert counter.during(lambda: found.append(evaluate(tiny_llm, requests, None, options))) > 0
+    assert counter.during(lambda: found.append(evaluate(tiny_llm, requests, None, options))) == 1
     assert found == [expected]
     assert counter.during(lambda: evaluate(tiny_llm, requests, None, options)) == 0, "and put right"
 
 
 def test_a_folder_that_cannot_be_written_costs_time_alone(
-    tiny_llm: LLM, requests: list[EditRequest], options: EvaluationOptions, tmp_path: Path
+    tiny_llm: LLM, requests: list[EditRequest], options: EvaluationOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").touch()
-    options.cache = str(tmp_path / "file" / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", options.text or "")
     assert evaluate(tiny_llm, requests, None, options).before.metrics["rewrite"].count == 7
 
 
-def test_the_oldest_files_go(
-    tiny_llm: LLM, requests: list[EditRequest], options: EvaluationOptions, monkeypatch: pytest.MonkeyPatch
+def test_the_oldest_go(
+    tiny_llm: LLM,
+    requests: list[EditRequest],
+    options: EvaluationOptions,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(readings_module, "MOST_KEPT", 2)
+    monkeypatch.setattr(evaluator, "MOST_KEPT", 2)
     options.generation = "none"
     for number in range(3):
         evaluate(tiny_llm, requests[number:], None, options)
-    assert len(kept(options)) == 2
+        assert len(kept(cache)) == min(2, number + 1)
 
 
 def test_no_distribution_is_kept_whole(
-    tiny_llm: LLM, requests: list[EditRequest], options: EvaluationOptions
+    tiny_llm: LLM, requests: list[EditRequest], options: EvaluationOptions, cache: Path
 ) -> None:
     evaluate(tiny_llm, requests, None, options)
-    (file,) = kept(options)
-    with np.load(file) as archive:
-        assert archive["hidden"].shape[1] == 32  # the model's hidden size, not its vocabulary's
+    (folder,) = cache.glob("base-*/texts")
+    hidden = [text[2] for group in Kept(folder).read().values() for text in group if text[2] is not None]
+    assert {one.shape[1] for one in hidden} == {32}  # the model's hidden size, not its vocabulary's

@@ -13,22 +13,25 @@ from conftest import FAMILIES, make_tiny, refusal
 from plain_loop import TEXT, first_choices, noise
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.editing import WeightUpdate
-from pipeline.evaluation import Evaluation, Evaluator, evaluate
-from pipeline.evaluation.divergence import EVERY
+from pipeline.editing.update import WeightUpdate
+from pipeline.evaluation import plan, reading
+from pipeline.evaluation.evaluator import Evaluation, Evaluator, evaluate
 from pipeline.evaluation.fluency import ngram_entropy
-from pipeline.evaluation.metrics import BootstrapMean, Resampled
-from pipeline.evaluation.rows import pack
+from pipeline.evaluation.metrics import Resampled, bootstrap_mean
+from pipeline.evaluation.reading import EVERY
 from pipeline.evaluation.values import harmonic_mean
-from pipeline.model import LLM, TargetRow, generate
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
 from pipeline.options import EvaluationOptions
-from pipeline.requests import EditRequest, Probe, in_batches
+from pipeline.requests.rows import Row, pack
+from pipeline.requests.schema import EditRequest, Probe
+from pipeline.running.stage import Items, in_batches
 
 
 def measured(
     llm: LLM, requests: list[EditRequest], update: WeightUpdate | None, text: Any, **options: Any
 ) -> Evaluation:
-    return evaluate(llm, requests, update, EvaluationOptions(text=str(text), keep_base=False, **options))
+    return evaluate(llm, requests, update, EvaluationOptions(text=str(text), **options))
 
 
 @torch.no_grad()
@@ -81,8 +84,11 @@ def test_entropy_of_ngrams_by_hand() -> None:
     assert ngram_entropy("so so so so so so") == 0 and ngram_entropy("one") == ngram_entropy("") == 0
 
 
-def test_fluency_is_of_long_generations(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:
-    before = measured(tiny_llm, requests, None, text_file, fluency=3, fluency_tokens=40).before
+def test_fluency_is_of_long_generations(
+    tiny_llm: LLM, requests: list[EditRequest], text_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "FLUENCY_TOKENS", 40)
+    before = measured(tiny_llm, requests, None, text_file, fluency=3).before
     said = [generate(tiny_llm, [requests[number].prompt], 40)[0] for number in (0, 2, 4)]
     assert before.metrics["fluency"].count == 3
     assert before.metrics["fluency"].mean == pytest.approx(np.mean([ngram_entropy(text) for text in said]))
@@ -151,10 +157,7 @@ def test_weights_that_are_no_number_are_said_so(tiny_llm: LLM, requests: list[Ed
 
 
 def resampled(values: np.ndarray) -> Resampled:
-    mean = BootstrapMean()
-    ones = [1.0] * len(values)
-    mean.update(values.tolist(), ones, list(range(len(values))), ones)
-    return mean.compute()
+    return bootstrap_mean(values.tolist(), [1.0] * len(values), list(range(len(values))))
 
 
 def test_a_difference_is_paired() -> None:
@@ -179,19 +182,17 @@ def test_the_harmonic_mean_is_nought_with_a_nought() -> None:
 
 def test_a_text_that_another_goes_on_from_needs_no_row() -> None:
     texts = [[1, 2, 3], [1, 2, 4], [1, 2, 4, 5], [1, 2, 4, 5, 6, 7], [1, 3, 9], [2, 2], [1, 2, 5, 5]]
-    rows = pack([TargetRow(ids, len(ids) - 1) for ids in texts])
-    assert sorted(row.token_ids for row in rows) == [[1, 2, 4, 5, 6], [1, 2, 5], [1, 3], [2]]
-    for row in rows:
-        for span in row.spans:
-            *read, last = texts[span.number]
-            assert (row.token_ids[: span.start + 1], span.targets) == (read, [last])
-    assert sorted(span.number for row in rows for span in row.spans) == list(range(7))
+    groups = pack([Row(ids, len(ids) - 1) for ids in texts])
+    assert sorted(group[0].token_ids for group in groups) == [[1, 2, 4, 5, 6, 7], [1, 2, 5, 5], [1, 3, 9], [2, 2]]
+    for first, *others in groups:
+        assert all(first.token_ids[: len(one.token_ids) - 1] == one.token_ids[:-1] for one in others)
+    assert sorted(text.token_ids for group in groups for text in group) == sorted(texts)
 
 
 @pytest.mark.parametrize("tokens", [1, 10, 40, 1000])
 def test_batches_hold_no_more_than_they_may(tokens: int) -> None:
     sizes = np.random.default_rng(0).integers(1, 12, 100).tolist()
-    batches = in_batches(sizes, lambda size: size, 8, tokens)
+    batches = [batch.items for batch in in_batches(Items(range(100), sizes), lambda size: size, 8, tokens)]
     assert [size for batch in batches for size in batch] == sorted(sizes, reverse=True)
     assert all(len(batch) == 1 or (len(batch) <= 8 and max(batch) * len(batch) <= tokens) for batch in batches)
 
@@ -202,12 +203,17 @@ def test_batches_change_nothing(
     tokenizer: PreTrainedTokenizerFast,
     requests: list[EditRequest],
     text_file: Any,
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = make_tiny(family, tokenizer)
-    one, many = (
-        measured(llm, requests, noise(llm, 1), text_file, batch_size=size, fluency=2, fluency_tokens=20)
-        for size in (1, 64)
-    )
+    monkeypatch.setattr(plan, "FLUENCY_TOKENS", 20)
+    found: list[Evaluation] = []
+    for size in (1, 64):
+        monkeypatch.setattr(reading, "BATCH_SIZE", size)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(size)))
+        found.append(measured(llm, requests, noise(llm, 1), text_file, fluency=2))
+    one, many = found
     assert one.after is not None and many.after is not None
     for alone, batched in ((one.before, many.before), (one.after, many.after)):
         assert alone.said == batched.said
@@ -217,12 +223,41 @@ def test_batches_change_nothing(
             assert batched.values[name].values == expected, name
 
 
+# Parts
+
+
 def test_kinds_choose_what_is_measured(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     def figures(*kinds: str) -> list[str]:
-        options = EvaluationOptions(keep_base=False)
-        return list(Evaluator(tiny_llm, requests, options, kinds=kinds).measure("Measuring").metrics)
+        return list(Evaluator(tiny_llm, requests, kinds=kinds).measure("Measuring").metrics)
 
     forced = ["rewrite", "rephrase", "locality", "portability"]
     assert figures("probes") == forced
     assert figures("probes", "text") == [*forced, "perplexity"]
     assert "efficacy_success" in figures("probes", "probability")
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_part_whose_texts_share_rows_with_others_is_measured_alone(
+    number: int, tiny_llm: LLM, requests: list[EditRequest]
+) -> None:
+    """Of answers that go on from one another, the longest one's request need not be in the part."""
+    answers = ("the far west", "the far west of Lima", "the")
+    same = [requests[0].model_copy(update={"id": answer, "new_answer": answer}) for answer in answers]
+    kinds = ("probes", "probability", "divergence")
+    together = Evaluator(tiny_llm, same, kinds=kinds)
+    assert len(together.plan.groups()) < len(together.plan.texts) / 2
+    alone = Evaluator(tiny_llm, [same[number]], kinds=kinds)
+    for evaluator in (together, alone):
+        evaluator.measure("Base")
+    with noise(tiny_llm, 1).applied(tiny_llm):
+        part, expected = together.only([number]).measure("Part"), alone.measure("Alone")
+    assert part.metrics["locality"].mean < 1 and part.metrics["locality_kl"].mean > 0
+    for name, figure in expected.metrics.items():
+        assert part.metrics[name].mean == pytest.approx(figure.mean, rel=1e-4), name
+
+
+def test_a_part_is_compared_with_what_another_part_read_first(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    evaluator = Evaluator(tiny_llm, requests, kinds=("probes",))
+    assert evaluator.only([0, 1]).measure("Base").metrics["locality"].mean == 1
+    with noise(tiny_llm, 2).applied(tiny_llm):
+        assert evaluator.only([0, 1]).measure("Edited").metrics["locality"].mean < 1

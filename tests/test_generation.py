@@ -9,11 +9,9 @@ import pytest
 import torch
 from conftest import refusal
 
-from pipeline.model import (
-    LLM,
-    first_statement,
-    generate,
-)
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
+from pipeline.requests.answers import first_statement
 
 PROMPTS = [
     "The capital of Spain is",

@@ -79,7 +79,7 @@ def free_port() -> int:
 
 def test_a_process_that_dies_ends_the_others(asked: list[str], tmp_path: Path) -> None:
     """Killed in the middle of its work, its end is told once, and in time."""
-    words = ["attribute", *asked, *CPU, "--batch_size", "1", "--output", str(tmp_path / "out")]
+    words = ["attribute", *asked, *CPU, "--expert.batch_size", "1", "--output", str(tmp_path / "out")]
     words += ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
     dying = tmp_path / "dying.py"
     dying.write_text(
@@ -123,7 +123,7 @@ def test_one_process_short_of_memory(asked: list[str], tmp_path: Path) -> None:
         "torch.nn.Embedding.forward = take\n"
         "sys.exit(main())\n"
     )
-    words = ["attribute", *asked, "--batch_size", "2"]  # four rows: old and new answers
+    words = ["attribute", *asked, "--expert.batch_size", "2"]  # four rows: old and new answers
     assert main([*words, *CPU, "--output", str(tmp_path / "one")]) == 0
     told = processes(*words, "--output", str(tmp_path / "two"), program=scarce)
     assert told.returncode == 0, told.stderr

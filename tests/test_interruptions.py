@@ -32,6 +32,7 @@ from pipeline.editing.values import ValueSearch
 from pipeline.evaluation.alone import AloneReader
 from pipeline.evaluation.reading import Reader
 from pipeline.model.generation import GreedyModule
+from pipeline.options import EvaluateCommand, EvaluationOptions, StudyCommand
 from pipeline.reporting import RunLog
 from pipeline.study.results import Results
 
@@ -48,7 +49,7 @@ SECONDS = re.compile(rb'"(seconds|times faster than the sweep)": [0-9.e-]+')
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 ENDS = {INT: 130, TERM: 143, KILL: -9}
 
-MEASURED = "--generation prompts --batch_size 4 --max_new_tokens 3"
+MEASURED = "--generation prompts --max_new_tokens 3"
 TRAINED = "--epochs 3 --batch_size 3 --learnt 0 --whiten 0 --contexts 2"
 
 
@@ -62,13 +63,13 @@ def under(group: str, words: str) -> str:
 
 EDIT = f"edit --layers 1 {under('evaluation', MEASURED)} --method"
 COMMANDS = {
-    "attribute": "attribute --batch_size 2 --old_answers model",
-    "memit": f"{EDIT} memit --statistics.tokens 1024 --locate.batch_size 3 --locate.steps 2",
-    "finetune": f"{EDIT} finetune {under('finetune', TRAINED)} --finetune.bound 0.5",
-    "lora": f"{EDIT} lora {under('lora', TRAINED)}",
-    "evaluate": f"evaluate {MEASURED} --fluency 2 --fluency_tokens 4",
-    "study": "study --limit 3 --proxy 3 --every 2 --selectors gradient_norm middle --methods memit --together 2 "
-    "--edit.locate.steps 2 --edit.statistics.tokens 1024",
+    "attribute": "attribute --expert.batch_size 2 --old_answers model",
+    "memit": f"{EDIT} memit --statistics.tokens 1024 --expert.batch_size 3 --expert.steps 2",
+    "finetune": f"{EDIT} finetune {under('expert', TRAINED)} --expert.bound 0.5",
+    "lora": f"{EDIT} lora {under('expert', TRAINED)}",
+    "evaluate": f"evaluate {MEASURED} --fluency 2",
+    "study": "study --limit 3 --proxy 3 --every 2 --selectors gradient_norm middle --methods memit "
+    "--edit.expert.steps 2 --edit.statistics.tokens 1024",
 }
 
 
@@ -106,6 +107,11 @@ class Scene:
             torch.set_num_threads(1)  # threads do not live through a fork
             signal.signal(INT, signal.default_int_handler)
             os.chdir(self.folder)
+            if self.words[0] == "study":  # several batches, where there are few requests
+                StudyCommand.__init__.__kwdefaults__["together"] = 2
+            else:
+                for options in (EvaluationOptions, EvaluateCommand):
+                    options.__init__.__kwdefaults__ |= {"batch_size": 4, "fluency_tokens": 4}
             os.environ["XDG_CACHE_HOME"] = str(self.folder / "cache")
             for owner in STEPS:
                 count(owner, self._calls(owner))

@@ -15,14 +15,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.cli import main
-from pipeline.editing import WeightUpdate, edit
 from pipeline.editing.contexts import CONTEXTS, in_context
-from pipeline.editing.values import locate
-from pipeline.model import LLM, encode, generate
+from pipeline.editing.update import WeightUpdate
 from pipeline.model.explain import explain
-from pipeline.model.targets import last_token, prompt_tokens, tokenize
-from pipeline.options import EditOptions, LocateOptions, StatisticsOptions
-from pipeline.requests import EditRequest, load_requests
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
+from pipeline.options import EditOptions
+from pipeline.requests.readers import load_requests
+from pipeline.requests.schema import EditRequest
 
 FACTS = [  # (prompt, subject, answer)
     ("The capital of Côte d'Ivoire is", "Côte d'Ivoire", "Yamoussoukro"),
@@ -122,7 +122,7 @@ def same_text(llm: LLM, found: str, expected: str) -> bool:
 
 
 def test_targets_are_the_answer_and_rows_the_joined_text(llm: LLM) -> None:
-    rows = encode(llm, [(prompt, answer) for prompt, _, answer in FACTS])
+    rows = llm.tokens.rows([(prompt, answer) for prompt, _, answer in FACTS])
     inner = llm.tokenizer([f"{prompt} {answer}" for prompt, _, answer in FACTS], add_special_tokens=False).input_ids
     opening = [llm.tokenizer.bos_token_id or llm.tokenizer.cls_token_id] if "BOS" in llm.name else []
     opening = [2] if llm.name in ("Llama 2", "WordPiece") else opening
@@ -130,13 +130,13 @@ def test_targets_are_the_answer_and_rows_the_joined_text(llm: LLM) -> None:
     for row, ids, (prompt, _, answer) in zip(rows, inner, FACTS, strict=True):
         assert row.token_ids == opening + ids, "a BOS where there is one, and no end of text"
         if unknown not in ids:
-            assert same_text(llm, llm.tokenizer.decode(row.token_ids[row.target_start :]), answer)
+            assert same_text(llm, llm.tokenizer.decode(row.targets), answer)
             assert same_text(llm, llm.tokenizer.decode(ids[: row.target_start - len(opening)]), prompt)
 
 
 def test_the_prompt_that_is_scored_is_the_prompt_that_is_answered(llm: LLM) -> None:
-    rows = encode(llm, [(prompt, answer) for prompt, _, answer in FACTS])
-    for row, ids in zip(rows, prompt_tokens(llm, [prompt for prompt, _, _ in FACTS]), strict=True):
+    rows = llm.tokens.rows([(prompt, answer) for prompt, _, answer in FACTS])
+    for row, ids in zip(rows, llm.tokens.prompts([prompt for prompt, _, _ in FACTS]), strict=True):
         assert row.token_ids[: row.target_start] == ids
 
 
@@ -145,8 +145,8 @@ def test_the_subjects_last_token_holds_its_end(llm: LLM, context: str) -> None:
     for number, (prompt, subject, answer) in enumerate(FACTS):
         request = EditRequest(id=str(number), prompt=prompt, subject=subject, new_answer=answer)
         text, end = in_context(context, request)
-        (row,) = encode(llm, [(text, answer)])
-        place = last_token(llm, text, end, answer)
+        (row,) = llm.tokens.rows([(text, answer)])
+        place = llm.tokens.place(text, end, answer)
         if llm.tokenizer.unk_token_id in row.token_ids[: place + 1]:
             continue
         upto, before = (
@@ -163,12 +163,12 @@ def test_the_subjects_last_token_holds_its_end(llm: LLM, context: str) -> None:
 def test_an_answer_that_the_tokenizer_does_not_know_is_refused() -> None:
     tokenizer = unigram("always", "<s>", "$A")
     llm = LLM(family_model("llama", len(tokenizer)), tokenizer, "tiny")
-    assert "'Ω' to 'Spain is' is unknown" in refusal(lambda: encode(llm, [("Spain is", "Ω")]))
+    assert "'Ω' to 'Spain is' is unknown" in refusal(lambda: llm.tokens.rows([("Spain is", "Ω")]))
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     llm = LLM(family_model("llama", 100), byte_level(False), "tiny")
-    message = refusal(lambda: encode(llm, [("Spain is", "Madrid")]))
+    message = refusal(lambda: llm.tokens.rows([("Spain is", "Madrid")]))
     assert "tiny embeds 100 tokens" in message and "do not belong together" in message
 
 
@@ -212,12 +212,12 @@ def test_a_template_says_how_prompt_and_answer_are_joined(
     tokenizer: PreTrainedTokenizerFast, template: str, before: str, after: str
 ) -> None:
     llm = LLM(family_model("llama", len(tokenizer)), chatty(tokenizer, template), "tiny", chat=True)
-    (row,) = encode(llm, [("The capital of Spain is ", "Lima")])
+    (row,) = llm.tokens.rows([("The capital of Spain is ", "Lima")])
     assert llm.tokenizer.decode(row.token_ids) == f"{before}The capital of Spain is{after}"
-    assert llm.tokenizer.decode(row.token_ids[row.target_start :]).strip() == "Lima"
-    assert prompt_tokens(llm, ["The capital of Spain is"]) == [row.token_ids[: row.target_start]]
-    assert llm.tokenizer.decode(tokenize(llm, ["Some text."])[0]) == "Some text."
-    place = last_token(llm, "The capital of Spain is", len("The capital of Spain"), "Lima")
+    assert llm.tokenizer.decode(row.targets).strip() == "Lima"
+    assert llm.tokens.prompts(["The capital of Spain is"]) == [row.token_ids[: row.target_start]]
+    assert llm.tokenizer.decode(llm.tokens.texts(["Some text."])[0]) == "Some text."
+    place = llm.tokens.place("The capital of Spain is", len("The capital of Spain"), "Lima")
     assert llm.tokenizer.decode(row.token_ids[: place + 1]) == f"{before}The capital of Spain"
 
 
@@ -237,17 +237,15 @@ def test_a_template_that_does_not_serve_is_refused(
 
 
 def test_an_edit_in_a_chat(tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest], tmp_path: Path) -> None:
+    from pipeline.editing import edit
+    from pipeline.editing.values import locate
+
     model = family_model("llama", len(tokenizer))
     llm = LLM(model, chatty(tokenizer, TURNS + OPENING), "tiny", chat=True)
-    located = locate(llm, 0, requests[0], CONTEXTS[:3])
-    for row in located.rows:
+    for row in locate(llm, requests[0], CONTEXTS[:3]).rows:
         assert llm.tokenizer.decode(row.token_ids).startswith("<user>")
-        assert llm.tokenizer.decode(row.token_ids[: row.start + 1]).endswith("Spain")
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(TEXTS * 2))
-    options = EditOptions(
-        layers=[1], locate=LocateOptions(steps=2), statistics=StatisticsOptions(text=str(text), tokens=512)
-    )
+        assert row.subject and llm.tokenizer.decode(row.token_ids[: row.subject[1] + 1]).endswith("Spain")
+    options = EditOptions(method="one_pass", layers=[1])
     update = edit(llm, requests, options=options)
     update.save(tmp_path)
     assert WeightUpdate.load(tmp_path).chat
@@ -260,9 +258,9 @@ def test_a_real_chat_is_what_transformers_makes_of_it(smollm2: LLM, requests: li
     llm = LLM(smollm2.model, smollm2.tokenizer, "smollm2", chat=True)
     asked = [{"role": "user", "content": requests[0].prompt}]
     ids = llm.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
-    (row,) = encode(llm, [(requests[0].prompt, requests[0].new_answer)])
+    (row,) = llm.tokens.rows([(requests[0].prompt, requests[0].new_answer)])
     assert row.token_ids[: row.target_start] == ids
-    assert llm.tokenizer.decode(row.token_ids[row.target_start :]) == "Lima"
+    assert llm.tokenizer.decode(row.targets) == "Lima"
     shown = {token.place: token for token in explain(llm, requests[0])}
     (subject,) = [token for token in shown.values() if token.ends_subject]
     assert subject.text == " Spain"
@@ -289,7 +287,7 @@ def test_explain_shows_tokens_and_measures_nothing(
     shown = capsys.readouterr().out
     assert shown.count("request capital-") == 2 and shown.count("the subject's last token") == 2
     llm = family_llm("llama", PreTrainedTokenizerFast.from_pretrained(tiny_folder))
-    rows = encode(llm, [("The capital of Spain is", "Lima"), ("The capital of Norway is", "Nairobi and more")])
+    rows = llm.tokens.rows([("The capital of Spain is", "Lima"), ("The capital of Norway is", "Nairobi and more")])
     assert shown.count("scored") == sum(len(row.token_ids) - row.target_start for row in rows)
     assert sorted(tmp_path.iterdir()) == before, "no output folder"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,17 @@ from conftest import make_tiny, mean_loss, refusal
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.editing import WeightUpdate, edit
-from pipeline.model import LLM
-from pipeline.options import EditOptions, FinetuneOptions, LoraOptions
-from pipeline.requests import EditRequest
+from pipeline.editing.editor import edit
+from pipeline.editing.update import WeightUpdate
+from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions
+from pipeline.requests.schema import EditRequest
 
-FEW = LoraOptions(rank=4, epochs=30, batch_size=4, learning_rate=0.05, learnt=0.0, whiten=0.0)
+FEW = {"rank": 4, "epochs": 30, "batch_size": 4, "learning_rate": 0.05, "learnt": 0.0, "whiten": 0.0}
+
+
+def lora(layers: list[int], **settings: Any) -> EditOptions:
+    return EditOptions(method="lora", layers=layers, expert=FEW | settings)
 
 
 @pytest.mark.parametrize("scope", ["mlp", "down"])
@@ -24,7 +30,7 @@ def test_plain_peft_loads_the_adapter(
 ) -> None:
     base = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
     before = mean_loss(tiny, requests)
-    options = EditOptions(method="lora", layers=[1, 2], lora=LoraOptions(**{**vars(FEW), "scope": scope}))
+    options = lora([1, 2], scope=scope)
     update = edit(tiny, requests, options=options)
     assert {n: t for n, t in tiny.model.state_dict().items() if not torch.equal(t, base[n])} == {}, "left its mark"
     assert list(tiny.model.state_dict()) == list(base), "no adapter stays in the model"
@@ -42,16 +48,16 @@ def test_plain_peft_loads_the_adapter(
 
 def test_the_change_is_of_low_rank(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     base = {name: tensor.clone() for name, tensor in tiny_llm.model.state_dict().items()}
-    update = edit(tiny_llm, requests, options=EditOptions(method="lora", layers=[1], lora=FEW))
+    update = edit(tiny_llm, requests, options=lora([1]))
     for name, tensor in update.tensors.items():
         singular = torch.linalg.svdvals(tensor - base[name])
-        assert singular[FEW.rank - 1] > 1e-3 > singular[FEW.rank], name
+        assert singular[3] > 1e-3 > singular[4], name
 
 
 def test_an_adapter_on_an_adapter_holds_both(
     tiny: LLM, tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest], tmp_path: Path
 ) -> None:
-    options = EditOptions(method="lora", layers=[1], lora=FEW)
+    options = lora([1])
     first = edit(tiny, requests[:3], options=options)
     both = edit(tiny, requests[3:], options=options, after=first)
     both.save(tmp_path)
@@ -68,21 +74,19 @@ def test_an_adapter_on_another_kind_of_edit_is_not_passed_off_as_the_whole(
     first = edit(
         tiny_llm,
         requests[:3],
-        options=EditOptions(method="finetune", layers=[1], finetune=FinetuneOptions(whiten=0.0)),
+        options=EditOptions(method="finetune", layers=[1], expert={"whiten": 0.0}),
     )
-    second = edit(tiny_llm, requests[3:], options=EditOptions(method="lora", layers=[1], lora=FEW), after=first)
+    second = edit(tiny_llm, requests[3:], options=lora([1]), after=first)
     second.save(tmp_path)
     assert not (tmp_path / "adapter").exists()
     assert "only a change by LoRA alone" in refusal(lambda: second.save_adapter(tmp_path))
 
 
 def test_bad_ranks(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    wide = EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=33))
+    wide = lora([1], rank=33)
     assert "lora.rank: 33; expected 1 to 32" in refusal(lambda: edit(tiny_llm, requests, options=wide))
-    first = edit(
-        tiny_llm, requests, options=EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=2, whiten=0.0))
-    )
-    other = EditOptions(method="lora", layers=[1], lora=LoraOptions(rank=3, whiten=0.0))
+    first = edit(tiny_llm, requests, options=lora([1], rank=2, epochs=1))
+    other = lora([1], rank=3)
     assert "has other layers, scope, rank or alpha" in refusal(
         lambda: edit(tiny_llm, requests, options=other, after=first)
     )

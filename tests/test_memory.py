@@ -172,4 +172,4 @@ def test_micro_batches_give_the_same_edit(
         for name, tensor in expected.tensors.items():
             change = tensor - tiny_llm.model.get_parameter(name).detach()
             assert (found.tensors[name] - tensor).norm() < 1e-7 * change.norm(), (name, micro_batch)
-    assert "trainer.micro_batch: 0 is too small" in refusal(lambda: TrainerOptions(micro_batch=0))
+    assert "micro_batch: 0 is too small" in refusal(lambda: TrainerOptions(micro_batch=0))

@@ -10,18 +10,27 @@ from conftest import mean_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.editing import edit
-from pipeline.editing.method import Runtime
-from pipeline.editing.one_pass import CaptureModule, OnePass, RunningStatistics, capturing, ridge_solution
-from pipeline.model import LLM, collate_targets, encode, sizes, target_losses
-from pipeline.options import EditOptions, OnePassOptions, TrainerOptions
-from pipeline.requests import EditRequest
+from pipeline.editing.editor import edit
+from pipeline.editing.one_pass import Capturing, OnePass, OnePassSettings, RunningStatistics, ridge_solution
+from pipeline.model.activations import target_losses
+from pipeline.model.blocks import sizes
+from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.rows import Row, collate
+from pipeline.requests.schema import EditRequest
+from pipeline.running.stage import run as run_stage
+from pipeline.running.trainer import Runtime
 
 ONE_PASS = EditOptions(method="one_pass", layers=[2])
 
 
 def with_options(**changes: object) -> EditOptions:
-    return replace(ONE_PASS, one_pass=OnePassOptions(**changes))
+    return replace(ONE_PASS, expert=changes)
+
+
+def rows_of(llm: LLM, requests: list[EditRequest]) -> list[Row]:
+    return llm.tokens.answered(requests, [request.new_answer for request in requests])
 
 
 def run(
@@ -30,15 +39,14 @@ def run(
     """Edit in place, as `edit` does before it undoes it."""
     method = OnePass(llm, options.layers or [], options, earlier)
     with llm.frozen(trainable=method.weight_names):
-        method.run(requests, Runtime(TrainerOptions(accelerator="cpu")))
+        method.run(requests, Runtime(TrainerOptions(accelerator="cpu")), [])
     return method
 
 
 def test_what_is_captured_is_plain_autograds(tiny: LLM, requests: list[EditRequest]) -> None:
-    rows = encode(tiny, [(r.prompt, r.new_answer) for r in requests])
-    batch, projections = collate_targets(rows), tiny.blocks[2].mlp
+    rows, projections = rows_of(tiny, requests), tiny.blocks[2].mlp
     with tiny.frozen():
-        (captured,) = CaptureModule(tiny, projections).predict_step(batch)
+        captured = run_stage(Capturing(tiny, list(projections)), rows, batch_size=3)
     tiny.model.eval()
     for name, projection in projections.items():
         inputs, outputs, gradients = [], [], []
@@ -58,15 +66,16 @@ def test_what_is_captured_is_plain_autograds(tiny: LLM, requests: list[EditReque
             inputs.append(seen[0][0, edited])
             outputs.append(seen[1][0, edited])
             gradients.append(gradient[0, edited])
-        for found, expected in zip(captured[name], (inputs, outputs, gradients), strict=True):
-            torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
+        for number, of_row in enumerate(captured):
+            for found, expected in zip(of_row[name], (inputs, outputs, gradients), strict=True):
+                torch.testing.assert_close(found, expected[number], rtol=1e-4, atol=1e-5)
 
 
 def test_no_weight_gets_a_gradient_and_no_hook_stays(tiny: LLM, requests: list[EditRequest]) -> None:
-    rows = encode(tiny, [(r.prompt, r.new_answer) for r in requests])
     projections = tiny.blocks[2].mlp
-    with tiny.frozen(), torch.enable_grad(), capturing(projections):
-        loss = target_losses(tiny.model, collate_targets(rows)).sum()
+    capturing = Capturing(tiny, list(projections)).capturing(len(requests))
+    with tiny.frozen(), torch.enable_grad(), capturing:
+        loss = target_losses(tiny.model, collate(rows_of(tiny, requests))).sum()
     leaves, seen, waiting = [], set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -140,7 +149,7 @@ def test_one_request_alone_changes_a_weight_by_the_rank_of_its_tokens(
     tiny: LLM, requests: list[EditRequest]
 ) -> None:
     before = mean_loss(tiny, requests[:1])
-    (row,) = encode(tiny, [(requests[0].prompt, requests[0].new_answer)])
+    (row,) = rows_of(tiny, requests[:1])
     update = edit(tiny, requests[:1], options=ONE_PASS)
     ((name, changed),) = update.tensors.items()
     change = changed - dict(tiny.model.named_parameters())[name].detach()
@@ -150,13 +159,7 @@ def test_one_request_alone_changes_a_weight_by_the_rank_of_its_tokens(
         assert mean_loss(tiny, requests[:1]) < before
 
 
-def test_the_batch_size_changes_nothing(tiny: LLM, requests: list[EditRequest]) -> None:
-    one, many = (edit(tiny, requests, options=with_options(batch_size=size)).tensors for size in (1, 7))
-    for name in one:
-        torch.testing.assert_close(one[name], many[name], rtol=1e-5, atol=1e-5)
-
-
 def test_bad_options_are_refused() -> None:
-    for name, value in (("scope", "attention"), ("rate", 0), ("ridge", -1), ("batch_size", 0)):
-        with pytest.raises(ValueError, match=f"one_pass.{name}"):
-            OnePassOptions(**{name: value})
+    for name, value in (("scope", "attention"), ("rate", 0), ("ridge", -1)):
+        with pytest.raises(ValueError, match=f"edit.expert.{name}"):
+            OnePassSettings(**{name: value})

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import parse
-from pipeline.commands import COMMANDS
+from pipeline.options import EditOptions
+from pipeline.options.editing import SETTINGS
+from pipeline.table import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,6 +34,15 @@ def test_a_printed_command_is_understood(run: str, monkeypatch: pytest.MonkeyPat
     words = shlex.split(run)[2:]
     name = words.pop(0) if words and not words[0].startswith("-") else "run"
     assert isinstance(parse(name, words), COMMANDS[name].options)
+
+
+def test_every_experts_setting_is_listed() -> None:
+    for method, held in SETTINGS.items():
+        (row,) = re.findall(
+            rf"^\| [^|]*`{method}`[^|]* \| (scope|contexts)( [^|]*) \|$", README, flags=re.MULTILINE
+        )
+        listed = {one.split()[0] for one in "".join(row).split(", ")}
+        assert listed == set(asdict(getattr(EditOptions(), held)))
 
 
 def test_ci_finds_the_test_command() -> None:

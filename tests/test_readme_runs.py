@@ -25,10 +25,11 @@ from pipeline.attribution import GoldenProfile
 from pipeline.cli import main
 from pipeline.editing import METHODS as EDITS
 from pipeline.editing import WeightUpdate
-from pipeline.parsing import build_parser
+from pipeline.options.editing import SETTINGS
+from pipeline.parsing import flags_of, parse
 from pipeline.requests import layouts, load_requests
 
-ELSEWHERE = ("run.py benchmark", "run.py demo", "run.py plan", "--follow")
+ELSEWHERE = ("run.py demo", "run.py plan", "--follow")
 SECTIONS = {
     part.splitlines()[0]: [
         command
@@ -47,8 +48,7 @@ def small(folder: Path, name: str) -> Mapping[str, Any]:
     few: dict[str, Any] = {"model": "tiny", "limit": 6, "offset": 0, "trainer.accelerator": "cpu"}
     few |= {"trainer.devices": 1, "trainer.strategy": "auto"}
     for group in ("", "edit."):
-        few |= {f"{group}statistics.tokens": 512, f"{group}statistics.text": text, f"{group}locate.steps": 2}
-        few |= {f"{group}finetune.epochs": 1, f"{group}lora.epochs": 1}
+        few |= {f"{group}statistics.tokens": 512, f"{group}statistics.text": text}
     for group in ("", "evaluation."):
         few |= {f"{group}text": text, f"{group}max_new_tokens": 2, f"{group}generation": "prompts"}
     few |= {f"gates.{gate}": 0 for gate in ("rewrite", "rephrase", "locality", "earlier")}
@@ -63,13 +63,22 @@ def run(command: str, folder: Path) -> None:
         command = "python run.py update --store runs/store"
     words = shlex.split(command.replace("2026-12-24", "2226-12-24"))[2:]
     name = words[0] if words and not words[0].startswith("-") else "run"
-    flags = {flag for action in build_parser(name)._actions for flag in action.option_strings}
+    flags = {f"--{flag}" for flag in flags_of(name)}
     for option, value in small(folder, name).items():
         if f"--{option}" in flags:
             words += [f"--{option}", str(value)]
     if "--output" in flags - set(words):  # its name would be the time in seconds
         words += ["--output", f"runs/{len(list(Path('runs').iterdir()))}"]
-    assert main(words) == 0, command
+    assert main([*words, *few_steps(name, words)]) == 0, command
+
+
+def few_steps(name: str, words: list[str]) -> list[str]:
+    """The flag that makes a command's edit a quick one, where it makes one."""
+    options = parse(name, words[1:] if words[0] == name else words)
+    group = "edit." if hasattr(options, "edit") else ""
+    held = SETTINGS.get(getattr(getattr(options, "edit", options), "method", ""))
+    quick = {"locate": "steps 2", "finetune": "epochs 1", "lora": "epochs 1"}.get(held or "")
+    return f"--{group}expert.{quick}".split() if quick and name != "plan" else []
 
 
 @pytest.fixture(scope="module")

@@ -191,7 +191,7 @@ def test_a_reader_that_has_read_enough(tmp_path: Path) -> None:
 def test_what_a_model_knows_and_cannot_take(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--model", str(tiny_folder), "--batch_size", "1"]
+    flags = ["--model", str(tiny_folder)]
     asked = REQUEST | {"prompt": "Ruritania is", "old_answer": "neither this nor that"}
     assert main(["requests", str(written(tmp_path, REQUEST, asked)), *flags]) == 0
     assert "gives 0 of 1 old answers, and 0 new answers already" in " ".join(capsys.readouterr().out.split())

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from conftest import refusal
 
-from pipeline.attribution import METHODS, GoldenProfile, Scores, Selector, find_golden_layer
+from pipeline.attribution.find import SELECTORS, find_golden_layer
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.attribution.scores import Scores
+from pipeline.attribution.selector import Selector, register
 from pipeline.cli import main
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
 from pipeline.options import AttributionOptions
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 
 
 def test_middle_and_fixed(tiny_llm: LLM, requests: list[EditRequest]) -> None:
@@ -41,29 +44,33 @@ def test_flags_that_do_not_go_together(changed: dict[str, object], words: list[s
     assert all(word in line for word in words)
 
 
-def test_a_new_selector_is_one_entry(
-    tiny_llm: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_selector_is_one_entry(tiny_llm: LLM, requests: list[EditRequest]) -> None:
     values = np.zeros((7, 4))
     values[:, 1] = 0.5
-    monkeypatch.setitem(METHODS, "sweep", Selector(lambda *_: values))
-    profile = find_golden_layer(tiny_llm, requests, AttributionOptions(method="sweep", order="magnitude"))
+    register("mine", Selector(lambda *_: values))
+    try:
+        profile = find_golden_layer(tiny_llm, requests, AttributionOptions(method="mine", order="magnitude"))
+        for name in ("mine", "no word"):  # taken, and none
+            with pytest.raises(ValueError, match=name):
+                register(name, Selector(lambda *_: values))
+    finally:
+        del SELECTORS["mine"]
     assert (profile.golden_layers, profile.order, profile.fences) == ([1], "signed", None)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(SELECTORS))
 def test_every_method_from_the_command_line(
     method: str, tiny_folder: Path, request_file: Path, tmp_path: Path
 ) -> None:
     words = ["attribute", "--model", str(tiny_folder), "--requests", str(request_file), "--method", method]
     words += ["--layer", "1"] if method == "fixed" else []
-    assert main([*words, "--samples", "2", "--output", str(tmp_path / "out")]) == 0
+    assert main([*words, "--expert.samples", "2", "--output", str(tmp_path / "out")]) == 0
     profile = GoldenProfile.load(tmp_path / "out")
     assert profile.method == method
     scores = Scores.load(tmp_path / "out")
     assert scores.ids == [f"capital-{number}" for number in range(7)]
     np.testing.assert_allclose(scores.values.mean(0), profile.scores)
-    assert (tmp_path / "out" / "stability.png").is_file() == METHODS[method].reads_requests
+    assert (tmp_path / "out" / "stability.png").is_file() == SELECTORS[method].reads_requests
 
 
 def test_subjects_are_looked_for_before_the_model_is_loaded(

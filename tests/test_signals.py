@@ -24,14 +24,14 @@ from pipeline.requests import EditRequest
 from pipeline.updates import Stopping
 
 RUN = Path(__file__).parent.parent / "run.py"
-LONG = ["--layers", "1", "--method", "finetune", "--finetune.whiten", "0", "--finetune.learnt", "0"]
+LONG = ["--layers", "1", "--method", "finetune", "--expert.whiten", "0", "--expert.learnt", "0"]
 
 
 @contextmanager
 def running(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
     """A command that would train for hours."""
     with subprocess.Popen(
-        [sys.executable, str(RUN), "edit", *LONG, "--finetune.epochs", "1000000", *words, "--output", "out"],
+        [sys.executable, str(RUN), "edit", *LONG, "--expert.epochs", "1000000", *words, "--output", "out"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as process:  # fmt: skip

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import UserError
 from pipeline.editing.solvers import alphaedit, emmet, memit, rome
+from pipeline.errors import UserError
 
 INPUTS, OUTPUTS, REQUESTS = 12, 7, 4
 

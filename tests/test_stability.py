@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.attribution import GoldenProfile, Scores, choose, find_golden_layer, judge, select
-from pipeline.attribution.selection import first_choices
-from pipeline.attribution.stability import resampled_means
-from pipeline.model import LLM
+from pipeline.attribution.find import choose, find_golden_layer
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.attribution.scores import Scores
+from pipeline.attribution.selection import first_choices, select
+from pipeline.attribution.stability import judge, resampled_means
+from pipeline.model.llm import LLM
 from pipeline.options import AttributionOptions
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 
 
 @pytest.mark.parametrize("order", ["signed", "magnitude"])
@@ -83,8 +85,8 @@ def test_the_profile_says_how_sure_it_is(tiny_llm: LLM, requests: list[EditReque
     assert loaded.certainty == ""
 
 
-def test_scores_of_anybody_s_can_be_chosen_from(tiny_llm: LLM) -> None:
+def test_scores_of_anybody_s_can_be_chosen_from() -> None:
     values = np.tile([1.0, 2.0, 9.0, 1.5], (5, 1))
-    profile = choose(tiny_llm, Scores("lga_cosine", list("abcde"), values), AttributionOptions(top_k=2))
+    profile = choose(Scores("causal_tracing", list("abcde"), values), AttributionOptions(top_k=2))
     assert profile.golden_layers == [2, 1], "no fences for a score that has a bound"
-    assert choose(tiny_llm, Scores("lga", list("abcde"), values)).excluded == [2]
+    assert choose(Scores("lga", list("abcde"), values)).excluded == [2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,50 +12,34 @@ import torch
 from conftest import make_tiny, refusal
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.attribution import Scores, choose, find_golden_layer
+from pipeline.attribution.find import choose, find_golden_layer, score_requests
+from pipeline.attribution.scores import Scores
 from pipeline.cli import main
-from pipeline.editing.alone import ALONE
-from pipeline.editing.method import Runtime
-from pipeline.model import LLM, collate_targets, encode, target_losses
-from pipeline.model.row_changes import RowChanges
-from pipeline.options import (
-    AttributionOptions,
-    EditOptions,
-    EvaluationOptions,
-    LocateOptions,
-    LoraOptions,
-    StatisticsOptions,
-    StudyCommand,
-    TrainerOptions,
-)
-from pipeline.requests import EditRequest, load_requests
-from pipeline.study import Grid, Sweep
-from pipeline.study.questions import (
-    best_block,
-    by_halves,
-    carried_over,
-    everywhere,
-    golden_against_optimal,
-    rank_correlation,
-    regret,
-)
-from pipeline.study.results import RESULTS_FILE, Results
-from pipeline.study.study import parted
+from pipeline.errors import UserError
+from pipeline.model.activations import target_losses
+from pipeline.model.llm import LLM
+from pipeline.options import AttributionOptions, EditOptions, StatisticsOptions, StudyCommand
+from pipeline.requests.readers import load_requests
+from pipeline.requests.rows import collate
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
+from pipeline.study.grid import Grid
+from pipeline.study.questions import by_halves, carried_over, everywhere, golden_against_optimal, rank_correlation
+from pipeline.study.selectors import RESEARCH
+from pipeline.study.study import check_study, parted
+from pipeline.study.sweep import Sweep
+from pipeline.study.trials import ValueTrials
 
 WINNER = 0  # the block of `one_block` that does all the recalling
 
 
 @pytest.fixture
-def editing(tmp_path: Path) -> EditOptions:
-    text = tmp_path / "text.txt"
-    text.write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 40)
-    statistics = StatisticsOptions(text=str(text), tokens=512, cache=str(tmp_path / "cache"))
-    return EditOptions(locate=LocateOptions(steps=8), statistics=statistics)
+def editing(text_file: Path) -> EditOptions:
+    return EditOptions(statistics=StatisticsOptions(text=str(text_file), tokens=512), expert={"steps": 8})
 
 
 def sweep_of(llm: LLM, editing: EditOptions, folder: Path, together: int = 3) -> Sweep:
-    runtime = Runtime(TrainerOptions())
-    return Sweep(llm, editing, EvaluationOptions(), runtime, Results(folder / RESULTS_FILE), together)
+    return Sweep(llm, editing, Runtime(), folder / "results", together)
 
 
 # the sweep
@@ -70,16 +55,15 @@ def test_what_was_tried_is_not_tried_again(
     """Killed in the middle, a sweep goes on to the figures of one in a single go; other blocks add to it."""
     whole = sweep_of(tiny_llm, editing, tmp_path / "whole").run("memit", requests[:4], [0, 2])
     tried: list[tuple[int, int]] = []
-    memit = ALONE["memit"]
+    at, most = ValueTrials.at, 3
 
-    class Counted(memit):  # type: ignore[misc, valid-type]
-        def at(self, layer: int) -> RowChanges:
-            if len(tried) == 3:
-                raise KeyboardInterrupt
-            tried.append((layer, len(self.requests)))
-            return super().at(layer)
+    def counted(self: ValueTrials, layer: int) -> Any:
+        if len(tried) == most:
+            raise KeyboardInterrupt
+        tried.append((layer, len(self.requests)))
+        return at(self, layer)
 
-    monkeypatch.setitem(ALONE, "memit", Counted)
+    monkeypatch.setattr(ValueTrials, "at", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:4], [0, 2])
     assert tried == [(0, 3), (2, 3), (0, 1)]
@@ -89,16 +73,16 @@ def test_what_was_tried_is_not_tried_again(
     for name, values in whole.values.items():
         np.testing.assert_array_equal(resumed.values[name], values)
     tried.clear()
-    more = sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:4], [0, 1, 2])
-    assert {layer for layer, _ in tried} == {1}
-    np.testing.assert_array_equal(more.scores[:, [0, 2]], whole.scores)
+    more = sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[3::-1], [0, 1, 2])
+    assert {layer for layer, _ in tried} == {1}, "requests are known in any order"
+    np.testing.assert_array_equal(more.scores[::-1, [0, 2]], whole.scores)
 
 
 def test_other_options_are_other_trials(
     tiny_llm: LLM, requests: list[EditRequest], editing: EditOptions, tmp_path: Path
 ) -> None:
     first = sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:2], [1])
-    editing.locate.steps = 1
+    editing.expert["steps"] = 1
     assert sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:2], [1]).seconds != first.seconds
 
 
@@ -115,7 +99,7 @@ def grid() -> Grid:
 def test_fixed_blocks_against_own_best_ones(grid: Grid) -> None:
     rows = {row["choice"]: row for row in golden_against_optimal(grid, golden=5, blocks=6)}
     assert rows["each request's own best block"]["score"] == pytest.approx(0.9)
-    assert rows["best fixed block"]["block"] == best_block(grid) == 2
+    assert rows["best fixed block"]["block"] == grid.best == 2
     assert rows["best fixed block"]["score"] == pytest.approx(0.7)
     assert rows["golden layer"]["score"] == pytest.approx(0.4)
     assert rows["golden layer"]["of the optimum"] == pytest.approx(0.4 / 0.9)
@@ -125,16 +109,16 @@ def test_fixed_blocks_against_own_best_ones(grid: Grid) -> None:
 
 
 def test_regret_and_rank_correlation(grid: Grid) -> None:
-    assert regret(grid, 0) == pytest.approx(0.4) and regret(grid, 2) == 0
+    assert grid.regret(0) == pytest.approx(0.4) and grid.regret(2) == 0
     assert rank_correlation([1, 9, 3, 9, 9, 2], grid) == pytest.approx(1.0, abs=1e-4)
     assert rank_correlation([3, 9, 1, 9, 9, 2], grid) == pytest.approx(-1.0, abs=1e-4)
     assert rank_correlation([1, 1, 1, 1, 1, 1], grid) is None
 
 
-def test_halves_do_not_know_each_other(grid: Grid, tiny_llm: LLM) -> None:
+def test_halves_do_not_know_each_other(grid: Grid) -> None:
     """Requests 0 and 2 make the first half, request 1 the second; block 2 is best on both together."""
     scores = Scores("lga", ["a"], np.array([[3.0, 1, 2, 0]]))
-    profile = choose(tiny_llm, scores, AttributionOptions(fences=0))
+    profile = choose(scores, AttributionOptions(fences=0))
     ordered = Grid([0, 2, 3], grid.values, 1.0)
     (row,) = by_halves({"set": {"memit": ordered}}, {"set": {"lga": profile}})
     assert row["regret, first half"] == pytest.approx(0.6 - 0.45)
@@ -146,7 +130,7 @@ def test_a_probe_that_a_request_lacks_does_not_count() -> None:
     rephrase = np.array([[np.nan, np.nan], [0.0, 0.5]])
     grid = Grid([0, 1], {"rewrite": np.ones((2, 2)), "rephrase": rephrase}, 1.0)
     np.testing.assert_allclose(grid.scores, [[1, 1], [0.5, 0.75]])
-    assert everywhere(grid, 1).figures["rephrase"] == 0.5
+    assert everywhere(grid, 1)["rephrase"] == 0.5
 
 
 def test_blocks_are_carried_from_set_to_set(grid: Grid) -> None:
@@ -183,11 +167,13 @@ def one_block(tokenizer: PreTrainedTokenizerFast) -> LLM:
     for weight in dead:
         weight.requires_grad_(False)
     facts = load_requests("demo")[:16]
-    batch = collate_targets(encode(llm, [(r.prompt, r.old_answer or "") for r in facts]))
-    adam = torch.optim.Adam([p for p in llm.model.parameters() if p.requires_grad], lr=3e-3)
+    batch = collate(llm.tokens.rows([(r.prompt, r.old_answer or "") for r in facts]))
+    adam = torch.optim.Adam([p for p in llm.model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(150):
         adam.zero_grad()
         loss = target_losses(llm.model, batch).mean()
+        if loss < 0.05:
+            break
         loss.backward()
         adam.step()
     assert loss < 0.1
@@ -197,15 +183,34 @@ def one_block(tokenizer: PreTrainedTokenizerFast) -> LLM:
 @pytest.mark.parametrize("method", ["lga", "lga_past_first", "gradient_norm_subject", "causal_tracing"])
 def test_every_selector_finds_the_block_that_must_win(method: str, one_block: LLM) -> None:
     options = AttributionOptions(method=method, order="magnitude", fences=0)
-    profile = find_golden_layer(one_block, load_requests("demo")[:16], options)
+    scores = score_requests(one_block, load_requests("demo")[:16], options, selectors=RESEARCH)
+    profile = choose(scores, options, selectors=RESEARCH)
     winner, *others = profile.scores
-    assert profile.golden_layers == [WINNER] and winner > 10 * max(map(abs, others))
+    assert profile.golden_layers == [WINNER] and abs(winner) > 10 * max(map(abs, others))
 
 
-def test_so_does_the_sweep(one_block: LLM, tmp_path: Path) -> None:
-    editing = EditOptions(lora=LoraOptions(rank=4, whiten=0, learning_rate=0.05))
+def test_research_is_no_method_of_attribution(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    for method in ("lga_cosine", "sweep"):
+        with pytest.raises(UserError, match=f"{method}.*gradient_norm_subject"):
+            find_golden_layer(tiny_llm, requests, AttributionOptions(method=method))
+
+
+def test_so_does_the_sweep(one_block: LLM, editing: EditOptions, tmp_path: Path) -> None:
+    editing.expert = {"rank": 4, "whiten": 0.0, "learning_rate": 0.05}
     grid = sweep_of(one_block, editing, tmp_path, together=8).run("lora", load_requests("demo")[:8], range(4))
-    assert best_block(grid) == WINNER
+    assert grid.best == WINNER
+
+
+def test_what_cannot_be_tried_is_known_at_once(requests: list[EditRequest]) -> None:
+    def refused(**changed: Any) -> str:
+        own = StudyCommand(limit=2, **changed)
+        return refusal(lambda: check_study([parted("a", requests, own)], own))
+
+    assert "finetune" in refused(methods=["finetune"])
+    assert "'fixed' does not exist" in refused(selectors=["fixed"])
+    requests[5] = requests[5].model_copy(update={"subject": None})
+    assert "capital-5" in refused(selectors=["lga_subject"])
+    assert "1 of 7" in refused(selectors=["sweep"])
 
 
 # the command
@@ -215,8 +220,8 @@ def test_so_does_the_sweep(one_block: LLM, tmp_path: Path) -> None:
 def command(tiny_folder: Path, tmp_path: Path, editing: EditOptions) -> list[str]:
     return [
         *("study", "--model", str(tiny_folder), "--limit", "4", "--proxy", "12", "--output", str(tmp_path / "out")),
-        *("--edit.locate.steps", "3", "--edit.statistics.text", str(editing.statistics.text)),
-        *("--edit.statistics.tokens", "512", "--edit.statistics.cache", str(tmp_path / "cache")),
+        *("--edit.expert.steps", "3", "--edit.statistics.text", str(editing.statistics.text)),
+        *("--edit.statistics.tokens", "512"),
     ]
 
 
@@ -250,7 +255,7 @@ def test_a_study_folder_of_other_options_is_refused(
 ) -> None:
     assert main([*command, "--every", "4"]) == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
-    assert main([*command, "--edit.locate.step", "0.5", "--resume"]) == 1
+    assert main([*command, "--edit.expert.step", "0.5", "--resume"]) == 1
     assert "another edit" in capsys.readouterr().err
     assert main(command) == 1
     assert "holds something already" in capsys.readouterr().err
@@ -271,12 +276,8 @@ def test_sets_of_one_name_are_refused(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--methods", "[finetune]"], "there is alphaedit, emmet, lora, memit, rome"),
-        (["--selectors", "[fixed]"], "'fixed' does not exist"),
         (["--selectors", "[lga,lga]"], "each once"),
         (["--limit", "1"], "limit"),
-        (["--edit.locate.rounds", "2"], "locate.rounds"),
-        (["--attribution.top_k", "9"], "top_k: 9"),  # found after the model is loaded
     ],
 )
 def test_what_a_study_cannot_do(

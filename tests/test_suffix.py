@@ -6,24 +6,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.model import LLM
-from pipeline.model.suffix import SuffixRow, SuffixRunner
+from pipeline.model.llm import LLM
+from pipeline.model.suffix import SuffixRunner
+from pipeline.requests.rows import Row
 
 ROWS = [
-    SuffixRow([7, 8, 9, 10, 11, 12], start=2, target_start=5),
-    SuffixRow([20, 21, 22], start=0, target_start=1),
-    SuffixRow([30, 31, 32, 33, 34, 35, 36, 37], start=6, target_start=8),  # read behind its last token
-    SuffixRow([40, 41, 42, 43, 44], start=1, target_start=3),
+    Row([7, 8, 9, 10, 11, 12], subject=(2, 2), target_start=5),
+    Row([20, 21, 22], subject=(0, 0), target_start=1),
+    Row([30, 31, 32, 33, 34, 35, 36, 37], subject=(6, 6), target_start=8),  # read behind its last token
+    Row([40, 41, 42, 43, 44], subject=(1, 1), target_start=3),
 ]
 
 
-def plain_logits(llm: LLM, layer: int, row: SuffixRow, change_O: Tensor) -> Tensor:
+def plain_logits(llm: LLM, layer: int, row: Row, change_O: Tensor) -> Tensor:
     """The slow way: the whole row through the whole model, with the change added by a hook."""
     (down,) = llm.blocks[layer].down.values()
 
     def add(_: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         changed = output.clone()
-        changed.view(len(row.token_ids), -1)[row.start] += change_O  # OPT's has no dimension for rows
+        changed.view(len(row.token_ids), -1)[row.subject[1]] += change_O  # OPT's has no dimension for rows
         return changed
 
     handle = down.register_forward_hook(add)

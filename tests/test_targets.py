@@ -13,19 +13,13 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
-from pipeline.model import (
-    LLM,
-    TargetRow,
-    collate_targets,
-    encode,
-    target_logits,
-    target_losses,
-)
-from pipeline.requests import EditRequest, load_requests
+from pipeline.model.activations import target_logits, target_losses
+from pipeline.model.llm import LLM
+from pipeline.requests.readers import load_requests
+from pipeline.requests.rows import Row, collate
+from pipeline.requests.schema import EditRequest
 
 ANSWERS = [
     ("The capital of Spain is", "Madrid"),
@@ -72,51 +66,54 @@ KINDS: dict[str, Callable[[PreTrainedTokenizerFast], PreTrainedTokenizerFast]] =
 @pytest.mark.parametrize("kind", KINDS)
 def test_targets_are_the_answers_tokens(tokenizer: PreTrainedTokenizerFast, kind: str, trailing: str) -> None:
     llm = family_llm("llama", KINDS[kind](tokenizer))
-    rows = encode(llm, [(prompt + trailing, answer) for prompt, answer in ANSWERS], tags="abcde")
+    rows = llm.tokens.rows([(prompt + trailing, answer) for prompt, answer in ANSWERS], tags="abcde")
     for row, (prompt, answer), tag in zip(rows, ANSWERS, "abcde", strict=True):
         plain = llm.tokenizer(f" {answer}", add_special_tokens=False).input_ids
         before = llm.tokenizer(prompt, add_special_tokens=False).input_ids
         begin = [llm.tokenizer.bos_token_id] if "BOS" in kind else []
-        assert row.token_ids[row.target_start :] == plain
+        assert row.targets == plain
         assert row.token_ids[: row.target_start] == begin + before
         assert row.tag == tag
 
 
 def test_a_batch_scores_the_answers_tokens_only(tiny_llm: LLM) -> None:
-    rows = encode(tiny_llm, ANSWERS)
-    batch = collate_targets(rows, pad_token_id=3)
-    assert batch.input_ids_BT.shape == (5, max(len(row.token_ids) for row in rows))
+    rows = tiny_llm.tokens.rows(ANSWERS)
+    batch = collate(rows, pad_token_id=3)
+    assert batch.input_ids_BT.shape == (5, max(len(row.token_ids) for row in rows) - 1), "the last predicts nothing"
     for number, row in enumerate(rows):
         here = batch.row_N == number
-        assert batch.input_ids_BT[number].tolist()[: len(row.token_ids)] == row.token_ids
+        assert (
+            batch.input_ids_BT[number].tolist()[: len(row.token_ids)]
+            == row.token_ids[: batch.input_ids_BT.shape[1]]
+        )
         assert batch.input_ids_BT[number][len(row.token_ids) :].eq(3).all()
-        assert batch.target_N[here].tolist() == row.token_ids[row.target_start :]
+        assert batch.target_N[here].tolist() == row.targets
         assert batch.position_N[here].tolist() == list(range(row.target_start - 1, len(row.token_ids) - 1))
 
 
 def test_nothing_encodes_to_nothing(tiny_llm: LLM) -> None:
-    assert encode(tiny_llm, []) == []
+    assert tiny_llm.tokens.rows([]) == []
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [("Peru is", ""), ("", "Lima")])
 def test_an_empty_prompt_or_answer_is_refused(tiny_llm: LLM, prompt: str, answer: str) -> None:
-    assert "token" in refusal(lambda: encode(tiny_llm, [("Spain is", "Madrid"), (prompt, answer)]))
+    assert "token" in refusal(lambda: tiny_llm.tokens.rows([("Spain is", "Madrid"), (prompt, answer)]))
 
 
 def test_a_text_longer_than_the_context_is_refused(tiny_llm: LLM) -> None:
-    message = refusal(lambda: encode(tiny_llm, [ANSWERS[0], ("far " * 130, "away")], what="the requests"))
+    message = refusal(lambda: tiny_llm.tokens.rows([ANSWERS[0], ("far " * 130, "away")], what="the requests"))
     assert message.startswith("the requests: 'far far") and "tiny-llama holds 128" in message
 
 
 def test_a_text_as_long_as_the_context_is_taken(tiny_llm: LLM) -> None:
     answer = " ".join(["A"] * (128 - len(tiny_llm.tokenizer("Peru").input_ids)))
-    (row,) = encode(tiny_llm, [("Peru", answer)])
+    (row,) = tiny_llm.tokens.rows([("Peru", answer)])
     assert len(row.token_ids) == 128
-    assert "129 tokens" in refusal(lambda: encode(tiny_llm, [("Peru", f"{answer} A")]))
+    assert "129 tokens" in refusal(lambda: tiny_llm.tokens.rows([("Peru", f"{answer} A")]))
 
 
 @torch.no_grad()
-def plain_logits(llm: LLM, rows: list[TargetRow]) -> list[Tensor]:
+def plain_logits(llm: LLM, rows: list[Row]) -> list[Tensor]:
     """Logits that predict each row's answer: all of one unpadded row at a time, then cut."""
     return [
         llm.model.eval()(input_ids=torch.tensor([row.token_ids])).logits[0, row.target_start - 1 : -1]
@@ -125,11 +122,11 @@ def plain_logits(llm: LLM, rows: list[TargetRow]) -> list[Tensor]:
 
 
 def test_target_logits_are_rows_of_the_full_logits(tiny: LLM) -> None:
-    rows = encode(tiny, ANSWERS)
+    rows = tiny.tokens.rows(ANSWERS)
     assert len({len(row.token_ids) for row in rows}) > 1
     expected = torch.cat(plain_logits(tiny, rows))
     with torch.no_grad():
-        torch.testing.assert_close(target_logits(tiny.model, collate_targets(rows)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(target_logits(tiny.model, collate(rows)), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         torch.cat(plain_logits(tiny, rows)), expected, rtol=0, atol=0
     )  # the head is whole again
@@ -139,15 +136,15 @@ def test_only_answers_meet_the_vocabulary(tiny: LLM) -> None:
     met: list[int] = []
     head = tiny.model.get_output_embeddings()
     head.register_forward_hook(lambda _module, args, _output: met.append(args[0].shape[:-1].numel()))
-    batch = collate_targets(encode(tiny, ANSWERS))
+    batch = collate(tiny.tokens.rows(ANSWERS))
     target_logits(tiny.model, batch)
     assert met == [len(batch.target_N)]
 
 
 def test_the_head_is_whole_after_an_error(tiny_llm: LLM) -> None:
-    rows = encode(tiny_llm, ANSWERS)
+    rows = tiny_llm.tokens.rows(ANSWERS)
     expected = plain_logits(tiny_llm, rows)
-    batch = collate_targets(rows)
+    batch = collate(rows)
     batch.input_ids_BT[0, 0] = 10**6
     with pytest.raises(IndexError):
         target_logits(tiny_llm.model, batch)
@@ -155,20 +152,20 @@ def test_the_head_is_whole_after_an_error(tiny_llm: LLM) -> None:
 
 
 def test_target_losses_are_mean_nats_of_each_row(tiny: LLM) -> None:
-    rows = encode(tiny, ANSWERS)
+    rows = tiny.tokens.rows(ANSWERS)
     expected = [
-        F.cross_entropy(logits, torch.tensor(row.token_ids[row.target_start :]))
+        F.cross_entropy(logits, torch.tensor(row.targets))
         for row, logits in zip(rows, plain_logits(tiny, rows), strict=True)
     ]
     with torch.no_grad():
         torch.testing.assert_close(
-            target_losses(tiny.model, collate_targets(rows)), torch.stack(expected), rtol=1e-5, atol=0
+            target_losses(tiny.model, collate(rows)), torch.stack(expected), rtol=1e-5, atol=0
         )
 
 
 def test_losses_of_a_half_precision_model_are_float32(tiny_llm: LLM) -> None:
     tiny_llm.model.bfloat16()
-    assert target_losses(tiny_llm.model, collate_targets(encode(tiny_llm, ANSWERS))).dtype == torch.float32
+    assert target_losses(tiny_llm.model, collate(tiny_llm.tokens.rows(ANSWERS))).dtype == torch.float32
 
 
 @pytest.mark.real_model
@@ -179,6 +176,6 @@ def test_the_bundled_tokenizer_keeps_answers_whole(smollm2: LLM, requests: list[
         for prompt in (request.prompt, *request.rephrases)
         for answer in (request.new_answer, request.old_answer or "")
     ]
-    for row, (prompt, answer) in zip(encode(smollm2, pairs), pairs, strict=True):
+    for row, (prompt, answer) in zip(smollm2.tokens.rows(pairs), pairs, strict=True):
         assert smollm2.tokenizer.decode(row.token_ids[: row.target_start]) == prompt
-        assert smollm2.tokenizer.decode(row.token_ids[row.target_start :]) == f" {answer}"
+        assert smollm2.tokenizer.decode(row.targets) == f" {answer}"

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, make_tiny, refusal
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.attribution import check_method, score_requests
-from pipeline.attribution.tracing import traced_rows
-from pipeline.model import LLM, find_blocks
+from pipeline.attribution.find import check_selector, score_requests
+from pipeline.model.blocks import find_blocks
+from pipeline.model.llm import LLM
 from pipeline.options import AttributionOptions
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 
 SAMPLES = 3
 
 
 def slow_tracing(llm: LLM, request: EditRequest, seed: int) -> list[float]:
     """One request: every block and sample in a forward pass of its own, through hooks on whole blocks."""
-    (row,) = traced_rows(llm, [request], seed)
-    ids = torch.tensor([row.token_ids])
+    (row,) = llm.tokens.answered([request], [request.old_answer or ""])
+    assert row.subject
+    first, last = row.subject
+    ids, target = torch.tensor([row.token_ids[: row.target_start]]), row.targets[0]
     embeddings = llm.model.get_input_embeddings()
-    scale = embeddings(ids)[0, row.last].norm() / embeddings.weight[ids[0, row.last]].norm()
-    draw = torch.Generator().manual_seed(row.seed)
-    shape = (SAMPLES, row.last - row.first + 1, embeddings.weight.shape[1])
+    scale = embeddings(ids)[0, last].norm() / embeddings.weight[ids[0, last]].norm()
+    own = hashlib.sha256(f"{seed} {request.id}".encode()).digest()
+    draw = torch.Generator().manual_seed(int.from_bytes(own[:7]))
+    shape = (SAMPLES, last - first + 1, embeddings.weight.shape[1])
     noise = 3.0 * embeddings.weight.std() * scale * torch.randn(shape, generator=draw)
     blocks = [llm.model.get_submodule(block.name) for block in find_blocks(llm.model)]
     clean: dict[int, torch.Tensor] = {}
@@ -34,16 +39,16 @@ def slow_tracing(llm: LLM, request: EditRequest, seed: int) -> list[float]:
 
         def corrupt(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
             output = output.clone()
-            output[0, row.first : row.last + 1] += noise[sample]
+            output[0, first : last + 1] += noise[sample]
             return output
 
         def at(layer: int, output: torch.Tensor | tuple[torch.Tensor, ...]) -> object:
             hidden = output[0] if isinstance(output, tuple) else output
             if sample is None:
-                clean[layer] = hidden[0, row.last].clone()
+                clean[layer] = hidden[0, last].clone()
             elif layer == restored:
                 hidden = hidden.clone()
-                hidden[0, row.last] = clean[layer]
+                hidden[0, last] = clean[layer]
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         if sample is not None:
@@ -51,7 +56,7 @@ def slow_tracing(llm: LLM, request: EditRequest, seed: int) -> list[float]:
         for layer, block in enumerate(blocks):
             handles.append(block.register_forward_hook(lambda _m, _a, out, layer=layer: at(layer, out)))
         try:
-            return llm.model(input_ids=ids, use_cache=False).logits[0, -1].softmax(-1)[row.target].item()
+            return llm.model(input_ids=ids, use_cache=False).logits[0, -1].softmax(-1)[target].item()
         finally:
             for handle in handles:
                 handle.remove()
@@ -88,15 +93,12 @@ def test_seed_and_samples_are_all_that_draws(tiny_llm: LLM, requests: list[EditR
 
 
 def test_where_the_subject_lies(tiny_llm: LLM) -> None:
-    request = EditRequest(
-        id="x", prompt="In Spain they say Spain is", subject="Spain", new_answer="x", old_answer="the Nile and more"
-    )
-    (row,) = traced_rows(tiny_llm, [request], 0)
-    text = [tiny_llm.tokenizer.decode(row.token_ids[: place + 1]) for place in range(len(row.token_ids))]
-    assert text[row.first - 1] == "In Spain they say"
-    assert text[row.last] == "In Spain they say Spain"
-    assert text[-1] == request.prompt
-    assert tiny_llm.tokenizer.decode([*row.token_ids, row.target]).startswith("In Spain they say Spain is t")
+    request = EditRequest(id="x", prompt="In Spain they say Spain is", subject="Spain", new_answer="x")
+    (row,) = tiny_llm.tokens.answered([request], ["the Nile"])
+    assert row.subject
+    texts = [tiny_llm.tokenizer.decode(row.token_ids[: place + 1]) for place in row.subject]
+    assert texts[0].startswith("In Spain they say S"), "of several mentions the last one"
+    assert texts[1] == "In Spain they say Spain"
 
 
 def test_requests_without_their_subject(requests: list[EditRequest]) -> None:
@@ -105,6 +107,6 @@ def test_requests_without_their_subject(requests: list[EditRequest]) -> None:
         requests[1],
         requests[2].model_copy(update={"subject": "Atlantis"}),
     ]
-    line = refusal(lambda: check_method(lacking, AttributionOptions(method="causal_tracing")))
+    line = refusal(lambda: check_selector(lacking, AttributionOptions(method="causal_tracing")))
     assert "2 of 3: capital-0, capital-2" in line
-    check_method(lacking, AttributionOptions())
+    check_selector(lacking, AttributionOptions())

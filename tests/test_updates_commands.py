@@ -28,6 +28,7 @@ from pipeline.cli import main
 from pipeline.editing import WeightUpdate
 from pipeline.model import load_model
 from pipeline.options import UpdateCommand
+from pipeline.options.base import as_config
 from pipeline.updates import Stopping, Store, run_schedule, trigger
 from pipeline.updates.store import UPDATE_LOCK
 
@@ -42,7 +43,7 @@ def quick(tmp_path: Path) -> list[str]:
     text.write_text("The path along the marsh is best walked in the hour after sunrise. " * 30)
     steps = {"steps": 1, "key_contexts": 1, "contexts": 1, "associations": 0, "neighbours": 0}
     gates = {"rewrite": 0, "locality": 0, "earlier": 0, "perplexity": "null", "drift": "null"}
-    values = {f"edit.locate.{name}": value for name, value in steps.items()}
+    values = {f"edit.expert.{name}": value for name, value in steps.items()}
     values |= {f"gates.{name}": value for name, value in gates.items()}
     values |= {
         "edit.layers": 1,
@@ -51,6 +52,12 @@ def quick(tmp_path: Path) -> list[str]:
         "evaluation.max_new_tokens": 1,
     }
     return [*CPU, *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
+
+
+def of_retract(quick: list[str]) -> list[str]:
+    """Those of the flags that `retract` takes."""
+    left_out = quick.index("--evaluation.max_new_tokens")
+    return quick[:left_out] + quick[left_out + 2 :]
 
 
 @pytest.fixture
@@ -98,7 +105,7 @@ def test_what_a_team_does(
     assert "version 1 is current, after 2: 2 facts less, 1 more" in told("rollback", "1", *at)
     assert "2 queued anew" in told("submit", str(second), *at, "--again")
     assert "version 3: 2 applied" in told("update", *at, *quick)
-    assert "retracted; its new answer" in told("retract", "2", *at, *quick)
+    assert "retracted; its new answer" in told("retract", "2", *at, *of_retract(quick))
     said = told("verify", *at)
     assert said.count("as it was written, and loads") == 5
     said = told("generate", *at, "--prompt", "The capital of Spain is", "--max_new_tokens", "2", *CPU)
@@ -130,9 +137,9 @@ def test_the_config_is_the_defaults() -> None:
 
     content = yaml.safe_load((ROOT / "configs" / "update.yaml").read_text(encoding="utf-8"))
     content["attribution"].pop("order")  # which is said there
-    from dataclasses import asdict
-
-    assert differences(content, asdict(UpdateCommand(store="x"))) == []
+    options = UpdateCommand(store="x")
+    assert differences(content["edit"].pop("expert"), vars(options.edit.locate)) == []
+    assert differences(content, as_config(options)) == []
 
 
 # bad input
@@ -145,7 +152,7 @@ def test_the_config_is_the_defaults() -> None:
         (["update", "--gates.rewrite", "2"], ["gates.rewrite", "2", "1"]),
         (["update", "--gates.perplexity", "0.5"], ["gates.perplexity", "0.5"]),
         (["update", "--batch", "0"], ["batch", "0", "1"]),
-        (["update", "--trainer.devices", "2"], ["trainer.devices", "one device"]),
+        (["update", "--trainer.devices", "2"], ["flag --trainer.devices does not exist"]),
         (["schedule"], ["--cron", "--every"]),
         (["schedule", "--cron", "* * * * *", "--every", "6h"], ["--cron", "--every"]),
         (["schedule", "--every", "6 hours"], ["every", "6 hours", "6h"]),
@@ -194,7 +201,13 @@ def test_what_a_store_refuses(
     waiting = tmp_path / "waiting.jsonl"
     waiting.write_text('{"prompt": "The capital of Chad is", "subject": "Chad", "new_answer": "Rome"}\n')
     told("submit", str(waiting), *at)
-    for command in (["update", *quick], ["verify"], ["retract", "1", *quick], ["export", "1"], ["generate"]):
+    for command in (
+        ["update", *quick],
+        ["verify"],
+        ["retract", "1", *of_retract(quick)],
+        ["export", "1"],
+        ["generate"],
+    ):
         assert "made for model" in refused(*command, *at, "--model", str(other))
     assert "9 does not exist; there is 0 (the base model) to 2" in refused("rollback", "9", *at)
     assert "9 does not exist" in refused("show", "9", *at)
@@ -335,7 +348,7 @@ def test_another_update_is_told_and_no_failure(
     told("submit", str(request_file), *at, "--model", str(tiny_folder))
     with FileLock(Path(at[1]) / UPDATE_LOCK):
         assert "another update is at work on it; nothing to do here" in told("update", *at, *quick)
-        assert "another update is at work on it" in refused("retract", "1", *at, *quick)
+        assert "another update is at work on it" in refused("retract", "1", *at, *of_retract(quick))
     assert "in the queue of" in told("submit", str(request_file), *at)
 
 

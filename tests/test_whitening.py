@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.editing import edit
+from pipeline.editing.contexts import neighbours
+from pipeline.editing.editor import edit
 from pipeline.editing.whitening import WhitenedAdam, whitener
-from pipeline.model import LLM
-from pipeline.options import EditOptions, FinetuneOptions, LoraOptions, StatisticsOptions
-from pipeline.requests import EditRequest
+from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.requests.schema import EditRequest
 
 
 @pytest.fixture
@@ -62,20 +63,16 @@ def test_training_moves_text_less_for_as_large_a_change(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 60)
-    statistics = StatisticsOptions(text=str(text), tokens=1024, cache=str(tmp_path))
+    statistics = StatisticsOptions(text=str(text), tokens=1024)
     ids = tiny.tokenizer(text.read_text()).input_ids[:100]
     with tiny.frozen(), torch.no_grad():
         before = tiny.model(torch.tensor([ids])).logits
     moved = []
     for whiten in (0.0, 1e-3):
-        common = {"scope": "down", "epochs": 8, "learnt": 0.0, "kl": 0.0, "whiten": whiten}
-        options = EditOptions(
-            method=method,
-            layers=[2],
-            statistics=statistics,
-            finetune=FinetuneOptions(**common),  # type: ignore[arg-type]
-            lora=LoraOptions(**common, rank=4, learning_rate=0.02),  # type: ignore[arg-type]
-        )
+        expert = {"scope": "down", "epochs": 8, "learnt": 0.0, "kl": 0.0, "whiten": whiten}
+        if method == "lora":
+            expert |= {"rank": 4, "learning_rate": 0.02}
+        options = EditOptions(method=method, layers=[2], statistics=statistics, expert=expert)
         update = edit(tiny, requests, options=options)
         ((name, tensor),) = update.tensors.items()
         size = (tensor - tiny.model.get_parameter(name)).norm().item()
@@ -85,14 +82,11 @@ def test_training_moves_text_less_for_as_large_a_change(
 
 
 def test_kl_keeps_answers_about_something_else(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    from pipeline.editing.contexts import neighbours
-    from pipeline.model.targets import tokenize
-
-    texts = tokenize(tiny_llm, [text for text, _ in neighbours(requests, 1, 256)])
+    texts = tiny_llm.tokens.texts([text for text, _ in neighbours(requests, 1, 256)])
     moved = []
     for kl in (0.0, 20.0):
-        options = FinetuneOptions(epochs=20, learnt=0.0, learning_rate=0.1, kl=kl, whiten=0.0)
-        update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], finetune=options))
+        expert = {"epochs": 20, "learnt": 0.0, "learning_rate": 0.1, "kl": kl, "whiten": 0.0}
+        update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], expert=expert))
         divergence = 0.0
         for ids in texts:
             with tiny_llm.frozen(), torch.no_grad():
@@ -105,8 +99,8 @@ def test_kl_keeps_answers_about_something_else(tiny_llm: LLM, requests: list[Edi
 
 
 def test_a_bound_holds_every_entry(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    options = FinetuneOptions(epochs=10, learnt=0.0, learning_rate=0.1, bound=0.05, whiten=0.0, kl=0.0)
-    update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], finetune=options))
+    expert = {"epochs": 10, "learnt": 0.0, "learning_rate": 0.1, "bound": 0.05, "whiten": 0.0, "kl": 0.0}
+    update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], expert=expert))
     for name, tensor in update.tensors.items():
         base = tiny_llm.model.get_parameter(name).detach()
         most = 0.05 * base.square().mean().sqrt()

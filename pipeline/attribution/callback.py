@@ -72,19 +72,19 @@ class GradientAttribution(Callback):
         models = (module for module in pl_module.modules() if isinstance(module, PreTrainedModel))
         self.model = next(models, pl_module)
 
-    def _start(self, trainer: Trainer, *_: Any) -> None:
+    def _start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if watches(trainer):
             self._found = []
             self._attach()
 
-    def _batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def _batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not watches(trainer):
             return
         self._pass = Pass(0, len(self.blocks))
         self._before = torch.is_grad_enabled()
         torch.set_grad_enabled(True)  # validation and prediction switch gradients off
 
-    def _batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+    def _batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
         if not watches(trainer):
             return
         if not self._pass.is_done:
@@ -93,7 +93,7 @@ class GradientAttribution(Callback):
         self._pass.check()
         self._found.append(self.last_scores.double().numpy())
 
-    def _end(self, trainer: Trainer, *_: Any) -> None:
+    def _end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if watches(trainer):
             self._detach()
             found = self._found or [np.empty((0, len(self.blocks)))]
@@ -134,8 +134,8 @@ class GradientAttribution(Callback):
         hidden_RTD = args[0] if args else kwargs["hidden_states"]
         if len(hidden_RTD) % self.estimator.sides:
             raise UserError(
-                f"attribution: a batch of {len(hidden_RTD)} rows; expected the old answers' rows and then as many of "
-                "the new ones'"
+                f"attribution: a batch of {len(hidden_RTD)} rows; expected the old answers' rows and then as many "
+                "of the new ones'"
             )
         self._pass = Pass(len(hidden_RTD), len(self.blocks))
 

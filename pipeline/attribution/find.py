@@ -95,8 +95,8 @@ def score_requests(
         selectors: the ways to score that there are.
 
     Raises:
-        UserError: for an unknown method, requests that it cannot score, a prompt longer than the context, or a score
-            that is not a number.
+        UserError: for an unknown method, requests that it cannot score, a prompt longer than the context, or scores
+            that are not numbers.
     """
     options = options or AttributionOptions()
     check_selector(requests, options, selectors)
@@ -136,7 +136,7 @@ def choose(
     options = options or AttributionOptions()
     scope = options.scope
     if isinstance(found, GradientAttribution):
-        found, scope = scores_of(found), found.scope
+        scope, found = found.scope, scores_of(found)
     selector = selectors[found.method]
     fences = options.fences if selector.fenced else 0.0
     order = options.order if selector.of_gradients else "signed"

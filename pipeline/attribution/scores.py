@@ -39,7 +39,7 @@ class Scores:
     chat: bool = False
 
     def save(self, folder: Path) -> Path:
-        """Write `scores.safetensors` into a folder, whole or not at all: tensor `scores`; method, ids as metadata."""
+        """Write `scores.safetensors` into a folder, whole or not at all: tensor `scores`, ids as metadata."""
         about = {"about": json.dumps({"method": self.method, "ids": self.ids})}
         tensors = {"scores": np.ascontiguousarray(self.values)}
         return write_whole(folder / SCORES_FILE, lambda partial: save_file(tensors, partial, about))

@@ -5,10 +5,11 @@ from pipeline.offered import offered
 __getattr__, __all__ = offered(
     __name__,
     {
-        "edit": ("accept", "check_earlier", "choose_layers", "edit"),
+        "editor": ("METHODS", "accept", "check_earlier", "choose_layers", "edit", "settings_of"),
         "export": ("export_adapter", "export_merged"),
+        "finetune": ("FineTune",),
         "leave_out": ("can_leave_out", "leave_out"),
-        "method": ("METHODS",),
+        "method": ("register",),
         "update": ("WeightUpdate",),
     },
 )

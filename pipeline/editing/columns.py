@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.model import sizes
-from pipeline.model.blocks import Projection
-from pipeline.requests import EditRequest, fact
+from pipeline.model.blocks import Projection, sizes
+from pipeline.requests.conflicts import fact
+from pipeline.requests.schema import EditRequest
 
 
 class Columns(NamedTuple):
@@ -50,22 +50,19 @@ class Columns(NamedTuple):
         """The entries of an update's state."""
         return {f"locate.{layer}.{name}": tensor.cpu() for name, tensor in self._asdict().items()}
 
-    def asked(self, owners: Sequence[int], keys_GCI: Tensor, values_GO: Tensor, again: bool = False) -> Columns:
+    def asked(self, owners: Sequence[int], keys_GCI: Tensor, values_GO: Tensor) -> Columns:
         """With the requests' columns in place of what was asked for the same facts before.
 
         Args:
             owners: what each request is about.
             keys_GCI: the requests' keys.
-            values_GO: changes of the output, found without `solved_OI`; with `again`, found on top of it, and so
-                put on top of what was asked: least squares falls a little short, and is to fall short of more.
+            values_GO: changes of the output, found without `solved_OI`.
         """
         contexts = keys_GCI.shape[1]
         owner_n = torch.tensor(owners, device=self.owner_n.device).repeat_interleave(contexts)
         key_In = keys_GCI.flatten(0, 1).T.to(self.key_In)
         change_On = values_GO.T.repeat_interleave(contexts, dim=1).to(self.change_On)
         mine_n = torch.isin(self.owner_n, owner_n)
-        if again:
-            change_On = change_On + self.change_On[:, mine_n]
         return Columns(
             key_In=torch.cat([self.key_In[:, ~mine_n], key_In], dim=1),
             change_On=torch.cat([self.change_On[:, ~mine_n], change_On], dim=1),

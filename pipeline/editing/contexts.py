@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 
 CONTEXTS = (  # what may stand before a prompt, so that an edit holds in more than one setting
     "{prompt}",

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.editing.update import WeightUpdate, write_tensors
 from pipeline.errors import UserError
 from pipeline.files import require_room
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
 
 KEPT = 1e-5  # relative: singular values below this are rounding
 
@@ -25,7 +25,7 @@ def export_merged(llm: LLM, update: WeightUpdate, folder: Path) -> None:
         UserError: when the disk has no room, or the update was made for another model.
 
     Example:
-        >>> options = EditOptions(method="lora", lora=LoraOptions(rank=2, epochs=4, whiten=0.0))
+        >>> options = EditOptions(method="lora", expert={"rank": 2, "epochs": 4, "whiten": 0.0})
         >>> export_merged(llm, edit(llm, requests, profile, options), folder)
         >>> edited = load_model(str(folder))
         >>> edited.fingerprint == llm.fingerprint

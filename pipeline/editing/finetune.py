@@ -7,160 +7,276 @@ Breadth-first mini-batches at one well-chosen layer are what makes plain fine-tu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.checkpoints import KeepTraining, last_checkpoint
-from pipeline.editing.lessons import read_rows
-from pipeline.editing.method import Runtime
+from pipeline.editing.adapter import Adapter
+from pipeline.editing.keeping import KeepTraining
+from pipeline.editing.lesson_data import LessonData
+from pipeline.editing.lessons import read_lessons, teaching_loss
+from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
-from pipeline.editing.training import Training
-from pipeline.editing.whitening import WhitenedAdam, whitener
-from pipeline.model import LLM, build_trainer
+from pipeline.editing.whitening import WhitenedAdam, reads_for, whitener
+from pipeline.errors import UserError
+from pipeline.model.activations import Activations, target_logits
 from pipeline.model.checkpointing import checkpointing
+from pipeline.model.llm import LLM
+from pipeline.options.base import Count, Options, Positive, Weight, above, at_least, at_most, one_of
+from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.requests.rows import Batch
+from pipeline.requests.schema import EditRequest
 from pipeline.running.processes import from_first
-from pipeline.running.sharding import whole
-from pipeline.options import EditOptions, FinetuneOptions, TrainerOptions, TrainingOptions
-from pipeline.requests import EditRequest, ListDataModule
+from pipeline.running.sharding import as_spread, put, whole
+from pipeline.running.stage import INSTEAD, attempt
+from pipeline.running.trainer import Runtime, trainer_of
 
 
-class FineTune(Training):
-    """Trains the MLP weights (or the down-projection) of the golden layers under `Trainer.fit`.
+@dataclass(kw_only=True)
+class FinetuneSettings(Options):
+    """What fine-tuning can be set to."""
 
-    Steps and their loss are those of `Training`.
+    scope: Annotated[str, one_of("mlp", "down")] = "mlp"
+    """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
+    epochs: Count = 11
+    """The most passes over the requests."""
+    batch_size: Count = 8
+    """Requests in an optimiser step, over all devices."""
+    contexts: Annotated[int, at_least(0), at_most(4)] = 4
+    """Contexts that a prompt is trained under, in turn, every second epoch; 0: the bare prompt alone."""
+    learning_rate: Positive = 0.02
+    """Adam's step size, in units of a weight's root mean square (LoRA: as it is)."""
+    last_step: Annotated[float, above(0), at_most(1)] = 0.3
+    """The last epoch's step size, in units of the first's."""
+    learnt: Weight = 0.05
+    """A row whose loss (nats) is below this counts no more; when all are, training ends."""
+    kl: Weight = 0.3
+    """Weight of answering as before after prompts about something else; 0: not asked for."""
+    whiten: Weight = 0.01
+    """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
+    bound: Weight = 0.0
+    """Largest change of a trained weight's entry, in units of the weight's root mean square; 0: none."""
+
+
+class FineTune(LightningModule):
+    """Trains the MLP weights (or the down-projection) of the golden layers, or an adapter beside them.
+
+    For any Trainer, with plain batches of `EditRequests` as well; `edit` gives it batches with unrelated prompts.
 
     Args:
-        llm: the model, frozen by the caller.
+        llm: the model; what is not trained is frozen when training starts.
         layers: the blocks to train.
-        options: `options.finetune` is what counts here.
-        earlier: nothing is needed of it: what was learnt before is in the weights.
+        settings: how; default: fine-tuning's.
+        adapter: train this one in place of the weights; it must be attached while it is trained.
+        statistics: of which text whitening takes its key statistics.
 
     Attributes:
         weight_names: the weights it changes, by full name.
-        state: empty.
+        state: the adapter's tensors under PEFT's names, with a prefix.
+        adapter: LoraConfig's arguments for such an adapter.
+        whiteners: of projections, those that steps are whitened by.
+
+    Example:
+        >>> trainer = Trainer(max_epochs=3, accumulate_grad_batches=2)
+        >>> trainer.fit(FineTune(llm, [1]), EditRequests(requests, llm.tokenizer, batch_size=4))
     """
 
-    name = "finetune"
-    needs_subject = False
-    adapter: dict[str, Any] | None = None
-
     def __init__(
-        self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
+        self,
+        llm: LLM,
+        layers: Sequence[int],
+        settings: FinetuneSettings | None = None,
+        adapter: Adapter | None = None,
+        statistics: StatisticsOptions | None = None,
     ) -> None:
-        own: TrainingOptions = getattr(options, self.name)
-        super().__init__(llm, layers, own)
-        self.statistics = options.statistics
-        self.state: dict[str, Tensor] = {}
-        self.weight_names = [name for layer in layers for name in llm.blocks[layer].weight_names(own.scope)]
+        super().__init__()
+        self.strict_loading = False  # a checkpoint holds what is trained
+        self.llm, self.model, self.layers = llm, llm.model, list(layers)
+        self.activations = Activations(llm)
+        self.settings, self.statistics = settings or FinetuneSettings(), statistics or StatisticsOptions()
+        self.lora, self.adapter = adapter, adapter.config if adapter else None
+        names = [name for layer in layers for name in llm.blocks[layer].weight_names(self.settings.scope)]
+        self.weight_names, self.state = names, dict[str, Tensor]()
+        self.whiteners: dict[str, Tensor] = {}
 
-    def run(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
-        """Train until every request is learnt or the options' epochs are over."""
-        self.prepare(requests, runtime.trainer)
-        for name in self.weight_names:
-            self.model.get_parameter(name).requires_grad_(True)
-        self.fit(runtime)
+    def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
+        """Train until every request is learnt or the settings' epochs are over; an adapter is merged then."""
+        settings = self.settings
+        self.find_whiteners(runtime)
+        reading = (min(self.layers), [requests], settings.contexts, settings.kl > 0, runtime)
+        (lessons,) = read_lessons(self.llm, *reading)
+        data = LessonData(lessons, settings.batch_size, self.llm.pad_token_id, runtime.seed)
+        with self.lora.attached(runtime.seed, self.whiteners) if self.lora else nullcontext() as adapted:
+            self.fit(data, runtime)
+            if self.lora and adapted:
+                self.state = self.lora.merged(adapted)
 
-    def prepare(self, requests: Sequence[EditRequest], trainer: TrainerOptions) -> None:
-        """Find and read what training leaves as it is."""
-        self.find_whiteners(trainer)
-        ((self.taught, self.others),) = read_rows(self.llm, min(self.layers), [requests], self.options, trainer)
+    def find_whiteners(self, runtime: Runtime) -> None:
+        """Of every projection that is trained, where the settings want any."""
+        names = [name.removesuffix(".weight") for name in self.weight_names] if self.settings.whiten else []
+        moments = key_moments(self.llm, names, self.statistics, runtime)
+        self.whiteners = {name: whitener(moment, self.settings.whiten) for name, moment in moments.items()}
 
-    def find_whiteners(self, trainer: TrainerOptions) -> None:
-        """Of every trained projection, where the options want any."""
-        names = [name.removesuffix(".weight") for name in self.weight_names] if self.options.whiten else []
-        self.whiteners = {
-            name: whitener(moment, self.options.whiten)
-            for name, moment in key_moments(self.llm, names, self.statistics, trainer).items()
-        }
+    def fit(self, data: LessonData, runtime: Runtime) -> None:
+        """Train; where the memory does not suffice, from the start again in micro-batches of half the size."""
+        keeping = [KeepTraining(runtime.work)] if runtime.work else []
+        about = {"logger": runtime.logger, "max_epochs": self.settings.epochs, "log_every_n_steps": 1}
+        parts = 0
+        while True:
+            with (
+                trainer_of(runtime, "Editing", keeping, enable_checkpointing=bool(keeping), **about) as trainer,
+                checkpointing(self.llm, runtime.options.activation_checkpointing),
+            ):
+                trainer.accumulate_grad_batches = parts = parts or self._parts(trainer, runtime)
+                found = from_first(keeping[0].found() if keeping else None)
+                fit = partial(trainer.fit, self, datamodule=data, ckpt_path=found, weights_only=True)
+                suffices, failed = attempt(fit)
+            if suffices:
+                return
+            parts = self._smaller(trainer, failed)
+            if found := keeping[0].found() if keeping else None:
+                found.unlink()  # its steps are cut into other parts
 
-    def fit(self, runtime: Runtime) -> None:
-        """Train what requires a gradient; with a work folder, on from the last epoch that it holds."""
-        self.start = {name: weight.detach().clone() for name, weight in self.trained()} if self.bound else {}
-        learnt = EarlyStopping(
-            "edit/unlearnt",
-            stopping_threshold=0.5 / len(self.taught),  # the share that half a row is: none is left
-            patience=self.options.epochs,
-            check_on_train_epoch_end=True,
-        )
-        callbacks: list[Callback] = [learnt, *([KeepTraining(runtime.work)] if runtime.work else [])]
-        self.micro_batch = runtime.trainer.micro_batch or self.options.batch_size
-        self.data = ListDataModule(
-            (range(len(self.taught)), self.share, self.options.batch_size), seed=runtime.seed
-        )
-        trainer = build_trainer(
-            runtime.trainer,
-            "Editing",
-            runtime.logger,
-            callbacks,
-            max_epochs=self.options.epochs,
-            log_every_n_steps=1,
-            enable_checkpointing=runtime.work is not None,
-            reload_dataloaders_every_n_epochs=1,  # so that an epoch's order hangs on its number alone
-        )
-        with checkpointing(self.llm, runtime.trainer.activation_checkpointing):
-            trainer.fit(
-                self,
-                datamodule=self.data,
-                ckpt_path=from_first(last_checkpoint(runtime.work) if runtime.work else None),
-                weights_only=True,
+    def _parts(self, trainer: Trainer, runtime: Runtime) -> int:
+        """In how many micro-batches a device runs its part of a batch."""
+        most = runtime.options.micro_batch or self.settings.batch_size
+        return max(trainer.accumulate_grad_batches, -(-self.settings.batch_size // (trainer.world_size * most)))
+
+    def _smaller(self, trainer: Trainer, failed: str) -> int:
+        """Twice as many micro-batches, for weights that are as they were before."""
+        largest = -(-self.settings.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
+        if largest == 1:
+            raise UserError(f"trainer: {failed}; {INSTEAD}")
+        if trainer.world_size > 1:
+            raise UserError(
+                f"trainer: {failed}; devices that train together cannot repeat a step alone; give "
+                f"--trainer.micro_batch {largest // 2}"
             )
+        for name, weight in self.trained().items():
+            put(weight, self.start[name])
+        return 2 * trainer.accumulate_grad_batches
 
-    def on_train_epoch_end(self) -> None:
-        """A step of the learning rate."""
-        scheduler = self.lr_schedulers()
-        assert isinstance(scheduler, torch.optim.lr_scheduler.LinearLR)
-        scheduler.step()
+    def configure_model(self) -> None:
+        """Freeze what is not trained, before a strategy wraps it; remember what is trained as it is."""
+        self.model.eval()
+        for name, weight in self.model.named_parameters():
+            weight.requires_grad_("lora_" in name if self.lora else name in self.weight_names)
+        self.start = {name: whole(weight).to("cpu", copy=True) for name, weight in self.trained().items()}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by its name in the model."""
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam, its step in units of a weight's own root mean square, so that one rate serves every family.
 
-        Over the epochs it goes evenly to `last_step` times that: small late steps take little from earlier ones.
+        An adapter's factors have no scale of the model's: for them, it is as it is. Over the epochs the step goes
+        evenly to `last_step` times that: small late steps take little from earlier ones.
         """
-        trained = self.trained()
-        found = {weight: self.whitening(name) for name, weight in trained}
+        trained, rate = self.trained(), self.settings.learning_rate
+        scales = {name: 1.0 if self.lora else _scale(whole(weight)) for name, weight in trained.items()}
         adam = WhitenedAdam(
-            [{"params": [weight], "lr": self.step_of(weight)} for _, weight in trained],
-            {weight: whitening for weight, whitening in found.items() if whitening},
+            [{"params": [weight], "lr": rate * scales[name]} for name, weight in trained.items()],
+            {weight: found for name, weight in trained.items() if (found := self._whitening(name))},
         )
-        falling = torch.optim.lr_scheduler.LinearLR(
-            adam, 1.0, self.options.last_step, total_iters=self.options.epochs
-        )
+        epochs = self.settings.epochs
+        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, self.settings.last_step, total_iters=epochs)
         return {"optimizer": adam, "lr_scheduler": falling}
 
-    def whitening(self, name: str) -> tuple[Tensor, int] | None:
+    def _whitening(self, name: str) -> tuple[Tensor, int] | None:
         """A trained weight's whitener, and the weight's dimension that it acts on."""
-        projection = name.removeprefix("model.").removesuffix(".weight")
+        projection = reads_for(name) if self.lora else name.removesuffix(".weight")
         if projection not in self.whiteners:
             return None
-        conv = isinstance(self.model.get_submodule(projection), Conv1D)
+        conv = not self.lora and isinstance(self.model.get_submodule(projection), Conv1D)
         return self.whiteners[projection].to(self.device), 0 if conv else 1
 
-    def step_of(self, weight: nn.Parameter) -> float:
-        """Adam's step size for a weight."""
-        assert isinstance(self.options, FinetuneOptions)
-        return self.options.learning_rate * whole(weight).float().square().mean().sqrt().item()
+    def training_step(self, batch: Batch) -> Tensor:
+        """The loss of a micro-batch (see `teaching_loss`), such that its mean over devices and micro-batches of a
+        step is that of all rows.
+
+        Raises:
+            UserError: for a loss that is not a number.
+        """
+        with self.activations.from_block(min(self.layers), batch.enter_BTD):
+            logits_NV = target_logits(self.model, batch)
+        loss, losses_B = teaching_loss(batch, logits_NV, self.settings.learnt, self.settings.kl)
+        counts_B = torch.ones_like(losses_B, dtype=torch.bool)
+        if batch.weight_B is not None:  # a device without a row of its own runs one that counts nothing
+            counts_B = batch.weight_B[: len(losses_B)] > 0
+        if not losses_B[counts_B].isfinite().all():
+            ids = dict.fromkeys(str(row.tag) for row in batch.texts[: len(losses_B)])
+            raise UserError(
+                f"edit: the loss is not a number in step {self.global_step}, in the batch of requests "
+                f"{', '.join(ids)}; try a smaller --edit.expert.learning_rate"
+            )
+        hits_B = batch.means((logits_NV.argmax(-1) == batch.target_N).to(losses_B))[: len(losses_B)]
+        self._follow(losses_B.detach()[counts_B], hits_B[counts_B])
+        return loss
+
+    def _follow(self, losses_B: Tensor, hits_B: Tensor) -> None:
+        """Show the figures of a step and their means over an epoch's rows."""
+        unlearnt_B = (losses_B > self.settings.learnt).to(losses_B)
+        self.unlearnt += unlearnt_B.sum()
+        rows = len(losses_B)
+        means = [figure.sum() / max(1, rows) for figure in (losses_B, hits_B, unlearnt_B)]
+        about: dict[str, Any] = {"on_epoch": True, "batch_size": rows, "sync_dist": True}
+        self.log("loss", means[0], prog_bar=True, logger=False, batch_size=1)
+        self.log("edit/loss", means[0], on_step=True, **about)
+        self.log("edit/accuracy", means[1], on_step=False, **about)
+        self.log("edit/unlearnt", means[2], on_step=False, **about)
+
+    def on_train_start(self) -> None:
+        """Where every entry of a weight is to stay (FT-L's norm constraint)."""
+        self.box: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, weight in self.trained().items() if self.settings.bound else ():
+            start, most = as_spread(self.start[name], weight), self.settings.bound * _scale(self.start[name])
+            self.box[name] = start - most, start + most
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Keep it there."""
+        for name, weight in self.trained().items() if self.box else ():
+            weight.copy_(torch.clamp(weight, *self.box[name]))
+
+    def on_train_epoch_start(self) -> None:
+        """Count what is not learnt yet."""
+        self.unlearnt = torch.zeros((), device=self.device)
+
+    def on_train_epoch_end(self) -> None:
+        """End when nothing is left to learn, or the epochs are over."""
+        left = self.trainer.strategy.reduce(self.unlearnt, reduce_op="sum")
+        if not left or self.current_epoch + 1 >= self.settings.epochs:
+            self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained alone, how far the epoch is, its means so far, and whether all is learnt."""
-        trained = dict(self.trained())
+        """Keep what is trained alone, and whether all is learnt."""
+        trained = {f"model.{name}" for name in self.trained()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress
-        checkpoint["begun"] = self.current_epoch, batches.current.ready
-        checkpoint["over"] = self.trainer.should_stop
-        if not batches.is_last_batch:
-            checkpoint["followed"] = {name: mean.metric_state for name, mean in self.followed.items()}
+        checkpoint["unlearnt"], checkpoint["over"] = self.unlearnt.cpu(), self.trainer.should_stop
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
-        self.data.begun = checkpoint["begun"]
-        self.trainer.should_stop = checkpoint["over"]
-        for name, state in checkpoint.get("followed", {}).items():
-            mean = self.followed[name]
-            for part, value in state.items():
-                setattr(mean, part, value.to(self.device))
+        self.unlearnt, self.trainer.should_stop = checkpoint["unlearnt"].to(self.device), checkpoint["over"]
+
+
+def _scale(weight: Tensor) -> float:
+    """The root mean square of a weight's entries."""
+    return weight.float().square().mean().sqrt().item()
+
+
+def make_finetune(
+    llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
+) -> FineTune:
+    """Fine-tuning as `edit` makes it; what was learnt before is in the weights."""
+    return FineTune(llm, layers, settings_of(options), statistics=options.statistics)
+
+
+register("finetune", make_finetune, FinetuneSettings)

@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
-from pipeline.editing.columns import Columns, owner
-from pipeline.editing.edit import METHODS, restored
+from pipeline.editing.columns import owner
+from pipeline.editing.editor import METHODS, restored
 from pipeline.editing.locate import LocateThenEdit
-from pipeline.editing.method import Runtime
 from pipeline.editing.update import WeightUpdate
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.conflicts import fact
+from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import whole
-from pipeline.options import EditOptions, TrainerOptions
-from pipeline.requests import EditRequest, fact
+from pipeline.running.trainer import Runtime
 
 ROUNDING = 1e-5  # relative: what adding and taking away changes may leave of them
 
 
-def can_leave_out(llm: LLM, update: WeightUpdate, requests: Sequence[EditRequest], method: str) -> bool:
+def can_leave_out(update: WeightUpdate, requests: Sequence[EditRequest], method: str) -> bool:
     """Whether the update can be had without these requests: all were located, and so have columns of their own."""
-    if METHODS[method].make is not LocateThenEdit:
+    if not METHODS[method].solves_anew:
         return False
-    held = {number for layer in _layers(update) for number in _columns(llm, update, layer).owner_n.tolist()}
+    held = {number for layer in _layers(update) for number in update.state[_owners(layer)].tolist()}
     return all(owner(request) in held for request in requests)
 
 
@@ -33,7 +36,7 @@ def leave_out(
     update: WeightUpdate,
     requests: Sequence[EditRequest],
     options: EditOptions,
-    trainer: TrainerOptions | None = None,
+    trainer: TrainerOptions | Trainer | None = None,
     seed: int = 0,
 ) -> WeightUpdate:
     """The update without some of its requests, as if they had never been among them.
@@ -54,10 +57,11 @@ def leave_out(
     """
     layers, gone = _layers(update), {fact(request) for request in requests}
     left = [request for request in update.requests if fact(request) not in gone]
-    method = LocateThenEdit(llm, layers, options, update.state)
+    method = METHODS[options.method].make(llm, layers, options, update.state)
+    assert isinstance(method, LocateThenEdit)
     base = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in method.weight_names}
     with update.applied(llm), restored(llm, method.weight_names), llm.frozen():
-        method.leave_out(requests, Runtime(trainer or TrainerOptions(), seed=seed, earlier=left))
+        method.leave_out(requests, Runtime(trainer or TrainerOptions(), seed=seed), left)
         changed = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in base}
     changed = {name: _snapped(tensor, base[name]) for name, tensor in changed.items()}
     unlike = {name: tensor for name, tensor in changed.items() if not torch.equal(tensor, base[name])}
@@ -76,12 +80,11 @@ def leave_out(
 
 def _layers(update: WeightUpdate) -> list[int]:
     """Blocks that the update holds columns for."""
-    return [layer for layer in update.layers if f"locate.{layer}.owner_n" in update.state]
+    return [layer for layer in update.layers if _owners(layer) in update.state]
 
 
-def _columns(llm: LLM, update: WeightUpdate, layer: int) -> Columns:
-    ((_, down),) = llm.blocks[layer].down.items()
-    return Columns.of_state(update.state, layer, down)
+def _owners(layer: int) -> str:
+    return f"locate.{layer}.owner_n"
 
 
 def _snapped(tensor: Tensor, base: Tensor) -> Tensor:

@@ -1,168 +1,246 @@
-"""Locate-then-edit: find what the golden layer should put out for each subject, then solve for its weight.
+"""Locate-then-edit: find what a subject should put out, and change the down-projection so that it does.
 
-One family (arXiv 2403.14236): a request's key k is what enters the down-projection at the subject's last token,
-its value is what should leave it there. `memit`, `emmet`, `rome` and `alphaedit` differ in the last step only,
-the closed-form solver. Values of a batch of requests are searched for together.
+A subject's key is what enters the golden layer's down-projection at the subject's last token (ROME, arXiv
+2202.05262); its value is what should leave it there. `memit`, `emmet`, `rome` and `alphaedit` differ in the last
+step only, the closed-form solver. Values of a batch of requests are searched for together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
-from typing import Any
+from itertools import islice, repeat
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, owner
-from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, in_context
-from pipeline.editing.keys import KeyReading, KeyRow, neighbour_moments, read_keys
-from pipeline.editing.method import Runtime
+from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, in_context, neighbours
+from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
-from pipeline.editing.values import Located, ValueSearch, locate
-from pipeline.model import LLM
+from pipeline.editing.values import SEARCHED_TOGETHER, KeyReading, Located, ValueSearch, locate
 from pipeline.model.blocks import Projection
+from pipeline.model.llm import LLM
+from pipeline.options.base import Count, FromZero, Most, Options, Positive, Weight, above, at_least, at_most
+from pipeline.options.editing import EditOptions
+from pipeline.requests.rows import Row
+from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import add
-from pipeline.model.targets import last_token, prompt_tokens
-from pipeline.options import EditOptions, LocateOptions
-from pipeline.requests import EditRequest
+from pipeline.running.stage import run
+from pipeline.running.trainer import Runtime
 
-FEW = 10  # requests
+FEW = 10  # requests, which seldom get in each other's way
+MOST_NEIGHBOURS = 1000  # prompts
+READ_TOGETHER = 32  # rows
 
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
 
-def solver(method: str, options: LocateOptions) -> Solver:
-    """The closed-form solver of a method's name, with its options."""
-    return {
-        "memit": partial(solvers.memit, strength=options.strength),
-        "emmet": partial(solvers.emmet, ridge=options.ridge),
-        "rome": partial(solvers.rome, ridge=options.ridge),
-        "alphaedit": partial(solvers.alphaedit, threshold=options.threshold),
-    }[method]
+@dataclass(kw_only=True)
+class LocateSettings(Options):
+    """What locate-then-edit can be set to."""
 
-
-def reach(options: LocateOptions, requests: int) -> LocateOptions:
-    """The options, with how far a value may go chosen by the number of requests where nothing is asked for."""
-    bound, steps = (2.0, 40) if requests <= FEW else (1.6, 22)
-    return replace(options, bound=options.bound or bound, steps=options.steps or steps)
+    contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 1
+    """Contexts that a value is searched under, the bare prompt being the first; at most 9."""
+    associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 2
+    """Openings that call for what goes with a subject, which it is searched under as well; at most 2."""
+    key_contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 5
+    """Contexts that a subject's keys are taken under; at most 9."""
+    neighbours: FromZero = 10
+    """memit: other names in each prompt, whose outputs are to stay; 0: none."""
+    neighbour_weight: Weight = 1.0
+    """memit: weight of such names against ordinary text."""
+    batch_size: Count = 32
+    """Requests whose values are searched for together."""
+    steps: Most = None
+    """The most optimiser steps of a value; default: 40 for up to 10 requests, 22 for more."""
+    step: Positive = 0.16
+    """Adam's step size for a value, in units of the projection's output norm."""
+    bound: Annotated[float | None, above(0)] = None
+    """Largest change of a value, in units of the projection's output norm; default: 2 for up to 10 requests, else
+    1.6."""
+    strength: Positive = 80.0
+    """memit: weight of what is to stay against the requests, free of the keys' scale."""
+    threshold: Positive = 0.02
+    """alphaedit: eigenvalues of the statistics below this, relative to the largest, count as free of text."""
 
 
 class LocateThenEdit:
     """Changes the down-projection of the golden layers in closed form.
 
-    With several layers, or rounds, each visit finds what the requests still miss in the model as it is by then,
-    so that a value found at one layer is carried forward to the next.
+    With several layers, each visit finds what the requests still miss in the model as it is by then, so that a
+    value found at one layer is carried forward to the next.
 
     Args:
         llm: the model, frozen by the caller.
         layers: the blocks to change.
-        options: `options.locate` is what counts here, and the solver's name in `options.method`.
+        options: `settings_of` them are what counts here, and the text of the statistics.
         earlier: keys and values in it are solved for again, together with the new ones.
+        solver: from the settings to the closed-form solver.
+        key_a_context: whether each context's key is a column of its own; else a request has one, their mean.
+        spares_neighbours: whether outputs for other names in the prompts are to stay.
 
     Attributes:
         weight_names: the down-projections' weights.
         state: every layer's `Columns`.
     """
 
-    needs_subject = True
     adapter: dict[str, Any] | None = None
 
     def __init__(
-        self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
+        self,
+        llm: LLM,
+        layers: Sequence[int],
+        options: EditOptions,
+        earlier: Mapping[str, Tensor] | None = None,
+        *,
+        solver: Callable[[LocateSettings], Solver],
+        key_a_context: bool = False,
+        spares_neighbours: bool = False,
     ) -> None:
-        self.llm = llm
-        self.layers = list(layers)
-        self.options = options.locate
-        self.statistics = options.statistics
-        self.solve = solver(options.method, options.locate)
-        self.key_per_context = options.locate.key_per_context and options.method == "memit"
-        self.near = options.locate.neighbours if options.method == "memit" else 0
+        self.llm, self.layers, self.statistics = llm, list(layers), options.statistics
+        self.settings: LocateSettings = settings_of(options)
+        self.solve = solver(self.settings)
+        self.key_a_context = key_a_context
+        self.near = self.settings.neighbours if spares_neighbours and self.settings.neighbour_weight else 0
         self.weight_names = [name for layer in layers for name in llm.blocks[layer].weight_names("down")]
         self.state = dict(earlier or {})
 
-    def run(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
+    def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """At each layer in turn: search the values, gather the keys, solve, and change the weight in place."""
-        names = [name for layer in self.layers for name in self.llm.blocks[layer].down]
-        moments = key_moments(self.llm, names, self.statistics, runtime.trainer)
+        moments = self.moments(runtime)
         located = self.located(requests)
-        owners = [owner(request) for request in requests]
-        options = reach(self.options, len(requests))
-        visits = [(layer, turn) for layer in self.layers for turn in range(self.options.rounds)]
-        for visit, (layer, turn) in enumerate(visits):
-            ((name, down),) = self.llm.blocks[layer].down.items()
-            columns = Columns.of_state(self.state, layer, down)
-            if turn == 0:  # values of all updates are found without each other, and solved for together
-                _change(down, -columns.solved_OI)
-            values_GO = ValueSearch(self.llm, layer, options, visit).find(located, runtime)
-            keys_GCI = self.keys(layer, requests, runtime)
-            if turn > 0:
-                _change(down, -columns.solved_OI)
-            columns = columns.asked(owners, keys_GCI, values_GO, again=turn > 0)
-            self._solve(layer, columns, [*runtime.earlier, *requests], moments[name], runtime)
-
-    def leave_out(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
-        """Solve again without these requests, for `runtime.earlier` alone; no value is searched for anew."""
-        names = [name for layer in self.layers for name in self.llm.blocks[layer].down]
-        moments = key_moments(self.llm, names, self.statistics, runtime.trainer)
         for layer in self.layers:
-            ((name, down),) = self.llm.blocks[layer].down.items()
-            columns = Columns.of_state(self.state, layer, down)
-            _change(down, -columns.solved_OI)
-            rest = columns.without([owner(request) for request in requests])
-            self._solve(layer, rest, runtime.earlier, moments[name], runtime)
+            columns = self._taken_out(
+                layer
+            )  # values are found without those of other updates, and solved with them
+            values = self.find(self.search(layer, len(requests)), located, runtime, kept=f"values-{layer}")
+            keys_GCI = self.keys(KeyReading(self.llm, layer), requests, runtime)
+            columns = columns.asked([owner(request) for request in requests], keys_GCI, torch.stack(values))
+            self._put_in(layer, columns, [*earlier, *requests], moments[layer], runtime)
 
-    def _solve(
+    def leave_out(self, requests: Sequence[EditRequest], runtime: Runtime, left: Sequence[EditRequest]) -> None:
+        """Solve again without these requests, for those that are left alone; no value is searched for anew."""
+        moments = self.moments(runtime)
+        for layer in self.layers:
+            columns = self._taken_out(layer).without([owner(request) for request in requests])
+            self._put_in(layer, columns, left, moments[layer], runtime)
+
+    def moments(self, runtime: Runtime) -> dict[int, Tensor]:
+        """The second moment of ordinary text's keys, by layer."""
+        names = {layer: next(iter(self.llm.blocks[layer].down)) for layer in self.layers}
+        found = key_moments(self.llm, list(names.values()), self.statistics, runtime)
+        return {layer: found[name] for layer, name in names.items()}
+
+    def _taken_out(self, layer: int) -> Columns:
+        """What a layer was asked for before, its solution being taken out of the weight."""
+        (down,) = self.llm.blocks[layer].down.values()
+        columns = Columns.of_state(self.state, layer, down)
+        _change(down, -columns.solved_OI)
+        return columns
+
+    def _put_in(
         self, layer: int, columns: Columns, held: Sequence[EditRequest], text_II: Tensor, runtime: Runtime
     ) -> None:
         """Change a weight that is without any solution yet to what the columns ask for, and keep both."""
-        ((_, down),) = self.llm.blocks[layer].down.items()
+        (down,) = self.llm.blocks[layer].down.values()
         solved_OI = torch.zeros_like(columns.solved_OI)
         if columns.owner_n.numel():
-            (kept_II,) = self.kept(layer, [held], text_II, runtime)
-            kept_II = kept_II.to(down.weight.device)
-            solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
+            (kept_II,) = self.kept(KeyReading(self.llm, layer), [held], text_II, runtime)
+            solved_OI = self.solve(columns.key_In, columns.change_On, kept_II.to(down.weight.device)).float()
         _change(down, solved_OI)
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
 
     def located(self, requests: Sequence[EditRequest]) -> list[Located]:
         """The rows that each request's value is searched under."""
-        templates = CONTEXTS[: self.options.contexts] + ASSOCIATIONS[: self.options.associations]
-        return [locate(self.llm, number, request, templates) for number, request in enumerate(requests)]
+        templates = CONTEXTS[: self.settings.contexts] + ASSOCIATIONS[: self.settings.associations]
+        return [locate(self.llm, request, templates) for request in requests]
 
-    def keys(
-        self, layer: int, requests: Sequence[EditRequest], runtime: Runtime, reading: KeyReading | None = None
-    ) -> Tensor:
+    def search(self, layer: int, together: int, climbs: bool = False) -> ValueSearch:
+        """The search for values at a layer, for so many requests that are to get along."""
+        bound, steps = (2.0, 40) if together <= FEW else (1.6, 22)
+        own = self.settings
+        return ValueSearch(self.llm, layer, own.steps or steps, own.step, own.bound or bound, climbs)
+
+    def find(
+        self, search: ValueSearch, located: Sequence[Located], runtime: Runtime, kept: str | None = None
+    ) -> list[Tensor]:
+        """Every request's change (O,) of the output; with a work folder, found ones are kept there by this name."""
+        sizes = (Located.tokens, self.settings.batch_size, SEARCHED_TOGETHER)
+        return run(search, located, runtime, *sizes, kept=kept, in_step=True, logger=runtime.logger)
+
+    def keys(self, reading: KeyReading, requests: Sequence[EditRequest], runtime: Runtime) -> Tensor:
         """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""
-        placed = [in_context(template, r) for r in requests for template in CONTEXTS[: self.options.key_contexts]]
-        all_ids = prompt_tokens(self.llm, [text for text, _ in placed])
-        places = [last_token(self.llm, text, end) for text, end in placed]
-        rows = [KeyRow(n, ids, at, at + 1) for n, (ids, at) in enumerate(zip(all_ids, places, strict=True))]
-        key_RI = torch.cat(read_keys(self.llm, layer, rows, runtime.trainer, reading))
+        templates = CONTEXTS[: self.settings.key_contexts]
+        placed = [in_context(template, r) for r in requests for template in templates]
+        lasts = [self.llm.tokens.place(text, end) for text, end in placed]
+        rows = self._rows([text for text, _ in placed], lasts, lasts)
+        key_RI = torch.cat(run(reading, rows, runtime, _tokens, READ_TOGETHER))
         keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])
-        return keys_GCI if self.key_per_context else keys_GCI.mean(1, keepdim=True)
+        return keys_GCI if self.key_a_context else keys_GCI.mean(1, keepdim=True)
 
     def kept(
-        self,
-        layer: int,
-        batches: Sequence[Sequence[EditRequest]],
-        text_II: Tensor,
-        runtime: Runtime,
-        reading: KeyReading | None = None,
+        self, reading: KeyReading, groups: Sequence[Sequence[EditRequest]], text_II: Tensor, runtime: Runtime
     ) -> Iterator[Tensor]:
-        """By batch, the second moment of the keys whose output is to stay: of text and of requests' neighbours."""
-        weight = self.options.neighbour_weight
-        if not (self.near and weight):
-            yield from repeat(text_II, len(batches))
+        """By group, the second moment of the keys whose output is to stay: of text and of requests' neighbours.
+
+        Those are other names in the requests' prompts, and all tokens after them.
+        """
+        if not self.near:
+            yield from repeat(text_II, len(groups))
             return
-        near = (self.near, runtime.trainer, runtime.seed, reading)
-        for near_II in neighbour_moments(self.llm, layer, batches, *near):
-            yield text_II / text_II.trace() + weight * near_II / near_II.trace()
+        texts = [neighbours(group, self.near, MOST_NEIGHBOURS, runtime.seed) for group in groups]
+        flat = [placed for some in texts for placed in some]
+        firsts = [self.llm.tokens.place(text, end) for text, end in flat]
+        rows = self._rows([text for text, _ in flat], firsts)
+        keys = iter(run(reading, rows, runtime, _tokens, READ_TOGETHER))
+        for some in texts:
+            key_NI = torch.cat(list(islice(keys, len(some))))
+            near_II = key_NI.T @ key_NI / len(key_NI)
+            yield text_II / text_II.trace() + self.settings.neighbour_weight * near_II / near_II.trace()
+
+    def _rows(self, texts: Sequence[str], firsts: Sequence[int], lasts: Sequence[int] | None = None) -> list[Row]:
+        """Texts whose keys are wanted from one place to another, or to the end."""
+        all_ids = self.llm.tokens.prompts(texts)
+        lasts = lasts or [len(ids) - 1 for ids in all_ids]
+        places = zip(firsts, lasts, strict=True)
+        return [Row(ids, len(ids), place, n) for n, (ids, place) in enumerate(zip(all_ids, places, strict=True))]
+
+
+def _tokens(row: Row) -> int:
+    return len(row.token_ids)
 
 
 def _change(down: Projection, change_OI: Tensor) -> None:
     stored = change_OI if isinstance(down, torch.nn.Linear) else change_OI.T  # Conv1D stores (I, O)
     add(down.weight, stored)
+
+
+def _register(name: str, solver: Callable[[LocateSettings], Solver], **about: Any) -> None:
+    register(
+        name,
+        partial(LocateThenEdit, solver=solver, **about),
+        LocateSettings,
+        needs_subject=True,
+        trial="values",
+        solves_anew=True,
+        # where one layer is to hold batch after batch: small values, so that many get along
+        stacked={
+            **{"key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
+            **{"step": 0.13, "bound": 1.3, "strength": 20.0},
+        },
+    )
+
+
+_register(
+    "memit",
+    lambda settings: partial(solvers.memit, strength=settings.strength),
+    key_a_context=True,
+    spares_neighbours=True,
+)
+_register("emmet", lambda _: solvers.emmet)
+_register("rome", lambda _: solvers.rome)
+_register("alphaedit", lambda settings: partial(solvers.alphaedit, threshold=settings.threshold))

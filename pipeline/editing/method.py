@@ -1,56 +1,93 @@
-"""What a kind of edit is: the interface that every method meets, and what it is given to run with."""
+"""What a kind of edit is, and the one table of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from pipeline.model import LLM
-from pipeline.options import EditOptions, TrainerOptions
-from pipeline.requests import EditRequest
-
-
-class Runtime(NamedTuple):
-    """What an edit runs with.
-
-    Attributes:
-        trainer: what it runs on.
-        logger: where the curves go.
-        seed: of the mini-batches' order and of every draw.
-        work: a folder for work in progress; what is found there is not done again.
-        earlier: what an earlier update taught and this edit leaves in force.
-    """
-
-    trainer: TrainerOptions
-    logger: Logger | bool = False
-    seed: int = 0
-    work: Path | None = None
-    earlier: Sequence[EditRequest] = ()
+from pipeline.errors import UserError, check_choice
+from pipeline.options.base import Options, check_expert, kinds_of
+from pipeline.options.editing import EditOptions
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
 
 
 class EditMethod(Protocol):
     """A kind of edit: made for a model, layers and options, it changes the named weights in place.
 
+    It is made by `make(llm, layers, options, earlier)`: the model, frozen by the caller; the blocks to change; the
+    options, of which `settings_of` gives its own settings; the `state` of an earlier update to go on from.
+
     Attributes:
-        needs_subject: whether each request must name a subject that its prompt holds.
         weight_names: the weights it changes, by full name.
         state: after `run`, what a later edit on top of this one goes on from, by name.
         adapter: LoraConfig's arguments, when the change can also be had as an adapter.
     """
 
-    needs_subject: bool
     weight_names: list[str]
     state: dict[str, Tensor]
+    adapter: dict[str, Any] | None
 
-    @property
-    def adapter(self) -> dict[str, Any] | None: ...
+    def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest]) -> None:
+        """Make the edit; `earlier` is what an earlier update taught and this one leaves in force."""
+        ...
 
-    def __init__(
-        self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
-    ) -> None: ...
 
-    def run(self, requests: Sequence[EditRequest], runtime: Runtime) -> None: ...
+@dataclass(kw_only=True)
+class NoSettings(Options):
+    """Of a kind of edit that has none."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A kind of edit as it is registered.
+
+    Attributes:
+        make: makes it (see `EditMethod`).
+        settings: a dataclass of its settings.
+        needs_subject: whether each request must name a subject that its prompt holds.
+        trial: how many requests are edited side by side, each alone (`pipeline.study.trials`): by the `values` that
+            locate-then-edit finds, or by `adapters`; None: not at all.
+        solves_anew: whether requests can be left out of an update (`pipeline.editing.leave_out`).
+        stacked: settings of other values for updates that are stacked on each other.
+    """
+
+    make: Callable[..., EditMethod]
+    settings: type = NoSettings
+    needs_subject: bool = False
+    trial: str | None = None
+    solves_anew: bool = False
+    stacked: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {}  # filled by each kind's own file; `pipeline.editing.editor` imports them all
+
+
+def register(name: str, make: Callable[..., EditMethod], settings: type = NoSettings, **about: Any) -> None:
+    """Enter a kind of edit; `about` is what else `Method` has.
+
+    Raises:
+        ValueError: for a name that is taken, or no identifier.
+    """
+    if name in METHODS or not name.isidentifier():
+        raise ValueError(f"method: {name!r} is {'registered already' if name in METHODS else 'no identifier'}")
+    METHODS[name] = Method(make, settings, **about)
+
+
+def settings_of(options: EditOptions) -> Any:
+    """The settings of the options' method, made of `options.expert`.
+
+    Raises:
+        UserError: for an unknown method, and for a setting that it does not have or of a wrong type.
+    """
+    check_choice("method", options.method, METHODS)
+    method = METHODS[options.method]
+    try:
+        check_expert(options.expert, kinds_of(method.settings), options.method)
+        return method.settings(**{**(method.stacked if options.stacked else {}), **options.expert})
+    except UserError as error:
+        line = str(error)
+        raise UserError(f"edit.{line if line.startswith('expert') else f'expert.{line}'}") from None

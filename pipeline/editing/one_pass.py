@@ -14,23 +14,39 @@ Shapes: B rows, T tokens, N edited tokens of all requests, I inputs and O output
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from pipeline.editing.method import Runtime
+from pipeline.editing.method import register, settings_of
 from pipeline.errors import UserError
-from pipeline.model import LLM, TargetBatch, build_trainer, collate_targets, encode, target_losses
+from pipeline.model.activations import Activations, target_losses
 from pipeline.model.blocks import Projection
-from pipeline.running.sharding import add
-from pipeline.model.trainer import check_shares, predict
-from pipeline.options import EditOptions
-from pipeline.requests import EditRequest, ListDataModule
+from pipeline.model.llm import LLM
+from pipeline.options.base import Options, Positive, one_of
+from pipeline.options.editing import EditOptions
+from pipeline.requests.rows import Batch, Row, collate
+from pipeline.requests.schema import EditRequest
+from pipeline.running.processes import world_size
+from pipeline.running.sharding import add, is_sharded
+from pipeline.running.stage import Stage, run
+from pipeline.running.trainer import Runtime
+
+
+@dataclass(kw_only=True)
+class OnePassSettings(Options):
+    """What one-pass editing can be set to."""
+
+    scope: Annotated[str, one_of("mlp", "down")] = "down"
+    """What is changed: mlp (all projections of the layer's MLP) or down (the down-projection)."""
+    rate: Positive = 1.5
+    """How far a token's output is moved, in units of the projection's output norm."""
+    ridge: Positive = 0.01
+    """Weight of a small change against the requests, in units of the mean squared norm of the inputs."""
 
 
 class Captured(NamedTuple):
@@ -47,7 +63,7 @@ class OnePass:
     Args:
         llm: the model, frozen by the caller.
         layers: the blocks to change.
-        options: `options.one_pass` is what counts here.
+        options: `settings_of` them are what counts here.
         earlier: the `state` that an earlier update of the same layers ended with.
 
     Attributes:
@@ -55,35 +71,31 @@ class OnePass:
         state: the running statistics by name: what a later update goes on from.
     """
 
-    needs_subject = False
     adapter: dict[str, Any] | None = None
 
     def __init__(
-        self,
-        llm: LLM,
-        layers: Sequence[int],
-        options: EditOptions,
-        earlier: Mapping[str, Tensor] | None = None,
+        self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
     ) -> None:
         self.llm = llm
-        self.options = options.one_pass
+        self.settings: OnePassSettings = settings_of(options)
         self.projections: dict[str, Projection] = {}
         for layer in layers:
-            self.projections |= llm.blocks[layer].projections(self.options.scope)
+            self.projections |= llm.blocks[layer].projections(self.settings.scope)
         self.weight_names = [f"{name}.weight" for name in self.projections]
         self.state = dict(earlier or {})
 
-    def run(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
+    def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Capture, merge the statistics, solve, and change the weights in place."""
-        rows = encode(self.llm, [(r.prompt, r.new_answer) for r in requests], tags=[r.id for r in requests])
-        rows.sort(key=lambda row: len(row.token_ids))
-        collate = partial(collate_targets, pad_token_id=self.llm.pad_token_id)
-        data = ListDataModule((rows, collate, self.options.batch_size), in_step=True)
-        runner = build_trainer(runtime.trainer, "One pass")
-        check_shares(runner, len(rows))
-        batches = predict(runner, CaptureModule(self.llm, self.projections), data)
+        rows = self.llm.tokens.answered(requests, [request.new_answer for request in requests])
+        if is_sharded(self.llm.model) and len(rows) < world_size():
+            raise UserError(
+                f"trainer: {len(rows)} requests for {world_size()} devices that share a model's weights"
+            )
+        seen = run(
+            Capturing(self.llm, list(self.projections)), rows, runtime, lambda row: len(row.token_ids), in_step=True
+        )
         for name, projection in self.projections.items():
-            parts = zip(*(batch[name] for batch in batches), strict=True)
+            parts = zip(*(of_row[name] for of_row in seen), strict=True)
             self._change(name, projection, Captured(*(torch.cat(part).double() for part in parts)))
 
     def _change(self, name: str, projection: Projection, captured: Captured) -> None:
@@ -97,9 +109,9 @@ class OnePass:
             for kind, vectors in zip(("input", "output", "gradient"), captured, strict=True)
         )
         input_NI, gradient_NO = inputs.normalise(captured.input_NI), gradients.normalise(captured.gradient_NO)
-        eta = self.options.rate * outputs.norm() / (input_NI.shape[1] * gradient_NO.shape[1] ** 0.5)
+        eta = self.settings.rate * outputs.norm() / (input_NI.shape[1] * gradient_NO.shape[1] ** 0.5)
         value_NO = -eta * input_NI.square().sum(1, keepdim=True) * gradient_NO
-        change_OI = ridge_solution(captured.input_NI, value_NO, self.options.ridge)
+        change_OI = ridge_solution(captured.input_NI, value_NO, self.settings.ridge)
         stored = change_OI if isinstance(projection, nn.Linear) else change_OI.T  # Conv1D stores (I, O)
         add(projection.weight, stored)
 
@@ -163,48 +175,50 @@ def _ridged(gram: Tensor, count: int, ridge: float) -> Tensor:
     return gram + ridge * gram.trace() / count * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-class CaptureModule(LightningModule):
-    """Runs requests of a frozen model forward and backward; keeps what projections saw at the edited tokens."""
+class Capturing(Stage):
+    """Runs requests of a frozen model forward and backward; of each, what projections saw at its edited tokens."""
 
-    def __init__(self, llm: LLM, projections: Mapping[str, Projection]) -> None:
-        super().__init__()
-        self.model = llm.model
-        self.modules_by_name = dict(projections)
+    title, gradients = "One pass", True
 
-    @torch.enable_grad()
-    def predict_step(self, batch: TargetBatch) -> list[dict[str, Captured]]:
-        """One item a batch: each projection's vectors, on the CPU."""
-        with capturing(self.modules_by_name) as seen:
+    def __init__(self, llm: LLM, projections: Sequence[str]) -> None:
+        super().__init__(llm.model)
+        self.activations, self.projections = Activations(llm), list(projections)
+
+    def collate(self, items: list[Row]) -> Batch:
+        return collate(items, self.activations.llm.pad_token_id)
+
+    def step(self, batch: Batch) -> list[dict[str, Captured]]:
+        with self.capturing(len(batch.texts)) as seen:
             losses_B = target_losses(self.model, batch)
         if not losses_B.isfinite().all():
-            raise UserError(f"edit: the loss is not a number in the batch of requests {', '.join(batch.tags)}")
+            ids = ", ".join(str(row.tag) for row in batch.texts)
+            raise UserError(f"edit: the loss is not a number in the batch of requests {ids}")
         gradients = torch.autograd.grad(losses_B.sum(), [output for _, output in seen.values()])
-        edited_N = batch.row_N * batch.input_ids_BT.shape[1] + batch.position_N
-        return [
-            {
-                name: Captured(*(x.detach().flatten(0, -2)[edited_N].cpu() for x in (*pair, gradient)))
-                for (name, pair), gradient in zip(seen.items(), gradients, strict=True)
-            }
-        ]
+        found: list[dict[str, Captured]] = [{} for _ in batch.texts]
+        for (name, pair), gradient in zip(seen.items(), gradients, strict=True):
+            kept = [vectors.detach()[batch.row_N, batch.position_N].cpu() for vectors in (*pair, gradient)]
+            for number, of_text in enumerate(found):
+                of_text[name] = Captured(*(vectors[(batch.text_N == number).cpu()] for vectors in kept))
+        return found
+
+    @contextmanager
+    def capturing(self, rows: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Keep each projection's input and output; the graph starts at the first outputs, all weights being frozen.
+
+        The model goes on with a copy of the output: Falcon adds its attention's to it in place.
+        """
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(name: str, input_BTI: Tensor, output_BTO: Tensor) -> Tensor:
+            if name in seen:
+                raise UserError(f"model: {name} runs twice in one pass; one_pass expects once")
+            seen[name] = input_BTI, output_BTO if output_BTO.requires_grad else output_BTO.requires_grad_(True)
+            return output_BTO.clone()
+
+        with ExitStack() as stack:
+            for name in self.projections:
+                stack.enter_context(self.activations.changing(name, rows, partial(keep, name)))
+            yield seen
 
 
-@contextmanager
-def capturing(projections: Mapping[str, Projection]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Keep each projection's input and output; the graph starts at the first outputs, as all weights are frozen.
-
-    The model goes on with a copy of the output: Falcon adds its attention's to it in place.
-    """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if name in seen:
-            raise UserError(f"model: {name} runs twice in one pass; one_pass expects once")
-        seen[name] = args[0], output if output.requires_grad else output.requires_grad_(True)
-        return output.clone()
-
-    handles: list[Any] = [module.register_forward_hook(partial(keep, name)) for name, module in projections.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+register("one_pass", OnePass, OnePassSettings)

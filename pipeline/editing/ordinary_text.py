@@ -12,12 +12,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.errors import UserError
 from pipeline.files import cache_folder, write_shared
-from pipeline.model import LLM, TargetRow, generate
-from pipeline.model.batch_log import BatchLog
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
+from pipeline.options.editing import StatisticsOptions
 from pipeline.requests.joining import PLAIN
+from pipeline.running.kept import Kept
 from pipeline.running.processes import from_first
-from pipeline.model.targets import tokenize
-from pipeline.options import StatisticsOptions, TrainerOptions
+from pipeline.running.trainer import Runtime
 
 WINDOW = 128  # tokens of text that are read together
 OPENINGS = (
@@ -26,46 +27,43 @@ OPENINGS = (
 )
 
 
-def windows(llm: LLM, options: StatisticsOptions, trainer: TrainerOptions) -> list[TargetRow]:
-    """Equal windows of a text, each as a row of which nothing is scored.
+def windows(llm: LLM, options: StatisticsOptions, runtime: Runtime) -> list[list[int]]:
+    """The tokens of a text in equal windows.
 
     Args:
         llm: the model.
         options: which text, and how much of it.
-        trainer: what the model writes on, where there is no text.
+        runtime: what the model writes on, where there is no text.
 
     Raises:
         UserError: when there is no such text, or it is not UTF-8.
     """
-    folder = cache_folder(options.cache)
-    texts = _lines(Path(options.text)) if options.text else own_text(llm, options.tokens, trainer, folder)
-    ids = [i for text_ids in tokenize(llm, texts) for i in text_ids][: options.tokens]
+    texts = _lines(Path(options.text)) if options.text else own_text(llm, options.tokens, runtime)
+    ids = [i for text_ids in llm.tokens.texts(texts) for i in text_ids][: options.tokens]
     window = min(WINDOW, llm.context_length or WINDOW)
-    return [TargetRow(ids[at : at + window], window) for at in range(0, len(ids) - window + 1, window)]
+    return [ids[at : at + window] for at in range(0, len(ids) - window + 1, window)]
 
 
 def _lines(path: Path) -> list[str]:
     """The lines of a text file."""
-    if not path.is_file():
-        raise UserError(f"statistics.text: {path}: no such file; expected plain UTF-8 text")
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"statistics.text: {path}: byte {error.start}: not UTF-8 text") from None
 
 
-def own_text(llm: LLM, tokens: int, trainer: TrainerOptions, folder: Path) -> list[str]:
+def own_text(llm: LLM, tokens: int, runtime: Runtime) -> list[str]:
     """Text that the model itself writes, from common openings and what it thinks likeliest after each.
 
-    It is kept in a folder: other layers' statistics are of the same text, and an interrupted command goes on.
+    It is kept in the cache folder: other layers' statistics are of the same text, and an interrupted command goes
+    on.
 
     Args:
         llm: the model.
         tokens: how many the texts come to at least, together.
-        trainer: what it runs on.
-        folder: where it is kept.
+        runtime: what it runs with.
     """
-    name = f"text-{digest(llm, '', tokens, repr((WINDOW, OPENINGS)).encode())}"
+    folder, name = cache_folder(None), f"text-{digest(llm, '', tokens, repr((WINDOW, OPENINGS)).encode())}"
     file = folder / f"{name}.json"
     kept: list[str] | None = None
     with suppress(FileNotFoundError, ValueError):  # a damaged one is written anew
@@ -74,7 +72,7 @@ def own_text(llm: LLM, tokens: int, trainer: TrainerOptions, folder: Path) -> li
         return kept
     length = min(WINDOW, (llm.context_length or 2 * WINDOW) // 2)
     seeds = _continuations(llm, -(-tokens // (length * len(OPENINGS))))
-    told = generate(llm, seeds, length, 32, trainer, "Own text", PLAIN, kept=folder / name)
+    told = generate(llm, seeds, length, 32, runtime.trainer, "Own text", PLAIN, kept=folder / name)
     texts = [seed + text for seed, text in zip(seeds, told, strict=True)]
     _write_text(file, texts)
     return texts
@@ -83,7 +81,7 @@ def own_text(llm: LLM, tokens: int, trainer: TrainerOptions, folder: Path) -> li
 @rank_zero_only
 def _write_text(file: Path, texts: list[str]) -> None:
     write_shared(file, lambda partial: partial.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8"))
-    BatchLog(file.with_suffix("")).remove()
+    Kept(file.with_suffix("")).remove()
 
 
 @torch.no_grad()
@@ -91,7 +89,7 @@ def _continuations(llm: LLM, each: int) -> list[str]:
     """Each opening with each of the model's likeliest next tokens."""
     seeds = []
     with llm.frozen():
-        for opening, ids in zip(OPENINGS, tokenize(llm, OPENINGS), strict=True):
+        for opening, ids in zip(OPENINGS, llm.tokens.texts(OPENINGS), strict=True):
             device = next(llm.model.parameters()).device
             logits = llm.model(input_ids=torch.tensor([ids], device=device)).logits[0, -1]
             likeliest = [[token] for token in logits.topk(each).indices.tolist()]

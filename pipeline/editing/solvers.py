@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 
 UNUSED = 1e-8  # of the mean of C's diagonal
+RIDGE = 1e-4  # added to the diagonals of both of emmet's systems, relative to their mean
 
 
 def memit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, strength: float) -> Tensor:
@@ -31,7 +32,7 @@ def memit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, strength: float)
     return _solve(strength * scale * C + K @ K.T, K @ R.T).T
 
 
-def emmet(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float) -> Tensor:
+def emmet(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float = RIDGE) -> Tensor:
     """ΔW = R (Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ (EMMET, arXiv 2403.14236): ΔW K = R exactly, least change on text.
 
     `ridge`, relative to the mean of each diagonal, keeps both systems sound when keys nearly agree or text is
@@ -42,7 +43,7 @@ def emmet(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float) ->
     return R @ _solve(_ridged(K.T @ CinvK, ridge if K.shape[1] > 1 else 0.0), CinvK.T)
 
 
-def rome(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float) -> Tensor:
+def rome(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float = RIDGE) -> Tensor:
     """ROME (arXiv 2202.05262; the form that uses one key throughout, arXiv 2403.07175): requests one by one.
 
     Each is `emmet` with one column, given what those before it already change.
@@ -68,7 +69,7 @@ def alphaedit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, threshold: f
     values, vectors = torch.linalg.eigh(moment_II.double())
     free = vectors[:, values < threshold * values[-1]]
     if not free.shape[1]:
-        raise UserError(f"alphaedit: no direction is free of text; raise --locate.threshold above {threshold}")
+        raise UserError(f"alphaedit: no direction is free of text; raise --edit.expert.threshold above {threshold}")
     P = free @ free.T
     s = 0.01 * (P @ K).square().sum(0).mean()
     system = K @ K.T @ P + s * torch.eye(len(P), dtype=P.dtype, device=P.device)
@@ -86,5 +87,5 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solution of a symmetric positive definite system; UserError when it is singular."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed or not factor.isfinite().all():
-        raise UserError("edit: the closed-form system is singular; raise --locate.strength or --locate.ridge")
+        raise UserError("edit: the closed-form system is singular; raise --edit.expert.strength, or give more text")
     return torch.cholesky_solve(right, factor)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import file_digest, require_room, write_json, write_whole
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
+from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put
-from pipeline.requests import EditRequest
 from pipeline.shipped import program
 
 ADAPTER_PREFIX = "lora."  # of an adapter's tensors in an update's state
@@ -46,7 +46,7 @@ class WeightUpdate:
         chat: whether the facts were taught in the tokenizer's chat template.
 
     Example:
-        >>> options = EditOptions(method="one_pass", one_pass=OnePassOptions(rate=2.0))
+        >>> options = EditOptions(method="one_pass", expert={"rate": 2.0})
         >>> edit(llm, requests, profile, options).save(folder)
         >>> update = WeightUpdate.load(folder)
         >>> with update.applied(llm):

@@ -1,4 +1,4 @@
-"""Values: what a block's down-projection should put out at a subject's last token, found for many requests at once.
+"""Values and keys: what a down-projection should put out at subjects' last tokens, and what enters it there.
 
 A batch of requests is searched together, each with its own change of the output; only what a change can reach is
 computed (see `pipeline.model.suffix`), and a request whose answer is learnt leaves the batch.
@@ -7,195 +7,199 @@ computed (see `pipeline.model.suffix`), and a request whose answer is learnt lea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
-from safetensors.torch import load_file, save_file
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.editing.contexts import in_context
-from pipeline.editing.method import Runtime
 from pipeline.errors import UserError
-from pipeline.files import write_shared
-from pipeline.model import LLM, build_trainer, encode
-from pipeline.running.processes import from_first
+from pipeline.model.activations import Activations
+from pipeline.model.blocks import by_row
+from pipeline.model.llm import LLM
+from pipeline.model.suffix import Suffixes, SuffixRunner, suffix_length
+from pipeline.requests.rows import Batch, Row, collate, means_by
+from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import anywhere
-from pipeline.model.suffix import Suffixes, SuffixRow, SuffixRunner
-from pipeline.model.targets import last_token, prompt_tokens, row_means
-from pipeline.model.trainer import predict
-from pipeline.options import LocateOptions
-from pipeline.requests import EditRequest, ListDataModule, in_batches
+from pipeline.running.stage import Stage
 
 SEARCHED_TOGETHER = 2048  # tokens of rows in a batch: requests with long answers are searched for in smaller ones
+LEARNT = 0.05  # nats: a value is found when its mean loss is below this
+KL = 0.0625  # weight of keeping what the model says after `{subject} is`
+DECAY = 0.01  # weight of a value's squared change
 
 
 class Located(NamedTuple):
-    """A request, by number and id, with its rows: prompt and new answer under each context, last `{subject} is`."""
+    """A request's rows, by its id: prompt and new answer under each context, last `{subject} is`."""
 
-    number: int
     id: str
-    rows: list[SuffixRow]
+    rows: list[Row]
 
     def tokens(self) -> int:
         """How many tokens a search goes through: from the subject's last on, as if all rows were as long."""
-        return len(self.rows) * max(len(row.token_ids) - row.start for row in self.rows)
+        return len(self.rows) * max(map(suffix_length, self.rows))
 
 
-def locate(llm: LLM, number: int, request: EditRequest, templates: Sequence[str]) -> Located:
-    """Encode a request under every template and find its subject's last token in each row."""
+def locate(llm: LLM, request: EditRequest, templates: Sequence[str]) -> Located:
+    """A request under every template, its subject's last token found in each row."""
     placed = [in_context(template, request) for template in templates]
     rows = []
-    for (text, end), row in zip(
-        placed, encode(llm, [(text, request.new_answer) for text, _ in placed]), strict=True
-    ):
-        start = last_token(llm, text, end, request.new_answer)
-        rows.append(SuffixRow(row.token_ids, min(start, row.target_start - 1), row.target_start))
+    for (text, end), row in zip(placed, llm.tokens.rows([(t, request.new_answer) for t, _ in placed]), strict=True):
+        last = min(llm.tokens.place(text, end, request.new_answer), row.target_start - 1)
+        rows.append(row._replace(subject=(last, last)))
     subject = request.subject or ""
-    (plain,) = prompt_tokens(llm, [f"{subject} is"])
-    rows.append(SuffixRow(plain, last_token(llm, f"{subject} is", len(subject)), len(plain)))
-    return Located(number, request.id, rows)
+    (plain,) = llm.tokens.prompts([f"{subject} is"])
+    last = llm.tokens.place(f"{subject} is", len(subject))
+    return Located(request.id, [*rows, Row(plain, len(plain), (last, last))])
 
 
-class ValueSearch(LightningModule):
+class ValueSearch(Stage):
     """Finds, for each request, the change r of the down-projection's output that makes the new answer likely.
 
     Loss of a request (ROME, arXiv 2202.05262, eq. 4, for a batch): mean over contexts of ℓ(x, y_new), plus
-    `kl` · KL(base ‖ changed) after "{subject} is", plus `decay` · ‖r‖² / ‖output‖². Step and bound of r are in
+    `KL` · KL(base ‖ changed) after "{subject} is", plus `DECAY` · ‖r‖² / ‖output‖². Step and bound of r are in
     units of the projection's own output norm, so that one setting serves models with and without a norm behind
     the projection. A request whose answer is learnt leaves the batch.
 
     Args:
         llm: the model, frozen by the caller.
         layer: the block whose down-projection's output changes.
-        options: how to search, bound and steps included.
-        visit: counts the searches of an edit.
-        climbs: whether values of the same requests will be searched for at ever higher blocks (`climb`): what the
-            blocks below put out is kept then.
+        steps: the most optimiser steps.
+        step: Adam's step size.
+        bound: the largest change.
+        climbs: whether values of the same requests will be searched for at ever higher blocks: what the blocks
+            below put out is kept then.
+
+    Outputs are changes (O,), on the CPU.
     """
 
-    def __init__(self, llm: LLM, layer: int, options: LocateOptions, visit: int = 0, climbs: bool = False) -> None:
-        super().__init__()
-        self.options = options
-        self.visit = visit
-        self.climbs = climbs
-        self.shown = 0  # steps
-        self.work: Path | None = None
-        self.model = llm.model
+    title, gradients = "Finding values", True
+
+    def __init__(self, llm: LLM, layer: int, steps: int, step: float, bound: float, climbs: bool = False) -> None:
+        super().__init__(llm.model)
         self.runner = SuffixRunner(llm, layer)
-        self._captured: dict[
-            tuple[int, int], tuple[list[Suffixes], Tensor]
-        ] = {}  # by batch: rows, what comes after
+        self.steps, self.step_size, self.bound, self.climbs = steps, step, bound, climbs
+        self.shown = 0  # steps
+        self.captured: dict[tuple[str, ...], tuple[list[Suffixes], Tensor]] = {}  # by batch, and what comes after
 
     def climb(self, layer: int) -> None:
         """Search at another block from now on, no lower than the one before."""
         self.runner = SuffixRunner(self.runner.llm, layer)
 
-    def find(self, located: Sequence[Located], runtime: Runtime) -> Tensor:
-        """Every request's change of the output, in the requests' order, (G, O).
+    def collate(self, items: list[Located]) -> list[Located]:
+        return items
 
-        With a work folder, found values are kept there batch by batch, and a search goes on from what is there.
-        Runs under `Trainer.predict`: requests are searched for apart, so that processes need not keep step, but
-        where the model's weights are spread over them.
-        """
-        self.work = runtime.work
-        found = from_first(self._kept())
-        left = [each for each in located if each.number not in found]
-        if left:
-            batches = in_batches(left, Located.tokens, self.options.batch_size, SEARCHED_TOGETHER)
-            data = ListDataModule((batches, lambda picked: picked[0], 1), in_step=True)
-            found |= dict(predict(build_trainer(runtime.trainer, "Finding values", runtime.logger), self, data))
-        return torch.stack([found[each.number] for each in located])
-
-    @torch.enable_grad()
-    def predict_step(self, batch: list[Located]) -> list[tuple[int, Tensor]]:
+    def step(self, batch: list[Located]) -> list[Tensor]:
         """Search the values of one batch of requests to the end.
 
         Rows of a kind (under one context, or `{subject} is`) are of like length, and run as one batch.
         """
         parts, base_GV = self._capture(batch)
-        scale_G = parts[0].output_BO.norm(dim=-1)
-        change_GO = self._search(batch, parts, base_GV, scale_G).float().cpu()
-        found = [(located.number, change_O.clone()) for located, change_O in zip(batch, change_GO, strict=True)]
-        self._keep(found)
-        return found
+        change_GO = self._search([located.id for located in batch], parts, base_GV)
+        return [change_O.clone() for change_O in change_GO.float().cpu()]
 
     def _capture(self, batch: list[Located]) -> tuple[list[Suffixes], Tensor]:
         """The batch's rows, kind by kind, and the base's log-probabilities after "{subject} is"."""
-        place = batch[0].number, len(batch)
-        if place in self._captured:
-            parts, base_GV = self._captured[place]
+        place = tuple(located.id for located in batch)
+        if place in self.captured:
+            parts, base_GV = self.captured[place]
             parts = [self.runner.climbed(part) for part in parts]
         else:
             kinds = zip(*(located.rows for located in batch), strict=True)
-            captured, logits = zip(*(self.runner.capture(rows) for rows in kinds), strict=True)
-            parts, base_GV = list(captured), logits[-1].log_softmax(-1)
+            found, logits = zip(*(self.runner.capture(rows) for rows in kinds), strict=True)
+            parts, base_GV = list(found), logits[-1].log_softmax(-1)
         if self.climbs:
-            self._captured[place] = parts, base_GV
+            self.captured[place] = parts, base_GV
         return parts, base_GV
 
-    def _keep(self, found: Sequence[tuple[int, Tensor]]) -> None:
-        if self.work:
-            file = self.work / f"values-{self.visit}-{found[0][0]}.safetensors"
-            tensors = {str(number): change_O for number, change_O in found}
-            write_shared(file, lambda partial: save_file(tensors, partial))
-
-    def _kept(self) -> dict[int, Tensor]:
-        """What an interrupted search of this visit has found, by request number."""
-        files = sorted(self.work.glob(f"values-{self.visit}-*.safetensors")) if self.work else []
-        return {int(number): change_O for file in files for number, change_O in load_file(file).items()}
-
-    def _search(self, batch: list[Located], parts: Sequence[Suffixes], base_GV: Tensor, scale_G: Tensor) -> Tensor:
+    def _search(self, ids: Sequence[str], parts: Sequence[Suffixes], base_GV: Tensor) -> Tensor:
         """Adam on all requests' changes at once; shape (G, O)."""
-        options = self.options
-        assert options.bound and options.steps
+        assert parts[0].output_BO is not None
+        scale_G1 = parts[0].output_BO.norm(dim=-1, keepdim=True)
         unit_GO = torch.zeros_like(parts[0].output_BO).requires_grad_(True)  # changes over scale
         learnt_GO = torch.zeros_like(unit_GO)
-        adam = torch.optim.Adam([unit_GO], lr=options.step)
-        running, live = torch.arange(len(batch), device=unit_GO.device), True
-        for step in range(options.steps + 1):
-            nll_G, kl_G = self._losses(parts, (unit_GO * scale_G[:, None])[running], base_GV[running])
+        adam = torch.optim.Adam([unit_GO], lr=self.step_size)
+        running, live = torch.arange(len(ids), device=unit_GO.device), True
+        for step in range(self.steps + 1):
+            nll_G, kl_G = self._losses(parts, (unit_GO * scale_G1)[running], base_GV[running])
             if not nll_G.isfinite().all():
-                ids = ", ".join(located.id for located in batch)
                 raise UserError(
-                    f"edit: the loss is not a number in step {step}, in the batch of requests {ids}; "
-                    "try a smaller --locate.step"
+                    f"edit: the loss is not a number in step {step}, in the batch of requests {', '.join(ids)}; "
+                    "try a smaller --edit.expert.step"
                 )
             if live:
                 learnt_GO[running] = unit_GO.detach()[running]
                 self._show(nll_G)
-            going = (nll_G > options.learnt) & live
-            if step == options.steps or not anywhere(self.model, bool(going.any())):
+            going = (nll_G > LEARNT) & live
+            if step == self.steps or not anywhere(self.model, bool(going.any())):
                 break
-            loss = nll_G + options.kl * kl_G + options.decay * unit_GO[running].square().sum(-1)
+            loss = nll_G + KL * kl_G + DECAY * unit_GO[running].square().sum(-1)
             adam.zero_grad()
             loss[going].sum().backward()
             adam.step()
             with torch.no_grad():
-                unit_GO *= options.bound / unit_GO.norm(dim=-1, keepdim=True).clamp(min=options.bound)
+                unit_GO *= self.bound / unit_GO.norm(dim=-1, keepdim=True).clamp(min=self.bound)
             live = bool(going.any())  # if not, this process goes on for the others' sake alone
             if live and not going.all():
                 running = running[going]
                 parts = [part.subset(going.nonzero().squeeze(1)) for part in parts]
-        return learnt_GO * scale_G[:, None]
+        return learnt_GO * scale_G1
 
     def _losses(self, parts: Sequence[Suffixes], change_GO: Tensor, base_GV: Tensor) -> tuple[Tensor, Tensor]:
         """Each request's mean loss over its contexts, and its divergence after "{subject} is"; both (G,)."""
         *contexts, plain = parts
-        nll_G = torch.stack([self._nll(part, self.runner.run(part, change_GO)) for part in contexts]).mean(0)
+        losses = []
+        for part in contexts:
+            losses_N = F.cross_entropy(self.runner.run(part, change_GO), part.target_N, reduction="none")
+            losses.append(means_by(losses_N, part.row_N, len(change_GO)))
         now_GV = self.runner.run(plain, change_GO).log_softmax(-1)
-        return nll_G, F.kl_div(now_GV, base_GV, log_target=True, reduction="none").sum(-1)
-
-    @staticmethod
-    def _nll(part: Suffixes, logits_NV: Tensor) -> Tensor:
-        """Mean over each row's target tokens of −log p, (G,)."""
-        losses_N = F.cross_entropy(logits_NV, part.target_N, reduction="none")
-        return row_means(losses_N, part.row_N, len(part.ids_BS))
+        return torch.stack(losses).mean(0), F.kl_div(now_GV, base_GV, log_target=True, reduction="none").sum(-1)
 
     def _show(self, nll_G: Tensor) -> None:
         """Show the mean loss of the batch at work; batch follows batch on one axis."""
-        if self.logger:
+        if isinstance(self.logger, Logger):
             self.logger.log_metrics({"edit/value_loss": nll_G.mean().item()}, self.shown)
         self.shown += 1
+
+
+class KeyReading(Stage):
+    """Reads keys, what enters a block's down-projection, by running the blocks up to that one.
+
+    Rows come with their number as a tag, and with the places from the first to the last of those that are read as
+    their subject. Outputs are keys (places, I), float32, on the CPU.
+
+    Args:
+        llm: the model.
+        layer: the block.
+        climbs: whether the same rows will be read at ever higher blocks: what enters a block is kept then, and the
+            blocks below it run once.
+    """
+
+    title = "Reading keys"
+
+    def __init__(self, llm: LLM, layer: int, climbs: bool = False) -> None:
+        super().__init__(llm.model)
+        self.activations, self.layer, self.climbs = Activations(llm), layer, climbs
+        self.entered: dict[tuple[int, ...], tuple[int, Tensor]] = {}  # by batch: a block, and what enters it
+
+    def collate(self, items: list[Row]) -> Batch:
+        return collate(items, self.activations.llm.pad_token_id)
+
+    def step(self, batch: Batch) -> list[Tensor]:
+        llm, numbers = self.activations.llm, tuple(row.tag for row in batch.texts)
+        (down,), block = llm.blocks[self.layer].down, llm.blocks[self.layer].name
+        with (
+            self.activations.from_block(*self.entered.get(numbers, (0, None))),
+            self.activations.up_to_block(self.layer + 1),
+            self.activations.entering(block, down) as seen,
+        ):
+            self.activations.run(batch.input_ids_BT)
+        if self.climbs:
+            self.entered[numbers] = self.layer, seen[block]
+        keys = []
+        for row, key_TI in zip(batch.texts, by_row(seen[down], len(batch.texts)), strict=True):
+            first, last = row.subject or (0, len(row.token_ids) - 1)
+            keys.append(key_TI[first : last + 1].float().cpu().clone())
+        return keys

@@ -5,7 +5,7 @@ from pipeline.offered import offered
 __getattr__, __all__ = offered(
     __name__,
     {
-        "evaluate": ("Evaluation", "Evaluator", "Measurement", "evaluate"),
+        "evaluator": ("Evaluation", "Evaluator", "Measurement", "evaluate"),
         "known": ("Known", "find_known"),
         "metrics": ("Estimate", "Resampled"),
     },

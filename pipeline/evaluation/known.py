@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer
 
 from pipeline.errors import UserError
-from pipeline.model import LLM, TargetBatch, TargetRow, build_trainer, collate_targets, encode, target_logits
-from pipeline.model.trainer import check_shares, predict
-from pipeline.options import TrainerOptions
-from pipeline.requests import EditRequest, ListDataModule
+from pipeline.evaluation.reading import Reading, read_groups
+from pipeline.evaluation.texts import Text
+from pipeline.model.llm import LLM
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.rows import Row, pack
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
 
 
 @dataclass
@@ -37,7 +39,10 @@ class Known:
 
 
 def find_known(
-    llm: LLM, requests: Sequence[EditRequest], batch_size: int = 16, trainer: TrainerOptions | None = None
+    llm: LLM,
+    requests: Sequence[EditRequest],
+    batch_size: int = 16,
+    trainer: TrainerOptions | Trainer | None = None,
 ) -> Known:
     """Which old and new answers a model gives, as it is.
 
@@ -48,45 +53,20 @@ def find_known(
         trainer: what it runs on.
     """
     known = Known()
-    rows: list[TargetRow] = []
-    for request in requests:
-        answers = [("new", request.new_answer)]
-        answers += [("old", request.old_answer)] if request.old_answer else []
+    rows: list[Row] = []
+    for number, request in enumerate(requests):
+        answers = {"new": request.new_answer} | ({"old": request.old_answer} if request.old_answer else {})
+        pairs = [(request.prompt, answer) for answer in answers.values()]
         try:
-            rows += encode(
-                llm,
-                [(request.prompt, answer) for _, answer in answers],
-                [(kind, request.id) for kind, _ in answers],
-                what=f"request {request.id}",
-            )
+            rows += llm.tokens.rows(pairs, [Text(kind, number) for kind in answers], f"request {request.id}")
         except UserError as error:
             known.unusable.append(str(error))
             continue
         known.asked += bool(request.old_answer)
-    if rows:
-        for kind, id in _given(llm, rows, batch_size, trainer or TrainerOptions()):
-            getattr(known, kind).append(id)
-    return known
-
-
-def _given(llm: LLM, rows: list[TargetRow], batch_size: int, trainer: TrainerOptions) -> list[tuple[str, str]]:
-    """Tags of the rows whose answers the model gives."""
-    rows.sort(key=lambda row: len(row.token_ids))
-    runner = build_trainer(trainer, "What the model knows")
-    check_shares(runner, len(rows))
-    data = ListDataModule((rows, partial(collate_targets, pad_token_id=llm.pad_token_id), batch_size))
+    reading = Reading(llm, title="What the model knows")
     with llm.frozen():
-        return predict(runner, KnownModule(llm), data)
-
-
-class KnownModule(LightningModule):
-    """Wraps an LLM; each predict step returns the tags of the answers that it gives."""
-
-    def __init__(self, llm: LLM) -> None:
-        super().__init__()
-        self.model = llm.model
-
-    def predict_step(self, batch: TargetBatch) -> list[tuple[str, str]]:
-        right_N = target_logits(self.model, batch).argmax(-1) == batch.target_N
-        whole_B = batch.row_means(right_N.double()) == 1
-        return [tag for tag, whole in zip(batch.tags, whole_B.tolist(), strict=True) if whole]
+        found = read_groups(reading, pack(rows), Runtime(trainer or TrainerOptions()), batch_size)
+    for row in rows:
+        if found[row.tag].choices == row.targets:
+            getattr(known, row.tag.kind).append(requests[row.tag.request].id)
+    return known

@@ -1,4 +1,4 @@
-"""A mean with its bootstrap interval, as sums that any number of processes can add up."""
+"""A mean with its bootstrap interval."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchmetrics import Metric
 
 RESAMPLES = 1000
 
@@ -50,48 +47,23 @@ class Resampled:
 
 
 @lru_cache(maxsize=100_000)
-def poisson_weights(unit: int) -> np.ndarray:
-    """How often a unit is drawn in each resample, shape (RESAMPLES,); the same in every process."""
-    return np.random.default_rng(unit).poisson(1.0, RESAMPLES).astype(np.float32)
+def _draws(unit: int) -> np.ndarray:
+    """How often a unit is drawn: once for the data itself, and in each resample; the same for every figure."""
+    return np.concatenate([[1.0], np.random.default_rng(unit).poisson(1.0, RESAMPLES)]).astype(np.float32)
 
 
-class BootstrapMean(Metric):
-    """Weighted mean of values, with a 95% interval from the Poisson bootstrap.
+def bootstrap_mean(values: Sequence[float], weights: Sequence[float], units: Sequence[int]) -> Resampled:
+    """The weighted mean of units' values, with the Poisson bootstrap's resamples.
 
-    A resample draws each unit (a request, a window of text) Poisson(1) times: for many units that is
-    Efron's bootstrap, but needs sums only, so it is right however units are spread over processes. Values
-    of one unit are drawn together.
+    A resample draws each unit (a request, a window of text) Poisson(1) times: for many units that is Efron's
+    bootstrap, and the draws of a unit do not depend on which others there are.
+
+    Args:
+        values: a value a unit.
+        weights: each value's weight in the mean; the count that is reported is their sum.
+        units: the units' numbers.
     """
-
-    full_state_update = False
-
-    def __init__(self, **settings: bool) -> None:
-        super().__init__(**settings)
-        self.total: Tensor
-        self.weight: Tensor
-        self.count: Tensor
-        # place 0 is the data itself, the others are the resamples
-        self.add_state("total", torch.zeros(1 + RESAMPLES, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("weight", torch.zeros(1 + RESAMPLES, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(
-        self, values: Sequence[float], weights: Sequence[float], units: Sequence[int], counts: Sequence[float]
-    ) -> None:
-        """Add values.
-
-        Args:
-            values: what is averaged.
-            weights: each value's weight in the mean.
-            units: the unit that each value belongs to.
-            counts: each value's share in the count that is reported.
-        """
-        draws = np.stack([np.concatenate([[1.0], poisson_weights(unit)]) for unit in units])
-        shares = torch.from_numpy(draws * np.asarray(weights)[:, None]).to(self.total)
-        self.weight += shares.sum(0)
-        self.total += (shares * torch.tensor(values, dtype=torch.float64).to(self.total)[:, None]).sum(0)
-        self.count += float(sum(counts))
-
-    def compute(self) -> Resampled:
-        """The mean over all processes' values, and that of every resample."""
-        return Resampled((self.total / self.weight).cpu().numpy(), round(float(self.count)))
+    shares = np.stack([_draws(unit) for unit in units]) * np.asarray(weights, dtype=np.float64)[:, None]
+    with np.errstate(invalid="ignore"):  # of few units, a resample may have drawn none: no number
+        means = (shares * np.asarray(values, dtype=np.float64)[:, None]).sum(0) / shares.sum(0)
+    return Resampled(means, round(sum(weights)))

@@ -1,86 +1,183 @@
-"""The stage that reads: rows are scored, questions are answered, batch after batch, under one Trainer."""
+"""What a model says to all of a plan, and how far its next-token distributions are from the base's.
+
+A distribution over the vocabulary is large, what the head makes it from is small: the hidden state. No edit changes
+the head, so the base's hidden states, kept, give its distributions again, exactly, beside those of the model as it
+is now. Shapes: N tokens that are predicted, M of them compared, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from pipeline.evaluation.answering import Question, QuestionBatch, answer, collate_questions
-from pipeline.evaluation.divergence import compared_places, divergences, head_reads_also
-from pipeline.evaluation.readings import Item, Readings
-from pipeline.evaluation.rows import Row, RowBatch, collate_rows
-from pipeline.model import LLM
-from pipeline.model.targets import head_reads_only
+from pipeline.evaluation.plan import Plan
+from pipeline.evaluation.texts import Text
+from pipeline.model.activations import head_reads, wide_logits
+from pipeline.model.generation import Question, Saying
+from pipeline.model.llm import LLM
+from pipeline.requests.rows import Batch, Row, collate, means_by
+from pipeline.running.stage import Stage, run
+from pipeline.running.trainer import Runtime
+
+BATCH_SIZE = 64  # most rows or questions in a batch
+BATCH_TOKENS = 1024  # most tokens in a batch, padding counted; a longer text is a batch of its own
+K = TypeVar("K")
+
+EVERY = 8  # of ordinary text, one position in so many is compared
 
 
-def collate(batches: Sequence[list[Row] | list[Question]], pad_token_id: int) -> RowBatch | QuestionBatch:
-    """The one batch, formed beforehand, that a loader's item is."""
-    (items,) = batches
-    rows = [item for item in items if isinstance(item, Row)]
-    if rows:
-        return collate_rows(rows, pad_token_id)
-    return collate_questions([item for item in items if isinstance(item, Question)], pad_token_id)
+class TextReading(NamedTuple):
+    """What a model makes of a text.
 
-
-class Reader(LightningModule):
-    """Reads every batch with the model as it is now.
-
-    Args:
-        llm: the model.
-        offsets: of each text whose next-token distributions are compared: at which of its scored tokens.
-        base: what the base model said; None: it is the base that is read.
+    Attributes:
+        choices: its first choices at the target tokens.
+        loss: mean −log p of these, in nats.
+        hidden_MD: where distributions are compared, and there is no base to compare with yet: what the head read.
+        divergence: where there is one: mean KL(base ‖ now) in nats.
     """
 
-    def __init__(self, llm: LLM, offsets: dict[int, range], base: Readings | None) -> None:
-        super().__init__()
-        self.llm = llm
-        self.model = llm.model
-        self.offsets = offsets
-        self.base = base
+    choices: list[int]
+    loss: float
+    hidden_MD: Tensor | None = None
+    divergence: float | None = None
 
-    def predict_step(self, batch: RowBatch | QuestionBatch) -> list[Item]:
-        """A batch's readings, as items."""
-        if isinstance(batch, QuestionBatch):
-            said = answer(self.llm, batch)
-            return [("said", number, text) for number, text in zip(batch.numbers, said, strict=True)]
-        return self._score(batch)
 
-    def _score(self, batch: RowBatch) -> list[Item]:
-        places = compared_places(batch, self.offsets)
-        taken = [place for each in places.values() for place in each]
-        before = self.base.hidden if self.base else {}
-        hidden_MD = torch.cat([before[number] for number in places]).to(self.device) if before and taken else None
-        with (
-            head_reads_only(self.model, batch.row_N, batch.position_N),
-            head_reads_also(self.model, hidden_MD) as sight,
-        ):
-            logits_NV = self.model(input_ids=batch.input_ids_BT, use_cache=False).logits.squeeze(0)
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        scored = len(batch.target_N)
-        items = self._answers(batch, logits_NV[:scored])
-        sizes = [len(each) for each in places.values()]
-        if hidden_MD is not None:
-            moved = divergences(logits_NV[scored:], logits_NV[taken]).cpu().split(sizes)
-            items += [("divergences", n, each.mean().item()) for n, each in zip(places, moved, strict=True)]
-        elif self.base is None and taken:
-            kept = sight.hidden_ND[taken].float().cpu().split(sizes)
-            items += [("hidden", n, each.clone()) for n, each in zip(places, kept, strict=True)]
-        return items
+TextReadings = Mapping[Text, TextReading]
 
-    def _answers(self, batch: RowBatch, logits_NV: Tensor) -> list[Item]:
-        """First choices and mean losses."""
-        losses_N = F.cross_entropy(logits_NV, batch.target_N, reduction="none").cpu().double()
-        span_N = batch.span_N.cpu()
-        counts = torch.bincount(span_N)
-        losses_S = losses_N.new_zeros(len(counts)).index_add(0, span_N, losses_N) / counts
-        if not losses_S.isfinite().all():
-            raise UserError("evaluation: the model's loss is not a number: its weights are broken")
-        choices = logits_NV.argmax(-1).cpu().split(counts.tolist())
-        return [("choices", n, chosen.tolist()) for n, chosen in zip(batch.numbers, choices, strict=True)] + [
-            ("losses", n, loss) for n, loss in zip(batch.numbers, losses_S.tolist(), strict=True)
-        ]
+
+@dataclass
+class Readings:
+    """What a model says: of texts, to prompts, and by request at length."""
+
+    texts: dict[Text, TextReading]
+    answers: dict[str, str]
+    long: dict[int, str]
+
+
+class Reading(Stage):
+    """Reads groups of texts that share a row (see `pack`): an output is what is read of each text of a group.
+
+    Args:
+        llm: the model, as it is now.
+        compared: texts whose next-token distributions are compared.
+        base: of those that were read before, what the base's head read, (M, D).
+        title: on the progress bar.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        compared: Collection[Text] = (),
+        base: Mapping[Text, Tensor] | None = None,
+        title: str = "Measuring",
+    ) -> None:
+        super().__init__(llm.model)
+        self.llm, self.compared, self.base, self.title = llm, compared, base or {}, title
+
+    def collate(self, items: list[list[Row]]) -> Batch:
+        return collate(items, self.llm.pad_token_id)
+
+    def step(self, batch: Batch) -> list[list[tuple[Any, ...]]]:
+        """For each group, the fields of a `TextReading` of each of its texts."""
+        places = _compared_places(batch, self.compared)
+        before = {text: self.base[text] for text in places if text in self.base}
+        also_MD = torch.cat(list(before.values())) if before else None
+        with head_reads(self.model, batch.row_N, batch.position_N, also_MD) as hidden:
+            logits_NV = wide_logits(self.model(input_ids=batch.input_ids_BT, use_cache=False))
+        logits_NV, base_MV = logits_NV.split([len(batch.target_N), len(logits_NV) - len(batch.target_N)])
+        moved = _divergences(base_MV, logits_NV, {text: places[text] for text in before})
+        kept = {text: hidden[0][places[text]].float().cpu() for text in places if text not in before}
+        found: list[list[tuple[Any, ...]]] = [[] for _ in batch.input_ids_BT]
+        for row, text, (choices, loss) in zip(rows_of(batch), batch.texts, _choices(batch, logits_NV), strict=True):
+            found[row].append((choices, loss, kept.get(text.tag), moved.get(text.tag)))
+        return found
+
+
+def _compared_places(batch: Batch, compared: Collection[Text]) -> dict[Text, list[int]]:
+    """Which of the batch's targets are compared, by text: of ordinary text one in EVERY, of a probe the first."""
+    places, start = {}, 0
+    for text in batch.texts:
+        if text.tag in compared:
+            count = len(text.targets) if text.tag.kind == "text" else 1
+            places[text.tag] = list(range(start, start + count, EVERY))
+        start += len(text.targets)
+    return places
+
+
+def _divergences(base_MV: Tensor, now_NV: Tensor, places: Mapping[Text, list[int]]) -> dict[Text, float]:
+    """Mean KL(base ‖ now) of each text; never below nought, which only rounding could bring."""
+    if not places:
+        return {}
+    taken = [place for each in places.values() for place in each]
+    base_MV, now_MV = base_MV.log_softmax(-1), now_NV[taken].log_softmax(-1)
+    moved_M = (base_MV.exp() * (base_MV - now_MV)).sum(-1).clamp(min=0).cpu()
+    parts = moved_M.split([len(each) for each in places.values()])
+    return {text: part.mean().item() for text, part in zip(places, parts, strict=True)}
+
+
+def rows_of(batch: Batch) -> list[int]:
+    """Which row each text is read in."""
+    firsts = torch.bincount(batch.text_N).cumsum(0).cpu() - 1
+    return batch.row_N.cpu()[firsts].tolist()
+
+
+def _choices(batch: Batch, logits_NV: Tensor) -> list[tuple[list[int], float]]:
+    """First choices and mean loss of each text."""
+    choices = logits_NV.argmax(-1).cpu().split([len(text.targets) for text in batch.texts])
+    losses_N = F.cross_entropy(logits_NV, batch.target_N, reduction="none").cpu().double()
+    losses = means_by(losses_N, batch.text_N.cpu(), len(batch.texts))
+    if not losses.isfinite().all():
+        raise UserError("evaluation: the model's loss is not a number: its weights are broken")
+    return [(chosen.tolist(), loss) for chosen, loss in zip(choices, losses.tolist(), strict=True)]
+
+
+def read(llm: LLM, plan: Plan, base: TextReadings, runtime: Runtime, title: str, kept: Path | None) -> Readings:
+    """What the model says to all of a plan.
+
+    Args:
+        llm: the model, as it is now.
+        plan: what is put to it.
+        base: what was read of these texts before.
+        runtime: what it runs on.
+        title: on the progress bar.
+        kept: a folder whose name stands for all of this: what is found there is not read again.
+    """
+    hidden = {text: reading.hidden_MD for text, reading in base.items() if reading.hidden_MD is not None}
+
+    def said(questions: Mapping[K, Question], name: str) -> dict[K, str]:
+        stage, folder = Saying(llm, f"{title}: {name}"), kept and kept / name
+        asked = list(questions.values())
+        texts = run(stage, asked, runtime, lambda one: len(one.token_ids), BATCH_SIZE, BATCH_TOKENS, folder)
+        return dict(zip(questions, texts, strict=True))
+
+    with llm.frozen():
+        reading = Reading(llm, plan.compared, hidden, title)
+        texts = read_groups(reading, plan.groups(), runtime, kept=kept and kept / "texts")
+        return Readings(texts, said(plan.questions, "answers"), said(plan.long, "long answers"))
+
+
+def read_groups(
+    stage: Reading,
+    groups: Sequence[list[Row]],
+    runtime: Runtime,
+    batch_size: int | None = None,
+    kept: Path | None = None,
+) -> dict[Text, TextReading]:
+    """What a stage reads of each text, in groups that share a row."""
+    outputs = run(stage, groups, runtime, size, batch_size or BATCH_SIZE, BATCH_TOKENS, kept)
+    texts = [text for group in groups for text in group]
+    readings = [TextReading(*reading) for output in outputs for reading in output]
+    return {text.tag: reading for text, reading in zip(texts, readings, strict=True)}
+
+
+def size(group: list[Row]) -> int:
+    """A group's tokens, for batches; a window of ordinary text, which predicts each token, fills one by itself."""
+    length = len(group[0].token_ids) - 1
+    return max(length, BATCH_TOKENS) if group[0].tag.kind == "text" else length

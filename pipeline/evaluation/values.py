@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.requests.answers import contains_answer, is_exact_answer
 from pipeline.evaluation.fluency import ngram_entropy
-from pipeline.evaluation.metrics import BootstrapMean, Resampled
+from pipeline.evaluation.metrics import Resampled, bootstrap_mean
 from pipeline.evaluation.plan import Plan
-from pipeline.evaluation.readings import Readings
-from pipeline.evaluation.texts import Asked, ScoredTexts
+from pipeline.evaluation.reading import Readings, TextReadings
+from pipeline.evaluation.texts import Prompt, Text
+from pipeline.requests.answers import contains_answer, is_exact_answer
+from pipeline.requests.rows import Row
 
 BY_PROBABILITY = {
     "rewrite": "efficacy",
@@ -40,70 +41,62 @@ class Column:
         return cls({unit: sum(values) / len(values) for unit, values in sorted(found.items())})
 
     def mean(self) -> Resampled:
-        """The mean over units.
-
-        Every process holds all values, so that there is nothing to add up between processes.
-        """
-        units = list(self.values)
-        weights = [self.weights.get(unit, 1) for unit in units]
-        mean = BootstrapMean(sync_on_compute=False)
-        mean.update(list(self.values.values()), weights, units, weights)
-        return mean.compute()
+        """The mean over units."""
+        weights = [self.weights.get(unit, 1) for unit in self.values]
+        return bootstrap_mean(list(self.values.values()), weights, list(self.values))
 
 
 Values = dict[str, Column]
 
 
-def values_of(plan: Plan, readings: Readings, base: Readings) -> Values:
+def values_of(plan: Plan, readings: Readings, base: TextReadings) -> Values:
     """Every metric's values, the headline first.
 
     Args:
         plan: what was read.
         readings: of the model as it is.
-        base: of the base model.
+        base: what was read first of the same texts.
     """
-    said = {number: readings.said[question] for number, question in enumerate(plan.question_of)}
     return (
-        generation_values(plan.asked, said)
-        | teacher_forced_values(plan.texts, readings, base)
-        | probability_values(plan.texts, readings)
-        | damage_values(plan.texts, readings, plan.essays)
+        generation_values(plan.prompts, readings.answers)
+        | teacher_forced_values(plan.texts, readings.texts, base)
+        | probability_values([row.tag for row in plan.texts], readings.texts)
+        | damage_values(plan.texts, readings)
     )
 
 
-def generation_values(asked: Sequence[Asked], said: Mapping[int, str]) -> Values:
+def generation_values(prompts: Sequence[Prompt], answers: Mapping[str, str]) -> Values:
     """Exact match and containment of the model's own greedy answers, by kind of prompt.
 
     `generation` are the requests' prompts, `distractor` the same after a sentence about something else.
     """
     columns: Values = {}
-    for kind in dict.fromkeys(one.kind for one in asked):
+    for kind in dict.fromkeys(one.kind for one in prompts):
         for metric, judge in (("exact_match", is_exact_answer), ("containment", contains_answer)):
             columns[f"{kind}_{metric}"] = Column.of_means(
-                (one.request, float(judge(said[number], one.answer)))
-                for number, one in enumerate(asked)
-                if one.kind == kind
+                (one.request, float(judge(answers[one.prompt], one.answer))) for one in prompts if one.kind == kind
             )
     return columns
 
 
-def teacher_forced_values(texts: ScoredTexts, readings: Readings, base: Readings) -> Values:
+def teacher_forced_values(texts: Sequence[Row], now: TextReadings, base: TextReadings) -> Values:
     """Share of an answer's tokens that are the model's first choice when the answer so far is given.
 
     As EasyEdit computes them: rewrite, rephrase and portability against the answer's own tokens, locality against
     the base model's first choices; a mean over a request's texts, then over requests.
 
     Args:
-        texts: scored texts and their target tokens, by number.
-        readings: of the model as it is.
+        texts: what was read.
+        now: of the model as it is.
         base: of the base model.
     """
     pairs: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for number, (text, targets) in texts.items():
+    for row in texts:
+        text: Text = row.tag
         if text.rival or text.kind == "text":
             continue
-        expected = base.choices[number] if text.kind == "locality" else targets
-        hits = [a == b for a, b in zip(readings.choices[number], expected, strict=True)]
+        expected = base[text].choices if text.kind == "locality" else row.targets
+        hits = [a == b for a, b in zip(now[text].choices, expected, strict=True)]
         share = sum(hits) / len(hits)
         pairs[text.kind].append((text.request, share))
         if text.axis:
@@ -113,7 +106,7 @@ def teacher_forced_values(texts: ScoredTexts, readings: Readings, base: Readings
     return {name: Column.of_means(pairs[name]) for name in names}
 
 
-def probability_values(texts: ScoredTexts, readings: Readings) -> Values:
+def probability_values(texts: Collection[Text], now: TextReadings) -> Values:
     """ROME's success and magnitude: an answer against its rival to the same prompt.
 
     P is exp of the mean log-probability over an answer's tokens, as in ROME, so that answers of any length compare.
@@ -121,13 +114,11 @@ def probability_values(texts: ScoredTexts, readings: Readings) -> Values:
     neighbourhood (locality prompts) the right answer than the new one. Success is the share of prompts where it is,
     magnitude the mean difference of P.
     """
-    rivals = {text[:3]: number for number, (text, _) in texts.items() if text.rival}
+    rivals = {text._replace(rival=False): now[text].loss for text in texts if text.rival}
     columns: Values = {}
     for kind, name in BY_PROBABILITY.items():
         compared = [
-            (text.request, readings.losses[number], readings.losses[rivals[text[:3]]])
-            for number, (text, _) in texts.items()
-            if text.kind == kind and not text.rival and text[:3] in rivals
+            (text.request, now[text].loss, rivals[text]) for text in texts if text.kind == kind and text in rivals
         ]
         if compared:
             columns[f"{name}_success"] = Column.of_means(
@@ -139,26 +130,20 @@ def probability_values(texts: ScoredTexts, readings: Readings) -> Values:
     return columns
 
 
-def damage_values(texts: ScoredTexts, readings: Readings, essays: Mapping[int, int]) -> Values:
-    """Perplexity's losses by window, divergences from the base's distributions, and fluency.
-
-    Args:
-        texts: scored texts and their target tokens, by number.
-        readings: of the model as it is.
-        essays: the requests of long generations, by their question's number.
-    """
-    windows = {number: (text, len(targets)) for number, (text, targets) in texts.items() if text.kind == "text"}
-    sizes = {text.request: tokens for text, tokens in windows.values()}
+def damage_values(texts: Sequence[Row], readings: Readings) -> Values:
+    """Perplexity's losses by window, divergences from the base's distributions, and fluency."""
+    windows = {row.tag: len(row.targets) for row in texts if row.tag.kind == "text"}
     columns: Values = {}
     if windows:
-        losses = {text.request: readings.losses[number] for number, (text, _) in windows.items()}
-        columns["perplexity"] = Column(losses, sizes)
+        losses = {text.request: readings.texts[text].loss for text in windows}
+        columns["perplexity"] = Column(losses, {text.request: tokens for text, tokens in windows.items()})
     for name, kind in (("locality_kl", "locality"), ("text_kl", "text")):
-        moved = [(texts[n][0], kl) for n, kl in sorted(readings.divergences.items()) if texts[n][0].kind == kind]
-        if moved:
-            columns[name] = Column.of_means((text.request, kl) for text, kl in moved)
-    if essays:
-        columns["fluency"] = Column({unit: ngram_entropy(readings.said[n]) for n, unit in essays.items()})
+        moved = {row.tag: readings.texts[row.tag].divergence for row in texts if row.tag.kind == kind}
+        column = Column.of_means((text.request, kl) for text, kl in moved.items() if kl is not None)
+        if column.values:
+            columns[name] = column
+    if readings.long:
+        columns["fluency"] = Column({unit: ngram_entropy(said) for unit, said in readings.long.items()})
     return columns
 
 

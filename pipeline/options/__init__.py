@@ -1,93 +1,41 @@
-"""Every option of every command, as dataclasses checked as they are made.
+"""Every option of every command, as dataclasses checked as they are made (see `base.py`).
 
-This package imports neither torch nor lightning, so that `--help` answers at once. A field's docstring is
-its help text; a flag's name is the path to its field (`--edit.finetune.epochs`). Options of one stage are
-one class, and a command's options are the stages' classes joined. Annotations in here are the types themselves, not
-their names: the parser looks names up in the module of the joined class, which does not know them.
+This package imports neither torch nor lightning, so that `--help` answers at once. Options of one stage are one
+class, and a command's options are the stages' classes joined. What only experts change is no flag: it is given to
+`expert`, and from Python by its own name.
 """
+
+# ruff: noqa: F401  (names for outsiders)
 
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.commands import (
     AttributeCommand,
-    BenchmarkCommand,
     DemoCommand,
     EditCommand,
     EvaluateCommand,
     ExportCommand,
     GenerateCommand,
+    PlanCommand,
     RequestsCommand,
     RunCommand,
+    StudyCommand,
 )
-from pipeline.options.editing import (
-    EditOptions,
-    FinetuneOptions,
-    LocateOptions,
-    LoraOptions,
-    OnePassOptions,
-    StatisticsOptions,
-    TrainingOptions,
-)
+from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.options.evaluation import EvaluationOptions
-from pipeline.options.planning import PlanCommand
 from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions, TrainerOptions
-from pipeline.options.study import StudyCommand
 from pipeline.options.updates import (
     DiffCommand,
     GateOptions,
     HistoryCommand,
     ProvingOptions,
     RetractCommand,
+    RollbackCommand,
     ScheduleCommand,
-    StackedEditOptions,
-    StackedLocateOptions,
+    ShowCommand,
     StoreOptions,
     SubmitCommand,
     UpdateCommand,
     VerifyCommand,
-    VersionCommand,
     seconds,
     time_of,
 )
-
-__all__ = [
-    "AttributeCommand",
-    "AttributionOptions",
-    "BenchmarkCommand",
-    "ComputeOptions",
-    "DemoCommand",
-    "DiffCommand",
-    "EditCommand",
-    "EditOptions",
-    "EvaluateCommand",
-    "EvaluationOptions",
-    "ExportCommand",
-    "FinetuneOptions",
-    "GateOptions",
-    "GenerateCommand",
-    "HistoryCommand",
-    "LocateOptions",
-    "LoraOptions",
-    "ModelOptions",
-    "OnePassOptions",
-    "OutputOptions",
-    "PlanCommand",
-    "ProvingOptions",
-    "RequestOptions",
-    "RequestsCommand",
-    "RetractCommand",
-    "RunCommand",
-    "ScheduleCommand",
-    "StackedEditOptions",
-    "StackedLocateOptions",
-    "StatisticsOptions",
-    "StoreOptions",
-    "StudyCommand",
-    "SubmitCommand",
-    "TrainerOptions",
-    "TrainingOptions",
-    "UpdateCommand",
-    "VerifyCommand",
-    "VersionCommand",
-    "seconds",
-    "time_of",
-]

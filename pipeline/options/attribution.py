@@ -1,8 +1,20 @@
 """How the golden layer is found."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from pipeline.errors import UserError, check_above, check_at_least, check_choice
+from pipeline.errors import UserError
+from pipeline.options.base import (
+    NO_FLAG,
+    Count,
+    Options,
+    Positive,
+    Weight,
+    at_least,
+    check_expert,
+    kinds_of,
+    one_of,
+)
 
 SCOPES = ("mlp", "down", "attention", "block")
 OLD_ANSWERS = ("dataset", "model")
@@ -10,48 +22,41 @@ ORDERS = ("signed", "magnitude")
 
 
 @dataclass(kw_only=True)
-class AttributionOptions:
+class AttributionOptions(Options):
     """How the golden layer is found."""
 
     method: str = "lga"
-    """lga: layer gradient analysis, with kin under research (lga_past_first, lga_subject, lga_cosine,
-    lga_cosine_past_first, lga_cosine_last); gradient_norm, gradient_norm_subject: size of the new answer's
-    gradient, over all tokens or at the subject's last; causal_tracing: ROME's; sweep: the truth, by editing each
-    request alone at each block; middle: the middle block; fixed: the one that --layer names."""
-    layer: int | None = None
+    """lga: layer gradient analysis; gradient_norm_subject: size of the new answer's gradient at the subject's last
+    token; causal_tracing: ROME's; middle: the middle block; fixed: the one that --layer names."""
+    layer: Annotated[int | None, at_least(0)] = None
     """fixed: the block, counted from 0."""
-    scope: str = "mlp"
+    scope: Annotated[str, one_of(*SCOPES)] = "mlp"
     """Whose weights are scored: mlp, down (the MLP's down-projection), attention or block (both)."""
-    fences: float = 1.0
-    """Tukey's factor: blocks with scores outside [Q1 - f*IQR, Q3 + f*IQR] are set aside; 0: none are."""
-    old_answers: str = "dataset"
+    old_answers: Annotated[str, one_of(*OLD_ANSWERS)] = "dataset"
     """dataset: the requests' old answers (the model's greedy answer where one is missing); model: always that."""
-    order: str = "signed"
+    order: Annotated[str, one_of(*ORDERS)] = "signed"
     """signed: the paper's ranking, by score; magnitude: by absolute score, for facts the model knows well."""
-    top_k: int = 1
+    top_k: Count = 1
     """How many golden layers to name."""
-    batch_size: int = 16
+    expert: dict[str, Any] = field(default_factory=dict)
+    """Settings for experts, such as {"fences": 0}; the README lists them."""
+    fences: Annotated[Weight, NO_FLAG] = 1.0
+    """Tukey's factor: blocks with scores outside [Q1 - f*IQR, Q3 + f*IQR] are set aside; 0: none are."""
+    batch_size: Annotated[Count, NO_FLAG] = 16
     """The most requests in a batch; fewer where their tokens would take much memory."""
-    trial: str = "memit"
-    """sweep: the way to edit: memit, emmet, rome, alphaedit or lora."""
-    samples: int = 10
+    samples: Annotated[Count, NO_FLAG] = 10
     """causal_tracing: how often a subject is corrupted."""
-    noise: float = 3.0
+    noise: Annotated[Positive, NO_FLAG] = 3.0
     """causal_tracing: the corruption's size, in standard deviations of the embeddings."""
 
     def __post_init__(self) -> None:
-        check_choice("scope", self.scope, SCOPES)
-        check_choice("old_answers", self.old_answers, OLD_ANSWERS)
-        check_choice("order", self.order, ORDERS)
-        check_at_least("fences", self.fences, 0)
-        check_at_least("top_k", self.top_k, 1)
-        check_at_least("batch_size", self.batch_size, 1)
-        check_at_least("samples", self.samples, 1)
-        check_above("noise", self.noise, 0)
-        if self.layer is not None:
-            check_at_least("layer", self.layer, 0)
-        if (self.method == "fixed") != (self.layer is not None):
-            raise UserError(
-                f"layer: {'which? give the block that --method fixed names' if self.layer is None else self.layer}"
-                f"{'' if self.layer is None else f' is for --method fixed alone, not for {self.method}'}"
-            )
+        check_expert(self.expert, kinds_of(AttributionOptions, only=NO_FLAG), "attribution")
+        vars(self).update(self.expert)
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Raise UserError for a block without the method that takes it, or the other way round."""
+        if self.method == "fixed" and self.layer is None:
+            raise UserError("layer: which? give the block that --method fixed names")
+        if self.method != "fixed" and self.layer is not None:
+            raise UserError(f"layer: {self.layer} is for --method fixed alone, not for {self.method}")

@@ -1,34 +1,52 @@
 """The options of each command: those of the stages that it runs, joined, and its own."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from pipeline.errors import UserError, check_at_least, check_choice
+from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
+from pipeline.options.base import (
+    NO_FLAG,
+    Count,
+    FromZero,
+    Most,
+    above,
+    at_least,
+    at_most,
+    group,
+    one_of,
+)
 from pipeline.options.editing import EditOptions
 from pipeline.options.evaluation import EvaluationOptions
-from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions
+from pipeline.options.shared import (
+    AskedModelOptions,
+    ComputeOptions,
+    ModelOptions,
+    OutputOptions,
+    RequestOptions,
+    ResumeOptions,
+    SeedOptions,
+    TrainerOptions,
+)
 
-BENCHMARKS = ("attribution", "distributed", "editing", "evaluation", "updates")
 EXPORTS = ("merged", "update", "adapter")
+ONE_HOST = ("num_nodes", "activation_checkpointing")  # no flags where little is done
 
 
 @dataclass(kw_only=True)
-class RunCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions):
-    """Options of `run`."""
+class RunCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions):
+    """Find the golden layer with one part of the requests, edit the other part there, and prove it."""
 
     proxy_fraction: float = 0.5
     """Share of the requests that finds the golden layer; the others are edited."""
     profile: str | None = None
     """A golden profile made before: stage one is left out, and every request is edited."""
-    resume: bool = False
-    """Go on with what an interrupted command with the same options left in --output."""
-    attribution: AttributionOptions = field(default_factory=AttributionOptions)
-    edit: EditOptions = field(default_factory=EditOptions)
-    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    attribution: AttributionOptions = group(AttributionOptions)
+    edit: EditOptions = group(EditOptions)
+    evaluation: EvaluationOptions = group(EvaluationOptions)
 
-    def __post_init__(self) -> None:
-        RequestOptions.__post_init__(self)
-        ComputeOptions.__post_init__(self)
+    def check(self) -> None:
+        """Raise UserError for a share that leaves a part empty, or a sweep of a model in slices."""
         if not 0 < self.proxy_fraction < 1:
             raise UserError(f"proxy_fraction: {self.proxy_fraction} is not between 0 and 1")
         if self.attribution.method == "sweep":
@@ -36,92 +54,71 @@ class RunCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions):
 
 
 @dataclass(kw_only=True)
-class AttributeCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, AttributionOptions):
-    """Options of `attribute`."""
+class AttributeCommand(
+    AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions, AttributionOptions
+):
+    """Find the golden layer of a model from a set of edit requests, and keep it as a profile."""
 
-    resume: bool = False
-    """Go on with what an interrupted command with the same options left in --output."""
-
-    def __post_init__(self) -> None:
-        RequestOptions.__post_init__(self)
-        ComputeOptions.__post_init__(self)
-        AttributionOptions.__post_init__(self)
+    def check(self) -> None:
+        """Raise UserError for a sweep of a model in slices."""
         if self.method == "sweep":
             self.trainer.check_whole("--method sweep")
 
 
 @dataclass(kw_only=True)
-class EditCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, EditOptions):
-    """Options of `edit`."""
+class EditCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions, EditOptions):
+    """Edit requests at the golden layer, measure before and after, and keep the update."""
 
     profile: str | None = None
     """The golden profile to edit by: FILE of `attribute`, or its folder."""
     after: str | None = None
     """A folder that an earlier `edit` or `run` wrote: edit on top of it; what is written holds both."""
-    resume: bool = False
-    """Go on with what an interrupted command with the same options left in --output."""
-    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-
-    def __post_init__(self) -> None:
-        RequestOptions.__post_init__(self)
-        ComputeOptions.__post_init__(self)
+    evaluation: EvaluationOptions = group(EvaluationOptions)
 
 
 @dataclass(kw_only=True)
-class EvaluateCommand(ModelOptions, RequestOptions, OutputOptions, ComputeOptions, EvaluationOptions):
-    """Options of `evaluate`."""
+class EvaluateCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, EvaluationOptions):
+    """Measure a model on edit requests and, with an update, the model before and after it."""
 
+    trainer: TrainerOptions = group(TrainerOptions, without=("activation_checkpointing",))
     update: str | None = None
     """A folder that `edit` or `run` wrote; without it the model is measured as it is."""
-    explain: int = 0
+    explain: FromZero = 0
     """Show the tokens of this many requests, which are scored and where the subject ends, and measure nothing."""
-    resume: bool = False
-    """Go on with what an interrupted command with the same options left in --output."""
-
-    def __post_init__(self) -> None:
-        RequestOptions.__post_init__(self)
-        ComputeOptions.__post_init__(self)
-        EvaluationOptions.__post_init__(self)
-        check_at_least("explain", self.explain, 0)
 
 
 @dataclass(kw_only=True)
-class DemoCommand(ModelOptions, OutputOptions, ComputeOptions):
-    """Options of `demo`."""
+class DemoCommand(AskedModelOptions, OutputOptions, ComputeOptions, SeedOptions):
+    """See it all on a handful of facts: old answers, golden layer, edit, new answers, what else moved, and back."""
 
-    facts: int = 8
+    trainer: TrainerOptions = group(TrainerOptions, without=ONE_HOST)
+    facts: Annotated[int, at_least(1), at_most(40)] = 8
     """How many of the demo requests to edit."""
 
-    def __post_init__(self) -> None:
-        ComputeOptions.__post_init__(self)
-        if not 1 <= self.facts <= 40:
-            raise UserError(f"facts: {self.facts} is not between 1 and 40")
-
 
 @dataclass(kw_only=True)
-class RequestsCommand(ModelOptions, RequestOptions, ComputeOptions):
-    """Options of `requests`."""
+class RequestsCommand(AskedModelOptions, RequestOptions, ComputeOptions):
+    """Check a file of edit requests and say what is in it; --to writes it as the project's own JSONL."""
 
+    trainer: TrainerOptions = group(TrainerOptions, without=ONE_HOST)
     model: str = ""
     """Also count what this model knows; without it none is loaded."""
-    batch_size: int = 16
+    batch_size: Annotated[Count, NO_FLAG] = 16
     """Answers in a batch, for --model."""
     to: str | None = None
     """Write the requests into this file, in the project's own JSONL; gzipped where its name ends in .gz."""
     overwrite: bool = False
     """Replace the file of --to."""
 
-    def __post_init__(self) -> None:
-        RequestOptions.__post_init__(self)
-        ComputeOptions.__post_init__(self)
-        check_at_least("batch_size", self.batch_size, 1)
+    def check(self) -> None:
+        """Raise UserError for a file whose name says that it is none of JSONL."""
         if self.to and self.to.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
             raise UserError(f"to: {self.to}: JSONL is written; expected a name that does not end in .csv or .tsv")
 
 
 @dataclass(kw_only=True)
 class ExportCommand(ModelOptions, OutputOptions):
-    """Options of `export`."""
+    """Write the edited model as a plain Hugging Face folder, or the update alone, or as a PEFT adapter."""
 
     update: str | None = None
     """A folder that `edit` or `run` wrote."""
@@ -129,14 +126,12 @@ class ExportCommand(ModelOptions, OutputOptions):
     """In place of --update: a store, of which --version is exported."""
     version: int | None = None
     """With --store: which version; default: the current one."""
-    kind: str = "merged"
+    kind: Annotated[str, one_of(*EXPORTS)] = "merged"
     """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: a
     LoRA adapter for PEFT, that of `edit --method lora` or one that comes to the same change."""
 
-    def __post_init__(self) -> None:
-        check_choice("kind", self.kind, EXPORTS)
-        if self.chat:
-            raise UserError("chat: nothing is asked of a model that is exported; leave --chat out")
+    def check(self) -> None:
+        """Raise UserError unless the options name one thing to export."""
         if (self.update is None) == (self.store is None):
             raise UserError("export: what? give either --update DIR or --store DIR")
         if self.version is not None and self.store is None:
@@ -144,29 +139,10 @@ class ExportCommand(ModelOptions, OutputOptions):
 
 
 @dataclass(kw_only=True)
-class BenchmarkCommand(ModelOptions, OutputOptions, ComputeOptions):
-    """Options of `benchmark`."""
+class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
+    """Show the answers of the base model and of the edited one side by side."""
 
-    what: str = "editing"
-    """attribution: what LGA costs in time and memory; distributed: what two processes bring and send each other,
-    and a model of 8 billion weights where there is a GPU; editing: every method, alone, in batches and one update
-    after another; evaluation: what measuring costs, and whether batches change it; updates: a store over twenty
-    weeks, under kills, with two updates at once, on a full disk, and with a long queue."""
-    data: str = "../shared/data"
-    """Folder with counterfact_easyedit.json and, for key statistics, enwiki_plain.txt."""
-    resume: bool = False
-    """Go on with what an interrupted benchmark with the same options left in --output."""
-
-    def __post_init__(self) -> None:
-        ComputeOptions.__post_init__(self)
-        check_choice("what", self.what, BENCHMARKS)
-        self.trainer.check_whole("benchmark")
-
-
-@dataclass(kw_only=True)
-class GenerateCommand(ModelOptions, RequestOptions, ComputeOptions):
-    """Options of `generate`."""
-
+    trainer: TrainerOptions = group(TrainerOptions, without=ONE_HOST)
     update: str | None = None
     """A folder that `edit` or `run` wrote; its answers stand beside the base model's."""
     store: str | None = None
@@ -175,19 +151,91 @@ class GenerateCommand(ModelOptions, RequestOptions, ComputeOptions):
     """With --store: stay, and answer again whenever another version becomes the current one."""
     prompt: list[str] | None = None
     """One prompt or several; default: the prompts of --requests."""
-    max_new_tokens: int = 16
+    max_new_tokens: Count = 16
     """Longest answer, in tokens."""
-    batch_size: int = 16
+    batch_size: Annotated[Count, NO_FLAG] = 16
     """Prompts in a batch."""
 
-    def __post_init__(self) -> None:
-        RequestOptions.__post_init__(self)
-        ComputeOptions.__post_init__(self)
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        check_at_least("batch_size", self.batch_size, 1)
+    def check(self) -> None:
+        """Raise UserError unless the options name one model to ask."""
         if self.store is not None and self.update is not None:
             raise UserError("generate: give --update or --store, not both")
         if self.store is not None:
             self.trainer.check_whole("a store")
         if self.follow and self.store is None:
             raise UserError("follow: what? name a store with --store DIR")
+
+
+@dataclass(kw_only=True)
+class StudyCommand(AskedModelOptions, ResumeOptions, ComputeOptions, SeedOptions):
+    """Edit requests alone at every block, and compare the golden layer, every request's own best, and selectors."""
+
+    trainer: TrainerOptions = group(TrainerOptions, without=("num_nodes",))
+    requests: list[str] = field(default_factory=lambda: ["demo"])
+    """Request sets: files of edit requests, hf:NAME[:SPLIT], or `demo`."""
+    limit: Annotated[int, at_least(2)] = 32
+    """Requests of each set that are edited alone at every block."""
+    proxy: Count = 128
+    """Further requests of each set, about other subjects, that selectors choose by; fewer where there are fewer."""
+    offset: FromZero = 0
+    """Leave out this many records from each file's start."""
+    skip_bad: bool = False
+    """Leave bad records out, and say how many, where else the first of them ends the command."""
+    methods: list[str] = field(default_factory=lambda: ["memit"])
+    """Ways to edit: memit, emmet, rome, alphaedit or lora."""
+    selectors: list[str] = field(default_factory=lambda: ["lga", "gradient_norm", "causal_tracing", "middle"])
+    """Ways to choose a block; the first one's choice is the golden layer. Those that --method of `attribute` takes,
+    but fixed; under research: lga_past_first, lga_subject, lga_cosine, lga_cosine_past_first, lga_cosine_last,
+    gradient_norm; sweep: each proxy request edited alone at every block by the first of --methods."""
+    every: Count = 1
+    """Try every n-th block only, and those that selectors chose."""
+    together: Annotated[Count, NO_FLAG] = 32
+    """Requests that are edited side by side."""
+    attribution: AttributionOptions = group(AttributionOptions, without=("method", "layer", "top_k"))
+    edit: EditOptions = group(EditOptions, without=("layers", "last_wins"))
+
+    def check(self) -> None:
+        """Raise UserError for lists that name nothing, or the same twice, and a model in slices."""
+        self.trainer.check_whole("study")
+        for name in ("requests", "methods", "selectors"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                raise UserError(f"{name}: {', '.join(given) or 'none'}; expected at least one, and each once")
+
+
+@dataclass(kw_only=True)
+class PlanCommand(ModelOptions, OutputOptions):
+    """Say what memory a device will need for attribution, edits and evaluation; no weight is read."""
+
+    devices: Most = None
+    """How many devices share the work, over all hosts; default: as --trainer.devices says, or 1."""
+    memory: Annotated[float | None, above(0)] = None
+    """A device's memory in GB (1e9 bytes); default: what this machine's GPU has, or else this machine."""
+    length: Annotated[int, at_least(3)] = 64
+    """Tokens of the longest row: prompt, answer and, where there is one, the context before."""
+    batch: Most = None
+    """Requests in a batch, in every stage; default: each stage's own batch size."""
+    layer: FromZero = 0
+    """The golden layer; an edit of block 0 takes the most."""
+    method: list[str] = field(default_factory=lambda: ["finetune", "lora", "memit", "one_pass"])
+    """Ways to edit, as --method of `edit` names them."""
+    trainer: TrainerOptions = group(TrainerOptions, without=("num_nodes",))
+    attribution: AttributionOptions = group(
+        AttributionOptions, without=("method", "layer", "old_answers", "order", "top_k")
+    )
+    edit: EditOptions = group(EditOptions, without=("layers", "last_wins", "statistics"))
+    evaluation: Annotated[EvaluationOptions, NO_FLAG] = group(EvaluationOptions)
+
+    def check(self) -> None:
+        """Raise UserError for a method that is named twice."""
+        if len(set(self.method)) < len(self.method):
+            raise UserError(f"method: {', '.join(self.method)}; expected each once")
+
+    @property
+    def all_devices(self) -> int:
+        """How many devices share the work."""
+        if self.devices is not None:
+            return self.devices
+        named = str(self.trainer.devices)
+        on_a_host = int(named) if named.isdigit() else len([one for one in named.split(",") if one.isdigit()])
+        return max(1, on_a_host) * self.trainer.num_nodes

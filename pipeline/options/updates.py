@@ -1,87 +1,64 @@
 """Knowledge updates over time: the store, the queue, the gates, the schedule."""
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Annotated
 
-from pipeline.errors import UserError, check_above, check_at_least, check_at_most
+from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.editing import EditOptions, LocateOptions
+from pipeline.options.base import (
+    NO_FLAG,
+    Count,
+    Most,
+    Options,
+    Positive,
+    Weight,
+    above,
+    at_least,
+    at_most,
+    group,
+)
+from pipeline.options.editing import EditOptions
 from pipeline.options.evaluation import EvaluationOptions
-from pipeline.options.shared import ComputeOptions, TrainerOptions
+from pipeline.options.shared import CommandOptions, ComputeOptions, SeedOptions, TrainerOptions
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
+Share = Annotated[float, at_least(0), at_most(1)]
+
 
 @dataclass(kw_only=True)
-class StoreOptions:
+class StoreOptions(CommandOptions):
     """Which store."""
 
     store: str
     """The store's folder: queue, versions, history."""
-    verbose: bool = False
-    """Show the libraries' own messages, and tracebacks."""
 
 
 @dataclass(kw_only=True)
-class StackedLocateOptions(LocateOptions):
-    """Locate-then-edit where one layer is to hold batch after batch: small values, so that many get along."""
-
-    key_contexts: int = 1
-    """Contexts that a subject's keys are taken under; at most 9."""
-    neighbour_weight: float = 0.1
-    """memit: weight of such names against ordinary text."""
-    steps: int | None = 25
-    """The most optimiser steps of a value; null: 40 for up to 10 requests, 22 for more."""
-    step: float = 0.13
-    """Adam's step size for a value, in units of the projection's output norm."""
-    bound: float | None = 1.3
-    """Largest change of a value, in units of the projection's output norm; null: 2 for up to 10 requests, 1.6 for
-    more."""
-    strength: float = 20.0
-    """memit: weight of what is to stay against the requests, free of the keys' scale."""
-
-
-@dataclass(kw_only=True)
-class StackedEditOptions(EditOptions):
-    """How the golden layer is changed, batch after batch."""
-
-    locate: StackedLocateOptions = field(default_factory=StackedLocateOptions)
-
-
-@dataclass(kw_only=True)
-class GateOptions:
+class GateOptions(Options):
     """What a batch must reach to be published; 0 in place of a least, or null in place of a most: not asked for."""
 
-    rewrite: float = 0.6
+    rewrite: Share = 0.6
     """Least share of the new answers' tokens, prompts as given, on the batch."""
-    rephrase: float = 0.0
+    rephrase: Share = 0.0
     """The same, prompts in other words: small models give few of them, so that nothing is asked for."""
-    locality: float = 0.5
+    locality: Share = 0.5
     """Least share of unrelated answers' tokens that the batch left as they were."""
-    earlier: float = 0.6
+    earlier: Share = 0.6
     """Least rewrite of earlier facts, over a sample of all that are applied."""
-    earlier_sample: int = 100
+    earlier_sample: Count = 100
     """How many earlier facts are looked at; more make it surer and slower."""
-    perplexity: float | None = 1.2
+    perplexity: Annotated[float | None, at_least(1)] = 1.2
     """Most perplexity on ordinary text, as a multiple of the base model's."""
-    drift: float | None = 2.0
+    drift: Annotated[float | None, above(0)] = 2.0
     """Most change of an edited weight from the base, as a share of its norm."""
-
-    def __post_init__(self) -> None:
-        for name in ("rewrite", "rephrase", "locality", "earlier"):
-            check_at_least(f"gates.{name}", getattr(self, name), 0)
-            check_at_most(f"gates.{name}", getattr(self, name), 1)
-        check_at_least("gates.earlier_sample", self.earlier_sample, 1)
-        if self.perplexity is not None:
-            check_at_least("gates.perplexity", self.perplexity, 1)
-        if self.drift is not None:
-            check_above("gates.drift", self.drift, 0)
 
 
 @dataclass(kw_only=True)
 class SubmitCommand(StoreOptions):
-    """Options of `submit`."""
+    """Put the requests of a file into a store's queue."""
 
     file: str
     """A file of edit requests (JSONL, JSON or CSV, gzipped or not), or `demo`."""
@@ -94,7 +71,8 @@ class SubmitCommand(StoreOptions):
     again: bool = False
     """Requests of the file that were held back, superseded, retracted or rolled back are queued anew."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise UserError for a date that is none."""
         time_of(self.not_before)
 
 
@@ -113,55 +91,51 @@ def time_of(not_before: str | None) -> float:
 
 
 @dataclass(kw_only=True)
-class ProvingOptions(StoreOptions, ComputeOptions):
+class ProvingOptions(StoreOptions, ComputeOptions, SeedOptions):
     """What every command that makes a version has in common."""
 
     model: str | None = None
     """The base model; a new store needs it, an old one knows it."""
-    edit: StackedEditOptions = field(default_factory=StackedEditOptions)
-    attribution: AttributionOptions = field(default_factory=AttributionOptions)
-    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    gates: GateOptions = field(default_factory=GateOptions)
+    trainer: TrainerOptions = group(TrainerOptions, without=("devices", "num_nodes", "strategy"))
+    edit: EditOptions = group(EditOptions, without=("last_wins",))
+    attribution: AttributionOptions = group(AttributionOptions, without=("layer", "top_k"))
+    evaluation: EvaluationOptions = group(EvaluationOptions, without=("fluency",))
+    gates: GateOptions = group(GateOptions)
 
-    def __post_init__(self) -> None:
-        ComputeOptions.__post_init__(self)
-        if str(self.trainer.devices) not in ("auto", "1") or self.trainer.num_nodes != 1:
-            raise UserError(f"trainer.devices: {self.trainer.devices}; a store is worked on by one device")
-        self.trainer.check_whole("a store")
+    def check(self) -> None:
+        self.edit.stacked = True  # a store's updates build on each other
 
     @property
     def one_device(self) -> TrainerOptions:
-        """The trainer's options, on one device."""
+        """The trainer's options: a store is worked on by one device."""
         return replace(self.trainer, devices=1)
 
 
 @dataclass(kw_only=True)
 class UpdateCommand(ProvingOptions):
-    """Options of `update`."""
+    """Edit, prove and publish what is due in a store, once."""
 
     profile: str | None = None
     """A golden profile made before; default: the store's, made from the first batch where it has none."""
-    batch: int = 100
+    batch: Count = 100
     """The most requests that make a version."""
     dry_run: bool = False
     """Say what would be, and change nothing."""
 
-    def __post_init__(self) -> None:
-        ProvingOptions.__post_init__(self)
-        check_at_least("batch", self.batch, 1)
-
 
 @dataclass(kw_only=True)
 class ScheduleCommand(UpdateCommand):
-    """Options of `schedule`."""
+    """Stay, and update a store at set times."""
 
+    dry_run: Annotated[bool, NO_FLAG] = False
+    """Of `update` alone."""
     cron: str | None = None
     """When, as cron's five fields: `0 3 * * *` is every day at three, local time."""
     every: str | None = None
     """How often, in place of cron: 30m, 6h, 1d; the first time at once."""
 
-    def __post_init__(self) -> None:
-        UpdateCommand.__post_init__(self)
+    def check(self) -> None:
+        """Raise UserError unless the options say when."""
         if (self.cron is None) == (self.every is None):
             raise UserError("schedule: when? give either --cron '0 3 * * *' or --every 6h")
         if self.every is not None:
@@ -182,28 +156,30 @@ def seconds(every: str) -> int:
 
 @dataclass(kw_only=True)
 class HistoryCommand(StoreOptions):
-    """Options of `history`."""
+    """List a store's versions and what happened, or tell the story of one request."""
 
     request: str | None = None
     """Tell the story of one request: its number in the store, or its own id."""
-    limit: int = 20
+    limit: Count = 20
     """How many versions and events, the latest."""
-
-    def __post_init__(self) -> None:
-        check_at_least("limit", self.limit, 1)
 
 
 @dataclass(kw_only=True)
-class VersionCommand(StoreOptions):
-    """Options of `show` and `rollback`."""
+class ShowCommand(StoreOptions):
+    """Show what a version holds: its figures, gates and facts."""
 
     version: int
     """A version's number, as `history` lists them; 0 is the base model."""
 
 
 @dataclass(kw_only=True)
+class RollbackCommand(ShowCommand):
+    """Make an earlier version the current one, or a later one again."""
+
+
+@dataclass(kw_only=True)
 class DiffCommand(StoreOptions):
-    """Options of `diff`."""
+    """Show which facts two versions differ in."""
 
     older: int
     """A version's number; 0 is the base model."""
@@ -213,7 +189,7 @@ class DiffCommand(StoreOptions):
 
 @dataclass(kw_only=True)
 class VerifyCommand(StoreOptions):
-    """Options of `verify`."""
+    """Check every file of a store against its SHA-256, and that every version loads."""
 
     model: str | None = None
     """The base model, where it is no longer found under the name that the store knows."""
@@ -221,7 +197,11 @@ class VerifyCommand(StoreOptions):
 
 @dataclass(kw_only=True)
 class RetractCommand(ProvingOptions):
-    """Options of `retract`."""
+    """Take a request out of the queue, or edit its fact back."""
 
+    attribution: AttributionOptions = group(
+        AttributionOptions, without=("method", "layer", "scope", "order", "top_k", "expert")
+    )  # of a fact that is edited back, where the store has a golden layer
+    evaluation: EvaluationOptions = group(EvaluationOptions, without=("generation", "max_new_tokens", "fluency"))
     request: str
     """A request's number in the store, or its own id."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from pipeline.editing.statistics import READ_TOGETHER
 from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.reading import BATCH_SIZE, BATCH_TOKENS
 from pipeline.model.loading import load_config
-from pipeline.options.planning import PlanCommand
+from pipeline.options.commands import PlanCommand
 from pipeline.options.shared import SHARDED
 from pipeline.planning import stages
 from pipeline.planning.shape import Case, Shape, shape_of
@@ -140,7 +140,7 @@ def planned(case: Case, options: PlanCommand) -> Iterator[Stage]:
     most = stages.attributed_together(case)
     batch = options.batch or options.attribution.batch_size
     yield Stage("attribution", batch, most, partial(stages.attribution, case, options.attribution))
-    edits = [replace(options.edit, method=method) for method in options.method]
+    edits = [options.edit.by(method) for method in options.method]
     whitening = any(getattr(settings_of(edit), "whiten", 0) for edit in edits)
     if whitening or any(METHODS[edit.method].solves_anew for edit in edits):
         beside = partial(stages.key_statistics, case, "mlp" if whitening else "down")

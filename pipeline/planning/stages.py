@@ -20,7 +20,7 @@ from pipeline.attribution.selector import tokens_at_once
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.method import METHODS
-from pipeline.editing.one_pass import Capture
+from pipeline.editing.one_pass import Capturing
 from pipeline.editing.ordinary_text import WINDOW
 from pipeline.editing.statistics import KeyMoments
 from pipeline.editing.values import SEARCHED_TOGETHER, Located
@@ -64,8 +64,8 @@ def evaluation(case: Case, batch: int) -> int:
     hidden = case.shape.model.config.get_text_config(decoder=True).hidden_size
     peaks = [alive.peak]
     for groups in (texts, window):
-        compared = {group[0].tag: range(1) for group in groups}
-        for base in (None, {number: torch.empty(1, hidden) for number in compared}):
+        compared = {group[0].tag for group in groups}
+        for base in (None, {tag: torch.empty(1, hidden) for tag in compared}):
             peaks.append(case.peak(Reading(case.shape, compared, base), groups))
     return max(peaks)
 
@@ -77,7 +77,7 @@ def editing(case: Case, options: EditOptions, batch: int) -> int:
         return training(case, made, batch)
     if isinstance(made, LocateThenEdit):
         return locating(case, made, batch)
-    return case.peak(Capture(case.shape, made.projections), [case.row] * batch)
+    return case.peak(Capturing(case.shape, list(made.projections)), [case.row] * batch)
 
 
 def training(case: Case, module: FineTune, batch: int) -> int:

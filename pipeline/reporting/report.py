@@ -131,9 +131,9 @@ def study_report(study: Study) -> str:
                 f"## {name}, {method}\n",
                 f"{len(grid.scores)} requests × {len(grid.blocks)} blocks in {grid.seconds:.0f} s.\n",
                 "### A fixed block against each request's own best\n",
-                _study_table(study.against_optimal(name, method)),
+                _study_table(study.against_optimal[name][method]),
                 "### Who finds it\n",
-                _study_table(study.selectors(name, method)),
+                _study_table(study.selectors[name][method]),
                 f"![sweep](sweep-{name}-{method}.png)\n",
                 f"![squares](squares-{name}-{method}.png)\n",
                 f"![selectors](selectors-{name}-{method}.png)\n",
@@ -141,13 +141,13 @@ def study_report(study: Study) -> str:
     for method in next(iter(study.grids.values())):
         parts += [
             f"## From proxy to test requests, and from set to set: {method}\n",
-            _study_table(study.carried(method)),
+            _study_table(study.carried[method]),
         ]
     parts += [
         "## Selectors by halves\n",
         "Every second tried request, over all sets and methods, and the others: what is chosen by the first half's "
         "figures can be trusted by the second's.\n",
-        _study_table(study.halves()),
+        _study_table(study.halves),
     ]
     return "\n".join(parts)
 

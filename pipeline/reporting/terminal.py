@@ -101,7 +101,7 @@ def show_study(study: Study) -> None:
     """How near the golden layer comes to the best, and what each selector chose; study.md holds all of it."""
     for name, grids in study.grids.items():
         for method in grids:
-            own, fixed, golden, *_ = study.against_optimal(name, method)
+            own, fixed, golden, *_ = study.against_optimal[name][method]
             say(
                 f"{name}, {method}: golden layer {golden['block']} scores {golden['score']:.3f}; the best fixed "
                 f"block, {fixed['block']}, {fixed['score']:.3f}; each request's own best {own['score']:.3f}"
@@ -109,7 +109,7 @@ def show_study(study: Study) -> None:
             digits = {"regret": 3, "spearman": 2, "seconds": 0}
             rows = [
                 [f" {row['selector']}", str(row["block"]), *(_number(row[key], digits[key]) for key in digits)]
-                for row in study.selectors(name, method)
+                for row in study.selectors[name][method]
             ]
             columns = ["chosen by", "block", "regret", "Spearman", "seconds"]
             screen().print(table_of(columns, rows), highlight=False)

@@ -46,6 +46,13 @@ class Batch:
         target_N: the target tokens.
         text_N: which of the texts each belongs to.
         texts: the texts.
+
+    Of a batch to train on, also (see `pipeline.editing.lessons`), with K prompts whose answers are to stay:
+
+    Attributes:
+        weight_B: how much each row counts; None: all alike.
+        enter_BTD: what enters the lowest block that is trained; None: the blocks below it run.
+        base_KV: of the last K rows, the unedited model's log-probabilities of what comes next.
     """
 
     input_ids_BT: Tensor
@@ -54,6 +61,9 @@ class Batch:
     target_N: Tensor
     text_N: Tensor
     texts: list[Row]
+    weight_B: Tensor | None = None
+    enter_BTD: Tensor | None = None
+    base_KV: Tensor | None = None
 
     def to(self, device: Any, **_: Any) -> Batch:
         """On a device."""

@@ -1,4 +1,4 @@
-"""Half-done work: what items have come to, a file a batch, so that a kill loses the batch at work and nothing else."""
+"""Half-done work: what items have come to, a file a batch, so that a kill loses the batch at work, no more."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import pickle
 import shutil
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +18,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from pipeline.files import write_whole
 
-BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, pickle.UnpicklingError)
+BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, pickle.UnpicklingError, BadZipFile)
 
 
 class Kept(BasePredictionWriter):
@@ -38,6 +40,8 @@ class Kept(BasePredictionWriter):
         found: dict[int, Any] = {}
         for file in sorted(self.folder.glob("*.pt")):
             try:
+                if ZipFile(file).testzip():  # its checksums, which torch does not look at
+                    raise BadZipFile
                 found |= torch.load(file, weights_only=True)
             except BROKEN:
                 file.unlink(missing_ok=True)
@@ -53,7 +57,8 @@ class Kept(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, prediction: Mapping[int, Any], *_: Any
     ) -> None:
         if prediction:
-            self.write(prediction)
+            with suppress(OSError, RuntimeError):  # a full disk costs the next command time, and this one nothing
+                self.write(prediction)
 
     def remove(self) -> None:
         """What was kept is kept elsewhere now."""

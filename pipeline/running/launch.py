@@ -1,8 +1,8 @@
 """A command on several devices of a host: started and watched by torchrun's own agent.
 
-The agent runs in the process that the user started and runs no part of the command itself. When any of the command's
-processes fails or dies, it ends the others, and one line says why. On several hosts the user starts `torchrun` (or
-`srun`) on each, whose agents do the same.
+The agent runs in the process that the user started, which runs no part of the command itself. When any of the
+command's processes fails or dies, the agent ends the others, and one line says why. On several hosts the user starts
+`torchrun` (or `srun`) on each, whose agents do the same. What is imported here brings no torch.
 """
 
 from __future__ import annotations
@@ -16,29 +16,34 @@ from datetime import datetime
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.options.shared import TrainerOptions
 from pipeline.output import STARTED
-from pipeline.running.interrupts import interrupts
 
 SUPERVISED = "GOLDEN_LAYERS_SUPERVISED"  # the environment variable of processes whose failures the agent tells
 ENDING_SECONDS = 60  # that a process has to end the batch at work after a signal
 IN_ITS_WAKE = "another process of this command has ended"
 
 
-def device_count(options: TrainerOptions) -> int:
-    """How many devices of this host the options ask for.
+def is_one_of_several() -> bool:
+    """Whether this command's own agent, torchrun or SLURM has started this process beside others."""
+    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def devices_to_start(options: Any) -> int:
+    """How many processes of this host a command's options ask for and nobody has started.
 
     Raises:
         UserError: when the accelerator or devices do not exist here.
     """
-    if str(options.devices) == "1" or (options.accelerator == "cpu" and options.devices == "auto"):
+    trainer = options.trainer
+    alone = str(trainer.devices) == "1" or (trainer.accelerator == "cpu" and trainer.devices == "auto")
+    if alone or is_one_of_several() or not getattr(options, "model", True):
         return 1
     from pipeline.running.trainer import build_trainer
 
-    return build_trainer(options, "").num_devices
+    return build_trainer(trainer, "").num_devices
 
 
-def supervise(words: Sequence[str], devices: int, options: TrainerOptions) -> int:
+def supervise(words: Sequence[str], devices: int, options: Any) -> int:
     """Run the command of these words on so many devices of this host, a process each; its exit code.
 
     Raises:
@@ -48,13 +53,13 @@ def supervise(words: Sequence[str], devices: int, options: TrainerOptions) -> in
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if options.num_nodes > 1:
+    if options.trainer.num_nodes > 1:
         raise UserError(
-            f"trainer.num_nodes: {options.num_nodes} hosts: start the command on each, with torchrun or srun"
+            f"trainer.num_nodes: {options.trainer.num_nodes} hosts: start the command on each, by torchrun or srun"
         )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ |= {SUPERVISED: "1", STARTED: f"{datetime.now():%Y%m%d-%H%M%S}"}
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    own = {SUPERVISED: "1", STARTED: f"{datetime.now():%Y%m%d-%H%M%S}"}
+    os.environ |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))} | own | os.environ
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -69,30 +74,37 @@ def supervise(words: Sequence[str], devices: int, options: TrainerOptions) -> in
     try:
         elastic_launch(config, sys.executable)(sys.argv[0], *words)
     except SignalException as signalled:
-        interrupts.noted = signalled.sigval
-        print(told_interrupt(signalled.sigval), file=sys.stderr)
+        print(of_interrupt(signalled.sigval), file=sys.stderr)
         return 128 + signalled.sigval
     except ChildFailedError as failed:
         return _tell(failed)
     finally:
-        for name in (SUPERVISED, STARTED):
-            os.environ.pop(name, None)
+        os.environ.pop(SUPERVISED, None)
     return 0
 
 
-def told_interrupt(number: int) -> str:
+def of_interrupt(number: int | None) -> str:
     """What is said of a command that a signal ended."""
     return "interrupted by SIGTERM" if number == signal.SIGTERM else "interrupted"
 
 
-def record(line: str) -> bool:
-    """Leave a process's failure to the agent to tell; False where there is none of ours."""
-    if SUPERVISED not in os.environ:
-        return False
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+def leave(code: int, line: str) -> int:
+    """Say why a command ends; one of several processes ends at once, and leaves the word to its agent.
 
-    get_error_handler().record_exception(UserError(line))
-    return True
+    Returns:
+        the exit code.
+    """
+    if SUPERVISED in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(UserError(line))
+    else:
+        print(line, file=sys.stderr)
+    if is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what else would be done at the end waits for processes that have failed, too
+    return code
 
 
 def _tell(failed: Any) -> int:
@@ -101,10 +113,10 @@ def _tell(failed: Any) -> int:
     for rank, failure in failures:
         line = _line(failure).removeprefix("UserError: ")
         if failure.exitcode < 0:
-            line = f"trainer: process {rank} has ended ({failure.signal_name()})"
+            line = f"error: trainer: process {rank} has ended ({failure.signal_name()})"
         if IN_ITS_WAKE not in line and failure.exitcode not in (-signal.SIGTERM, 128 + signal.SIGTERM):
             break
-    print(f"error: {line}", file=sys.stderr)
+    print(line, file=sys.stderr)
     return failure.exitcode if failure.exitcode > 0 else 1
 
 

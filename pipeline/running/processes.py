@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
@@ -21,11 +20,7 @@ from torch import distributed
 from pipeline.errors import UserError
 from pipeline.options.shared import SHARDED, TrainerOptions
 from pipeline.output import STARTED
-
-
-def is_one_of_several() -> bool:
-    """Whether this command's own launcher (`pipeline.running.launch`), torchrun or SLURM has started this process."""
-    return "LOCAL_RANK" in os.environ or SLURMEnvironment.detect()
+from pipeline.running.launch import is_one_of_several
 
 
 def join(options: TrainerOptions) -> torch.device:

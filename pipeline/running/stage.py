@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -138,6 +140,7 @@ def run(
     kept: str | Path | None = None,
     in_step: bool = False,
     callbacks: Sequence[Callback] = (),
+    logger: Logger | bool = False,
 ) -> list[Any]:
     """The outputs of every item, in the items' order, whole in every process.
 
@@ -151,6 +154,7 @@ def run(
         kept: the name in the work folder, or the folder itself, under which outputs are kept as they come.
         in_step: let all devices run as many batches, as a backward pass through spread weights needs.
         callbacks: what watches the stage.
+        logger: where the stage's curves go.
 
     Raises:
         UserError: when the memory does not suffice for one item.
@@ -159,27 +163,17 @@ def run(
     folder = kept if isinstance(kept, Path) else runtime.work / kept if runtime.work and kept else None
     keeping = Kept(folder) if folder else None
     done: dict[int, Any] = from_first(keeping.read() if keeping else {})
-    left = (
-        Items(*zip(*((n, item) for n, item in enumerate(items) if n not in done), strict=True))
-        if len(done) < len(items)
-        else None
-    )
-    if left:
+    numbers = [number for number in range(len(items)) if number not in done]
+    if numbers:
+        left = Items(numbers, [items[number] for number in numbers])
         watching = [*callbacks, *([keeping] if keeping else [])]
-        with trainer_of(runtime, stage.title, watching) as trainer:
-            most = min(
-                batch_size, max(1, len(left) // trainer.world_size)
-            )  # no device without an item, if possible
+        with trainer_of(runtime, stage.title, watching, logger=logger) as trainer:
+            most = min(batch_size, max(1, len(left) // trainer.world_size))  # an item for each device, if possible
             batches = in_batches(left, tokens, most, most_tokens)
             outputs = trainer.predict(stage, datamodule=Batches(batches, in_step)) or []
-        for part in of_all({n: output for batch in outputs for n, output in _mapping(batch).items()}):
+        for part in of_all(ChainMap(*outputs)):  # type: ignore[arg-type]
             done |= part
     return [done[number] for number in range(len(items))]
-
-
-def _mapping(batch: Any) -> Mapping[int, Any]:
-    assert isinstance(batch, dict)
-    return batch
 
 
 def in_batches(left: Items, tokens: Callable[[Any], int], most: int, most_tokens: int | None = None) -> list[Items]:
@@ -215,7 +209,7 @@ def free_memory() -> None:
 
 
 def attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
-    """Whether the memory sufficed for some work, and what it gives or why not; what it held is free again if not."""
+    """Whether the memory sufficed for some work, and what it gives, or why not; then what it held is free again."""
     try:
         return True, work()
     except (RuntimeError, MemoryError) as error:

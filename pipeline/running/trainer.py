@@ -85,12 +85,26 @@ def trainer_of(
         return
     trainer, own = runtime.trainer, list(runtime.trainer.callbacks)
     inference_mode, trainer.predict_loop.inference_mode = trainer.predict_loop.inference_mode, False
+    parts = trainer.accumulate_grad_batches
     trainer.callbacks += [KeepStep(), *callbacks]
+    begin_anew(trainer)
     try:
         yield trainer
     finally:
-        trainer.callbacks[:] = own
+        trainer.callbacks[:], trainer.accumulate_grad_batches = own, parts
         trainer.predict_loop.inference_mode = inference_mode
+
+
+def begin_anew(trainer: Trainer) -> None:
+    """Let a Trainer that has fitted before count epochs and steps from 0."""
+    batches = trainer.fit_loop.epoch_loop
+    for progress in (
+        trainer.fit_loop.epoch_progress,
+        batches.batch_progress,
+        batches.scheduler_progress,
+        batches.automatic_optimization.optim_progress,
+    ):
+        progress.reset()
 
 
 def build_trainer(

@@ -2,4 +2,4 @@
 
 from pipeline.offered import offered
 
-__getattr__, __all__ = offered(__name__, {"study": ("Study", "run_study"), "sweep": ("Grid", "Sweep")})
+__getattr__, __all__ = offered(__name__, {"study": ("Study", "run_study"), "grid": ("Grid",), "sweep": ("Sweep",)})

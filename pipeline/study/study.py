@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
-from pipeline.attribution import METHODS as SELECTORS
-from pipeline.attribution import GoldenProfile, check_method, choose, score_requests
-from pipeline.editing.method import Runtime
+from pipeline.attribution.find import check_selector, choose, score_requests
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.attribution.selector import Selector, Values
 from pipeline.errors import UserError, check_choice
-from pipeline.files import write_text
-from pipeline.model import LLM
+from pipeline.files import digest, write_text
+from pipeline.model.llm import LLM
 from pipeline.options import StudyCommand
-from pipeline.requests import EditRequest
-from pipeline.study.questions import (
-    Row,
-    best_block,
-    by_halves,
-    carried_over,
-    golden_against_optimal,
-    selectors_compared,
-)
-from pipeline.study.results import RESULTS_FILE, Results, digest
-from pipeline.study.sweep import Grid, Sweep, check_trial
+from pipeline.requests.schema import EditRequest
+from pipeline.running.processes import from_first
+from pipeline.running.trainer import Runtime
+from pipeline.study.grid import Grid
+from pipeline.study.questions import Row, by_halves, carried_over, golden_against_optimal, selectors_compared
+from pipeline.study.selectors import RESEARCH
+from pipeline.study.sweep import RESULTS, Sweep, check_trial
 
+SWEEP = "sweep"  # as a selector: requests edited alone at every block by the first of the study's methods
 UNFENCED = "{} without fences"
+Tables = dict[str, dict[str, list[Row]]]  # by set and method
 
 
 @dataclass(frozen=True)
@@ -63,56 +62,50 @@ class Study:
         """The golden layer by set."""
         return {name: next(iter(found.values())).golden_layers[0] for name, found in self.profiles.items()}
 
-    def against_optimal(self, name: str, method: str) -> list[Row]:
-        """Question one, for a set and a method."""
-        return golden_against_optimal(self.grids[name][method], self.golden[name], self.blocks)
+    def each(self, answer: Callable[[str, Grid], Any]) -> dict[str, dict[str, Any]]:
+        """An answer for every set and method."""
+        return {
+            name: {method: answer(name, grid) for method, grid in found.items()}
+            for name, found in self.grids.items()
+        }
 
-    def carried(self, method: str) -> list[Row]:
-        """Question two: from proxy to test requests, within a set and from set to set."""
-        return carried_over({name: grids[method] for name, grids in self.grids.items()}, self.golden)
+    @cached_property
+    def against_optimal(self) -> Tables:
+        """Question one, by set and method: how near a fixed block comes to each request's own best one."""
+        return self.each(lambda name, grid: golden_against_optimal(grid, self.golden[name], self.blocks))
 
-    def selectors(self, name: str, method: str) -> list[Row]:
-        """Question three, for a set and a method."""
-        return selectors_compared(self.grids[name][method], self.profiles[name], self.blocks)
+    @cached_property
+    def carried(self) -> dict[str, list[Row]]:
+        """Question two, by method: from proxy to test requests, within a set and from set to set."""
+        methods = next(iter(self.grids.values()))
+        return {
+            method: carried_over({name: grids[method] for name, grids in self.grids.items()}, self.golden)
+            for method in methods
+        }
 
+    @cached_property
+    def selectors(self) -> Tables:
+        """Question three, by set and method: who finds the block."""
+        return self.each(lambda name, grid: selectors_compared(grid, self.profiles[name], self.blocks))
+
+    @cached_property
     def halves(self) -> list[Row]:
         """Selectors on one half of the tried requests and on the other, over all sets and methods."""
         return by_halves(self.grids, self.profiles)
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for one's own analysis."""
-        methods, names = list(next(iter(self.grids.values()))), [one.name for one in self.sets]
         return {
             "model": self.model,
             "blocks": self.blocks,
-            "sets": {s.name: {"tried": len(s.tried), "proxy": len(s.proxy)} for s in self.sets},
+            "sets": {one.name: {"tried": len(one.tried), "proxy": len(one.proxy)} for one in self.sets},
             "golden layers": self.golden,
-            "golden against optimal": {
-                name: {method: self.against_optimal(name, method) for method in methods} for name in names
-            },
-            "carried over": {method: self.carried(method) for method in methods},
-            "selectors": {
-                s.name: {method: self.selectors(s.name, method) for method in methods} for s in self.sets
-            },
-            "selectors by halves": self.halves(),
-            "sweeps": {
-                name: {method: _grid_json(grid) for method, grid in grids.items()}
-                for name, grids in self.grids.items()
-            },
+            "golden against optimal": self.against_optimal,
+            "carried over": self.carried,
+            "selectors": self.selectors,
+            "selectors by halves": self.halves,
+            "sweeps": self.each(lambda _, grid: grid.as_json()),
         }
-
-
-def _grid_json(grid: Grid) -> dict[str, Any]:
-    asked = {name: values for name, values in grid.values.items() if not np.isnan(values).all()}
-    means = {name: np.nanmean(values, axis=0).tolist() for name, values in asked.items()}
-    return {
-        "blocks": grid.blocks,
-        **means,
-        "score": grid.scores.mean(0).tolist(),
-        "best fixed block": best_block(grid),
-        "own best blocks": [grid.blocks[place] for place in grid.scores.argmax(1)],
-        "seconds": round(grid.seconds, 1),
-    }
 
 
 def check_study(sets: Sequence[RequestSet], options: StudyCommand) -> None:
@@ -120,12 +113,26 @@ def check_study(sets: Sequence[RequestSet], options: StudyCommand) -> None:
     names = [one.name for one in sets]
     if len(set(names)) < len(names):
         raise UserError(f"requests: {', '.join(names)}: expected files of different names, which tables tell apart")
+    ways = selectors_of(options)
+    for selector in options.selectors:
+        check_choice("selectors", selector, ways)
     for one in sets:
         for method in options.methods:
             check_trial(method, options.edit, one.tried)
         for selector in options.selectors:
-            check_choice("selectors", selector, [name for name in SELECTORS if name != "fixed"])
-            check_method([*one.tried, *one.proxy], replace(options.attribution, method=selector))
+            check_selector([*one.tried, *one.proxy], replace(options.attribution, method=selector), ways)
+
+
+def selectors_of(options: StudyCommand, sweep: Sweep | None = None) -> dict[str, Selector]:
+    """Ways to choose a block: those under research, and trial edits by the first of the methods."""
+    method = options.methods[0]
+
+    def score(llm: LLM, requests: Sequence[EditRequest], *_: Any) -> Values:
+        assert sweep
+        return sweep.run(method, requests, range(len(llm.blocks))).scores
+
+    by_trial = Selector(score, check=lambda requests, _: check_trial(method, options.edit, requests))
+    return {name: one for name, one in RESEARCH.items() if name != "fixed"} | {SWEEP: by_trial}
 
 
 def parted(name: str, requests: Sequence[EditRequest], options: StudyCommand) -> RequestSet:
@@ -149,7 +156,9 @@ def parted(name: str, requests: Sequence[EditRequest], options: StudyCommand) ->
     return RequestSet(name, tried, proxy)
 
 
-def run_study(llm: LLM, sets: Sequence[RequestSet], options: StudyCommand, folder: Path) -> Study:
+def run_study(
+    llm: LLM, sets: Sequence[RequestSet], options: StudyCommand, folder: Path, work: Path | None = None
+) -> Study:
     """Let selectors choose, try every block, and put both side by side; what is in `folder` is not done again.
 
     Args:
@@ -157,13 +166,15 @@ def run_study(llm: LLM, sets: Sequence[RequestSet], options: StudyCommand, folde
         sets: the request sets.
         options: what to compare.
         folder: takes results as they come.
+        work: a folder for half-done work.
     """
-    profiles = {one.name: _profiles(llm, one, options, folder / "profiles") for one in sets}
+    sweep = Sweep(
+        llm, options.edit, Runtime(options.trainer, seed=options.seed), folder / RESULTS, options.together
+    )
+    ways = selectors_of(options, sweep)
+    profiles = {one.name: _profiles(llm, one, options, ways, folder / "profiles", work) for one in sets}
     chosen = {profile.golden_layers[0] for found in profiles.values() for profile in found.values()}
     blocks = sorted({*range(0, len(llm.blocks), options.every), *chosen})
-    runtime = Runtime(options.trainer, seed=options.seed)
-    results = Results(folder / RESULTS_FILE)
-    sweep = Sweep(llm, options.edit, options.evaluation, runtime, results, options.together)
     grids = {
         one.name: {
             method: sweep.run(method, one.tried, blocks, f"{method}, {one.name}"[:22]) for method in options.methods
@@ -173,23 +184,24 @@ def run_study(llm: LLM, sets: Sequence[RequestSet], options: StudyCommand, folde
     return Study(llm.name, len(llm.blocks), list(sets), profiles, grids)
 
 
-def _profiles(llm: LLM, one: RequestSet, options: StudyCommand, folder: Path) -> dict[str, GoldenProfile]:
+def _profiles(
+    llm: LLM, one: RequestSet, options: StudyCommand, ways: Mapping[str, Selector], folder: Path, work: Path | None
+) -> dict[str, GoldenProfile]:
     """What each selector makes of a set's proxy requests, where it has fences also without them."""
     found: dict[str, GoldenProfile] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for selector in options.selectors:
-        own = replace(options.attribution, method=selector)
-        ways = {selector: own}
-        if SELECTORS[selector].fenced and own.fences:
-            ways[UNFENCED.format(selector)] = replace(own, fences=0.0)
-        files = {
-            name: folder / f"{digest(llm.fingerprint, llm.chat, asdict(way), one.proxy)}.json"
-            for name, way in ways.items()
-        }
-        if not all(file.is_file() for file in files.values()):
-            scores = score_requests(llm, one.proxy, own, options.trainer, options.seed)
-            for name, file in files.items():
-                profile = choose(llm, scores, ways[name], one.name, options.seed)
-                write_text(file, profile.model_dump_json(indent=1) + "\n")
-        found |= {name: GoldenProfile.load(file) for name, file in files.items()}
+        fenced = replace(options.attribution, method=selector)
+        choices = {selector: fenced}
+        if ways[selector].fenced and fenced.fences:
+            choices[UNFENCED.format(selector)] = replace(fenced, fences=0.0, expert={})
+        about = llm.fingerprint, llm.chat, one.proxy, options.methods[0] if selector == SWEEP else ""
+        files = {name: folder / f"{digest(*about, asdict(choice))}.json" for name, choice in choices.items()}
+        kept = from_first({name: GoldenProfile.load(file) for name, file in files.items() if file.is_file()})
+        if len(kept) < len(choices):
+            scores = score_requests(llm, one.proxy, fenced, options.trainer, options.seed, work, ways)
+            for name, choice in choices.items():
+                kept[name] = choose(scores, choice, one.name, options.seed, ways)
+                rank_zero_only(write_text)(files[name], kept[name].model_dump_json(indent=1) + "\n")
+        found |= {name: kept[name] for name in choices}
     return found

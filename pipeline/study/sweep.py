@@ -1,85 +1,54 @@
 """The sweep: every request edited alone at every block, and measured: the truth that selectors are judged by.
 
 It is cheap by design: many requests are edited and measured side by side, each under its own low-rank change, and
-blocks below the edited one run once (`pipeline.editing.alone`, `pipeline.evaluation.alone`).
+blocks below the edited one run once (`pipeline.study.trials`, `pipeline.evaluation.side_by_side`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
-from pipeline.editing import METHODS
-from pipeline.editing.alone import ALONE, Alone
-from pipeline.editing.edit import check_subjects
-from pipeline.editing.method import Runtime
+from pipeline.editing.editor import check_subjects
+from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.statistics import key_moments
-from pipeline.errors import UserError, check_choice
-from pipeline.evaluation.alone import AloneEvaluator
-from pipeline.model import LLM
+from pipeline.errors import check_choice
+from pipeline.evaluation.side_by_side import SideBySideEvaluator
+from pipeline.files import digest
+from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions
+from pipeline.requests.schema import EditRequest
+from pipeline.running.kept import Kept
+from pipeline.running.processes import from_first
 from pipeline.running.progress import one_bar
-from pipeline.options import EditOptions, EvaluationOptions
-from pipeline.requests import EditRequest
-from pipeline.study.results import Result, Results, digest
+from pipeline.running.trainer import Runtime
+from pipeline.study.grid import Grid
+from pipeline.study.trials import side_by_side
 
-JUDGED_BY = ("rewrite", "rephrase", "locality")  # whose mean is an edit's score
+RESULTS = "results"  # the folder, in a study's output, of what trial edits came to
 
-
-@dataclass(frozen=True)
-class Grid:
-    """Figures of R requests, each edited alone at each of L blocks.
-
-    Attributes:
-        blocks: the blocks, ascending.
-        values: by metric, (R, L); NaN where a request has no such probe.
-        seconds: what all of it took.
-    """
-
-    blocks: list[int]
-    values: Mapping[str, np.ndarray]
-    seconds: float
-
-    @property
-    def scores(self) -> np.ndarray:
-        """Mean of rewrite, rephrase and locality, of those that a request has."""
-        return np.asarray(np.nanmean(np.stack([self.values[n] for n in JUDGED_BY if n in self.values]), axis=0))
-
-    def taken(self, requests: Sequence[int]) -> Grid:
-        """The same for some of the requests, by number."""
-        part = {name: values[list(requests)] for name, values in self.values.items()}
-        return Grid(self.blocks, part, self.seconds * len(requests) / len(self.scores))
+Result = tuple[dict[str, float], float]  # of one request at one block: figures by metric, and its share of the time
 
 
 class Sweep:
-    """Tries blocks with single edits; what `results` holds is not tried again.
+    """Tries blocks with single edits; what was tried once is kept and not tried again.
 
     Args:
         llm: the model; its weights stay as they are.
-        options: how to edit; `method` and `layers` are given to `run`.
-        evaluation: how to measure.
+        options: how to edit; `method` is given to `run`.
         runtime: what it runs with.
-        results: where figures are kept.
+        folder: where results are kept: in it a folder for each block, method and all else that they depend on.
         together: requests edited side by side.
     """
 
-    def __init__(
-        self,
-        llm: LLM,
-        options: EditOptions,
-        evaluation: EvaluationOptions,
-        runtime: Runtime,
-        results: Results,
-        together: int = 32,
-    ) -> None:
-        self.llm = llm
-        self.options = options
-        self.evaluation = evaluation
-        self.runtime = runtime
-        self.results = results
-        self.together = together
+    def __init__(self, llm: LLM, options: EditOptions, runtime: Runtime, folder: Path, together: int = 32) -> None:
+        self.llm, self.options, self.runtime = llm, options, runtime
+        self.folder, self.together = folder, together
 
     def run(
         self, method: str, requests: Sequence[EditRequest], blocks: Sequence[int], title: str = "Trying blocks"
@@ -90,63 +59,72 @@ class Sweep:
             UserError: for a method that cannot be tried so, or requests that it cannot take.
         """
         check_trial(method, self.options, requests)
-        blocks, options = sorted(blocks), replace(self.options, method=method)
-        trial = self._trial(options)
-        found = self.results.of(trial, requests)
-        missing = [n for n in range(len(requests)) if any((n, block) not in found for block in blocks)]
-        if not missing:
-            return _grid(found, len(requests), blocks)
-        self._find_statistics(options, blocks)
-        with one_bar(title, len(missing) * len(blocks)) as advance, self.llm.frozen():
-            for at in range(0, len(missing), self.together):
-                numbers = missing[at : at + self.together]
-                together = [requests[n] for n in numbers]
-                editing = ALONE[method](self.llm, together, options, self.runtime)
-                evaluator = AloneEvaluator(self.llm, together, self.evaluation, self.runtime.trainer)
-                for block in blocks:
-                    if any((n, block) not in found for n in numbers):
-                        results = _try(editing, evaluator, block)
-                        self.results.keep(trial, block, together, results)
-                        found |= {(n, block): result for n, result in zip(numbers, results, strict=True)}
-                    advance(len(numbers), f"block {block}")
-        return _grid(found, len(requests), blocks)
+        options = replace(self.options, method=method)
+        kept = {block: Kept(self.folder / self._about(options, block)) for block in sorted(blocks)}
+        found: dict[int, dict[int, Result]] = from_first({block: one.read() for block, one in kept.items()})
+        keyed = {key(request): request for request in requests}
+        missing = [own for own in keyed if any(own not in results for results in found.values())]
+        if missing:
+            self._find_statistics(options, list(kept))
+            with one_bar(title, len(missing) * len(kept)) as advance, self.llm.frozen():
+                for at in range(0, len(missing), self.together):
+                    part = {own: keyed[own] for own in missing[at : at + self.together]}
+                    for block, results in self._try(part, options, found):
+                        if results:
+                            rank_zero_only(kept[block].write)(results)
+                            found[block] |= results
+                        advance(len(part), f"block {block}")
+        return grid_of([[found[block][key(request)] for block in kept] for request in requests], list(kept))
 
-    def _trial(self, options: EditOptions) -> str:
-        """Names all that a result depends on, beside block and request."""
-        own, statistics = getattr(options, METHODS[options.method].options), options.statistics
+    def _try(
+        self, part: Mapping[int, EditRequest], options: EditOptions, found: Mapping[int, Mapping[int, Result]]
+    ) -> Iterator[tuple[int, dict[int, Result]]]:
+        """Requests side by side, at one block after the other where one of them is not `found` yet."""
+        requests = list(part.values())
+        trials = side_by_side(self.llm, requests, options, self.runtime)
+        evaluator = SideBySideEvaluator(self.llm, requests, self.runtime)
+        for block, known in found.items():
+            if part.keys() <= known.keys():
+                yield block, {}
+                continue
+            started = time.perf_counter()
+            figures = evaluator.measure(block, trials.at(block))
+            seconds = (time.perf_counter() - started) / len(figures)
+            yield block, {own: (values, seconds) for own, values in zip(part, figures, strict=True)}
+
+    def _about(self, options: EditOptions, block: int) -> str:
+        """Names all that a result depends on, beside the request."""
+        own = asdict(settings_of(options)), options.statistics.text, options.statistics.tokens
         return digest(
-            *(self.llm.fingerprint, self.llm.chat, self.runtime.trainer.precision, self.runtime.seed),
-            *(options.method, asdict(own), statistics.text, statistics.tokens),
+            *(self.llm.fingerprint, self.llm.chat, self.runtime.precision, self.runtime.seed),
+            *(options.method, *own, block),
         )
 
     def _find_statistics(self, options: EditOptions, blocks: Sequence[int]) -> None:
         """Of all blocks in one pass, and kept: an edit at a block finds its own."""
-        own = getattr(options, METHODS[options.method].options)
+        own = settings_of(options)
         if getattr(own, "whiten", True):
             scope = getattr(own, "scope", "down")
             names = [name for block in blocks for name in self.llm.blocks[block].projections(scope)]
-            key_moments(self.llm, names, options.statistics, self.runtime.trainer)
+            key_moments(self.llm, names, options.statistics, self.runtime)
 
 
 def check_trial(method: str, options: EditOptions, requests: Sequence[EditRequest], flag: str = "methods") -> None:
     """Raise UserError for a method that cannot be tried with single edits, or requests that it cannot take."""
-    check_choice(flag, method, ALONE)
+    check_choice(flag, method, [name for name, kind in METHODS.items() if kind.trial])
     check_subjects(requests, method, instead="lora")
-    if options.locate.rounds > 1 and METHODS[method].options == "locate":
-        raise UserError(f"locate.rounds: {options.locate.rounds}; trial edits visit a block once; expected 1")
 
 
-def _try(editing: Alone, evaluator: AloneEvaluator, block: int) -> list[Result]:
-    started = time.perf_counter()
-    figures = evaluator.measure(block, editing.at(block))
-    seconds = (time.perf_counter() - started) / len(figures)
-    return [Result(values, seconds) for values in figures]
+def key(request: EditRequest) -> int:
+    """What a request's results are known by, in any set."""
+    return int(digest(request)[:15], 16)
 
 
-def _grid(found: Mapping[tuple[int, int], Result], requests: int, blocks: Sequence[int]) -> Grid:
-    metrics = dict.fromkeys(name for result in found.values() for name in result.figures)
+def grid_of(results_RL: Sequence[Sequence[Result]], blocks: Sequence[int]) -> Grid:
+    """The figures of every request at every block."""
+    metrics = dict.fromkeys(name for row in results_RL for figures, _ in row for name in figures)
     values = {
-        name: np.array([[found[n, block].figures.get(name, np.nan) for block in blocks] for n in range(requests)])
+        name: np.array([[figures.get(name, np.nan) for figures, _ in row] for row in results_RL])
         for name in metrics
     }
-    return Grid(list(blocks), values, sum(found[n, block].seconds for n in range(requests) for block in blocks))
+    return Grid(list(blocks), values, sum(seconds for row in results_RL for _, seconds in row))

@@ -20,15 +20,14 @@ from pipeline.reporting.figures.look import (
 )
 from pipeline.reporting.figures.scores import selector_name
 from pipeline.study import Study
-from pipeline.study.questions import best_block
-from pipeline.study.sweep import JUDGED_BY
+from pipeline.study.grid import JUDGED_BY
 
 MOST_SELECTORS = 32  # characters of a selector's name
 
 
 def sweep_figure(study: Study, name: str, method: str) -> Figure:
     """What single edits come to, block by block: the mean of every figure, and of the score made of them."""
-    grid, golden, best = study.grids[name][method], study.golden[name], best_block(study.grids[name][method])
+    grid, golden, best = study.grids[name][method], study.golden[name], study.grids[name][method].best
     caption = (
         f"Means of {len(grid.scores)} requests, each edited alone at each block. Score: mean of rewrite, rephrase "
         f"and locality. The golden layer, {golden}, was chosen from other requests without a trial."
@@ -84,7 +83,7 @@ def squares_figure(study: Study, name: str, method: str) -> Figure:
 
 def selectors_figure(study: Study, name: str, method: str) -> Figure:
     """Regret and rank correlation of every selector, the best first."""
-    rows = sorted(study.selectors(name, method), key=lambda row: float(row["regret"] or 0))
+    rows = sorted(study.selectors[name][method], key=lambda row: float(row["regret"] or 0))
     places = np.arange(len(rows))[::-1]
     caption = (
         "Left: what the chosen block falls short of the best fixed block's score (0 is best). Right: Spearman's "

@@ -6,43 +6,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
-from pipeline.attribution import GoldenProfile
-from pipeline.editing.finetune import FineTune
-from pipeline.editing.locate import LocateThenEdit
-from pipeline.editing.lora import Lora
-from pipeline.editing.method import EditMethod, Runtime
-from pipeline.editing.one_pass import OnePass
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.editing import finetune, locate, lora, one_pass  # noqa: F401  each registers its own kinds
+from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError, check_choice
-from pipeline.files import claim
-from pipeline.model import LLM
+from pipeline.errors import UserError
+from pipeline.files import digest
+from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.conflicts import fact, settle
+from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import whole
-from pipeline.options import EditOptions, TrainerOptions
-from pipeline.requests import EditRequest, fact, settle
+from pipeline.running.trainer import Runtime
 from pipeline.shipped import program
-
-
-class Method(NamedTuple):
-    """A kind of edit, and the field of EditOptions that holds its options."""
-
-    make: type[EditMethod]
-    options: str
-
-
-METHODS = {
-    "finetune": Method(FineTune, "finetune"),
-    "lora": Method(Lora, "lora"),
-    "memit": Method(LocateThenEdit, "locate"),
-    "emmet": Method(LocateThenEdit, "locate"),
-    "rome": Method(LocateThenEdit, "locate"),
-    "alphaedit": Method(LocateThenEdit, "locate"),
-    "one_pass": Method(OnePass, "one_pass"),
-}
 
 
 def edit(
@@ -50,7 +32,7 @@ def edit(
     requests: Sequence[EditRequest],
     profile: GoldenProfile | None = None,
     options: EditOptions | None = None,
-    trainer: TrainerOptions | None = None,
+    trainer: TrainerOptions | Trainer | None = None,
     logger: Logger | bool = False,
     seed: int = 0,
     after: WeightUpdate | None = None,
@@ -63,7 +45,7 @@ def edit(
         requests: what to change.
         profile: where to edit, unless `options.layers` says so.
         options: by which method and how.
-        trainer: what it runs on.
+        trainer: what it runs on: a Trainer, or options to make one of for each stage.
         logger: where the curves go.
         seed: of the mini-batches' order.
         after: an earlier update to edit on top of; the result holds both.
@@ -74,7 +56,7 @@ def edit(
             update of another model, or a loss that is not a number.
 
     Example:
-        >>> options = EditOptions(locate=LocateOptions(steps=10), statistics=StatisticsOptions(tokens=1024))
+        >>> options = EditOptions(expert={"steps": 10}, statistics=StatisticsOptions(tokens=1024))
         >>> update = edit(llm, requests[:3], profile, options)
         >>> both = edit(llm, requests[3:], profile, options, after=update)
         >>> both.requests == requests
@@ -86,18 +68,15 @@ def edit(
     if after:
         check_earlier(llm, after)
     earlier = after or WeightUpdate(llm.name, llm.fingerprint, options.method, [], {})
-    kind = METHODS[options.method]
-    own = getattr(options, kind.options)
     anew = {fact(request) for request in requests}
     left = [request for request in earlier.requests if fact(request) not in anew]
-    runtime = Runtime(trainer or TrainerOptions(), logger, seed, work, left)
-    method = kind.make(llm, layers, options, earlier.state)
-    if work:
-        about = [llm.fingerprint, llm.chat, options.method, layers, own, options.statistics]
-        claim(work, "edit", [*about, requests, seed, earlier.requests])
+    settings = asdict(settings_of(options))
+    method = METHODS[options.method].make(llm, layers, options, earlier.state)
+    about = (llm.fingerprint, llm.chat, options.method, layers, settings, options.statistics, seed)
+    own = work / digest(*about, requests, earlier.requests) if work else None
     with earlier.applied(llm), restored(llm, method.weight_names):
         with llm.frozen():
-            method.run(requests, runtime)
+            method.run(requests, Runtime(trainer or TrainerOptions(), logger, seed, own), left)
         changed = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in method.weight_names}
     return WeightUpdate(
         model=llm.name,
@@ -106,7 +85,7 @@ def edit(
         layers=sorted({*earlier.layers, *layers}),
         tensors={**earlier.tensors, **changed},
         requests=[*left, *requests],
-        options=asdict(own),
+        options=settings,
         state={**earlier.state, **method.state},
         adapter=method.adapter if after is None or after.adapter else None,  # else it holds a part of the change
         chat=llm.chat,
@@ -126,9 +105,10 @@ def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRe
     """The requests that an edit will make, all that can be known before the model is loaded being checked.
 
     Raises:
-        UserError: for an unknown method, requests that contradict each other, or that lack a subject it needs.
+        UserError: for an unknown method or setting, requests that contradict each other, or that lack a subject
+            it needs.
     """
-    check_choice("method", options.method, METHODS)
+    settings_of(options)
     settled = settle(requests, options.last_wins)
     check_subjects(settled, options.method)
     return settled
@@ -137,7 +117,7 @@ def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRe
 def check_subjects(requests: Sequence[EditRequest], method: str, instead: str = "finetune") -> None:
     """Raise UserError when a method needs subjects, and a request's prompt does not hold its own."""
     missing = [r.id for r in requests if not r.names_subject]
-    if missing and METHODS[method].make.needs_subject:
+    if missing and METHODS[method].needs_subject:
         raise UserError(
             f"edit: {method} needs each request's subject in its prompt; not so in {len(missing)} of "
             f"{len(requests)}: {', '.join(missing[:5])}; the method {instead} does without"

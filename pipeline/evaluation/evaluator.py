@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from copy import copy
@@ -9,20 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Trainer
 
-from pipeline.editing import WeightUpdate
+from pipeline.editing.update import WeightUpdate
 from pipeline.evaluation.metrics import Estimate, Resampled
 from pipeline.evaluation.plan import KINDS, Plan
-from pipeline.evaluation.reading import Reader
-from pipeline.evaluation.readings import Readings
+from pipeline.evaluation.reading import Readings, TextReading, read
+from pipeline.evaluation.texts import Text
 from pipeline.evaluation.values import Values, figures, values_of
-from pipeline.model import LLM, build_trainer
-from pipeline.model.llm import fingerprint
-from pipeline.running.processes import from_first
+from pipeline.files import cache_folder
+from pipeline.model.llm import LLM, fingerprint
+from pipeline.options.evaluation import EvaluationOptions
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import whole
-from pipeline.model.trainer import check_shares, predict
-from pipeline.options import EvaluationOptions, TrainerOptions
-from pipeline.requests import EditRequest
+from pipeline.running.trainer import Runtime
+
+VERSION = 2  # of what is kept: what another version read is read anew
+MOST_KEPT = 64  # measurements of base models; the ones not used for longest go
 
 Metrics = dict[str, Estimate]
 
@@ -67,7 +72,7 @@ def evaluate(
     requests: Sequence[EditRequest],
     update: WeightUpdate | None = None,
     options: EvaluationOptions | None = None,
-    trainer: TrainerOptions | None = None,
+    trainer: TrainerOptions | Trainer | None = None,
     work: Path | None = None,
 ) -> Evaluation:
     """Measure the base model and, with an update, the edited one; the model is the base again afterwards.
@@ -150,18 +155,17 @@ class Evaluator:
         llm: LLM,
         requests: Sequence[EditRequest],
         options: EvaluationOptions | None = None,
-        trainer: TrainerOptions | None = None,
+        trainer: TrainerOptions | Trainer | None = None,
         kinds: Sequence[str] = KINDS,
         work: Path | None = None,
     ) -> None:
         self.llm = llm
-        self.work = work
-        self.trainer = trainer or TrainerOptions()
+        self.runtime = Runtime(trainer or TrainerOptions(), work=work)
         self.plan = Plan(llm, requests, options or EvaluationOptions(), kinds)
-        self.first: Readings | None = None
+        self.first: dict[Text, TextReading] = {}  # shared with the parts that `only` makes
 
     def only(self, numbers: Collection[int], kinds: Sequence[str] = KINDS) -> Evaluator:
-        """An evaluator of some of the requests, by their numbers; what was measured first of them still counts."""
+        """An evaluator of some of the requests, by their numbers; what either reads first counts for both."""
         part = copy(self)
         part.plan = self.plan.only(numbers, kinds)
         return part
@@ -169,42 +173,43 @@ class Evaluator:
     def measure(self, title: str) -> Measurement:
         """Figures of the model as it is now."""
         readings = self._readings(title)
-        self.first = self.first or readings
+        for text, reading in readings.texts.items():
+            self.first.setdefault(text, reading)
         values = values_of(self.plan, readings, self.first)
         found = figures(values)
         said: dict[str, list[list[str]]] = {}
-        for one, question in zip(self.plan.asked, self.plan.question_of, strict=True):
-            told = said.setdefault(one.kind, [[] for _ in self.plan.requests])
-            told[one.request].append(readings.said[question])
-        answers = (
-            [texts[0] if texts else "" for texts in said["generation"]] if said else [""] * len(self.plan.requests)
-        )
+        for one in self.plan.prompts:
+            of_kind = said.setdefault(one.kind, [[] for _ in self.plan.requests])
+            of_kind[one.request].append(readings.answers[one.prompt])
+        answers = [texts[0] if texts else "" for texts in said.get("generation", [[]] * len(self.plan.requests))]
         metrics = {name: figure.estimate() for name, figure in found.items()}
         return Measurement(metrics, answers, said, values, found)
 
     def _readings(self, title: str) -> Readings:
         """What the model says, read now or, for the base model, kept from before."""
-        trainer = build_trainer(self.trainer, title)
-        check_shares(trainer, len(self.plan.requests))
-        file = self._file()
-        kept = from_first(Readings.kept(file) if file else None)
-        if kept:
-            return kept
-        reader = Reader(self.llm, self.plan.offsets, self.first)
-        with self.llm.frozen():
-            readings = Readings.of(predict(trainer, reader, self.plan.data(), self._log()))
-        if file and self.first is None:
-            with suppress(OSError):  # a full disk costs the next command time, and this one nothing
-                readings.keep(file)
-        return readings
+        is_first = not any(row.tag in self.first for row in self.plan.texts)
+        now = fingerprint(self.llm.model)
+        dtype = next(self.llm.model.parameters()).dtype
+        digest = self.plan.digest(VERSION, now, dtype, self.runtime.precision, is_first)
+        if is_first and now == self.llm.fingerprint:
+            kept = kept_folder(cache_folder(None) / f"base-{digest}")
+        else:
+            kept = self.runtime.work / f"readings-{digest}" if self.runtime.work else None
+        return read(self.llm, self.plan, self.first, self.runtime, title, kept)
 
-    def _file(self) -> Path | None:
-        """Where the readings are kept: those of the base model, which no edit is applied to, unless told not to."""
-        is_base = fingerprint(self.llm.model) == self.llm.fingerprint
-        return self.plan.file(self.trainer) if is_base and self.plan.options.keep_base else None
 
-    def _log(self) -> Path | None:
-        """Where readings of the model as it is now are kept batch by batch; the name stands for all of it."""
-        if self.work is None:
-            return None
-        return self.work / f"readings-{fingerprint(self.llm.model)}-{self.plan.file(self.trainer).stem}"
+def kept_folder(folder: Path) -> Path | None:
+    """A folder for what the base model says, made and marked as used now; of many such ones the oldest go.
+
+    Returns:
+        None where it cannot be made: that costs the next command time, and this one nothing.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.touch()
+    except OSError:
+        return None
+    with suppress(OSError):  # another command may be removing them, too
+        for old in sorted(folder.parent.glob("base-*"), key=lambda one: one.stat().st_mtime)[:-MOST_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder

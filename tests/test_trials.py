@@ -1,0 +1,60 @@
+"""Many requests edited side by side come out as each does alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, edit_options, make_tiny
+from transformers import PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.editing.editor import edit
+from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
+from pipeline.study.trials import side_by_side
+
+
+@pytest.fixture(params=["memit", "lora"])
+def options(request: pytest.FixtureRequest, tmp_path: Path) -> EditOptions:
+    adapters = {"rank": 2, "epochs": 6, "learning_rate": 0.05, "learnt": 1.0}
+    return edit_options(tmp_path, request.param, 512, **({"steps": 6} if request.param == "memit" else adapters))
+
+
+@pytest.fixture(params=FAMILIES)
+def llm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> LLM:
+    return make_tiny(request.param, tokenizer)
+
+
+@pytest.fixture
+def requests(requests: list[EditRequest]) -> list[EditRequest]:
+    return requests[:3]
+
+
+def test_side_by_side_is_as_alone(llm: LLM, requests: list[EditRequest], options: EditOptions) -> None:
+    """The changes are those of `edit` with one request."""
+    with llm.frozen():
+        together = side_by_side(llm, requests, options, Runtime()).at(1)
+    for number, request in enumerate(requests):
+        update = edit(llm, [request], options=options)
+        assert set(update.tensors) == {f"{name}.weight" for name in together}
+        for name, (left_BOk, right_BkI) in together.items():
+            projection, base = llm.model.get_submodule(name), llm.model.get_parameter(f"{name}.weight")
+            alone_OI = (update.tensors[f"{name}.weight"] - base).detach()
+            alone_OI = alone_OI.T if isinstance(projection, Conv1D) else alone_OI
+            own_OI = left_BOk[number] @ right_BkI[number]
+            assert (own_OI - alone_OI).norm() < 1e-3 * alone_OI.norm()
+
+
+def test_climbing_blocks_is_as_starting_anew(llm: LLM, requests: list[EditRequest], options: EditOptions) -> None:
+    with llm.frozen():
+        climbing = side_by_side(llm, requests, options, Runtime())
+        for layer in (0, 1, 3):
+            changes = climbing.at(layer)
+            anew = side_by_side(llm, requests, options, Runtime()).at(layer)
+            for name, pair in changes.items():
+                for own, other in zip(pair, anew[name], strict=True):
+                    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
