@@ -105,8 +105,7 @@ def test_retracting_a_located_fact_is_exact(team: Team, requests: list[EditReque
 
 def test_retracting_edits_a_trained_fact_back(team: Team, requests: list[EditRequest]) -> None:
     team.options.edit.method = "finetune"
-    for name, value in {"epochs": 30, "learning_rate": 0.2, "learnt": 0.0, "whiten": 0.0, "kl": 0.0}.items():
-        setattr(team.options.edit.finetune, name, value)
+    team.options.edit.expert = {"epochs": 30, "learning_rate": 0.2, "learnt": 0.0, "whiten": 0.0, "kl": 0.0}
     team.submit(requests[:1])
     team.update()
     done = team.retract("1")
