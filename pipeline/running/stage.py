@@ -26,7 +26,7 @@ INSTEAD = (
     "with one at a time already; give --trainer.precision bf16-true, spread the model over devices "
     "(--trainer.strategy fsdp), or take shorter texts or a smaller model"
 )
-SHARED = "devices that share a model's weights cannot repeat a step alone; give fewer requests or shorter texts"
+SHARED = "devices that share a model's weights cannot repeat a step alone; give a smaller --expert.batch_size"
 
 
 class Items:
