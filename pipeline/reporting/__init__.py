@@ -3,7 +3,6 @@
 from pipeline.reporting.board import show_on_board
 from pipeline.reporting.run_log import RunLog, run_log
 from pipeline.reporting.stores import (
-    check_clock,
     show_batch,
     show_facts,
     show_history,
@@ -15,7 +14,6 @@ from pipeline.reporting.terminal import say, show_answers, show_plan, show_token
 
 __all__ = [
     "RunLog",
-    "check_clock",
     "run_log",
     "say",
     "show_answers",

@@ -21,13 +21,6 @@ from pipeline.updates import (
 )
 
 NAMED = 5  # requests that a message spells out
-LATE = 60  # seconds that clocks may differ
-
-
-def check_clock(store: Store) -> None:
-    """Say so when the machine's clock went back since the store was last used."""
-    if (behind := store.behind()) > LATE:
-        say(f"note: this machine's clock is {behind / 60:.0f} minutes behind the store's; order counts, not time")
 
 
 def show_submitted(store: Store, done: Submitted) -> None:
@@ -38,8 +31,6 @@ def show_submitted(store: Store, done: Submitted) -> None:
     say(f"{', '.join(parts)}; in the queue of {store.folder}: {counts(store).get('queued', 0)}")
     if done.left:
         say(f"{done.left} of the known ones are held back, superseded or retracted; --again queues them anew")
-    if done.changing:
-        say(f"{done.changing} are about facts that are applied already, and will take their place")
     _show_superseded(store, done.superseded)
 
 
@@ -48,8 +39,6 @@ def show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     head = f"version {done.version}" if done.version is not None else "nothing published"
     if dry_run:
         head = "dry run, nothing changed"
-    elif done.overtaken:
-        head = "nothing published: another version became current meanwhile; the requests are in the queue again"
     say(f"{head}: {len(done.applied)} applied, {len(done.held)} held back")
     if done.gates:
         say(f"  gates: {', '.join(map(str, done.gates))}")
