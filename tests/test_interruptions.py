@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import signal
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import wraps
@@ -115,6 +116,8 @@ class Scene:
             before()
             with (self.folder / "shown").open("a") as shown, redirect_stdout(shown), redirect_stderr(shown):
                 code = main([*self.words, "--output", "out", *words])
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(code)
 
