@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.evaluation import Estimate
-from pipeline.files import write_whole
-from pipeline.reporting.dashboards import EventsLogger, store_charts, tag
+from pipeline.evaluation.metrics import Estimate
+from pipeline.reporting.dashboards import CHIEF, EventsLogger, chart, tag
+from pipeline.reporting.figures.look import save
 from pipeline.reporting.figures.outcomes import months_figure
 from pipeline.reporting.groups import grouped
 from pipeline.reporting.tables import markdown_table, metric_table
-from pipeline.updates import Store, read_metrics
+from pipeline.updates.history import versions
+from pipeline.updates.store import Store
+from pipeline.updates.versions import read_metrics
 
 BOARD = "tensorboard"
 PICTURE = "months.png"
@@ -28,7 +30,7 @@ def show_on_board(store: Store) -> None:
     fresh = not any((store.folder / BOARD).glob("events.*"))
     logger = EventsLogger(store.folder, name=BOARD, version="", default_hp_metric=False)
     if fresh:
-        logger.charts(store_charts())
+        chart(logger.experiment, "rewrite, rephrase, locality", [tag(name, "version") for name in CHIEF])
     for (number,) in rows:
         figures = read_metrics(store.folder, number)
         for name, value in scalars(figures).items():
@@ -42,22 +44,14 @@ def show_on_board(store: Store) -> None:
 
 def _draw(store: Store, logger: EventsLogger) -> None:
     """All versions in one figure; one whose files are damaged is left out, which `verify` tells."""
-    numbers = store.database.execute(
-        "SELECT number FROM versions WHERE number > 0 ORDER BY number DESC LIMIT ?", (MOST,)
-    ).fetchall()
+    numbers = [row["number"] for row in reversed(versions(store, MOST)) if row["number"]]
     found: dict[int, dict[str, Any]] = {}
-    for (number,) in reversed(numbers):
-        try:
+    for number in numbers:
+        with suppress(UserError, OSError):
             found[number] = read_metrics(store.folder, number)
-        except (UserError, OSError):
-            continue
     if found:
         figure = months_figure(store.model, found)
-
-        def draw(partial: Path) -> None:
-            figure.savefig(partial, format="png")
-
-        write_whole(store.folder / BOARD / PICTURE, draw)
+        save(figure, store.folder / BOARD / PICTURE)
         logger.experiment.add_figure("version/over_time", figure, max(found), close=False)
 
 
@@ -88,9 +82,13 @@ def version_table(number: int, figures: dict[str, Any]) -> str:
         markdown_table(*metric_table(sides, short=True)),
     ]
     gates = [
-        [gate["name"], f"{gate['value']:.3f}", f"{'at least' if gate['least'] else 'at most'} {gate['bound']:g}",
-         "yes" if gate["passed"] else "**no**"]
+        [gate["name"], f"{gate['value']:.3f}", bound_text(gate), "yes" if gate["passed"] else "**no**"]
         for gate in figures["gates"]
-    ]  # fmt: skip
+    ]
     parts += [markdown_table(["gate", "value", "asked", "passed"], gates)] if gates else []
     return "\n\n".join(parts)
+
+
+def bound_text(gate: dict[str, Any]) -> str:
+    """What a gate asked for."""
+    return f"{'at least' if gate['least'] else 'at most'} {gate['bound']:g}"

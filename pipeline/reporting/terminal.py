@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.box import HEAVY_HEAD
@@ -14,13 +14,15 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from pipeline.attribution import GoldenProfile
-from pipeline.evaluation import Evaluation
-from pipeline.model.explain import ShownToken
-from pipeline.planning import MemoryPlan, Need
-from pipeline.reporting.tables import metric_table
-from pipeline.requests import EditRequest
-from pipeline.study import Study
+from pipeline.reporting.tables import metric_table, sides_of, study_table
+
+if TYPE_CHECKING:
+    from pipeline.attribution.profile import GoldenProfile
+    from pipeline.evaluation.evaluator import Evaluation
+    from pipeline.model.explain import ShownToken
+    from pipeline.planning.plan import MemoryPlan, Need
+    from pipeline.requests.schema import EditRequest
+    from pipeline.study.study import Study
 
 LOG_WIDTH = 160  # columns of what is no terminal, unless COLUMNS says otherwise
 
@@ -83,9 +85,7 @@ def show_profile(profile: GoldenProfile) -> None:
 @rank_zero_only
 def show_metrics(evaluation: Evaluation) -> None:
     """The chief metrics before and after, in their groups; metrics.json and the report hold all of them."""
-    console, sides = screen(), {"before": evaluation.before.metrics}
-    if evaluation.after:
-        sides["after"] = evaluation.after.metrics
+    console, sides = screen(), {side: measured.metrics for side, measured in sides_of(evaluation).items()}
     with_intervals = {f"{side} [95%]": figures for side, figures in sides.items()}
     table = table_of(*metric_table(with_intervals, short=True))
     if Measurement.get(console, console.options.update_width(LOG_WIDTH), table).maximum > console.width:
@@ -101,22 +101,13 @@ def show_study(study: Study) -> None:
     """How near the golden layer comes to the best, and what each selector chose; study.md holds all of it."""
     for name, grids in study.grids.items():
         for method in grids:
-            own, fixed, golden, *_ = study.against_optimal(name, method)
+            own, fixed, golden, *_ = study.against_optimal[name][method]
             say(
                 f"{name}, {method}: golden layer {golden['block']} scores {golden['score']:.3f}; the best fixed "
                 f"block, {fixed['block']}, {fixed['score']:.3f}; each request's own best {own['score']:.3f}"
             )
-            digits = {"regret": 3, "spearman": 2, "seconds": 0}
-            rows = [
-                [f" {row['selector']}", str(row["block"]), *(_number(row[key], digits[key]) for key in digits)]
-                for row in study.selectors(name, method)
-            ]
-            columns = ["chosen by", "block", "regret", "Spearman", "seconds"]
-            screen().print(table_of(columns, rows), highlight=False)
-
-
-def _number(value: float | int | str | None, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, float) else ""
+            columns = ("selector", "block", "regret", "spearman", "seconds")
+            screen().print(table_of(*study_table(study.selectors[name][method], columns)), highlight=False)
 
 
 @rank_zero_only
