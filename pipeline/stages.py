@@ -47,7 +47,7 @@ def prepare(options: ModelOptions | RequestsCommand) -> None:
 
 def working(options: Any, command: str, may_change: Collection[str] = ()) -> Any:
     """The command's output folder, tensorboard and report, made once its name is known to be free."""
-    from pipeline.reporting import run_log
+    from pipeline.reporting.run_log import run_log
 
     prepare(options)
     resume = getattr(options, "resume", False)

@@ -6,7 +6,7 @@ __getattr__, __all__ = offered(
     __name__,
     {
         "board": ("show_on_board",),
-        "log": ("RunLog", "run_log"),
+        "run_log": ("RunLog",),
         "stores": (
             "check_clock",
             "show_batch",

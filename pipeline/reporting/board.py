@@ -6,12 +6,11 @@ from contextlib import suppress
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.evaluation.metrics import Estimate
 from pipeline.reporting.dashboards import CHIEF, EventsLogger, chart, tag
 from pipeline.reporting.figures.look import save
 from pipeline.reporting.figures.outcomes import months_figure
 from pipeline.reporting.groups import grouped
-from pipeline.reporting.tables import markdown_table, metric_table
+from pipeline.reporting.tables import markdown_table, version_tables
 from pipeline.updates.history import versions
 from pipeline.updates.store import Store
 from pipeline.updates.versions import read_metrics
@@ -35,7 +34,7 @@ def show_on_board(store: Store) -> None:
         figures = read_metrics(store.folder, number)
         for name, value in scalars(figures).items():
             logger.experiment.add_scalar(name, value, number)
-        logger.experiment.add_text("version/figures", version_table(number, figures), number)
+        logger.experiment.add_text("version/figures", version_text(number, figures), number)
         logger.experiment.flush()
         store.database.execute("UPDATE versions SET shown = 1 WHERE number = ?", (number,))
     _draw(store, logger)
@@ -69,26 +68,9 @@ def scalars(figures: dict[str, Any]) -> dict[str, float]:
     return found | {f"version_5_seconds/{name}": float(value) for name, value in figures["seconds"].items()}
 
 
-def version_table(number: int, figures: dict[str, Any]) -> str:
-    """What a version took in, what it came to and what was asked of it, as Markdown tables."""
+def version_text(number: int, figures: dict[str, Any]) -> str:
+    """What a version took in, what it came to and what was asked of it, in Markdown."""
     layers = ", ".join(map(str, figures["layers"]))
     counts = ", ".join(f"{figures[name]} {name.replace('_', ' ')}" for name in COUNTS)
-    sides = {
-        f"{side} [95%]": {name: Estimate(**value) for name, value in figures[side]["metrics"].items()}
-        for side in ("before", "after")
-    }
-    parts = [
-        f"**Version {number}**, `{figures['method']}` in block {layers}: {counts}",
-        markdown_table(*metric_table(sides, short=True)),
-    ]
-    gates = [
-        [gate["name"], f"{gate['value']:.3f}", bound_text(gate), "yes" if gate["passed"] else "**no**"]
-        for gate in figures["gates"]
-    ]
-    parts += [markdown_table(["gate", "value", "asked", "passed"], gates)] if gates else []
-    return "\n\n".join(parts)
-
-
-def bound_text(gate: dict[str, Any]) -> str:
-    """What a gate asked for."""
-    return f"{'at least' if gate['least'] else 'at most'} {gate['bound']:g}"
+    head = f"**Version {number}**, `{figures['method']}` in block {layers}: {counts}"
+    return "\n\n".join([head, *(markdown_table(*table) for table in version_tables(figures))])

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.reporting.tables import markdown_table, metric_table, sides_of, study_table
+from pipeline.reporting.tables import markdown_table, metric_table, metrics_of, sides_of, study_table
 from pipeline.requests.schema import EditRequest
 from pipeline.shipped import program
 from pipeline.study.questions import Row
@@ -19,9 +19,7 @@ EXAMPLES = 8
 
 def metrics_table(evaluation: Evaluation) -> str:
     """All metrics in their groups as a Markdown table; after an edit also the paired difference."""
-    sides = {side: measured.metrics for side, measured in sides_of(evaluation).items()}
-    sides |= {"difference": evaluation.difference} if evaluation.after else {}
-    return markdown_table(*metric_table(sides, meanings=True))
+    return markdown_table(*metric_table(metrics_of(evaluation), meanings=True))
 
 
 def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation, most: int = EXAMPLES) -> str:

@@ -6,6 +6,7 @@ A row of one cell is a heading over those below it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipeline.evaluation.evaluator import Evaluation, Measurement
 from pipeline.evaluation.metrics import Estimate
@@ -18,6 +19,12 @@ Table = tuple[list[str], list[list[str]]]  # columns, and rows
 def sides_of(evaluation: Evaluation) -> dict[str, Measurement]:
     """What was measured: before and, of an edit, after."""
     return {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
+
+
+def metrics_of(evaluation: Evaluation) -> dict[str, Mapping[str, Estimate]]:
+    """The metrics of each side and, of an edit, the paired difference."""
+    sides = {side: measured.metrics for side, measured in sides_of(evaluation).items()}
+    return sides | ({"difference": evaluation.difference} if evaluation.after else {})
 
 
 def metric_table(
@@ -39,6 +46,23 @@ def metric_table(
             figures = [figure_text(name, side.get(name), intervals) for side in sides.values()]
             rows.append([label(name), *([meaning(name)] if meanings else []), str(final[name].count), *figures])
     return ["metric", *(["what it is"] if meanings else []), "count", *sides], rows
+
+
+def version_tables(figures: Mapping[str, Any]) -> list[Table]:
+    """A version's metrics before and after, and what its gates asked for, from its metrics.json."""
+    sides = {
+        f"{side} [95%]": {name: Estimate(**one) for name, one in figures[side]["metrics"].items()}
+        for side in ("before", "after")
+    }
+    gates = [
+        [gate["name"], f"{gate['value']:.3f}", "at least" if gate["least"] else "at most", f"{gate['bound']:g}",
+         "yes" if gate["passed"] else "no"]
+        for gate in figures["gates"]
+    ]  # fmt: skip
+    return [
+        metric_table(sides, short=True),
+        *([(["gate", "value", "asked", "bound", "passed"], gates)] * bool(gates)),
+    ]
 
 
 def study_table(rows: Sequence[Row], only: Sequence[str] = ()) -> Table:

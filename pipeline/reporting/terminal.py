@@ -63,6 +63,12 @@ def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 
 
 
 @rank_zero_only
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, **look: Any) -> None:
+    """A table; see `table_of`."""
+    screen().print(table_of(columns, rows, left, **look), highlight=False)
+
+
+@rank_zero_only
 def show_profile(profile: GoldenProfile) -> None:
     """The golden layers and the runners-up, in a line or two."""
     golden = ", ".join(map(str, profile.golden_layers))
@@ -101,13 +107,12 @@ def show_study(study: Study) -> None:
     """How near the golden layer comes to the best, and what each selector chose; study.md holds all of it."""
     for name, grids in study.grids.items():
         for method in grids:
-            own, fixed, golden, *_ = study.against_optimal[name][method]
-            say(
-                f"{name}, {method}: golden layer {golden['block']} scores {golden['score']:.3f}; the best fixed "
-                f"block, {fixed['block']}, {fixed['score']:.3f}; each request's own best {own['score']:.3f}"
+            say(f"{name}, {method}")
+            show_table(
+                *study_table(study.against_optimal[name][method], ("choice", "block", "score", "of the optimum"))
             )
-            columns = ("selector", "block", "regret", "spearman", "seconds")
-            screen().print(table_of(*study_table(study.selectors[name][method], columns)), highlight=False)
+            shown = ("selector", "block", "regret", "spearman", "seconds")
+            show_table(*study_table(study.selectors[name][method], shown))
 
 
 @rank_zero_only
@@ -115,10 +120,7 @@ def show_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -
     """Prompts with each model's answer beside."""
     rows = [[prompt, *(texts[place].strip() for texts in answers.values())] for place, prompt in enumerate(prompts)]
     columns = ["prompt", *answers]
-    table = table_of(columns, rows, left=len(columns), box=HEAVY_HEAD, pad_edge=True, show_lines=True)
-    for column in table.columns:
-        column.ratio = 1
-    screen().print(table, highlight=False)
+    show_table(columns, rows, left=len(columns), box=HEAVY_HEAD, pad_edge=True, show_lines=True)
 
 
 @rank_zero_only
@@ -129,8 +131,7 @@ def show_tokens(request: EditRequest, tokens: Sequence[ShownToken]) -> None:
         marks = ["scored"] * token.scored + ["the subject's last token"] * token.ends_subject
         rows.append([str(token.place), str(token.token_id), repr(token.text), ", ".join(marks)])
     title = f"request {escape(request.id)}"
-    table = table_of(["place", "id", "token", ""], rows, left=4, title=title, title_justify="left", pad_edge=True)
-    screen().print(table, highlight=False)
+    show_table(["place", "id", "token", ""], rows, left=4, title=title, title_justify="left", pad_edge=True)
 
 
 @rank_zero_only
@@ -153,7 +154,7 @@ def show_plan(plan: MemoryPlan) -> None:
         rows.append([need.stage, str(need.batch), *figures, _longest(need)])
     longest = f"longest batch in {plan.memory / 1e9:.3g} GB"
     columns = ["stage", "at once", "weights", "beside", "in all", longest]
-    screen().print(table_of(columns, rows), highlight=False)
+    show_table(columns, rows)
 
 
 def _longest(need: Need) -> str:

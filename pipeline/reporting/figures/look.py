@@ -110,7 +110,7 @@ def bar_per_block(
 def squares(
     figure: Figure, values_NL: np.ndarray, blocks: Sequence[int], golden: int, model: str, **colors: Any
 ) -> tuple[Axes, Colorbar]:
-    """Requests by blocks, a square each, the golden layer's column between two lines.
+    """Requests by blocks of a model, a square each; a triangle above the golden layer's column.
 
     Args:
         figure: an empty one.
@@ -122,8 +122,7 @@ def squares(
     """
     axes = figure.subplots()
     image = axes.imshow(values_NL, **colors)
-    place = blocks.index(golden)
-    axes.vlines([place - 0.5, place + 0.5], -0.5, len(values_NL) - 0.5, color=WHITE, linewidth=2)
+    axes.plot(blocks.index(golden), -0.5, "v", markersize=9, color=GOLD, markeredgecolor=INK, clip_on=False)
     axes.set_xlabel(f"block of {short(model)}")
     axes.set_ylabel("request")
     whole_numbers(axes.xaxis, blocks)

@@ -31,7 +31,9 @@ def metrics_figure(evaluation: Evaluation) -> Figure:
             shape, filling, shift = MARKS[side]
             shown = {place: measured.metrics[row] for place, row in enumerate(rows) if row in measured.metrics}
             places, means = np.array(list(shown)) + shift, [one.mean for one in shown.values()]
-            axes.hlines(places, [one.low for one in shown.values()], [one.high for one in shown.values()], color=INK)
+            axes.hlines(
+                places, [one.low for one in shown.values()], [one.high for one in shown.values()], color=INK
+            )
             axes.plot(means, places, shape, markersize=6, color=INK, markerfacecolor=filling, label=side)
         axes.set_yticks(range(len(rows)), [label(row) for row in rows])
         for row, tick in zip(rows, axes.get_yticklabels(), strict=True):
@@ -74,7 +76,7 @@ def months_figure(model: str, versions: Mapping[int, Mapping[str, Any]]) -> Figu
             axes.set_xlim(-0.6, len(figures) - 0.4)
             axes.set_xlabel("version")
             whole_numbers(axes.xaxis, list(versions))
-        legend_below(figure, columns=7)
+        legend_below(figure, columns=4)
     return figure
 
 

@@ -83,7 +83,7 @@ def agreement_figure(profile: GoldenProfile, scores: Scores) -> Figure:
     rows_N = np.nanargmin(shown_NL, axis=1).argsort(kind="stable")
     caption = (
         "Each row is a request's own ranking of the blocks, sorted by its best; blank: set aside. Block "
-        f"{golden}, between the lines, is the best for {(shown_NL[:, golden] == 1).sum()} of {len(rows_N)} alone."
+        f"{golden}, below the triangle, is the best for {(shown_NL[:, golden] == 1).sum()} of {len(rows_N)} alone."
     )
     with look(3.0, f"Do the requests agree on block {golden}?", caption) as figure:
         blocks = range(shown_NL.shape[1])

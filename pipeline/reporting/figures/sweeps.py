@@ -35,10 +35,8 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
             if metric in grid.values and not np.isnan(grid.values[metric]).all():
                 axes.plot(grid.blocks, mean_of(grid.values[metric]), label=metric)
         axes.plot(grid.blocks, grid.means, color=INK, linewidth=2.4, linestyle="-", marker="", label="score")
-        for block, color, what in ((golden, GOLD, "golden layer"), (grid.best, INK, "best fixed block")):
-            width = 6 if block == golden else 1.2
-            axes.axvline(block, color=color, linewidth=width, alpha=0.6, zorder=0,
-                         label=f"{what}: {block}")  # fmt: skip
+        axes.axvline(golden, color=GOLD, linewidth=6, alpha=0.6, label=f"golden layer: {golden}")
+        axes.axvline(grid.best, color=INK, linestyle="-.", label=f"best fixed block: {grid.best}")
         axes.set_ylim(0, 1.03)
         axes.set_xlabel(f"block of {short(study.model)}")
         axes.set_ylabel("share, teacher-forced")
@@ -52,7 +50,7 @@ def squares_figure(study: Study, name: str, method: str) -> Figure:
     grid, golden = study.grids[name][method], study.golden[name]
     scores = grid.scores[np.argsort(-grid.scores.mean(1), kind="stable")]
     caption = (
-        "A square: a request edited alone at a block. Dot: its own best. Between the lines: the golden layer, "
+        "A square: a request edited alone at a block. Dot: its own best. Triangle: the golden layer, "
         f"{golden}. The easiest request stands first."
     )
     with look(3.0, f"Does one block suit all? {short(name)}, {method}", caption) as figure:

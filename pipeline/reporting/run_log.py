@@ -26,7 +26,7 @@ from pipeline.reporting.figures.outcomes import metrics_figure
 from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
 from pipeline.reporting.figures.sweeps import selectors_figure, squares_figure, sweep_figure
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
-from pipeline.reporting.tables import sides_of
+from pipeline.reporting.tables import metrics_of, sides_of
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
 from pipeline.reporting.values import values_csv
 from pipeline.requests.schema import EditRequest
@@ -136,8 +136,7 @@ class RunLog:
         profile: GoldenProfile | None = None,
     ) -> None:
         """Write metrics.json, values.csv and, for an edit, report.md; show the figures everywhere."""
-        sides = {side: measured.metrics for side, measured in sides_of(evaluation).items()}
-        sides |= {"difference": evaluation.difference} if evaluation.after else {}
+        sides = metrics_of(evaluation)
         write_json(
             self.folder / "metrics.json",
             {"model": model, "requests": len(requests)}
