@@ -129,7 +129,7 @@ def test_months_of_updates(versions: int) -> None:
     }
     figure = months_figure(LONG, figures)
     look_at(figure)
-    assert f"{versions} update" in figure.texts[0].get_text()
+    assert f": {versions}, facts: {4 * versions}" in figure.texts[0].get_text()
 
 
 def test_colours_differ_in_grey() -> None:

@@ -6,11 +6,11 @@ from contextlib import suppress
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.reporting.dashboards import CHIEF, EventsLogger, chart, tag
+from pipeline.reporting.dashboards import EventsLogger, tag
 from pipeline.reporting.figures.look import save
 from pipeline.reporting.figures.outcomes import months_figure
 from pipeline.reporting.groups import grouped
-from pipeline.reporting.tables import markdown_table, version_tables
+from pipeline.reporting.tables import markdown_table, version_line, version_table
 from pipeline.updates.history import versions
 from pipeline.updates.store import Store
 from pipeline.updates.versions import read_metrics
@@ -26,10 +26,7 @@ def show_on_board(store: Store) -> None:
     rows = store.database.execute("SELECT number FROM versions WHERE shown = 0 ORDER BY number").fetchall()
     if not rows:
         return
-    fresh = not any((store.folder / BOARD).glob("events.*"))
     logger = EventsLogger(store.folder, name=BOARD, version="", default_hp_metric=False)
-    if fresh:
-        chart(logger.experiment, "rewrite, rephrase, locality", [tag(name, "version") for name in CHIEF])
     for (number,) in rows:
         figures = read_metrics(store.folder, number)
         for name, value in scalars(figures).items():
@@ -43,9 +40,8 @@ def show_on_board(store: Store) -> None:
 
 def _draw(store: Store, logger: EventsLogger) -> None:
     """All versions in one figure; one whose files are damaged is left out, which `verify` tells."""
-    numbers = [row["number"] for row in reversed(versions(store, MOST)) if row["number"]]
     found: dict[int, dict[str, Any]] = {}
-    for number in numbers:
+    for number in sorted(row["number"] for row in versions(store, MOST) if row["number"]):
         with suppress(UserError, OSError):
             found[number] = read_metrics(store.folder, number)
     if found:
@@ -70,7 +66,5 @@ def scalars(figures: dict[str, Any]) -> dict[str, float]:
 
 def version_text(number: int, figures: dict[str, Any]) -> str:
     """What a version took in, what it came to and what was asked of it, in Markdown."""
-    layers = ", ".join(map(str, figures["layers"]))
     counts = ", ".join(f"{figures[name]} {name.replace('_', ' ')}" for name in COUNTS)
-    head = f"**Version {number}**, `{figures['method']}` in block {layers}: {counts}"
-    return "\n\n".join([head, *(markdown_table(*table) for table in version_tables(figures))])
+    return f"**Version {number}**: {counts}; {version_line(figures)}\n\n{markdown_table(*version_table(figures))}"

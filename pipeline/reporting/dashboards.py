@@ -1,17 +1,15 @@
-"""TensorBoard as every command uses it: tags in the order of reading, one chart of several figures, HPARAMS.
+"""TensorBoard as every command uses it: tags in the order of reading, and a row of HPARAMS a run.
 
 TensorBoard sorts by name: numbers in tags put stages, groups and figures in the order that people want them in.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
@@ -33,14 +31,6 @@ def study_tag(name: str, method: str, metric: str) -> str:
     """The tag of a figure by block."""
     place = ("score", *CHIEF).index(metric) + 1 if metric in ("score", *CHIEF) else 5
     return f"study_{name}_{method}/{place}_{metric.replace('/', '_')}_by_block"
-
-
-def chart(writer: SummaryWriter, title: str, tags: Iterable[str]) -> None:
-    """One chart of several figures, on the page of custom scalars."""
-    patterns = [
-        f"{re.escape(each)}$" for each in tags
-    ]  # TensorBoard takes patterns, which match from the beginning
-    writer.add_custom_scalars({"In one chart": {title: ["Multiline", patterns]}})
 
 
 def hparams_row(

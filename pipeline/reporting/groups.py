@@ -39,15 +39,12 @@ GROUPS: dict[str, dict[str, str]] = {
         "fluency": "entropy of 2- and 3-grams in long generations, in bits; lower is repetitive",
     },
 }
-IN_SHORT = (  # what a short table shows
-    "generation_exact_match",
-    "generation_containment",
-    "rephrase_exact_match",
-    "portability_exact_match",
-    "distractor_exact_match",
-    *GROUPS["teacher-forced"],
-    *(name for name in GROUPS["by probability"] if not name.endswith("_magnitude")),
-    *GROUPS["damage"],
+LONG_ONLY = ("rephrase_containment", "portability_containment", "distractor_containment")  # and magnitudes
+IN_SHORT = tuple(  # what a short table shows
+    name
+    for members in GROUPS.values()
+    for name in members
+    if name not in LONG_ONLY and not name.endswith("_magnitude")
 )
 SHARES = tuple(  # what lies between 0 and 1
     name for group in ("by generation", "teacher-forced", "by probability") for name in GROUPS[group]

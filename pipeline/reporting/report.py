@@ -40,9 +40,8 @@ def write_report(
     folder: Path,
 ) -> str:
     """The whole report of an edit."""
-    after = evaluation.after
-    assert after is not None
     layers = ", ".join(map(str, update.layers))
+    changes = "; ".join(f"`{name}` {change:.2%}" for name, change in evaluation.weights.items())
     parts = [
         f"# Edit of {update.model}\n",
         f"{len(requests)} facts were changed by `{update.method}` in block {layers} alone. "
@@ -52,7 +51,7 @@ def write_report(
         "In brackets: 95% bootstrap interval; the difference's is paired, over the same requests. By generation: "
         "greedy, from the prompt alone, to the end of the statement. Teacher-forced figures give the model the "
         "answer so far, as EasyEdit does, and so look better than what it says by itself.\n",
-        f"{_weights(evaluation)}\n",
+        f"Changed weights, ‖change‖ / ‖before‖: {changes}.\n",
         "![metrics](metrics.png)\n",
         "## The model's own answers\n",
         answers_table(requests, evaluation) + "\n",
@@ -102,12 +101,6 @@ def _outcome(evaluation: Evaluation) -> str:
         sentences.append(f"{after['locality'].mean:.0%} of unrelated answers' tokens stayed as they were")
     ratio = after["perplexity"].mean / before["perplexity"].mean
     return f"{'; '.join(sentences)}; perplexity on ordinary text is {ratio:.3f} times what it was."
-
-
-def _weights(evaluation: Evaluation) -> str:
-    """How much each changed tensor changed."""
-    changes = "; ".join(f"`{name}` {change:.2%}" for name, change in evaluation.weights.items())
-    return f"Changed weights, ‖change‖ / ‖before‖: {changes}."
 
 
 def study_report(study: Study) -> str:

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.files import write_json, write_text
 from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
-from pipeline.reporting.dashboards import CHIEF, EventsLogger, chart, hparams_row, study_tag, tag
+from pipeline.reporting.dashboards import EventsLogger, hparams_row, study_tag, tag
 from pipeline.reporting.figures.look import save
 from pipeline.reporting.figures.outcomes import metrics_figure
 from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
@@ -166,7 +166,6 @@ class RunLog:
         for step, metrics in enumerate(shown[:-1]):
             self.tensorboard.log_metrics(metrics, step)
         self.tensorboard.log_hyperparams(row, shown[-1], step=len(shown) - 1)
-        chart(self.tensorboard.experiment, "rewrite, rephrase, locality", map(tag, CHIEF))
 
     @rank_zero_only
     def going_on(self, *files: str) -> None:
@@ -192,8 +191,6 @@ class RunLog:
                 for number, (kind, draw) in enumerate(STUDY_FIGURES.items(), start=1):
                     shown = draw(study, name, method)
                     self._figure(f"study/{name}_{method}_{number}_{kind}", f"{kind}-{name}-{method}.png", shown)
-        scores = [study_tag(name, method, "score") for name, grids in study.grids.items() for method in grids]
-        chart(self.tensorboard.experiment, "score, of every set and method", scores)
         show_study(study)
 
     def _profile_figures(self, profile: GoldenProfile, scores: Scores | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.reporting.tables import version_tables
+from pipeline.reporting.tables import version_line, version_table
 from pipeline.reporting.terminal import say, show_table
 from pipeline.updates import (
     BatchResult,
@@ -99,11 +99,8 @@ def show_version(store: Store, version: int) -> None:
     say(f"version {version}{', the current one' if version == store.current else ''}: {len(held)} facts; {folder}")
     if version:
         figures = read_metrics(store.folder, version)
-        layers, after = ", ".join(map(str, figures["layers"])), figures["after"]
-        damage = f"perplexity x {after['perplexity_ratio']:.3f}, drift {after['drift']:.3f}"
-        say(f"{figures['method']} in block {layers}; {damage}")
-        for table in version_tables(figures):
-            show_table(*table)
+        say(f"  {version_line(figures)}")
+        show_table(*version_table(figures))
     show_facts(store, sorted(held), " ")
 
 

@@ -12,6 +12,7 @@ from pipeline.evaluation.evaluator import Evaluation, Measurement
 from pipeline.evaluation.metrics import Estimate
 from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label, meaning, with_interval
 from pipeline.study.questions import Row
+from pipeline.updates.gates import Gate
 
 Table = tuple[list[str], list[list[str]]]  # columns, and rows
 
@@ -21,7 +22,7 @@ def sides_of(evaluation: Evaluation) -> dict[str, Measurement]:
     return {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
 
 
-def metrics_of(evaluation: Evaluation) -> dict[str, Mapping[str, Estimate]]:
+def metrics_of(evaluation: Evaluation) -> dict[str, dict[str, Estimate]]:
     """The metrics of each side and, of an edit, the paired difference."""
     sides = {side: measured.metrics for side, measured in sides_of(evaluation).items()}
     return sides | ({"difference": evaluation.difference} if evaluation.after else {})
@@ -48,21 +49,25 @@ def metric_table(
     return ["metric", *(["what it is"] if meanings else []), "count", *sides], rows
 
 
-def version_tables(figures: Mapping[str, Any]) -> list[Table]:
-    """A version's metrics before and after, and what its gates asked for, from its metrics.json."""
+def version_table(figures: Mapping[str, Any]) -> Table:
+    """A version's chief metrics before and after, from its metrics.json."""
     sides = {
         f"{side} [95%]": {name: Estimate(**one) for name, one in figures[side]["metrics"].items()}
         for side in ("before", "after")
     }
+    return metric_table(sides, short=True)
+
+
+def version_line(figures: Mapping[str, Any]) -> str:
+    """What made a version, what it cost the rest of the model, and its gates."""
     gates = [
-        [gate["name"], f"{gate['value']:.3f}", "at least" if gate["least"] else "at most", f"{gate['bound']:g}",
-         "yes" if gate["passed"] else "no"]
-        for gate in figures["gates"]
-    ]  # fmt: skip
-    return [
-        metric_table(sides, short=True),
-        *([(["gate", "value", "asked", "bound", "passed"], gates)] * bool(gates)),
+        Gate(**{name: gate[name] for name in ("name", "value", "bound", "least")}) for gate in figures["gates"]
     ]
+    after, layers = figures["after"], ", ".join(map(str, figures["layers"]))
+    return (
+        f"{figures['method']} in block {layers}; perplexity x {after['perplexity_ratio']:.3f}, drift "
+        f"{after['drift']:.3f}; gates: {', '.join(map(str, gates)) or 'none'}"
+    )
 
 
 def study_table(rows: Sequence[Row], only: Sequence[str] = ()) -> Table:

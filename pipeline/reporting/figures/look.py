@@ -13,7 +13,6 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
@@ -86,11 +85,6 @@ def whole_numbers(axis: Axis, names: Sequence[object] | None = None) -> None:
         axis.set_major_formatter(lambda place, _: str(names[int(place)]) if 0 <= place < len(names) else "")
 
 
-def legend_below(figure: Figure, columns: int = 5) -> None:
-    """What all the figure's labels stand for, where it hides nothing."""
-    figure.legend(loc="outside lower left", ncols=columns)
-
-
 def bar_per_block(
     axes: Axes, values: Sequence[float], model: str, golden: Collection[int], aside: Collection[int] = ()
 ) -> None:
@@ -108,16 +102,17 @@ def bar_per_block(
 
 
 def squares(
-    figure: Figure, values_NL: np.ndarray, blocks: Sequence[int], golden: int, model: str, **colors: Any
-) -> tuple[Axes, Colorbar]:
+    figure: Figure, values_NL: np.ndarray, blocks: Sequence[int], golden: int, model: str, label: str, **colors: Any
+) -> Axes:
     """Requests by blocks of a model, a square each; a triangle above the golden layer's column.
 
     Args:
         figure: an empty one.
-        values_NL: what the squares' colours stand for.
+        values_NL: a value a square.
         blocks: the columns' numbers.
         golden: the golden layer's.
         model: its name.
+        label: what the colours stand for.
         colors: imshow's cmap, vmin and vmax.
     """
     axes = figure.subplots()
@@ -127,4 +122,5 @@ def squares(
     axes.set_ylabel("request")
     whole_numbers(axes.xaxis, blocks)
     whole_numbers(axes.yaxis)
-    return axes, figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes, label=label)
+    return axes

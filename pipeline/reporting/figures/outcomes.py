@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.reporting.figures.look import BLUE, GOLD, INK, WHITE, legend_below, look, short, whole_numbers
+from pipeline.reporting.figures.look import BLUE, GOLD, INK, WHITE, look, short, whole_numbers
 from pipeline.reporting.groups import IN_SHORT, SHARES, grouped, label
 from pipeline.reporting.tables import sides_of
 
@@ -24,7 +24,7 @@ def metrics_figure(evaluation: Evaluation) -> Figure:
     rows = [row for group, members in groups.items() for row in (group, *members)]
     count = next(metrics[row].count for row in rows if row in metrics)
     title = "What the edit changed" if evaluation.after else "What the model does"
-    caption = f"{count} {'request' if count == 1 else 'requests'}; lines: 95% bootstrap intervals."
+    caption = f"Requests: {count}. Lines: 95% bootstrap intervals."
     with look(0.9 + 0.215 * len(rows), title, caption) as figure:
         axes = figure.subplots()
         for side, measured in sides_of(evaluation).items():
@@ -43,7 +43,7 @@ def metrics_figure(evaluation: Evaluation) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", linewidth=0.4)
         axes.set_xlabel("share, by the request")
-        legend_below(figure)
+        figure.legend(loc="outside lower left", ncols=5)
     return figure
 
 
@@ -55,7 +55,7 @@ def months_figure(model: str, versions: Mapping[int, Mapping[str, Any]]) -> Figu
         versions: by number, ascending, its metrics.json.
     """
     figures = list(versions.values())
-    title = f"{_count(len(figures), 'update')} of {short(model)}: {_count(figures[-1]['facts'], 'fact')}"
+    title = f"Updates of {short(model)}: {len(figures)}, facts: {figures[-1]['facts']}"
     caption = (
         "Each version's figures on the requests it took in, before it was published; earlier facts: rewrite of a "
         "sample of those that stood already."
@@ -76,12 +76,8 @@ def months_figure(model: str, versions: Mapping[int, Mapping[str, Any]]) -> Figu
             axes.set_xlim(-0.6, len(figures) - 0.4)
             axes.set_xlabel("version")
             whole_numbers(axes.xaxis, list(versions))
-        legend_below(figure, columns=4)
+        figure.legend(loc="outside lower left", ncols=4)
     return figure
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _curve(axes: Axes, values: list[float | None], name: str) -> None:

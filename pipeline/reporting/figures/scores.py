@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.attribution.scores import Scores
-from pipeline.reporting.figures.look import INK, bar_per_block, legend_below, look, short, squares, whole_numbers
+from pipeline.reporting.figures.look import INK, bar_per_block, look, short, squares
 
 
 def selector_name(method: str) -> str:
@@ -29,7 +29,7 @@ def score_figure(profile: GoldenProfile) -> Figure:
             axes.hlines(profile.fences, *axes.get_xlim(), color=INK, linestyle="--", label="Tukey's fences")
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_ylabel("mean score")
-        legend_below(figure)
+        figure.legend(loc="outside lower left", ncols=5)
     return figure
 
 
@@ -86,10 +86,6 @@ def agreement_figure(profile: GoldenProfile, scores: Scores) -> Figure:
         f"{golden}, below the triangle, is the best for {(shown_NL[:, golden] == 1).sum()} of {len(rows_N)} alone."
     )
     with look(3.0, f"Do the requests agree on block {golden}?", caption) as figure:
-        blocks = range(shown_NL.shape[1])
-        _, bar = squares(figure, shown_NL[rows_N], blocks, golden, profile.model, cmap="cividis_r", vmin=1,
-                         vmax=max(2, len(kept)))  # fmt: skip
-        bar.set_label("place in the request's ranking")
-        whole_numbers(bar.ax.yaxis)
-        bar.ax.invert_yaxis()
+        squares(figure, shown_NL[rows_N], range(len(profile.scores)), golden, profile.model,
+                "place in the request's ranking", cmap="cividis_r", vmin=1, vmax=max(2, len(kept)))  # fmt: skip
     return figure

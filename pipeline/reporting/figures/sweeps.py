@@ -11,7 +11,6 @@ from pipeline.reporting.figures.look import (
     GOLD,
     INK,
     WHITE,
-    legend_below,
     look,
     short,
     squares,
@@ -41,7 +40,7 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         axes.set_xlabel(f"block of {short(study.model)}")
         axes.set_ylabel("share, teacher-forced")
         whole_numbers(axes.xaxis)
-        legend_below(figure, columns=3)
+        figure.legend(loc="outside lower left", ncols=3)
     return figure
 
 
@@ -54,9 +53,8 @@ def squares_figure(study: Study, name: str, method: str) -> Figure:
         f"{golden}. The easiest request stands first."
     )
     with look(3.0, f"Does one block suit all? {short(name)}, {method}", caption) as figure:
-        axes, bar = squares(figure, scores, grid.blocks, golden, study.model, vmin=0, vmax=1)
+        axes = squares(figure, scores, grid.blocks, golden, study.model, "score", vmin=0, vmax=1)
         axes.scatter(scores.argmax(1), range(len(scores)), s=11, color=WHITE, edgecolors=INK)
-        bar.set_label("score")
     return figure
 
 
