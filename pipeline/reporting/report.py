@@ -15,6 +15,12 @@ from pipeline.study.questions import Row
 from pipeline.study.study import Study
 
 EXAMPLES = 8
+OUTCOME = {
+    "generation_exact_match": "by itself the model answers {:.0%} of them with the new answer and nothing more",
+    "generation_containment": "it names the new answer in {:.0%}",
+    "rewrite": "teacher-forced it gives {:.0%} of the answers' tokens",
+    "locality": "{:.0%} of unrelated answers' tokens stayed as they were",
+}
 
 
 def metrics_table(evaluation: Evaluation) -> str:
@@ -85,22 +91,11 @@ def _why(profile: GoldenProfile, folder: Path) -> list[str]:
 
 
 def _outcome(evaluation: Evaluation) -> str:
-    """How the edit went, in a sentence or two, the model's own answers first."""
+    """How the edit went, in a sentence, the model's own answers first."""
     after, before = (evaluation.after or evaluation.before).metrics, evaluation.before.metrics
-    sentences = []
-    if "generation_exact_match" in after:
-        exact, contained = after["generation_exact_match"].mean, after["generation_containment"].mean
-        sentences.append(
-            f"By itself the model now answers {exact:.0%} of them with the new answer and nothing more, "
-            f"and names it in {contained:.0%}"
-        )
-    sentences.append(
-        f"{'t' if sentences else 'T'}eacher-forced it gives {after['rewrite'].mean:.0%} of the answers' tokens"
-    )
-    if "locality" in after:
-        sentences.append(f"{after['locality'].mean:.0%} of unrelated answers' tokens stayed as they were")
+    found = [sentence.format(after[name].mean) for name, sentence in OUTCOME.items() if name in after]
     ratio = after["perplexity"].mean / before["perplexity"].mean
-    return f"{'; '.join(sentences)}; perplexity on ordinary text is {ratio:.3f} times what it was."
+    return f"Outcome: {'; '.join(found)}; perplexity on ordinary text is {ratio:.3f} times what it was."
 
 
 def study_report(study: Study) -> str:

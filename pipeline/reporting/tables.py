@@ -6,13 +6,15 @@ A row of one cell is a heading over those below it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.evaluator import Evaluation, Measurement
 from pipeline.evaluation.metrics import Estimate
 from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label, meaning, with_interval
-from pipeline.study.questions import Row
 from pipeline.updates.gates import Gate
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.evaluator import Evaluation, Measurement
+    from pipeline.study.questions import Row
 
 Table = tuple[list[str], list[list[str]]]  # columns, and rows
 
