@@ -33,8 +33,7 @@ def show(llm: LLM, options: DemoCommand, log: RunLog) -> None:
     step(1, f"What {llm.name} says today")
     say(f"A language model goes on from a prompt with what it knows. {len(facts)} facts are to change:")
     before = ask(llm, options, facts)
-    wanted = {fact.prompt: fact.new_answer for fact in facts}
-    compare(prompts, {"it says": before, "it shall say": wanted})
+    compare(prompts, {"it says": before, "it shall say": {fact.prompt: fact.new_answer for fact in facts}})
 
     step(2, "Find the golden layer")
     say(
