@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.reporting.terminal import say
+from pipeline.reporting.tables import version_line, version_table
+from pipeline.reporting.terminal import say, show_table
 from pipeline.updates import (
     BatchResult,
     Store,
@@ -87,15 +88,8 @@ def show_version(store: Store, version: int) -> None:
     say(f"version {version}{', the current one' if version == store.current else ''}: {len(held)} facts; {folder}")
     if version:
         figures = read_metrics(store.folder, version)
-        before, after = figures["before"]["metrics"], figures["after"]["metrics"]
-        say(f"  {figures['method']} in block {', '.join(map(str, figures['layers']))}")
-        for name, estimate in after.items():
-            earlier = f"{before[name]['mean']:.3f} -> " if name in before else ""
-            say(f"  {name}: {earlier}{estimate['mean']:.3f}")
-        say(f"  perplexity x {figures['after']['perplexity_ratio']:.3f}, drift {figures['after']['drift']:.3f}")
-        for gate in figures["gates"]:
-            sign, passed = ">=" if gate["least"] else "<=", "passed" if gate["passed"] else "missed"
-            say(f"  gate {gate['name']}: {gate['value']:.3f}, asked {sign} {gate['bound']:g}: {passed}")
+        say(f"  {version_line(figures)}")
+        show_table(*version_table(figures))
     show_facts(store, sorted(held), " ")
 
 
