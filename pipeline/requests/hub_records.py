@@ -32,14 +32,14 @@ def hub_records(source: str) -> Iterator[tuple[str, Any]]:
             f"requests: {source}: needs the package `datasets`; install the extra: pip install -e '.[datasets]'"
         ) from None
     split = rest.pop() if rest else None
+    disable_progress_bars()
     try:
-        disable_progress_bars()
         rows = load_dataset(name, *rest, split=split)
-        if split is None and len(rows) != 1:
-            raise UserError(f"requests: {source}: has several splits; add one of them: {', '.join(rows)}")
-        for number, row in enumerate(rows if split else next(iter(rows.values()))):
-            yield f"row {number}", without_empty(row)
-    except UserError:
-        raise
     except Exception as error:  # the library raises whatever its many back ends do
         raise UserError(f"requests: {source}: cannot be read: {type(error).__name__}: {error}") from None
+    if split is None:
+        if len(rows) != 1:
+            raise UserError(f"requests: {source}: has several splits; add one of them: {', '.join(rows)}")
+        (rows,) = rows.values()
+    for number, row in enumerate(rows):
+        yield f"row {number}", without_empty(row)

@@ -61,17 +61,15 @@ def find_layout(record: Any) -> Layout:
 def to_request(record: Record, layout: Layout, number: int) -> tuple[EditRequest, int]:
     """A record as a request, and how many of its probes and rephrases were left out because a text is empty.
 
-    Args:
-        record: what the layout fits.
-        layout: the record's layout.
-        number: the record's number in its source: the request's id where the record has none.
+    `number` is the record's in its source: the request's id where the record has none.
 
     Raises:
         UserError: without the record's place: which field is wrong, and why.
     """
     fields = layout.read(record)
     left_out = 0 if layout is OWN else _leave_out_empty(fields)
-    fields["id"] = str(number) if fields.get("id") is None else str(fields["id"])
+    own_id = fields.get("id")
+    fields["id"] = str(number if own_id is None else own_id)
     try:
         return EditRequest.model_validate(fields), left_out
     except ValidationError as error:
@@ -100,7 +98,9 @@ def _wrong_field(error: ErrorDetails) -> str:
     """Which field is wrong, in what, and what there is instead."""
     name = ".".join(str(part) for part in error["loc"])
     message = "expected a text, found none" if error["input"] is None else error["msg"]
-    if error["type"] == "tuple_type":
+    if error["type"] == "string_unicode":
+        message = "not UTF-8 text"
+    elif error["type"] == "tuple_type":
         message = f"expected a list of {'texts' if name == 'rephrases' else 'probes'}"
     elif error["type"] == "extra_forbidden":
         model = EditRequest if len(error["loc"]) == 1 else Probe
