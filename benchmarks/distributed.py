@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.attribution import against_plain
 from benchmarks.bench import Bench, Figures, peak_bytes, run
-from benchmarks.kills import written
-from pipeline import LLM, EditOptions, EditRequest, FinetuneOptions, TrainerOptions, UserError, edit
+from pipeline import LLM, EditOptions, EditRequest, TrainerOptions, UserError, edit
 from pipeline.cli import main as command
 from pipeline.options import PlanCommand
 from pipeline.planning.plan import plan_memory
+from pipeline.requests.readers import write_requests
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = (1, 2)
@@ -73,8 +73,8 @@ def attribution(bench: Bench) -> Figures:
 
 def finetuning(bench: Bench, layer: int) -> Figures:
     """Requests a second from the first optimiser step to the last, and what a step sends of what could be sent."""
-    words = ["--method", "finetune", "--layers", str(layer), "--finetune.epochs", str(EPOCHS)]
-    words += ["--finetune.learnt", "0", "--finetune.whiten", "0"]  # every row in every epoch; no statistics
+    words = ["--method", "finetune", "--layers", str(layer), "--expert.epochs", str(EPOCHS)]
+    words += ["--expert.learnt", "0", "--expert.whiten", "0"]  # every row in every epoch; no statistics
     found = {n: watch(bench, n, TAUGHT, "edit", *words, "--evaluation.generation", "none") for n in PROCESSES}
     model = bench.llm.model
     own = [model.get_parameter(name) for name in bench.llm.blocks[layer].weight_names("mlp")]
@@ -94,7 +94,7 @@ def watch(bench: Bench, processes: int, records: int, *words: str) -> Figures:
     """
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        asked = ["--requests", str(written(folder / "requests.jsonl", bench.records[:records]))]
+        asked = ["--requests", str(write_requests(folder / "requests.jsonl", bench.records[:records]))]
         asked += ["--model", bench.model, "--output", str(folder / "out"), "--trainer.accelerator", "cpu"]
         asked += ["--trainer.devices", str(processes), "--trainer.strategy", "ddp" if processes > 1 else "auto"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -147,8 +147,8 @@ def random_llm(llm: LLM, shape: dict[str, Any], device: str) -> LLM:
 
 def full_size_edit(llm: LLM, requests: Sequence[EditRequest], on: TrainerOptions) -> Figures:
     """Fine-tuning at one block, whitening aside: that needs key statistics first."""
-    chosen = FinetuneOptions(epochs=EPOCHS, learnt=0.0, whiten=0.0)
-    options = EditOptions(method="finetune", layers=[LAYER], finetune=chosen)
+    expert = {"epochs": EPOCHS, "learnt": 0.0, "whiten": 0.0}
+    options = EditOptions(method="finetune", layers=[LAYER], expert=expert)
     steps: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: steps.append(time.perf_counter()))
     peak = peak_bytes(llm, lambda: edit(llm, requests, None, options, on), on)

@@ -31,8 +31,7 @@ def _check(options: RequestsCommand) -> None:
     if to:
         again = read_requests(options.requests, options.limit, options.offset)
         good = (one.request for one in again if isinstance(one.request, EditRequest))
-        own = f".{os.getpid()}"  # two commands may write the same file: the last one stays, whole
-        print(f"written to {write_requests(to, good, own)}")
+        print(f"written to {write_requests(to, good)}")
 
 
 def _check_target(path: Path, overwrite: bool) -> None:

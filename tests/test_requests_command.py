@@ -84,7 +84,7 @@ def test_duplicates_and_contradictions_name_both_lines(tmp_path: Path, capsys: p
     assert rows["contradictions"] == "1: line 4 ('Hentzau') against line 2 ('Zenda')"
 
 
-BAD = [REQUEST, "oh", REQUEST | {"new_answer": ""}, {"src": "a", "alt": "b"}, REQUEST | {"id": "0"}, REQUEST]
+BAD = [REQUEST, "oh", REQUEST | {"new_answer": ""}, {"src": "a"}, REQUEST | {"id": "0"}, REQUEST]
 
 
 def test_every_bad_record_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ scored: the first that is not empty is taken, as EasyEdit does.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pipeline.errors import UserError
@@ -26,11 +25,8 @@ def from_easyedit(record: Record) -> Record:
 
 
 def from_wikibio(record: Record) -> Record:
-    """KnowEdit's WikiBio: a passage and the sentence that is to follow; its concept is written in lower case."""
-    fields = _renamed(record, prompt="text", subject="concept", new_answer="labels")
-    if str(fields["subject"]) not in str(fields["prompt"]):
-        fields["subject"] = None
-    return fields | {"source": "wikibio"}
+    """KnowEdit's WikiBio: a passage, and the sentence that is to follow."""
+    return _renamed(record, prompt="text", subject="concept", new_answer="labels") | {"source": "wikibio"}
 
 
 def from_zsre(record: Record) -> Record:
@@ -48,7 +44,6 @@ def _renamed(record: Record, **names: str) -> Record:
     fields = {name: _first(record.get(names.get(name, name))) for name in texts}
     rephrase = record.get("rephrase_prompt", record.get("rephrase"))
     return fields | {
-        "subject": _as_written(fields["subject"], fields["prompt"]),
         "rephrases": [] if rephrase is None else [_first(rephrase)],
         "locality": _by_axis(record, "locality"),
         "portability": _by_axis(record, "portability"),
@@ -86,14 +81,6 @@ def _first(value: Any) -> Any:
     if isinstance(value, dict):
         value = value.get("str", value)
     return None if is_blank(value) else value
-
-
-def _as_written(subject: Any, prompt: Any) -> Any:
-    """A subject as the prompt spells it, where they differ in case alone."""
-    if not isinstance(subject, str) or not isinstance(prompt, str) or subject in prompt:
-        return subject
-    found = re.search(re.escape(subject.strip()), prompt, re.IGNORECASE)
-    return found[0] if found else subject
 
 
 def _object(record: Record, name: str) -> Record:

@@ -19,14 +19,13 @@ class RequestCheck:
     """What was found in a source.
 
     Attributes:
-        source: what was read.
-        layouts: records by layout; those of no layout are left out.
+        layouts: records by layout.
         counts: how many `records`, `requests` and `rephrases` there are; probes and rephrases `left out` because a
             text is empty; requests with a `subject`, an `old_answer`, any `rephrase`.
         probes: how many there are by kind (locality, portability) and axis.
-        found: `bad` records, with what is wrong; places of requests that are `astray`: the prompt lacks the
-            subject, which locate-then-edit needs; `unchanged`: the new answer is the old one; `duplicates` and
-            `contradictions` of one before with the same subject and prompt.
+        found: what is wrong with `bad` records; places of requests that are `astray` (the prompt lacks the subject,
+            which locate-then-edit needs), `unchanged` (the new answer is the old one), `duplicates` or
+            `contradictions` of one before.
         facts: by subject and prompt, place and new answer of the last request about it.
     """
 
@@ -70,10 +69,7 @@ class RequestCheck:
 
 
 def check_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> RequestCheck:
-    """Read a source to its end and count what is in it; bad records are counted, not raised.
-
-    Arguments, and what is raised beside what is wrong with a record: as for `load_requests`.
-    """
+    """Read a source to its end and count what is in it, as `load_requests` reads it; bad records are counted."""
     checked = RequestCheck(source)
     for reading in read_requests(source, limit, offset):
         checked.count(reading)

@@ -11,11 +11,7 @@ NAMED = 3  # contradictions that a message spells out
 
 
 def settle(requests: Sequence[EditRequest], last_wins: bool = False) -> list[EditRequest]:
-    """The requests without contradictions, in their order: of those of a batch, the last one stays.
-
-    Raises:
-        UserError: when requests contradict each other and the last may not win.
-    """
+    """A batch without contradictions: the last of such requests stays; UserError when it may not win."""
     last = {fact(request): request for request in requests}
     pairs = [(request, last[fact(request)]) for request in requests]
     lost = [(one, other) for one, other in pairs if one.new_answer != other.new_answer]

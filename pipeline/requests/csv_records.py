@@ -25,11 +25,7 @@ NUMBERED = re.compile(rf"({'|'.join(REPEATED)})(?:_(\d{{1,9}}))?")
 
 
 def row_records(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    """The rows of a CSV file; commas, semicolons or tabs, whichever the first line holds most of.
-
-    Raises:
-        UserError: where the table is malformed, or a column's name is unknown or stands twice.
-    """
+    """The rows of a CSV file; commas, semicolons or tabs, whichever the first line holds most of."""
     first = next(lines, "")
     delimiter = max(DELIMITERS, key=first.count)
     rows = csv.DictReader(chain([first], lines), restval="", delimiter=delimiter, strict=True)

@@ -69,7 +69,7 @@ class EditRequests(LightningDataModule):
 
     def _batches(self, items: list[Any], collate: Callable[..., Batch], shuffle: bool = False) -> DataLoader:
         pad = partial(collate, pad_token_id=self.tokens.pad_token_id)
-        return DataLoader(items, self.batch_size, shuffle, collate_fn=pad)
+        return DataLoader(items, self.batch_size, shuffle, collate_fn=pad)  # type: ignore[arg-type]  # a list will do
 
     def val_dataloader(self) -> DataLoader:
         """As for `predict`."""
@@ -77,11 +77,7 @@ class EditRequests(LightningDataModule):
 
 
 def both_answers(tokens: Tokens, requests: Sequence[EditRequest]) -> list[Sides]:
-    """Every request's prompt with its old and with its new answer.
-
-    Raises:
-        UserError: when a request has no old answer.
-    """
+    """Every request's prompt with its old and with its new answer; UserError when one has no old answer."""
     lacking = [request.id for request in requests if request.old_answer is None]
     if lacking:
         raise UserError(f"requests: {len(lacking)} have no old answer, such as {lacking[0]}; give old_answer")

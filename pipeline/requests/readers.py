@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError, check_at_least
-from pipeline.files import write_whole
+from pipeline.files import write_shared
 from pipeline.requests.layouts import find_layout, to_request
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sources import raw_records
@@ -49,9 +49,9 @@ def load_requests(
         tell: called with one line that counts bad records and names the first, when any were left out.
 
     Raises:
-        UserError: naming file and line or record, when there is no such file, it is empty or malformed, its
-            layout is unknown, a field is missing, empty or of the wrong type, two requests share an id, or two
-            layouts a file; or naming limit or offset, when it is out of range.
+        UserError: naming file and line or record, when there is no such file, it is empty or malformed, a
+            record's layout is unknown, a field is missing, empty or of the wrong type, or two requests share an id;
+            or naming limit or offset, when it is out of range.
 
     Example:
         >>> load_requests("demo", limit=1)[0].prompt
@@ -87,17 +87,14 @@ def stream_requests(source: str | Path) -> Iterator[EditRequest]:
 
 
 def read_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> Iterator[Reading]:
-    """Each record of a source as a request or as what is wrong with it, one after another.
-
-    Arguments, and what is raised beside what is wrong with a record: as for `load_requests`.
-    """
+    """As `load_requests`, one by one, each record as a request or as what is wrong with it."""
     check_at_least("offset", offset, 0)
     if limit is not None:
         check_at_least("limit", limit, 1)
-    total, seen = 0, _Seen(str(source))
+    total, used = 0, dict[str, str]()
     for place, record in islice(raw_records(source), None if limit is None else offset + limit):
         if total >= offset:
-            yield seen.read(place, record, total)
+            yield _read(record, total, place, source, used)
         total += 1
     if not total:
         raise UserError(f"requests: {source}: holds no records")
@@ -105,45 +102,27 @@ def read_requests(source: str | Path, limit: int | None = None, offset: int = 0)
         raise UserError(f"offset: {offset} leaves nothing of the {total} records of {source}")
 
 
-class _Seen:
-    """What a record is read by: the layout of the first one and its place, and where each id was used."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.layout: tuple[str, str] | None = None
-        self.ids: dict[str, str] = {}
-
-    def read(self, place: str, record: Any, number: int) -> Reading:
-        """One record as a request, or what is wrong with it."""
-        layout = None
-        try:
-            if isinstance(record, UserError):
-                raise record
-            layout = find_layout(record)
-            self.check_layout(layout.name, place)
-            request, left_out = to_request(record, layout, number)
-            if (used := self.ids.setdefault(request.id, place)) != place:
-                raise UserError(f"id {request.id!r} was used before, at {used}")
-            return Reading(place, request, layout.name, left_out)
-        except UserError as error:
-            return Reading(place, UserError(f"{self.source}: {place}: {error}"), layout and layout.name)
-
-    def check_layout(self, name: str, place: str) -> None:
-        """Raise UserError when the first record had another layout."""
-        first, at = self.layout = self.layout or (name, place)
-        if name != first:
-            raise UserError(f"is {name}, but {at} is {first}; expected one layout in a file")
+def _read(record: Any, number: int, place: str, source: str | Path, used: dict[str, str]) -> Reading:
+    """One record as a request, or what is wrong with it; `used` are the places of ids."""
+    layout = None
+    try:
+        if isinstance(record, UserError):
+            raise record
+        layout = find_layout(record)
+        request, left_out = to_request(record, layout, number)
+        if (earlier := used.setdefault(request.id, place)) != place:
+            raise UserError(f"id {request.id!r} was used before, at {earlier}")
+        return Reading(place, request, layout.name, left_out)
+    except UserError as error:
+        return Reading(place, UserError(f"{source}: {place}: {error}"), layout and layout.name)
 
 
-def write_requests(path: Path, requests: Iterable[EditRequest], mark: str = "") -> Path:
-    """Write requests as our own JSONL, gzipped where the name ends in .gz; whole or not at all.
-
-    Every command reads them back as they were. `mark` is that of `write_whole`.
-    """
+def write_requests(path: Path, requests: Iterable[EditRequest]) -> Path:
+    """Write requests as our own JSONL, gzipped where the name ends in .gz; whole or not at all."""
 
     def write(partial: Path) -> None:
         with gzip.open(partial, "wb") if path.suffix == ".gz" else partial.open("wb") as file:
             for request in requests:
                 file.write(request.model_dump_json(exclude_defaults=True).encode() + b"\n")
 
-    return write_whole(path, write, mark)
+    return write_shared(path, write)

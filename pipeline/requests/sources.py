@@ -5,18 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.errors import UserError
 from pipeline.requests.csv_records import SUFFIXES, row_records
-from pipeline.requests.hub_records import PREFIX, hub_records
+from pipeline.requests.layouts import without_empty
 
 DEMO_REQUESTS = Path(__file__).with_name("demo.jsonl")
+PREFIX = "hf:"  # of a Hugging Face data set: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`
 GZIP = b"\x1f\x8b"
-LONGEST = 64 * 2**20  # characters of a line: what is longer is no record
 
 
 def raw_records(source: str | Path) -> Iterator[tuple[str, Any]]:
@@ -28,7 +28,7 @@ def raw_records(source: str | Path) -> Iterator[tuple[str, Any]]:
         UserError: when there is no such source, or it is broken where the next record would begin.
     """
     if str(source).startswith(PREFIX):
-        yield from hub_records(str(source))
+        yield from _hub_records(str(source))
         return
     path = DEMO_REQUESTS if str(source) == "demo" else Path(source)
     if not path.is_file():
@@ -48,15 +48,15 @@ def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
     """The records of a file: told by its name where it is a table, else by its first character."""
     with _opened(path) as file:
         if path.name.lower().removesuffix(".gz").endswith(SUFFIXES):
-            yield from row_records(_lines(file))
+            yield from row_records(file)
             return
         characters = iter(lambda: file.read(1), "")
         first = next(filter(str.strip, characters), "")
         file.seek(0)
-        yield from _list_records(file) if first == "[" else _line_records(_lines(file))
+        yield from _list_records(file) if first == "[" else _line_records(file)
 
 
-def _line_records(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+def _line_records(lines: TextIO) -> Iterator[tuple[str, Any]]:
     """The records of a JSONL file; blank lines are none."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -91,9 +91,31 @@ def _opened(path: Path) -> TextIO:
     return TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
-def _lines(file: TextIO) -> Iterator[str]:
-    """Each line, unless it is longer than a record can be: that must not fill the memory."""
-    for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), start=1):
-        if len(line) == LONGEST and not line.endswith("\n"):
-            raise UserError(f"line {number}: longer than {LONGEST >> 20} MiB; expected a record a line")
-        yield line
+def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a data set on the hub or in a folder, read from the library's files on disk, one after another.
+
+    They are not streamed from the hub: streamed, fields whose type differs between rows come undecoded (datasets
+    5.2), and KnowEdit's axes do differ.
+    """
+    name, *rest = source.removeprefix(PREFIX).split(":")
+    if not name or len(rest) > 2 or not all(rest):
+        expected = f"{PREFIX}NAME, {PREFIX}NAME:SPLIT or {PREFIX}NAME:CONFIG:SPLIT"
+        raise UserError(f"requests: {source}: expected {expected}")
+    try:
+        from datasets import disable_progress_bars, load_dataset
+    except ImportError:
+        raise UserError(
+            f"requests: {source}: needs the package `datasets`; install the extra: pip install -e '.[datasets]'"
+        ) from None
+    split = rest.pop() if rest else None
+    disable_progress_bars()
+    try:
+        rows = load_dataset(name, *rest, split=split)
+    except Exception as error:  # the library raises whatever its many back ends do
+        raise UserError(f"requests: {source}: cannot be read: {type(error).__name__}: {error}") from None
+    if split is None:
+        if len(rows) != 1:
+            raise UserError(f"requests: {source}: has several splits; add one of them: {', '.join(rows)}")
+        (rows,) = rows.values()
+    for number, row in enumerate(rows):
+        yield f"row {number}", without_empty(row)

@@ -22,13 +22,10 @@ class Tokens:
 
     Args:
         tokenizer: of any model.
-        chat: put prompts into its chat template.
+        chat: put prompts into its chat template; UserError when it has none.
         name: what the user calls the model, for messages.
         vocabulary: how many tokens the model embeds; None: as many as there are.
         context_length: the longest text in tokens; None: any.
-
-    Raises:
-        UserError: when a chat is asked for without a chat template.
     """
 
     def __init__(
@@ -111,20 +108,16 @@ class Tokens:
         return self._ids([joining.prompt(prompt) for prompt in prompts], joining.special)
 
     def place(self, prompt: str, end: int, answer: str = "") -> int:
-        """Place, among a prompt's tokens (with an answer's behind them), of the one that holds the prompt's `end`.
+        """Place of the token that holds the character before `end` of a prompt, given plain, whatever the template.
 
-        Args:
-            prompt: as the user gives it; its place in a chat template is known here.
-            end: a place between two characters of the prompt, such as where its subject ends.
-            answer: what follows, where the tokens of both are meant.
+        It is the place among the prompt's tokens, or among those of the prompt with the answer.
         """
         joining = self.joining
         text = joining.whole(prompt, answer) if answer else joining.prompt(prompt)
         end = min(len(joining.head) + end, len(text))
         if self.tokenizer.is_fast:
-            spans = self.tokenizer(
-                text, add_special_tokens=joining.special, return_offsets_mapping=True
-            ).offset_mapping
+            found = self.tokenizer(text, add_special_tokens=joining.special, return_offsets_mapping=True)
+            spans = found.offset_mapping
             return max((place for place, (first, last) in enumerate(spans) if first < min(end, last)), default=0)
         upto, ids = self._ids([text[:end], text], joining.special)
         shared = _shared(upto, ids)
