@@ -1,8 +1,8 @@
 """Running parts of a decoder, keeping what passes through them, and changing it.
 
 While weights of block l and above alone change, what enters block l does not: it is read once, and every further
-pass runs blocks l…L. The model's own forward does it, block by block, so that masks, rotary tables and whatever else
-a family chooses by a block's index stay each block's own.
+pass runs blocks l…L. The model's own forward does it, block by block, so that masks, rotary tables and whatever
+else a family chooses by a block's index stay each block's own.
 
 Shapes: B rows, T tokens, D hidden size, N positions that are read, V vocabulary.
 """
