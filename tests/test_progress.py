@@ -31,7 +31,7 @@ def test_a_log_file_gets_plain_lines_now_and_then(clock: list[float], capsys: py
     for _ in range(100):
         clock[0] += 1
         shown.advance(note="loss 0.5")
-    shown.stop()
+    shown.close()
     assert capsys.readouterr().err.splitlines() == [
         "Measuring: 0/100 after 00:00, left ?",
         "Measuring: 20/100 after 00:20, left 01:20, loss 0.5",
@@ -47,7 +47,7 @@ def test_a_long_stage_does_not_fill_a_log(clock: list[float], capsys: pytest.Cap
     for _ in range(86399):
         clock[0] += 1
         shown.advance()
-    shown.stop()
+    shown.close()
     told = capsys.readouterr().err.splitlines()
     assert 30 < len(told) < 90
     assert told[-1].startswith("Trying blocks: 86399/86400 after 23:59:59, left ")
@@ -61,7 +61,7 @@ def test_a_bar_fits_its_terminal(width: int, title: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(tqdm.std, "_screen_shape_wrapper", lambda: lambda _: (width, 24))
     shown = Shown(title, 160)
     shown.advance(80, "loss 0.5")
-    shown.stop()
+    shown.close()
     states = [state for state in screen.getvalue().replace("\r", "\n").splitlines() if state.strip()]
     assert all(len(state) <= width for state in states)
     assert states[-1].startswith(f"{title} 80/160 left ")

@@ -90,6 +90,7 @@ class Saying(Stage):
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=self.llm.pad_token_id,
+                synced_gpus=False,  # devices that share weights keep step by KeepStep
                 stopping_criteria=StoppingCriteriaList([SaidEnough(self.llm, batch)]),
             )
         finally:

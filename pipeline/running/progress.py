@@ -40,7 +40,7 @@ class Lines:
         """Nothing waits to be written."""
 
 
-class Shown:
+class Shown(tqdm):
     """Progress on the error stream, as fits what that is.
 
     Args:
@@ -48,9 +48,11 @@ class Shown:
         total: up to what.
     """
 
+    monitor_interval = 0  # no thread watches the bars
+
     def __init__(self, title: str, total: float) -> None:
         self.moves = sys.stderr.isatty()
-        self.bar: tqdm[Any] = tqdm(
+        super().__init__(
             total=total,
             desc=title,
             file=sys.stderr if self.moves else Lines(sys.stderr),
@@ -63,14 +65,10 @@ class Shown:
     def advance(self, more: int = 1, note: str = "") -> None:
         """So many more are done."""
         if note:
-            self.bar.set_postfix_str(note, refresh=False)
+            self.set_postfix_str(note, refresh=False)
         if not self.moves:
-            self.bar.mininterval = max(EVERY, self.bar.format_dict["elapsed"] / 10)
-        self.bar.update(more)
-
-    def stop(self) -> None:
-        """No more follow."""
-        self.bar.close()
+            self.mininterval = max(EVERY, self.format_dict["elapsed"] / 10)
+        self.update(more)
 
 
 @contextmanager
@@ -91,7 +89,7 @@ def one_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     finally:
         _IN_ONE.reset(token)
         if shown:
-            shown.stop()
+            shown.close()
 
 
 class StageProgressBar(ProgressBar):
@@ -118,7 +116,7 @@ class StageProgressBar(ProgressBar):
     def stop(self, *_: Any) -> None:
         """It has ended."""
         if self.shown:
-            self.shown.stop()
+            self.shown.close()
         self.shown = None
 
     on_predict_end = on_train_end = on_exception = stop  # type: ignore[assignment]
