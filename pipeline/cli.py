@@ -16,7 +16,8 @@ import traceback
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
-from pipeline.parsing import DEFAULT_COMMAND, UsageError, parse
+from pipeline.options.shared import ComputeOptions
+from pipeline.parsing import DEFAULT_COMMAND, parse
 from pipeline.running import launch
 from pipeline.running.interrupts import Interrupted, interrupts
 from pipeline.shipped import about, program, shipped_configs
@@ -36,17 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if words and words[0] in ("-h", "--help"):
-        print(overview())
+    first = words[0] if words else ""
+    if first in ("-h", "--help", "--version"):
+        print(about() if first == "--version" else overview())
         return 0
-    if words and words[0] == "--version":
-        print(about())
-        return 0
-    name = words[0] if words and not words[0].startswith("-") else DEFAULT_COMMAND
-    rest = words[1:] if words and words[0] == name else words
+    name, rest = (DEFAULT_COMMAND, words) if first[:1] in ("", "-") else (first, words[1:])
+    options: object = None
     try:
         options = parse(name, rest)
-        if COMMANDS[name].spreads and (devices := launch.devices_to_start(options)) > 1:
+        if isinstance(options, ComputeOptions) and (devices := launch.devices_to_start(options)) > 1:
             return launch.supervise([name, *rest], devices, options)
         COMMANDS[name].call(options)
         sys.stdout.flush()
@@ -63,8 +62,7 @@ def _run(words: list[str]) -> int:
             raise
         if line is None or "--verbose" in rest or "--verbose=true" in rest:
             traceback.print_exc()
-        code = USAGE_ERROR if isinstance(error, UsageError) else FAILED
-        return launch.leave(code, f"error: {line or error}")
+        return launch.leave(FAILED if options else USAGE_ERROR, f"error: {line or error}")
     return 0
 
 
@@ -88,17 +86,13 @@ def user_line(error: Exception) -> str | None:
 
 
 def overview() -> str:
-    """The commands with a line each."""
-    lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"usage: {program()} [COMMAND] [--config FILE] [--FLAG VALUE ...]",
-            f"       {program()} COMMAND --help | --version",
-            "",
-            "Find the golden layer of a language model, edit facts there, prove it, keep it.",
-            "",
-            f"configs that come with the project: {', '.join(shipped_configs())}",
-            "without a command: run, with the config default; the commands are",
-            *lines,
-        ]
-    )
+    """What `--help` says: the commands with a line each."""
+    lines = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
+    return f"""usage: {program()} [COMMAND] [--config FILE] [--FLAG VALUE ...]
+       {program()} COMMAND --help | --version
+
+Find the golden layer of a language model, edit facts there, prove it, keep it.
+
+configs that come with the project: {", ".join(shipped_configs())}
+without a command: run, with the config default; the commands are
+{lines}"""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 
 from pipeline import demo as guided
-from pipeline import options as of
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing.editor import METHODS, accept, check_earlier, choose_layers
+from pipeline.editing.editor import accept, check_earlier, choose_layers
 from pipeline.editing.export import export_adapter, export_merged
+from pipeline.editing.method import settings_of
 from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError, check_choice
+from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import evaluate as measure
 from pipeline.files import write_json
 from pipeline.model.explain import explain
 from pipeline.model.generation import generate as answer
+from pipeline.options import commands as of
 from pipeline.planning.plan import plan_memory
 from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_requests
@@ -25,6 +25,7 @@ from pipeline.requests.split import split_by_subject
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study
+from pipeline.study.sweep import RESULTS
 from pipeline.update_commands import generate_live, of_store
 
 STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad")
@@ -33,7 +34,7 @@ STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selector
 def run(options: of.RunCommand) -> None:
     """All stages, on the two parts of the requests; with a profile the last two, on all of them."""
     check_selector([], options.attribution)
-    check_choice("edit.method", options.edit.method, METHODS)
+    settings_of(options.edit)
     with working(options, "run") as log:
         requests = read_requests(options)
         if options.profile:
@@ -70,7 +71,7 @@ def attribute(options: of.AttributeCommand) -> None:
 
 def edit(options: of.EditCommand) -> None:
     """Stages two and three, by a profile or at blocks that are named."""
-    check_choice("method", options.method, METHODS)
+    settings_of(options)
     with working(options, "edit") as log:
         requests = accept(read_requests(options), options)
         profile = GoldenProfile.load(options.profile) if options.profile else None
@@ -114,12 +115,10 @@ def export(options: of.ExportCommand) -> None:
             update, model = of_store(options)
         llm = load(options, model)
         llm.check_made_for("update", update.model, update.fingerprint)
-        if options.kind == "merged":
-            export_merged(llm, update, log.folder)
-        elif options.kind == "adapter":
-            export_adapter(llm, update, log.folder)
-        else:
+        if options.kind == "update":
             update.save(log.folder)
+        else:
+            {"merged": export_merged, "adapter": export_adapter}[options.kind](llm, update, log.folder)
 
 
 def generate(options: of.GenerateCommand) -> None:
@@ -134,11 +133,11 @@ def generate(options: of.GenerateCommand) -> None:
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
         note_chat(llm, "update", update.chat)
-    how = partial(answer, llm, prompts, options.max_new_tokens, options.batch_size, options.trainer)
-    answers = {"base": how(title="Base model")}
+    how = (llm, prompts, options.max_new_tokens, options.batch_size, options.trainer)
+    answers = {"base": answer(*how, title="Base model")}
     if update:
         with update.applied(llm):
-            answers["edited"] = how(title="Edited model")
+            answers["edited"] = answer(*how, title="Edited model")
     show_answers(prompts, answers)
 
 
@@ -149,7 +148,8 @@ def study(options: of.StudyCommand) -> None:
         for file in options.requests:
             most = options.limit + 4 * options.proxy  # some are about subjects that are tried
             read = load_requests(file, most, options.offset, options.skip_bad, tell=say)
-            sets.append(parted(_set_name(file), read, options))
+            name = re.sub(r"[^\w.-]+", "_", file if file.startswith("hf:") else Path(file).stem)  # fit for a file's
+            sets.append(parted(name, read, options))
         check_study(sets, options)
         log.going_on(RESULTS)
         log.keep_study(run_study(load(options), sets, options, log.folder, log.work))
@@ -157,16 +157,9 @@ def study(options: of.StudyCommand) -> None:
 
 def plan(options: of.PlanCommand) -> None:
     """The plan, shown and, where a folder is named, kept."""
-    if options.output is None:
-        prepare(options)
-        show_plan(plan_memory(options))
-        return
-    with working(options, "plan") as log:
-        planned = plan_memory(options)
-        write_json(log.folder / "plan.json", planned.to_dict())
-        show_plan(planned)
-
-
-def _set_name(requests: str) -> str:
-    """A request set's name, fit for a file's."""
-    return re.sub(r"[^\w.-]+", "_", requests if requests.startswith("hf:") else Path(requests).stem)
+    prepare(options)
+    planned = plan_memory(options)
+    show_plan(planned)
+    if options.output:
+        with working(options, "plan") as log:
+            write_json(log.folder / "plan.json", planned.to_dict())

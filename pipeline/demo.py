@@ -13,13 +13,12 @@ from rich.console import Console
 from pipeline.attribution import GoldenProfile, find_golden_layer
 from pipeline.editing import edit
 from pipeline.evaluation import evaluate
-from pipeline.requests.answers import contains_answer, first_statement
 from pipeline.model.generation import generate
-from pipeline.model.llm import LLM
-from pipeline.model.llm import fingerprint
+from pipeline.model.llm import LLM, fingerprint
 from pipeline.options import AttributionOptions, DemoCommand, EditOptions, StatisticsOptions
 from pipeline.reporting import RunLog, say, show_answers
 from pipeline.requests import load_requests, split_by_subject
+from pipeline.requests.answers import contains_answer, first_statement
 from pipeline.shipped import program
 
 STEPS = 6

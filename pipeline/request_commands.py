@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import write_whole
-from pipeline.options import RequestsCommand
+from pipeline.options.commands import RequestsCommand
 from pipeline.requests.check import NAMED, check_requests, require_good, summary
 from pipeline.requests.readers import load_requests
 from pipeline.requests.writer import check_target, request_writer

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from pipeline import options as of
 from pipeline import reporting, updates
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing.editor import METHODS
+from pipeline.editing.method import settings_of
 from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError, check_choice
+from pipeline.errors import UserError
 from pipeline.model.generation import generate as answer
+from pipeline.options import updates as of
+from pipeline.options.commands import ExportCommand, GenerateCommand
 from pipeline.reporting.terminal import say, show_answers
 from pipeline.requests.readers import stream_requests
 from pipeline.shipped import program
@@ -134,7 +135,7 @@ def retract(options: of.RetractCommand) -> None:
         say(f"version {done.version}: retracted; its new answer: {sides[0]:.3f} -> {sides[1]:.3f}")
 
 
-def of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
+def of_store(options: ExportCommand) -> tuple[WeightUpdate, str]:
     """The version that `export` is to write, and its base model's name.
 
     Raises:
@@ -149,7 +150,7 @@ def of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
         return found, _model_of(store, options)
 
 
-def generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
+def generate_live(prompts: list[str], options: GenerateCommand) -> None:
     """Answer prompts by a store's current version and, with `--follow`, by every later one."""
     assert options.store is not None
     with Store(options.store) as store:
@@ -170,9 +171,9 @@ def generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
             stopping.asked.wait(FOLLOWING)
 
 
-def _model_of(store: Store, options: of.ModelOptions) -> str:
+def _model_of(store: Store, options: ExportCommand | GenerateCommand) -> str:
     """The model to load for a store: the one that it knows, unless another is named."""
-    return store.model if options.model == of.ModelOptions.model else options.model
+    return store.model if options.model == type(options).model else options.model
 
 
 def _check(options: of.ProvingOptions) -> None:
@@ -181,7 +182,7 @@ def _check(options: of.ProvingOptions) -> None:
     Raises:
         UserError: for an unknown method, a missing or damaged profile, or a text that is no file.
     """
-    check_choice("edit.method", options.edit.method, METHODS)
+    settings_of(options.edit)
     check_selector([], options.attribution)
     if profile := getattr(options, "profile", None):
         GoldenProfile.load(profile)

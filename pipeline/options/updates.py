@@ -1,24 +1,13 @@
 """Knowledge updates over time: the store, the queue, the gates, the schedule."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.base import (
-    NO_FLAG,
-    Count,
-    Most,
-    Options,
-    Positive,
-    Weight,
-    above,
-    at_least,
-    at_most,
-    group,
-)
+from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group
 from pipeline.options.editing import EditOptions
 from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import CommandOptions, ComputeOptions, SeedOptions, TrainerOptions
@@ -103,12 +92,8 @@ class ProvingOptions(StoreOptions, ComputeOptions, SeedOptions):
     gates: GateOptions = group(GateOptions)
 
     def check(self) -> None:
-        self.edit.stacked = True  # a store's updates build on each other
-
-    @property
-    def one_device(self) -> TrainerOptions:
-        """The trainer's options: a store is worked on by one device."""
-        return replace(self.trainer, devices=1)
+        """See to it that updates can build on each other, and that one device works on a store."""
+        self.edit.stacked, self.trainer.devices = True, 1
 
 
 @dataclass(kw_only=True)

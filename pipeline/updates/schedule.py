@@ -15,8 +15,8 @@ from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from pipeline.errors import UserError
+from pipeline.options.updates import seconds
 from pipeline.running.interrupts import interrupts
-from pipeline.options import seconds
 
 LATE = 3600  # seconds that a start may be late, after a machine slept, and still be made up for
 LOOKING = 1.0  # seconds between looks at the clock, which a sleeping machine moves
