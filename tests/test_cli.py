@@ -189,7 +189,7 @@ def test_flags_override_a_config(flags_first: bool, tmp_path: Path, received: li
         (["edit", "--expert.learning_rate", "1e-3", "--method=finetune"], "expert", {"learning_rate": 1e-3}),
         (["update", *STORE, "--edit.expert", '{"steps": null}'], "edit.expert", {"steps": None}),
         (["update", *STORE], "edit.stacked", True),
-        (["attribute", "--expert", '{"fences": 0}'], "fences", 0),
+        (["attribute", "--expert", '{"fences": 0}'], "fences", 0.0),
         (["edit", "--layers", "1"], "layers", [1]),
         (["edit", "--layers", "1", "2", "--limit", "3"], "layers", [1, 2]),
         (["edit", "--layers", "1,2"], "layers", [1, 2]),
@@ -254,7 +254,7 @@ def test_the_default_config_says_what_the_options_say() -> None:
 def test_every_command_has_its_function() -> None:
     for command in COMMANDS.values():
         module, _, name = command.function.partition(":")
-        assert callable(getattr(import_module(module), name))
+        assert callable(getattr(import_module(f"pipeline.{module}"), name))
 
 
 @pytest.mark.parametrize("method", METHODS)
