@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, make_tiny
+from pipeline.editing.alone import ALONE
+from pipeline.evaluation.alone import AloneEvaluator
 from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing import edit
-from pipeline.editing.alone import ALONE
 from pipeline.editing.method import Runtime
 from pipeline.evaluation import Evaluator
-from pipeline.evaluation.alone import AloneEvaluator
 from pipeline.model import LLM
 from pipeline.options import (
     EditOptions,

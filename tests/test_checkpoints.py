@@ -103,7 +103,7 @@ def test_within_an_epoch(
     monkeypatch.setattr(keeping, "SHARE", 0)
     steps.crash_after(done, tiny_llm, requests, options=options, work=tmp_path, trainer=trainer)
     assert same(edit(tiny_llm, requests, options=options, work=tmp_path), expected)
-    assert steps.done == total - done // (micro_batch and 3 or 1) * (micro_batch and 3 or 1), (
+    assert steps.done == total - done // ((micro_batch and 3) or 1) * ((micro_batch and 3) or 1), (
         "no step is done twice"
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import BLOCKS, FAMILIES, family_llm
+from pipeline.model.upper import handing_on, passing_through, reading_enter
 from test_attribution import autograd_scores
 from test_suffix import ROWS, plain_logits
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -16,7 +17,6 @@ from pipeline.attribution import find_golden_layer
 from pipeline.editing import METHODS, edit, export_merged
 from pipeline.model import LLM, collate_targets, encode, generate, target_logits
 from pipeline.model.suffix import SuffixRunner
-from pipeline.model.upper import handing_on, passing_through, reading_enter
 from pipeline.options import (
     AttributionOptions,
     EditOptions,

@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from pipeline.model import (
-    encode,
     load_model,
 )
 
@@ -33,8 +32,8 @@ def test_a_folder_is_loaded_as_it_was_saved(tiny_folder: Path, tokenizer: PreTra
     loaded, saved = load_model(str(tiny_folder)), make_tiny("llama", tokenizer)
     assert loaded.name == str(tiny_folder) and len(loaded.blocks) == 4
     assert loaded.fingerprint == saved.fingerprint
-    rows = encode(saved, ANSWERS)
-    assert encode(loaded, ANSWERS) == rows
+    rows = saved.tokens.rows(ANSWERS)
+    assert loaded.tokens.rows(ANSWERS) == rows
     assert all(
         torch.equal(a, b) for a, b in zip(plain_logits(loaded, rows), plain_logits(saved, rows), strict=True)
     )

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import edit_options, refusal
+from pipeline.model.memory import is_out_of_memory, parted
+from pipeline.study.results import Results
 from torch import Tensor, nn
 
 from pipeline.attribution import score_requests
@@ -18,7 +20,6 @@ from pipeline.editing import edit
 from pipeline.editing.method import Runtime
 from pipeline.evaluation import Evaluator
 from pipeline.model import LLM, generate, memory
-from pipeline.model.memory import is_out_of_memory, parted
 from pipeline.options import (
     AttributionOptions,
     EditOptions,
@@ -26,7 +27,6 @@ from pipeline.options import (
     TrainerOptions,
 )
 from pipeline.requests import EditRequest
-from pipeline.study.results import Results
 from pipeline.study.sweep import Sweep
 
 ERRORS: dict[str, Callable[[], Exception]] = {

@@ -26,7 +26,7 @@ INSTEAD = (
     "with one at a time already; give --trainer.precision bf16-true, spread the model over devices "
     "(--trainer.strategy fsdp), or take shorter texts or a smaller model"
 )
-SHARED = "devices that share a model's weights cannot repeat a step alone; give fewer requests or shorter texts"
+SHARED = "devices that share a model's weights cannot repeat a step alone; give a smaller --expert.batch_size"
 
 
 class Items:
@@ -70,10 +70,6 @@ class Stage(LightningModule):
         """An output for each item of a batch, in their order, on the CPU."""
         raise NotImplementedError
 
-    def transfer_batch_to_device(self, batch: Items, device: torch.device, dataloader_idx: int) -> Items:
-        """Items stay where they are: what is made of them moves."""
-        return batch
-
     def predict_step(self, batch: Items) -> dict[int, Any]:
         """Outputs by the items' numbers."""
         outputs: dict[int, Any] = {}
@@ -107,6 +103,10 @@ class Batches(LightningDataModule):
     def __init__(self, batches: Sequence[Items], in_step: bool = False) -> None:
         super().__init__()
         self.batches, self.in_step = batches, in_step
+
+    def transfer_batch_to_device(self, batch: Items, device: torch.device, dataloader_idx: int) -> Items:
+        """Items stay where they are: what is made of them moves."""
+        return batch
 
     def predict_dataloader(self) -> DataLoader:
         """Batches one by one."""

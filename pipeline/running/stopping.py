@@ -22,7 +22,6 @@ class StopBetweenBatches(Callback):
 
     def setup(self, *_: Any, **__: Any) -> None:
         interrupts.raise_if_noted()
-        self._open.enter_context(interrupts.heeding())
         self._open.enter_context(interrupts.postponed())
 
     def _listen(self, *_: Any) -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pipeline.errors import UserError
 from pipeline.options.shared import SHARDED, TrainerOptions
+from pipeline.running.interrupts import interrupts
 from pipeline.running.processes import world_size
 from pipeline.running.progress import StageProgressBar
 from pipeline.running.sharding import KeepStep
@@ -80,16 +81,23 @@ def trainer_of(
     Raises:
         UserError: when the accelerator, devices or strategy do not exist here.
     """
-    if isinstance(runtime.trainer, TrainerOptions):
-        yield build_trainer(runtime.trainer, title, callbacks, **settings)
-        return
-    trainer, own = runtime.trainer, list(runtime.trainer.callbacks)
+    with interrupts.heeding():  # outside of the Trainer, which puts back the signals' handlers that it found
+        if isinstance(runtime.trainer, TrainerOptions):
+            yield build_trainer(runtime.trainer, title, callbacks, **settings)
+        else:
+            with _lent(runtime.trainer, callbacks):
+                yield runtime.trainer
+
+
+@contextmanager
+def _lent(trainer: Trainer, callbacks: Sequence[Callback]) -> Iterator[None]:
+    """A user's Trainer with a stage's callbacks; after the `with` as it was."""
+    own, parts = list(trainer.callbacks), trainer.accumulate_grad_batches
     inference_mode, trainer.predict_loop.inference_mode = trainer.predict_loop.inference_mode, False
-    parts = trainer.accumulate_grad_batches
     trainer.callbacks += [KeepStep(), *callbacks]
     begin_anew(trainer)
     try:
-        yield trainer
+        yield
     finally:
         trainer.callbacks[:], trainer.accumulate_grad_batches = own, parts
         trainer.predict_loop.inference_mode = inference_mode
