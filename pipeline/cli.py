@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from pipeline.errors import UserError
 from pipeline.options.shared import ComputeOptions
+from pipeline.output import is_one_of_several
 from pipeline.parsing import DEFAULT_COMMAND, parse
 from pipeline.running import launch
 from pipeline.running.interrupts import Interrupted, interrupts
@@ -58,7 +59,7 @@ def _run(words: list[str]) -> int:
         return FAILED
     except Exception as error:
         line = user_line(error)
-        if line is None and not launch.is_one_of_several():
+        if line is None and not is_one_of_several():
             raise
         if line is None or "--verbose" in rest or "--verbose=true" in rest:
             traceback.print_exc()

@@ -26,8 +26,13 @@ from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study
 from pipeline.study.sweep import RESULTS
-from pipeline.update_commands import generate_live, of_store
+from pipeline.updates.folders import load_version
+from pipeline.updates.lineage import check_number
+from pipeline.updates.live import LiveModel
+from pipeline.updates.schedule import Stopping
+from pipeline.updates.store import Store
 
+FOLLOWING = 0.5  # seconds between looks at a store's current version
 STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad")
 
 
@@ -112,7 +117,7 @@ def export(options: of.ExportCommand) -> None:
         if options.update:
             update, model = WeightUpdate.load(options.update), options.model
         else:
-            update, model = of_store(options)
+            update, model = _of_store(options)
         llm = load(options, model)
         llm.check_made_for("update", update.model, update.fingerprint)
         if options.kind == "update":
@@ -127,7 +132,7 @@ def generate(options: of.GenerateCommand) -> None:
     update = WeightUpdate.load(options.update) if options.update else None
     prompts = options.prompt or [request.prompt for request in read_requests(options)]
     if options.store:
-        generate_live(prompts, options)
+        _generate_live(prompts, options)
         return
     llm = load(options)
     if update:
@@ -163,3 +168,44 @@ def plan(options: of.PlanCommand) -> None:
     if options.output:
         with working(options, "plan") as log:
             write_json(log.folder / "plan.json", planned.to_dict())
+
+
+def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
+    """The version that `export` is to write, and its base model's name.
+
+    Raises:
+        UserError: for the base itself, which needs no export, or a version that does not exist.
+    """
+    assert options.store is not None
+    with Store(options.store) as store:
+        number = store.current if options.version is None else options.version
+        found = load_version(store.folder, number, check_number(store, number))
+        if found is None:
+            raise UserError(f"export: version {number} of {store.folder} is the base model {store.model} as it is")
+        return found, _model_of(store, options)
+
+
+def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
+    """Answer prompts by a store's current version and, with `--follow`, by every later one."""
+    assert options.store is not None
+    with Store(options.store) as store:
+        name = _model_of(store, options)
+    llm = load(options, name)
+    how = (prompts, options.max_new_tokens, options.batch_size, options.trainer)
+    answers = {"base": answer(llm, *how)}
+    live, stopping, shown = LiveModel(options.store, llm), Stopping(), None
+    with stopping.listening():
+        while not stopping():
+            if shown != live.follow():
+                texts, shown = live.generate(*how)
+                answers[f"version {shown}"] = texts
+                show_answers(prompts, answers)
+                answers = {f"version {shown}": texts}  # the next one stands beside it
+            if not options.follow:
+                return
+            stopping.asked.wait(FOLLOWING)
+
+
+def _model_of(store: Store, options: of.ExportCommand | of.GenerateCommand) -> str:
+    """The model to load for a store: the one that it knows, unless another is named."""
+    return store.model if options.model == type(options).model else options.model

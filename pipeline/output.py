@@ -21,6 +21,11 @@ STARTED = "GOLDEN_LAYERS_STARTED"  # the environment variable that tells a comma
 NOT_RESUMED = {"output", "overwrite", "resume", "verbose"}  # options that a resumed command may change
 
 
+def is_one_of_several() -> bool:
+    """Whether this command's own agent, torchrun or SLURM has started this process beside others."""
+    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
 def default_output(command: str) -> Path:
     """A new folder under runs/, named by command and time; processes started by this one name the same."""
     started = os.environ.setdefault(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}")

@@ -55,9 +55,19 @@ def imports() -> dict[str, dict[str, str]]:
     A name that a package offers lazily is taken from the package, and from where it stands as well.
     """
     return {
-        module: {home: name for node in ast.walk(tree) for home, name in _taken(node) if home != module}
+        module: {home: name for node in _run(tree) for home, name in _taken(node) if home != module}
         for module, tree in modules().items()
     }
+
+
+def _run(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes of a module, but those that only a type checker reads."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            waiting += ast.iter_child_nodes(node)
 
 
 def _taken(node: ast.AST) -> Iterator[tuple[str, str]]:

@@ -105,7 +105,8 @@ class Options:
     """Options that are checked as they are made: every field's bounds, then the `check` of every class joined."""
 
     def __post_init__(self) -> None:
-        for one, _, notes in declared(type(self)):
+        own: Any = type(self)
+        for one, _, notes in declared(own):
             value = getattr(self, one.name)
             name = f"expert.{one.name}" if one.name in getattr(self, "expert", ()) else one.name
             for bound in notes:

@@ -16,16 +16,11 @@ from datetime import datetime
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.output import STARTED
+from pipeline.output import STARTED, is_one_of_several
 
 SUPERVISED = "GOLDEN_LAYERS_SUPERVISED"  # the environment variable of processes whose failures the agent tells
 ENDING_SECONDS = 60  # that a process has to end the batch at work after a signal
 IN_ITS_WAKE = "another process of this command has ended"
-
-
-def is_one_of_several() -> bool:
-    """Whether this command's own agent, torchrun or SLURM has started this process beside others."""
-    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def devices_to_start(options: Any) -> int:

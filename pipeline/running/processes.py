@@ -19,8 +19,7 @@ from torch import distributed
 
 from pipeline.errors import UserError
 from pipeline.options.shared import SHARDED, TrainerOptions
-from pipeline.output import STARTED
-from pipeline.running.launch import is_one_of_several
+from pipeline.output import STARTED, is_one_of_several
 
 
 def join(options: TrainerOptions) -> torch.device:
