@@ -1,8 +1,8 @@
 """A command on several devices of a host: started and watched by torchrun's own agent.
 
 The agent runs in the process that the user started, which runs no part of the command itself. When any of the
-command's processes fails or dies, the agent ends the others, and one line says why. On several hosts the user starts
-`torchrun` (or `srun`) on each, whose agents do the same. What is imported here brings no torch.
+command's processes fails or dies, the agent ends the others, and one line says why. On several hosts the user
+starts `torchrun` (or `srun`) on each, whose agents do the same. What is imported here brings no torch.
 """
 
 from __future__ import annotations

@@ -92,14 +92,15 @@ def trainer_of(
 @contextmanager
 def _lent(trainer: Trainer, callbacks: Sequence[Callback]) -> Iterator[None]:
     """A user's Trainer with a stage's callbacks; after the `with` as it was."""
-    own, parts = list(trainer.callbacks), trainer.accumulate_grad_batches
+    callbacks_now: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    own, parts = list(callbacks_now), trainer.accumulate_grad_batches
     inference_mode, trainer.predict_loop.inference_mode = trainer.predict_loop.inference_mode, False
-    trainer.callbacks += [KeepStep(), *callbacks]
+    callbacks_now += [KeepStep(), *callbacks]
     begin_anew(trainer)
     try:
         yield
     finally:
-        trainer.callbacks[:], trainer.accumulate_grad_batches = own, parts
+        callbacks_now[:], trainer.accumulate_grad_batches = own, parts
         trainer.predict_loop.inference_mode = inference_mode
 
 
