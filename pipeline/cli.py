@@ -5,7 +5,6 @@ What this imports brings no torch; a command does when it starts.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
@@ -71,18 +70,14 @@ def user_line(error: Exception) -> str | None:
     """What to tell the user of an error in one line; None when it is a fault of ours, to be shown whole."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no room left on the disk while writing {error.filename or 'the output'}"
+    if re.search("No space left on device|File too large|quota exceeded", str(error)):  # libraries' errors, too
+        return f"no room left on the disk while writing {getattr(error, 'filename', None) or 'the output'}"
     if isinstance(error, sqlite3.OperationalError):
         return f"store: the database says: {error}"
-    if isinstance(error, PermissionError):
-        return f"no permission for {error.filename}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, RuntimeError) and re.search("Connection (closed|reset) by peer|Broken pipe", str(error)):
         return f"trainer: {launch.IN_ITS_WAKE}"
-    if "No space left on device" in str(error) or "File too large" in str(error):  # raised inside libraries
-        return "no room left on the disk while writing the output"
     return None
 
 

@@ -30,7 +30,7 @@ def submit(options: of.SubmitCommand) -> None:
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
-        done = queue.submit(store, options.file, options.source, of.time_of(options.not_before), options.again)
+        done = queue.submit(store, options.file, options.source, options.not_before_seconds, options.again)
         shown.show_submitted(store, done)
 
 

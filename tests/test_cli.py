@@ -231,6 +231,7 @@ def test_every_shipped_config_parses(file: Path, received: list[Any]) -> None:
     assert main([*command, "--config", str(file)]) == 0
     content = yaml.safe_load(file.read_text())
     assert differences(content, as_config(received[0])) == []
+    settings_of(received[0].edit)
 
 
 def differences(part: Mapping[str, Any], whole: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -287,7 +288,9 @@ def test_a_stores_edits_start_from_settings_of_their_own() -> None:
 def test_a_wrong_setting_is_named_before_any_work(
     method: str, expert: dict[str, Any], parts: list[str], elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [word for name, value in expert.items() for word in (f"--expert.{name}", str(value).replace("inf", ".inf"))]
+    words = [
+        word for name, value in expert.items() for word in (f"--expert.{name}", str(value).replace("inf", ".inf"))
+    ]
     assert main(["edit", "--method", method, *words]) == 1
     line = one_line(capsys.readouterr().err)
     assert [part for part in parts if part not in line] == []
@@ -407,7 +410,7 @@ def test_a_config_that_is_no_file(form: str, there: str, tmp_path: Path, refused
         path.mkdir()
     line = refused("attribute", *form.format(path).split())
     assert str(path) in line
-    assert ("is a folder" if there == "folder" else "no such file") in line
+    assert ("is no plain file" if there == "folder" else "no such file") in line
 
 
 def test_a_config_that_is_no_text(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -446,7 +449,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (UserError("requests: line\n  broken"), "error: requests: line broken"),
         (OSError(errno.ENOSPC, "No space left on device", "DIR/update.safetensors"), "DIR/update.safetensors"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "DIR/x"), "no room"),
-        (PermissionError(errno.EACCES, "Permission denied", "DIR"), "no permission for DIR"),
+        (PermissionError(errno.EACCES, "Permission denied", "DIR"), "DIR: Permission denied"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no room"),
         (sqlite3.OperationalError("disk I/O error"), "store: the database says: disk I/O error"),
     ],

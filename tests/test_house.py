@@ -11,7 +11,7 @@ import pytest
 
 LINES = 16_700
 OPTIONS_OF_RUN, OPTIONS_OF_ALL = 38, 350
-CHAIN = 18
+CHAIN = 16
 REACHING = 6
 MEDIAN, P90 = 7, 20
 BELOW = {"errors", "files", "options", "output", "shipped", "offered"}  # what every room may import

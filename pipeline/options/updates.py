@@ -26,6 +26,14 @@ class StoreOptions(CommandOptions):
 
 
 @dataclass(kw_only=True)
+class NewStoreOptions(StoreOptions):
+    """Which store, which is made where there is none."""
+
+    model: str | None = None
+    """The base model; a new store needs it, an old one knows it."""
+
+
+@dataclass(kw_only=True)
 class GateOptions(Options):
     """What a batch must reach to be published; 0 in place of a least, or null in place of a most: not asked for."""
 
@@ -46,13 +54,11 @@ class GateOptions(Options):
 
 
 @dataclass(kw_only=True)
-class SubmitCommand(StoreOptions):
+class SubmitCommand(NewStoreOptions):
     """Put the requests of a file into a store's queue."""
 
     file: str
     """A file of edit requests (JSONL, JSON or CSV, gzipped or not), or `demo`."""
-    model: str | None = None
-    """The base model; a new store needs it, an old one knows it."""
     source: str | None = None
     """Where the requests come from, in place of what the file says."""
     not_before: str | None = None
@@ -62,29 +68,22 @@ class SubmitCommand(StoreOptions):
 
     def check(self) -> None:
         """Raise UserError for a date that is none."""
-        time_of(self.not_before)
+        try:
+            self.not_before_seconds  # noqa: B018
+        except (ValueError, OverflowError, OSError):
+            given = self.not_before
+            raise UserError(f"not_before: {given!r} is no date; expected such as 2026-12-24T03:00") from None
 
-
-def time_of(not_before: str | None) -> float:
-    """Seconds since 1970 of a date; 0 for none.
-
-    Raises:
-        UserError: when it is no date.
-    """
-    if not_before is None:
-        return 0.0
-    try:
-        return datetime.fromisoformat(not_before).timestamp()
-    except (ValueError, OverflowError, OSError):
-        raise UserError(f"not_before: {not_before!r} is no date; expected such as 2026-12-24T03:00") from None
+    @property
+    def not_before_seconds(self) -> float:
+        """The date in seconds since 1970; 0 for none."""
+        return datetime.fromisoformat(self.not_before).timestamp() if self.not_before else 0.0
 
 
 @dataclass(kw_only=True)
-class ProvingOptions(StoreOptions, ComputeOptions, SeedOptions):
+class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
     """What every command that makes a version has in common."""
 
-    model: str | None = None
-    """The base model; a new store needs it, an old one knows it."""
     trainer: TrainerOptions = group(TrainerOptions, without=("devices", "num_nodes", "strategy"))
     edit: EditOptions = group(EditOptions, without=("last_wins",))
     attribution: AttributionOptions = group(AttributionOptions, without=("layer", "top_k"))
