@@ -96,8 +96,8 @@ def _parser(name: str) -> ArgumentParser:
 def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
     """What the command line gives.
 
-    `--top-k` is `--top_k`, a bare switch `--overwrite` true, a list takes several words, and a bare word stands for a
-    flag (`submit FILE`).
+    `--top-k` is `--top_k`, a bare switch `--overwrite` true, a list takes several words, and a bare word stands for
+    a flag (`submit FILE`).
 
     Raises:
         UserError: for a word that is no flag and no value of one, or a flag without a value.

@@ -29,6 +29,7 @@ from pipeline.cli import main
 from pipeline.editing.editor import METHODS as EDITS
 from pipeline.editing.update import WeightUpdate
 from pipeline.model.loading import load_model
+from pipeline.options.editing import EditOptions
 from pipeline.parsing import flags_of, parse
 from pipeline.requests import layouts, load_requests
 
