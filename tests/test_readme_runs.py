@@ -80,9 +80,8 @@ def few_steps(name: str, words: list[str]) -> list[str]:
     """The flag that makes a command's edit a quick one, where it makes one."""
     options = parse(name, words[1:] if words[0] == name else words)
     group = "edit." if hasattr(options, "edit") else ""
-    method = (
-        getattr(options, "edit", options).method if hasattr(getattr(options, "edit", options), "statistics") else ""
-    )
+    edit = getattr(options, "edit", options)
+    method = edit.method if isinstance(edit, EditOptions) else ""
     quick = {"one_pass": "rate 1", "finetune": "epochs 1", "lora": "epochs 1"}.get(method, "steps 2")
     return f"--{group}expert.{quick}".split() if method and name != "plan" else []
 
