@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.options import RequestsCommand
+from pipeline.options.commands import RequestsCommand
 from pipeline.requests.check import NAMED, check_requests, require_good, summary
 from pipeline.requests.readers import load_requests, read_requests, write_requests
 from pipeline.requests.schema import EditRequest

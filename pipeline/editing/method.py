@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipeline.errors import UserError, check_choice
-from pipeline.options.base import Options, check_expert, kinds_of
+from pipeline.options.base import Options, read_expert
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
@@ -86,8 +86,8 @@ def settings_of(options: EditOptions) -> Any:
     check_choice("method", options.method, METHODS)
     method = METHODS[options.method]
     try:
-        check_expert(options.expert, kinds_of(method.settings), options.method)
-        return method.settings(**{**(method.stacked if options.stacked else {}), **options.expert})
+        given = read_expert(options.expert, method.settings, options.method)
+        return method.settings(**{**(method.stacked if options.stacked else {}), **given})
     except UserError as error:
         line = str(error)
         raise UserError(f"edit.{line if line.startswith('expert') else f'expert.{line}'}") from None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.reporting.tables import version_line, version_table
 from pipeline.reporting.terminal import say, show_table
 from pipeline.updates import (
-    BatchResult,
     Store,
     Submitted,
     check_number,
@@ -20,6 +20,9 @@ from pipeline.updates import (
     version_folder,
     versions,
 )
+
+if TYPE_CHECKING:
+    from pipeline.updates.proving import BatchResult
 
 NAMED = 5  # requests that a message spells out
 

@@ -7,16 +7,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.updates.database import transaction
 from pipeline.updates.folders import Manifest, check_version, remove_unfinished, write_version
-from pipeline.updates.proving import BatchResult, HeldBack
 from pipeline.updates.queue import Contradiction, number_of
 from pipeline.updates.store import Store
+
+if TYPE_CHECKING:
+    from pipeline.updates.proving import BatchResult, HeldBack
 
 
 class Change(NamedTuple):

@@ -113,7 +113,7 @@ class Trial:
         self.whole: WeightUpdate | None = None  # with all of the batch in it
         self.accepted: list[int] = []  # places in the batch
         self.held: list[HeldBack] = []
-        self.evaluator = Evaluator(llm, batch, options.evaluation, options.one_device)
+        self.evaluator = Evaluator(llm, batch, options.evaluation, options.trainer)
         self.earlier = self._earlier_facts()
         with self.timed("evaluation"):
             text = self.evaluator.only((), ("text",)).measure("Measuring base")
@@ -134,7 +134,7 @@ class Trial:
         bare = [one.model_copy(update={"rephrases": (), "locality": (), "portability": ()}) for one in chosen]
         if not bare:
             return None
-        return Evaluator(self.llm, bare, self.options.evaluation, self.options.one_device, ("probes",))
+        return Evaluator(self.llm, bare, self.options.evaluation, self.options.trainer, ("probes",))
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -193,7 +193,7 @@ class Trial:
 
     def _edited(self, part: Sequence[int], profile: GoldenProfile) -> WeightUpdate:
         """The version in force with the accepted requests and a part of the others."""
-        options, device, seed = self.options.edit, self.options.one_device, self.options.seed
+        options, device, seed = self.options.edit, self.options.trainer, self.options.seed
         rest = [one for place, one in enumerate(self.batch) if place not in {*self.accepted, *part}]
         with self.timed("edit"):
             if self.whole and self._can_leave_out(rest):

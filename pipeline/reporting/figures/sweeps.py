@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +20,9 @@ from pipeline.reporting.figures.look import (
 )
 from pipeline.reporting.figures.scores import selector_name
 from pipeline.study.grid import JUDGED_BY, mean_of
-from pipeline.study.study import Study
+
+if TYPE_CHECKING:
+    from pipeline.study.study import Study
 
 
 def sweep_figure(study: Study, name: str, method: str) -> Figure:
