@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import FAMILIES, edit_options, make_tiny
 from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
