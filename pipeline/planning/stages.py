@@ -163,6 +163,6 @@ def _located(case: Case, method: LocateThenEdit) -> Located:
     """A request whose prompt is as long as it may be; its subject alone stands in the other texts."""
     middle = (OPENING // 2,) * 2
     association = Row([0] * (OPENING + ANSWER), OPENING, middle)
-    plain = Row([0] * (OPENING // 2), OPENING // 2, (OPENING // 2 - 1,) * 2)
+    plain = Row([0] * (OPENING // 2 + 1), OPENING // 2, (OPENING // 2 - 1,) * 2)
     rows = [case.row] * method.settings.contexts + [association] * method.settings.associations
     return Located("request", [*rows, plain])

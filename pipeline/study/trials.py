@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from peft import get_peft_model_state_dict
@@ -22,6 +21,7 @@ from pipeline.editing.editor import METHODS
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.lessons import Lessons, collate_lessons, read_lessons, teaching_loss
 from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.method import EditMethod
 from pipeline.editing.whitening import WhitenedAdam
 from pipeline.errors import UserError
 from pipeline.model.activations import Activations, target_logits
@@ -34,15 +34,9 @@ from pipeline.running.trainer import Runtime
 LowRank = tuple[Tensor, Tensor]  # of each request: left (B, O, k), right (B, k, I)
 
 
-class Trials(Protocol):
-    """Requests that are edited side by side."""
-
-    def at(self, layer: int) -> dict[str, LowRank]:
-        """Every request's change of each projection at a block."""
-        ...
-
-
-def side_by_side(llm: LLM, requests: Sequence[EditRequest], options: EditOptions, runtime: Runtime) -> Trials:
+def side_by_side(
+    llm: LLM, requests: Sequence[EditRequest], options: EditOptions, runtime: Runtime
+) -> ValueTrials | AdapterTrials:
     """Edits of each request alone.
 
     Args:
@@ -69,17 +63,25 @@ def changed_rows(llm: LLM, changes: dict[str, LowRank]) -> Iterator[None]:
 
 
 @dataclass
-class ValueTrials:
-    """Locate-then-edit: rank one, for all of a request's columns ask for the same change."""
+class Trials:
+    """Requests that are edited side by side, by a method that is made for one block after the other."""
 
     llm: LLM
     requests: Sequence[EditRequest]
     options: EditOptions
     runtime: Runtime
 
+    def method(self, layer: int) -> EditMethod:
+        """The method for a block."""
+        return METHODS[self.options.method].make(self.llm, [layer], self.options)
+
+
+class ValueTrials(Trials):
+    """Locate-then-edit: rank one, for all of a request's columns ask for the same change."""
+
     def at(self, layer: int) -> dict[str, LowRank]:
         """Every request's value times the direction of inputs that the solver gives it."""
-        method = METHODS[self.options.method].make(self.llm, [layer], self.options)
+        method = self.method(layer)
         assert isinstance(method, LocateThenEdit)
         ((name, down),) = self.llm.blocks[layer].down.items()
         text_II = method.moments(self.runtime)[layer]
@@ -94,18 +96,12 @@ class ValueTrials:
         return {name: (torch.stack(values).to(right_BkI)[..., None], right_BkI)}
 
 
-@dataclass
-class AdapterTrials:
+class AdapterTrials(Trials):
     """LoRA: the same steps on the same rows as it takes for each request alone."""
-
-    llm: LLM
-    requests: Sequence[EditRequest]
-    options: EditOptions
-    runtime: Runtime
 
     def at(self, layer: int) -> dict[str, LowRank]:
         """Every request's adapter."""
-        method = METHODS[self.options.method].make(self.llm, [layer], self.options)
+        method = self.method(layer)
         assert isinstance(method, FineTune) and method.lora
         method.find_whiteners(self.runtime)
         each = [[request] for request in self.requests]
