@@ -36,8 +36,13 @@ class Columns(NamedTuple):
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor], layer: int, down: Projection) -> Columns:
         """What an update's state holds for a layer, on the projection's device; no columns where it holds none."""
-        I, O = sizes(down)
-        none = cls(torch.empty(I, 0), torch.empty(O, 0), torch.empty(0, dtype=torch.int64), torch.zeros(O, I))
+        inputs, outputs = sizes(down)
+        none = cls(
+            key_In=torch.empty(inputs, 0),
+            change_On=torch.empty(outputs, 0),
+            owner_n=torch.empty(0, dtype=torch.int64),
+            solved_OI=torch.zeros(outputs, inputs),
+        )
         held = {name: state.get(f"locate.{layer}.{name}", tensor) for name, tensor in none._asdict().items()}
         return cls(**{name: tensor.to(down.weight.device) for name, tensor in held.items()})
 

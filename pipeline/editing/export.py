@@ -56,7 +56,8 @@ def export_adapter(llm: LLM, update: WeightUpdate, folder: Path) -> None:
         update.save_adapter(folder)
         return
     llm.check_made_for("update", update.model, update.fingerprint)
-    tensors, ranks = {}, {}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
     for weight, tensor in update.tensors.items():
         name = weight.removesuffix(".weight")
         down_RI, up_OR = _factors(llm, name, tensor)
