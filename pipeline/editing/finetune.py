@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.editing.adapter import Adapter
 from pipeline.editing.keeping import KeepTraining
 from pipeline.editing.lesson_data import LessonData
-from pipeline.editing.lessons import read_lessons, teaching_loss
+from pipeline.editing.lessons import Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.whitening import WhitenedAdam, reads_for, whitener
@@ -107,11 +107,9 @@ class FineTune(LightningModule):
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Train until every request is learnt or the settings' epochs are over; an adapter is merged then."""
-        settings = self.settings
         self.find_whiteners(runtime)
-        reading = (min(self.layers), [requests], settings.contexts, settings.kl > 0, runtime)
-        (lessons,) = read_lessons(self.llm, *reading)
-        data = LessonData(lessons, settings.batch_size, self.llm.pad_token_id, runtime.seed)
+        (lessons,) = self.lessons([requests], runtime)
+        data = LessonData(lessons, self.settings.batch_size, self.llm.pad_token_id, runtime.seed)
         with self.lora.attached(runtime.seed, self.whiteners) if self.lora else nullcontext() as adapted:
             self.fit(data, runtime)
             if self.lora and adapted:
@@ -122,6 +120,11 @@ class FineTune(LightningModule):
         names = [name.removesuffix(".weight") for name in self.weight_names] if self.settings.whiten else []
         moments = key_moments(self.llm, names, self.statistics, runtime)
         self.whiteners = {name: whitener(moment, self.settings.whiten) for name, moment in moments.items()}
+
+    def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[Lessons]:
+        """What is to be taught to each group of requests, which know nothing of each other."""
+        contexts, unrelated = self.settings.contexts, self.settings.kl > 0
+        return read_lessons(self.llm, min(self.layers), groups, contexts, unrelated, runtime)
 
     def fit(self, data: LessonData, runtime: Runtime) -> None:
         """Train; where the memory does not suffice, from the start again in micro-batches of half the size."""
@@ -141,7 +144,7 @@ class FineTune(LightningModule):
                 suffices, failed = attempt(fit)
             if suffices:
                 return
-            parts = self._smaller(trainer, failed)
+            parts, data.begun = self._smaller(trainer, failed), (0, 0)
             if keeping:
                 keeping.file.unlink(missing_ok=True)  # its steps are cut into other parts
 

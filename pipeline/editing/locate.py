@@ -81,8 +81,8 @@ class LocateThenEdit:
         options: `settings_of` them are what counts here, and the text of the statistics.
         earlier: keys and values in it are solved for again, together with the new ones.
         solver: from the settings to the closed-form solver.
-        key_a_context: whether each context's key is a column of its own; else a request has one, their mean.
-        spares_neighbours: whether outputs for other names in the prompts are to stay.
+        by_all_keys: whether each context's key is a column of its own, and outputs for other names in the prompts
+            are to stay; else a request has one column, the mean of its keys.
 
     Attributes:
         weight_names: the down-projections' weights.
@@ -99,14 +99,13 @@ class LocateThenEdit:
         earlier: Mapping[str, Tensor] | None = None,
         *,
         solver: Callable[[LocateSettings], Solver],
-        key_a_context: bool = False,
-        spares_neighbours: bool = False,
+        by_all_keys: bool = False,
     ) -> None:
         self.llm, self.layers, self.statistics = llm, list(layers), options.statistics
         self.settings: LocateSettings = settings_of(options)
         self.solve = solver(self.settings)
-        self.key_a_context = key_a_context
-        self.near = self.settings.neighbours if spares_neighbours and self.settings.neighbour_weight else 0
+        self.by_all_keys = by_all_keys
+        self.near = self.settings.neighbours if by_all_keys and self.settings.neighbour_weight else 0
         self.weight_names = [name for layer in layers for name in llm.blocks[layer].weight_names("down")]
         self.state = dict(earlier or {})
 
@@ -132,7 +131,7 @@ class LocateThenEdit:
         """The second moment of ordinary text's keys, by layer."""
         names = [next(iter(self.llm.blocks[layer].down)) for layer in self.layers]
         found = key_moments(self.llm, names, self.statistics, runtime)
-        return dict(zip(self.layers, (found[name] for name in names), strict=True))
+        return {layer: found[name] for layer, name in zip(self.layers, names, strict=True)}
 
     def _taken_out(self, layer: int) -> Columns:
         """What a layer was asked for before, its solution being taken out of the weight."""
@@ -177,7 +176,7 @@ class LocateThenEdit:
         placed = [in_context(template, r) for r in requests for template in templates]
         key_RI = torch.cat(self._read(layer, placed, False, runtime))
         keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])
-        return keys_GCI if self.key_a_context else keys_GCI.mean(1, keepdim=True)
+        return keys_GCI if self.by_all_keys else keys_GCI.mean(1, keepdim=True)
 
     def kept(
         self, layer: int, groups: Sequence[Sequence[EditRequest]], text_II: Tensor, runtime: Runtime
@@ -209,28 +208,17 @@ class LocateThenEdit:
         return [key_TI.float() for key_TI in keys]
 
 
-def _register(name: str, solver: Callable[[LocateSettings], Solver], **about: Any) -> None:
-    register(
-        name,
-        partial(LocateThenEdit, solver=solver, **about),
-        LocateSettings,
-        needs_subject=True,
-        trial="values",
-        solves_anew=True,
-        # where one layer is to hold batch after batch: small values, so that many get along
-        stacked={
-            **{"key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
-            **{"step": 0.13, "bound": 1.3, "strength": 20.0},
-        },
-    )
+def _register(name: str, solver: Callable[[LocateSettings], Solver], **own: Any) -> None:
+    make = partial(LocateThenEdit, solver=solver, **own)
+    stacked = {  # where one layer is to hold batch after batch: small values, so that many get along
+        **{"key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
+        **{"step": 0.13, "bound": 1.3, "strength": 20.0},
+    }
+    about = {"needs_subject": True, "trial": "values", "solves_anew": True, "stacked": stacked}
+    register(name, make, LocateSettings, **about)
 
 
-_register(
-    "memit",
-    lambda settings: partial(solvers.memit, strength=settings.strength),
-    key_a_context=True,
-    spares_neighbours=True,
-)
+_register("memit", lambda own: partial(solvers.memit, strength=own.strength), by_all_keys=True)
 _register("emmet", lambda _: solvers.emmet)
 _register("rome", lambda _: solvers.rome)
-_register("alphaedit", lambda settings: partial(solvers.alphaedit, threshold=settings.threshold))
+_register("alphaedit", lambda own: partial(solvers.alphaedit, threshold=own.threshold))

@@ -140,7 +140,7 @@ def locating(case: Case, method: LocateThenEdit, together: int) -> int:
     """Values of requests that are searched for together; then the solution."""
     (down,) = case.shape.blocks[case.layer].down.values()
     inputs, outputs = sizes(down)
-    columns = together * (method.settings.key_contexts if method.key_a_context else 1)
+    columns = together * (method.settings.key_contexts if method.by_all_keys else 1)
     search = method.search(case.layer, together)
     search.steps = 1
     searched = case.peak(search, [_located(case, method)] * together)

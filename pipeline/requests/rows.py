@@ -71,7 +71,7 @@ class Batch:
 
     def to(self, device: Any, **_: Any) -> Batch:
         """On a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     def means(self, values_N: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.editing.editor import METHODS
 from pipeline.editing.finetune import FineTune
-from pipeline.editing.lessons import Lessons, collate_lessons, read_lessons, teaching_loss
+from pipeline.editing.lessons import Lessons, collate_lessons, teaching_loss
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.method import EditMethod
 from pipeline.editing.whitening import WhitenedAdam
@@ -104,10 +104,7 @@ class AdapterTrials(Trials):
         method = self.method(layer)
         assert isinstance(method, FineTune) and method.lora
         method.find_whiteners(self.runtime)
-        each = [[request] for request in self.requests]
-        lessons = read_lessons(
-            self.llm, layer, each, method.settings.contexts, method.settings.kl > 0, self.runtime
-        )
+        lessons = method.lessons([[request] for request in self.requests], self.runtime)
         stage = AdaptersAlone(method, self.runtime.seed)
         found = run(stage, lessons, self.runtime, batch_size=len(lessons))
         return {
