@@ -71,7 +71,8 @@ class Batch:
 
     def to(self, device: Any, **_: Any) -> Batch:
         """On a device."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
     def means(self, values_N: Tensor) -> Tensor:
