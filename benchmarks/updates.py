@@ -65,7 +65,7 @@ def weeks(bench: Bench) -> Figures:
             started = time.perf_counter()
             worked = update(store, made, lambda _: bench.llm)
             whole += time.perf_counter() - started
-            own += sum(sum(one.outcome.seconds.values()) for one in worked)
+            own += sum(sum(one.seconds.values()) for one in worked)
         figures = held(bench, store, len(requests))
         figures |= {"held back": counts(store).get("held back", 0), "overhead": (whole - own) / own}
         return figures | {"versions that differ": went_back(bench, store), "swap milliseconds": swaps(bench, store)}

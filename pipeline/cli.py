@@ -46,8 +46,12 @@ def _run(words: list[str]) -> int:
     rest = words[1:] if words and words[0] == name else words
     try:
         options = parse(name, rest)
-        if COMMANDS[name].spreads and (devices := launch.devices_to_start(options)) > 1:
-            return launch.supervise([name, *rest], devices, options)
+        if COMMANDS[name].spreads and launch.may_start_others(options):
+            from pipeline.running.processes import devices_here
+
+            devices = devices_here(options.trainer)  # type: ignore[attr-defined]
+            if devices > 1:
+                return launch.supervise([name, *rest], devices, options)
         COMMANDS[name].call(options)
         sys.stdout.flush()
     except SystemExit as leaving:

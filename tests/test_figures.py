@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from pipeline.attribution import GoldenProfile, Scores, judge, select
 from pipeline.evaluation import Estimate, Evaluation
 from pipeline.options import AttributionOptions
-from pipeline.reporting.figures.look import BLUE, GOLD, GREY, WIDTH, short
+from pipeline.reporting.figures.look import BLUE, GOLD, WIDTH, short
 from pipeline.reporting.figures.outcomes import metrics_figure, months_figure
 from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
 from pipeline.reporting.figures.sweeps import selectors_figure, squares_figure, sweep_figure
@@ -91,7 +91,7 @@ def test_before_and_after(names: tuple[str, ...], after: bool) -> None:
     figure = metrics_figure(evaluation(names, after, count=1))
     look_at(figure)
     (axes,) = figure.axes
-    assert len(axes.get_yticks()) == len(names)
+    assert len([line for line in axes.get_yticklabels() if line.get_fontweight() != "bold"]) == len(names)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == (["before", "after"] if after else ["before"])
 
@@ -129,12 +129,12 @@ def test_months_of_updates(versions: int) -> None:
     }
     figure = months_figure(LONG, figures)
     look_at(figure)
-    assert f"{versions} update" in figure.texts[0].get_text()
+    assert f": {versions}, facts: {4 * versions}" in figure.texts[0].get_text()
 
 
 def test_colours_differ_in_grey() -> None:
     grey = sorted(float(np.dot(to_rgb(color), (0.299, 0.587, 0.114))) for color in (GOLD, BLUE, "white"))
-    assert min(np.diff(grey)) > 0.2 and grey[0] + 0.2 < np.dot(to_rgb(GREY), (0.299, 0.587, 0.114))
+    assert min(np.diff(grey)) > 0.2
 
 
 def test_long_names_keep_their_end() -> None:

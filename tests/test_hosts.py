@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import CPU, LOGIC, RUN, TIMEOUT, end_group, processes
 
-from pipeline.attribution import GoldenProfile
+from pipeline.attribution.profile import GoldenProfile
 from pipeline.cli import main
 
 pytestmark = pytest.mark.distributed
@@ -77,23 +77,12 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def test_a_process_that_dies_ends_the_others(asked: list[str], tmp_path: Path) -> None:
-    """Killed in the middle of its work, its end is told once, and in time."""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_others(rank: int, asked: list[str], tmp_path: Path) -> None:
+    """Killed in the middle of its work, be it the first, its end is told once, and in time."""
     words = ["attribute", *asked, *CPU, "--expert.batch_size", "1", "--output", str(tmp_path / "out")]
     words += ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
-    dying = tmp_path / "dying.py"
-    dying.write_text(
-        "import os, signal, sys\n"
-        "from pipeline.attribution.lga import AttributionModule\n"
-        "from pipeline.cli import main\n"
-        "scores = AttributionModule.scores\n"
-        "def die(self, batch):\n"
-        "    if self.global_rank == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return scores(self, batch)\n"
-        "AttributionModule.scores = die\n"
-        "sys.exit(main())\n"
-    )
+    dying = dying_program(tmp_path, rank)
     began = time.monotonic()
     with subprocess.Popen(
         [sys.executable, str(dying), *words], stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -105,7 +94,49 @@ def test_a_process_that_dies_ends_the_others(asked: list[str], tmp_path: Path) -
             end_group(started.pid)
     assert started.returncode == 1
     assert failed.count("error:") == 1 and "Traceback" not in failed
-    assert "process" in failed
+    assert f"error: trainer: process {rank} has ended (SIGKILL)" in failed
+    assert time.monotonic() - began < TIMEOUT / 2
+
+
+def dying_program(folder: Path, rank: int) -> Path:
+    """run.py, of which one process kills itself when the first batch is attributed."""
+    dying = folder / "dying.py"
+    dying.write_text(
+        "import os, signal, sys\n"
+        "from pipeline.attribution.lga import Attribution\n"
+        "from pipeline.cli import main\n"
+        "step = Attribution.step\n"
+        "def die(self, batch):\n"
+        f"    if self.global_rank == {rank}:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, batch)\n"
+        "Attribution.step = die\n"
+        "sys.exit(main())\n"
+    )
+    return dying
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_on_another_host(rank: int, asked: list[str], tmp_path: Path) -> None:
+    """Both hosts' commands end in time; the one that lives says why in one line."""
+    port, dying, began = free_port(), dying_program(tmp_path, rank), time.monotonic()
+    words = ["attribute", *asked, *CPU, "--output", str(tmp_path / "out"), "--expert.batch_size", "1"]
+    words += ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "fsdp2"]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, *by_torchrun(host, port)[0], str(dying), *words],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)},
+        )
+        for host in (0, 1)
+    ]  # fmt: skip
+    try:
+        said = [host.communicate(timeout=TIMEOUT)[0] for host in hosts]
+    finally:
+        for host in hosts:
+            end_group(host.pid)
+    assert all(host.returncode for host in hosts)
+    assert said[1 - rank].count("error: trainer: another process of this command has ended") == 1, said[1 - rank]
     assert time.monotonic() - began < TIMEOUT / 2
 
 
@@ -133,7 +164,7 @@ def test_one_process_short_of_memory(asked: list[str], tmp_path: Path) -> None:
     told = processes(*words, "--output", str(tmp_path / "spread"), program=scarce, strategy="fsdp2")
     assert told.returncode == 1
     assert told.stderr.count("error:") == 1 and "Traceback" not in told.stderr
-    assert "CUDA out of memory" in told.stderr and "lower the stage's batch_size" in told.stderr
+    assert "CUDA out of memory" in told.stderr and "give a smaller --expert.batch_size" in told.stderr
     assert not (tmp_path / "spread").exists()
 
 
@@ -161,10 +192,6 @@ def test_hosts_with_different_files(asked: list[str], request_file: Path, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (
-            ["attribute", "--method", "sweep"],
-            "trainer.strategy: fsdp2; --method sweep needs the whole model on each",
-        ),
         (["study"], "trainer.strategy: fsdp2; study needs the whole model on each device: auto or ddp"),
         (["attribute", "--trainer.accelerator", "gpu"], "trainer: "),
     ],

@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from pipeline.model import (
-
     load_model,
 )
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from conftest import refusal
 from families import ENDS, FAMILIES
+from pipeline.editing.edit import METHODS
+from pipeline.planning.case import Case
+from pipeline.planning.memory import longest_batch, weight_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.bench import most_alive
 from pipeline.attribution import score_requests
 from pipeline.cli import main
-from pipeline.editing.edit import METHODS
 from pipeline.editing.method import Runtime
 from pipeline.evaluation import evaluate
 from pipeline.model import LLM, encode
@@ -34,8 +36,6 @@ from pipeline.options import (
     TrainerOptions,
 )
 from pipeline.planning import Need, edits, passes, plan_memory
-from pipeline.planning.case import Case
-from pipeline.planning.memory import longest_batch, weight_bytes
 from pipeline.planning.shape import shape_of
 from pipeline.requests import EditRequest
 

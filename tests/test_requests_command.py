@@ -15,6 +15,7 @@ from pipeline.evaluation import find_known
 from pipeline.model import LLM, generate
 from pipeline.requests import load_requests
 from pipeline.requests.check import check_requests
+from pipeline.running.interrupts import Interrupted
 
 ROOT = Path(__file__).parent.parent
 REQUEST = {"prompt": "The capital of Ruritania is", "subject": "Ruritania", "new_answer": "Zenda"}
@@ -147,7 +148,7 @@ def test_a_place_that_cannot_be_written(
 
 def test_an_interrupt_leaves_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise Interrupted
 
     monkeypatch.setattr("pipeline.requests.check.RequestCheck.count", interrupted)
     file = written(tmp_path, REQUEST)

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_figures import found, study
 
-from pipeline.reporting import run_log
+from pipeline.reporting.run_log import run_log
 
 
 def board_of(folder: Path) -> EventAccumulator:

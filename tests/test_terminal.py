@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.evaluation import Evaluation
-from pipeline.evaluation.evaluate import Measurement
+from pipeline.evaluation.evaluator import Measurement
 from pipeline.evaluation.metrics import Estimate
 from pipeline.reporting.terminal import LOG_WIDTH, say, show_metrics
 

@@ -35,7 +35,7 @@ def facts() -> list[EditRequest]:
 
 def scene(llm: LLM, facts: list[EditRequest], each: int, folder: Path) -> Scene:
     team = Team(llm, folder)
-    team.options.edit.locate.steps = 1
+    team.options.edit.expert["steps"] = 1
     team.options.evaluation.max_new_tokens, team.options.batch = 1, 1000
     Path(team.options.evaluation.text or "").write_text("A few words of ordinary text.\n" * 30)
     return Scene.made(llm, team.options, facts, each, folder / "files")

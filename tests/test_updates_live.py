@@ -21,7 +21,7 @@ from pipeline.requests import EditRequest
 from pipeline.updates import LiveModel, Store, load_version, rollback, verify, version_folder
 from pipeline.updates import live as live_module
 from pipeline.updates.database import DATABASE, LAYOUT, connect
-from pipeline.updates.versions import read_manifest, text_digest
+from pipeline.updates.folders import read_manifest, text_digest
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,7 @@ class GradientAttribution(Callback):
         self._handles: list[RemovableHandle] = []
         self._found: list[NDArray[np.float64]] = []  # batch by batch
         self._pass = Pass(0, len(self.blocks))
+        self._passes: list[Tensor] = []  # scores of a batch's passes; mostly it is one
         self._before = True  # whether gradients were on before the batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,7 +81,7 @@ class GradientAttribution(Callback):
     def _batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not watches(trainer):
             return
-        self._pass = Pass(0, len(self.blocks))
+        self._pass, self._passes = Pass(0, len(self.blocks)), []
         self._before = torch.is_grad_enabled()
         torch.set_grad_enabled(True)  # validation and prediction switch gradients off
 
@@ -91,7 +92,7 @@ class GradientAttribution(Callback):
             self._differentiate(outputs)
         torch.set_grad_enabled(self._before)
         self._pass.check()
-        self._found.append(self.last_scores.double().numpy())
+        self._found.append(torch.cat(self._passes).double().numpy())
 
     def _end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if watches(trainer):
@@ -171,6 +172,7 @@ class GradientAttribution(Callback):
                 if seen.is_done:
                     products_QPL = torch.stack([p for p in seen.products if p is not None], dim=2)
                     self.last_scores = self.estimator.combine(products_QPL).cpu()
+                    self._passes.append(self.last_scores)
 
             output.register_hook(backward)
 
@@ -249,12 +251,12 @@ def in_order(found: list[NDArray[np.float64]], loader: Any) -> NDArray[np.float6
     """
     loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
-    own = np.concatenate(found)
     if not isinstance(sampler, DistributedSampler):
-        return own
-    by_request = len(sampler) == len(own)  # else an item of the loader is a batch
-    parts: list[Any] = of_all(list(own) if by_request else found)
+        return np.concatenate(found)
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    parts: list[Any] = of_all(found)
+    if sum(len(scores) for part in parts for scores in part) >= size > sum(map(len, parts)):
+        parts = [[row[None] for scores in part for row in scores] for part in parts]  # an item is a request
     longest = max(map(len, parts))
     taken = [part[turn] for turn in range(longest) for part in parts if turn < len(part)]
-    size = len(sampler.dataset)  # type: ignore[arg-type]
-    return np.stack(taken[:size]) if by_request else np.concatenate(taken[:size])
+    return np.concatenate(taken[:size])

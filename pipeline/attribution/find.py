@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,8 @@ def score_requests(
     options = options or AttributionOptions()
     check_selector(requests, options, selectors)
     started = time.perf_counter()
-    about = digest(llm.fingerprint, llm.chat, asdict(options), seed, *requests)
+    own = [getattr(options, field.name) for field in fields(AttributionOptions)]  # of a command's options, too
+    about = digest(llm.fingerprint, llm.chat, own, seed, *requests)
     runtime = Runtime(trainer or TrainerOptions(), seed=seed, work=work / about if work else None)
     values_NL = selectors[options.method].score(llm, requests, options, runtime)
     ids = [request.id for request in requests]

@@ -10,10 +10,7 @@ from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import (
     NO_FLAG,
     Count,
-    Most,
     Options,
-    Positive,
-    Weight,
     above,
     at_least,
     at_most,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.evaluation import Estimate
-from pipeline.files import write_whole
-from pipeline.reporting.dashboards import EventsLogger, store_charts, tag
+from pipeline.reporting.dashboards import EventsLogger, tag
+from pipeline.reporting.figures.look import save
 from pipeline.reporting.figures.outcomes import months_figure
 from pipeline.reporting.groups import grouped
-from pipeline.reporting.tables import markdown_table, metric_table
-from pipeline.updates import Store, read_metrics
+from pipeline.reporting.tables import markdown_table, version_line, version_table
+from pipeline.updates.folders import read_metrics
+from pipeline.updates.history import versions
+from pipeline.updates.store import Store
 
 BOARD = "tensorboard"
 PICTURE = "months.png"
@@ -25,15 +26,12 @@ def show_on_board(store: Store) -> None:
     rows = store.database.execute("SELECT number FROM versions WHERE shown = 0 ORDER BY number").fetchall()
     if not rows:
         return
-    fresh = not any((store.folder / BOARD).glob("events.*"))
     logger = EventsLogger(store.folder, name=BOARD, version="", default_hp_metric=False)
-    if fresh:
-        logger.charts(store_charts())
     for (number,) in rows:
         figures = read_metrics(store.folder, number)
         for name, value in scalars(figures).items():
             logger.experiment.add_scalar(name, value, number)
-        logger.experiment.add_text("version/figures", version_table(number, figures), number)
+        logger.experiment.add_text("version/figures", version_text(number, figures), number)
         logger.experiment.flush()
         store.database.execute("UPDATE versions SET shown = 1 WHERE number = ?", (number,))
     _draw(store, logger)
@@ -42,22 +40,13 @@ def show_on_board(store: Store) -> None:
 
 def _draw(store: Store, logger: EventsLogger) -> None:
     """All versions in one figure; one whose files are damaged is left out, which `verify` tells."""
-    numbers = store.database.execute(
-        "SELECT number FROM versions WHERE number > 0 ORDER BY number DESC LIMIT ?", (MOST,)
-    ).fetchall()
     found: dict[int, dict[str, Any]] = {}
-    for (number,) in reversed(numbers):
-        try:
+    for number in sorted(row["number"] for row in versions(store, MOST) if row["number"]):
+        with suppress(UserError, OSError):
             found[number] = read_metrics(store.folder, number)
-        except (UserError, OSError):
-            continue
     if found:
         figure = months_figure(store.model, found)
-
-        def draw(partial: Path) -> None:
-            figure.savefig(partial, format="png")
-
-        write_whole(store.folder / BOARD / PICTURE, draw)
+        save(figure, store.folder / BOARD / PICTURE)
         logger.experiment.add_figure("version/over_time", figure, max(found), close=False)
 
 
@@ -75,22 +64,7 @@ def scalars(figures: dict[str, Any]) -> dict[str, float]:
     return found | {f"version_5_seconds/{name}": float(value) for name, value in figures["seconds"].items()}
 
 
-def version_table(number: int, figures: dict[str, Any]) -> str:
-    """What a version took in, what it came to and what was asked of it, as Markdown tables."""
-    layers = ", ".join(map(str, figures["layers"]))
+def version_text(number: int, figures: dict[str, Any]) -> str:
+    """What a version took in, what it came to and what was asked of it, in Markdown."""
     counts = ", ".join(f"{figures[name]} {name.replace('_', ' ')}" for name in COUNTS)
-    sides = {
-        f"{side} [95%]": {name: Estimate(**value) for name, value in figures[side]["metrics"].items()}
-        for side in ("before", "after")
-    }
-    parts = [
-        f"**Version {number}**, `{figures['method']}` in block {layers}: {counts}",
-        markdown_table(*metric_table(sides, short=True)),
-    ]
-    gates = [
-        [gate["name"], f"{gate['value']:.3f}", f"{'at least' if gate['least'] else 'at most'} {gate['bound']:g}",
-         "yes" if gate["passed"] else "**no**"]
-        for gate in figures["gates"]
-    ]  # fmt: skip
-    parts += [markdown_table(["gate", "value", "asked", "passed"], gates)] if gates else []
-    return "\n\n".join(parts)
+    return f"**Version {number}**: {counts}; {version_line(figures)}\n\n{markdown_table(*version_table(figures))}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from pipeline.evaluation import Estimate
+from pipeline.evaluation.metrics import Estimate
 
 GROUPS: dict[str, dict[str, str]] = {
     "by generation": {
@@ -39,15 +39,12 @@ GROUPS: dict[str, dict[str, str]] = {
         "fluency": "entropy of 2- and 3-grams in long generations, in bits; lower is repetitive",
     },
 }
-IN_SHORT = (  # what a short table shows
-    "generation_exact_match",
-    "generation_containment",
-    "rephrase_exact_match",
-    "portability_exact_match",
-    "distractor_exact_match",
-    *GROUPS["teacher-forced"],
-    *(name for name in GROUPS["by probability"] if not name.endswith("_magnitude")),
-    *GROUPS["damage"],
+LONG_ONLY = ("rephrase_containment", "portability_containment", "distractor_containment")  # and magnitudes
+IN_SHORT = tuple(  # what a short table shows
+    name
+    for members in GROUPS.values()
+    for name in members
+    if name not in LONG_ONLY and not name.endswith("_magnitude")
 )
 SHARES = tuple(  # what lies between 0 and 1
     name for group in ("by generation", "teacher-forced", "by probability") for name in GROUPS[group]
@@ -76,9 +73,16 @@ def label(name: str) -> str:
     return name.replace("_", " ").replace("rome score", "ROME's score").replace(" kl", " KL")
 
 
-def figure_text(name: str, estimate: Estimate | None) -> str:
-    """A mean with its interval, in few characters; nothing where there is none."""
+def with_interval(mean: float, low: float, high: float, digits: int = 3) -> str:
+    """A mean with its interval, in few characters."""
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def figure_text(name: str, estimate: Estimate | None, interval: bool = True) -> str:
+    """A metric's mean, with or without its interval; nothing where there is none."""
     if estimate is None:
         return ""
     digits = 2 if name in ("perplexity", "fluency") else 3
-    return f"{estimate.mean:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    if not interval:
+        return f"{estimate.mean:.{digits}f}"
+    return with_interval(estimate.mean, estimate.low, estimate.high, digits)

@@ -5,28 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.attribution import GoldenProfile
-from pipeline.editing import WeightUpdate
-from pipeline.evaluation import Evaluation
-from pipeline.reporting.tables import markdown_table, metric_table
-from pipeline.requests import EditRequest
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.editing.update import WeightUpdate
+from pipeline.evaluation.evaluator import Evaluation
+from pipeline.reporting.tables import markdown_table, metric_table, metrics_of, sides_of, study_table
+from pipeline.requests.schema import EditRequest
 from pipeline.shipped import program
 from pipeline.study.questions import Row
 from pipeline.study.study import Study
 
 EXAMPLES = 8
+OUTCOME = {
+    "generation_exact_match": "by itself the model answers {:.0%} of them with the new answer and nothing more",
+    "generation_containment": "it names the new answer in {:.0%}",
+    "rewrite": "teacher-forced it gives {:.0%} of the answers' tokens",
+    "locality": "{:.0%} of unrelated answers' tokens stayed as they were",
+}
 
 
 def metrics_table(evaluation: Evaluation) -> str:
     """All metrics in their groups as a Markdown table; after an edit also the paired difference."""
-    before, after = evaluation.before.metrics, evaluation.after.metrics if evaluation.after else {}
-    sides = {"before": before, "after": after, "difference": evaluation.difference} if after else {"value": before}
-    return markdown_table(*metric_table(sides, meanings=True))
+    return markdown_table(*metric_table(metrics_of(evaluation), meanings=True))
 
 
 def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation, most: int = EXAMPLES) -> str:
     """Prompts with what the model generates, before and after, as a Markdown table."""
-    sides = {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
+    sides = sides_of(evaluation)
     rows = [
         [request.prompt, request.new_answer, *(measured.answers[place] for measured in sides.values())]
         for place, request in enumerate(requests[:most])
@@ -42,9 +46,8 @@ def write_report(
     folder: Path,
 ) -> str:
     """The whole report of an edit."""
-    after = evaluation.after
-    assert after is not None
     layers = ", ".join(map(str, update.layers))
+    changes = "; ".join(f"`{name}` {change:.2%}" for name, change in evaluation.weights.items())
     parts = [
         f"# Edit of {update.model}\n",
         f"{len(requests)} facts were changed by `{update.method}` in block {layers} alone. "
@@ -54,7 +57,7 @@ def write_report(
         "In brackets: 95% bootstrap interval; the difference's is paired, over the same requests. By generation: "
         "greedy, from the prompt alone, to the end of the statement. Teacher-forced figures give the model the "
         "answer so far, as EasyEdit does, and so look better than what it says by itself.\n",
-        f"{_weights(evaluation)}\n",
+        f"Changed weights, ‖change‖ / ‖before‖: {changes}.\n",
         "![metrics](metrics.png)\n",
         "## The model's own answers\n",
         answers_table(requests, evaluation) + "\n",
@@ -78,41 +81,21 @@ def _why(profile: GoldenProfile, folder: Path) -> list[str]:
     aside = ", ".join(map(str, profile.excluded)) or "none"
     fenced = f"Set aside by Tukey's fences: {aside}. Best of the rest" if profile.fences else "Best"
     sure = f" How sure that is: {profile.certainty}." if profile.certainty else ""
-    figures = [
-        f"![{kind}]({kind}.png)\n" for kind in ("stability", "agreement") if (folder / f"{kind}.png").is_file()
-    ]
+    kinds = [kind for kind in ("scores", "stability", "agreement") if (folder / f"{kind}.png").is_file()]
     return [
         "## Why this layer\n",
         f"`{profile.method}` scored all {len(profile.scores)} blocks on {profile.requests} proxy "
         f"requests ({profile.request_set}) in {profile.seconds:.0f} s. {fenced}, in order: {ranking}.{sure}\n",
-        "![scores](scores.png)\n",
-        *figures,
+        *(f"![{kind}]({kind}.png)\n" for kind in kinds),
     ]
 
 
 def _outcome(evaluation: Evaluation) -> str:
-    """How the edit went, in a sentence or two, the model's own answers first."""
+    """How the edit went, in a sentence, the model's own answers first."""
     after, before = (evaluation.after or evaluation.before).metrics, evaluation.before.metrics
-    sentences = []
-    if "generation_exact_match" in after:
-        exact, contained = after["generation_exact_match"].mean, after["generation_containment"].mean
-        sentences.append(
-            f"By itself the model now answers {exact:.0%} of them with the new answer and nothing more, "
-            f"and names it in {contained:.0%}"
-        )
-    sentences.append(
-        f"{'t' if sentences else 'T'}eacher-forced it gives {after['rewrite'].mean:.0%} of the answers' tokens"
-    )
-    if "locality" in after:
-        sentences.append(f"{after['locality'].mean:.0%} of unrelated answers' tokens stayed as they were")
+    found = [sentence.format(after[name].mean) for name, sentence in OUTCOME.items() if name in after]
     ratio = after["perplexity"].mean / before["perplexity"].mean
-    return f"{'; '.join(sentences)}; perplexity on ordinary text is {ratio:.3f} times what it was."
-
-
-def _weights(evaluation: Evaluation) -> str:
-    """How much each changed tensor changed."""
-    changes = "; ".join(f"`{name}` {change:.2%}" for name, change in evaluation.weights.items())
-    return f"Changed weights, ‖change‖ / ‖before‖: {changes}."
+    return f"Outcome: {'; '.join(found)}; perplexity on ordinary text is {ratio:.3f} times what it was."
 
 
 def study_report(study: Study) -> str:
@@ -131,37 +114,21 @@ def study_report(study: Study) -> str:
                 f"## {name}, {method}\n",
                 f"{len(grid.scores)} requests × {len(grid.blocks)} blocks in {grid.seconds:.0f} s.\n",
                 "### A fixed block against each request's own best\n",
-                _study_table(study.against_optimal[name][method]),
+                _table(study.against_optimal[name][method]),
                 "### Who finds it\n",
-                _study_table(study.selectors[name][method]),
-                f"![sweep](sweep-{name}-{method}.png)\n",
-                f"![squares](squares-{name}-{method}.png)\n",
-                f"![selectors](selectors-{name}-{method}.png)\n",
+                _table(study.selectors[name][method]),
+                *(f"![{kind}]({kind}-{name}-{method}.png)\n" for kind in ("sweep", "squares", "selectors")),
             ]
     for method in next(iter(study.grids.values())):
-        parts += [
-            f"## From proxy to test requests, and from set to set: {method}\n",
-            _study_table(study.carried[method]),
-        ]
+        parts += [f"## From proxy to test requests, and from set to set: {method}\n", _table(study.carried[method])]
     parts += [
         "## Selectors by halves\n",
         "Every second tried request, over all sets and methods, and the others: what is chosen by the first half's "
         "figures can be trusted by the second's.\n",
-        _study_table(study.halves),
+        _table(study.halves),
     ]
     return "\n".join(parts)
 
 
-def _study_table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table, a score's interval behind it in one column."""
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("low", "high")]
-    return markdown_table(columns, [[_cell(row, name) for name in columns] for row in rows]) + "\n"
-
-
-def _cell(row: Row, name: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, float):
-        return "" if value is None else str(value)
-    digits = {"times faster than the sweep": 0, "seconds": 1}.get(name, 3)
-    interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if name == "score" and "low" in row else ""
-    return f"{value:.{digits}f}{interval}"
+def _table(rows: Sequence[Row]) -> str:
+    return markdown_table(*study_table(rows)) + "\n"

@@ -7,36 +7,36 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
-from pipeline.attribution import GoldenProfile, Scores
-from pipeline.attribution.profile import PROFILE_FILE
-from pipeline.attribution.scores import SCORES_FILE
-from pipeline.editing import WeightUpdate
-from pipeline.editing.update import UPDATE_FILE
+from pipeline.attribution.profile import PROFILE_FILE, GoldenProfile
+from pipeline.attribution.scores import SCORES_FILE, Scores
+from pipeline.editing.update import UPDATE_FILE, WeightUpdate
 from pipeline.errors import UserError
-from pipeline.evaluation import Evaluation
-from pipeline.files import write_json, write_text, write_whole
+from pipeline.evaluation.evaluator import Evaluation
+from pipeline.files import write_json, write_text
 from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
-from pipeline.reporting.dashboards import EventsLogger, columns, edit_charts, study_charts, study_tag, tag
+from pipeline.reporting.dashboards import EventsLogger, hparams_row, study_tag, tag
+from pipeline.reporting.figures.look import save
 from pipeline.reporting.figures.outcomes import metrics_figure
 from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
-from pipeline.reporting.figures.sweeps import block_means, selectors_figure, squares_figure, sweep_figure
+from pipeline.reporting.figures.sweeps import selectors_figure, squares_figure, sweep_figure
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
+from pipeline.reporting.tables import metrics_of, sides_of
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
 from pipeline.reporting.values import values_csv
-from pipeline.requests import EditRequest
-from pipeline.study import Study
+from pipeline.requests.schema import EditRequest
+from pipeline.study.grid import mean_of
+from pipeline.study.study import Study
 
 PICTURE = re.compile(r"!\[\w+\]\([^)]*\.png\)\n*")
-SHOWN_ANSWERS = 30
+PROFILE_FIGURES = ("scores.png", "stability.png", "agreement.png")
 STUDY_FIGURES = {"sweep": sweep_figure, "squares": squares_figure, "selectors": selectors_figure}
-CLOSING_SECONDS = 2  # a writer whose queue an interrupt has broken would never close
+SHOWN_ANSWERS = 30
 
 
 @contextmanager
@@ -59,10 +59,8 @@ def run_log(
     try:
         with output_folder(folder, overwrite, options):
             log = RunLog(folder, options)
-            try:
-                yield log
-            finally:
-                log.close()
+            yield log
+            log.tensorboard.finalize("success")
     except BaseException as error:
         kept = [name for name in sorted(folder.finished) if (path / name).is_file()] if not overwrite else []
         if kept:
@@ -93,36 +91,27 @@ class RunLog:
         )
 
     @rank_zero_only
-    def close(self) -> None:
-        """Flush TensorBoard's events, if there are any."""
-        if self.tensorboard.opened:
-            closing = Thread(target=self.tensorboard.experiment.close, daemon=True)
-            closing.start()
-            closing.join(CLOSING_SECONDS)
-
-    @rank_zero_only
     def keep_profile(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
         """Write the profile and, where found now, the requests' scores; keep them even if a later stage fails."""
         shown = self.output.resumed and any(self.folder.glob("events.*"))
         if scores:
             scores.save(self.folder)
         profile.save(self.folder)  # last: a resumed command that finds it finds the scores, too
-        self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png", "agreement.png"}
+        self.output.finished |= {PROFILE_FILE, SCORES_FILE, *PROFILE_FIGURES}
         if not shown:
-            kept = Scores.load(self.folder) if self._is_kept(SCORES_FILE) else None
-            self._profile_figures(profile, scores or kept)
+            self._profile_figures(profile, scores or (Scores.load(self.folder) if self._has(SCORES_FILE) else None))
             self.tensorboard.experiment.flush()
         show_profile(profile)
 
     def profile_kept(self) -> GoldenProfile | None:
         """The profile that the resumed command had found."""
-        return GoldenProfile.load(self.folder) if self._is_kept(PROFILE_FILE) else None
+        return GoldenProfile.load(self.folder) if self._has(PROFILE_FILE) else None
 
     def update_kept(self) -> WeightUpdate | None:
         """The update that the resumed command had finished."""
-        return WeightUpdate.load(self.folder) if self._is_kept(UPDATE_FILE) else None
+        return WeightUpdate.load(self.folder) if self._has(UPDATE_FILE) else None
 
-    def _is_kept(self, file: str) -> bool:
+    def _has(self, file: str) -> bool:
         return self.output.resumed and (self.folder / file).is_file()
 
     @contextmanager
@@ -147,9 +136,7 @@ class RunLog:
         profile: GoldenProfile | None = None,
     ) -> None:
         """Write metrics.json, values.csv and, for an edit, report.md; show the figures everywhere."""
-        sides = {"before": evaluation.before.metrics}
-        if evaluation.after:
-            sides |= {"after": evaluation.after.metrics, "difference": evaluation.difference}
+        sides = metrics_of(evaluation)
         write_json(
             self.folder / "metrics.json",
             {"model": model, "requests": len(requests)}
@@ -157,13 +144,8 @@ class RunLog:
             | ({"weights": evaluation.weights} if evaluation.weights else {}),
         )
         write_text(self.folder / "values.csv", values_csv(requests, evaluation))
-        for step, side in enumerate(("before", "after")):
-            for name, estimate in sides.get(side, {}).items():
-                self.tensorboard.experiment.add_scalar(tag(name), estimate.mean, step)
         self._figure("evaluation/before_and_after", "metrics.png", metrics_figure(evaluation))
-        if evaluation.after:
-            self.tensorboard.charts(edit_charts())
-        self.tensorboard.compare(columns(model, len(requests), self.options, update, profile))
+        self._compare(evaluation, hparams_row(model, len(requests), self.options, update, profile))
         if update:
             if profile and not (self.folder / "scores.png").is_file():
                 self._profile_figures(profile)
@@ -174,6 +156,16 @@ class RunLog:
             self._text("evaluation/metrics", metrics_table(evaluation))
             self._text("evaluation/answers", answers_table(requests, evaluation, most=SHOWN_ANSWERS))
         show_metrics(evaluation)
+
+    def _compare(self, evaluation: Evaluation, row: dict[str, str | float]) -> None:
+        """Before at step 0 and after at step 1, beside one another and, the last of them, in HPARAMS."""
+        shown = [
+            {tag(name): one.mean for name, one in measured.metrics.items()}
+            for measured in sides_of(evaluation).values()
+        ]
+        for step, metrics in enumerate(shown[:-1]):
+            self.tensorboard.log_metrics(metrics, step)
+        self.tensorboard.log_hyperparams(row, shown[-1], step=len(shown) - 1)
 
     @rank_zero_only
     def going_on(self, *files: str) -> None:
@@ -186,7 +178,8 @@ class RunLog:
     @rank_zero_only
     def keep_study(self, study: Study) -> None:
         """Write study.json, study.md and the figures; show the answers."""
-        self._clear_shown()
+        for file in self.folder.glob("events.*"):
+            file.unlink()  # what a smaller study has shown: all of it is shown again
         report = study_report(study)
         write_json(self.folder / "study.json", study.as_json())
         write_text(self.folder / "study.md", report)
@@ -194,18 +187,11 @@ class RunLog:
         for name, grids in study.grids.items():
             for method, grid in grids.items():
                 for metric, values in {**grid.values, "score": grid.scores}.items():
-                    self._curve(study_tag(name, method, metric), grid.blocks, block_means(values))
+                    self._curve(study_tag(name, method, metric), grid.blocks, mean_of(values))
                 for number, (kind, draw) in enumerate(STUDY_FIGURES.items(), start=1):
                     shown = draw(study, name, method)
                     self._figure(f"study/{name}_{method}_{number}_{kind}", f"{kind}-{name}-{method}.png", shown)
-        self.tensorboard.charts(study_charts({name: list(grids) for name, grids in study.grids.items()}))
         show_study(study)
-
-    def _clear_shown(self) -> None:
-        """Take what an interrupted or smaller one has shown out of TensorBoard: all of it is shown again."""
-        if self.output.resumed and not self.tensorboard.opened:
-            for file in self.folder.glob("events.out.tfevents.*"):
-                file.unlink()
 
     def _profile_figures(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
         self._curve("attribution/score_by_block", range(len(profile.scores)), profile.scores)
@@ -226,5 +212,5 @@ class RunLog:
         self.tensorboard.experiment.add_text(tag, PICTURE.sub("", text))
 
     def _figure(self, tag: str, file: str, figure: Figure) -> None:
-        write_whole(self.folder / file, lambda partial: figure.savefig(partial, format="png"))
+        save(figure, self.folder / file)
         self.tensorboard.experiment.add_figure(tag, figure, close=False)

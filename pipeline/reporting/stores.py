@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.reporting.terminal import say
+from pipeline.reporting.tables import version_line, version_table
+from pipeline.reporting.terminal import say, show_table
 from pipeline.updates import (
     BatchResult,
     Store,
@@ -21,13 +22,6 @@ from pipeline.updates import (
 )
 
 NAMED = 5  # requests that a message spells out
-LATE = 60  # seconds that clocks may differ
-
-
-def check_clock(store: Store) -> None:
-    """Say so when the machine's clock went back since the store was last used."""
-    if (behind := store.behind()) > LATE:
-        say(f"note: this machine's clock is {behind / 60:.0f} minutes behind the store's; order counts, not time")
 
 
 def show_submitted(store: Store, done: Submitted) -> None:
@@ -38,8 +32,6 @@ def show_submitted(store: Store, done: Submitted) -> None:
     say(f"{', '.join(parts)}; in the queue of {store.folder}: {counts(store).get('queued', 0)}")
     if done.left:
         say(f"{done.left} of the known ones are held back, superseded or retracted; --again queues them anew")
-    if done.changing:
-        say(f"{done.changing} are about facts that are applied already, and will take their place")
     _show_superseded(store, done.superseded)
 
 
@@ -48,8 +40,6 @@ def show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     head = f"version {done.version}" if done.version is not None else "nothing published"
     if dry_run:
         head = "dry run, nothing changed"
-    elif done.overtaken:
-        head = "nothing published: another version became current meanwhile; the requests are in the queue again"
     say(f"{head}: {len(done.applied)} applied, {len(done.held)} held back")
     if done.gates:
         say(f"  gates: {', '.join(map(str, done.gates))}")
@@ -98,15 +88,8 @@ def show_version(store: Store, version: int) -> None:
     say(f"version {version}{', the current one' if version == store.current else ''}: {len(held)} facts; {folder}")
     if version:
         figures = read_metrics(store.folder, version)
-        before, after = figures["before"]["metrics"], figures["after"]["metrics"]
-        say(f"  {figures['method']} in block {', '.join(map(str, figures['layers']))}")
-        for name, estimate in after.items():
-            earlier = f"{before[name]['mean']:.3f} -> " if name in before else ""
-            say(f"  {name}: {earlier}{estimate['mean']:.3f}")
-        say(f"  perplexity x {figures['after']['perplexity_ratio']:.3f}, drift {figures['after']['drift']:.3f}")
-        for gate in figures["gates"]:
-            sign, passed = ">=" if gate["least"] else "<=", "passed" if gate["passed"] else "missed"
-            say(f"  gate {gate['name']}: {gate['value']:.3f}, asked {sign} {gate['bound']:g}: {passed}")
+        say(f"  {version_line(figures)}")
+        show_table(*version_table(figures))
     show_facts(store, sorted(held), " ")
 
 

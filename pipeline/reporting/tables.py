@@ -1,4 +1,4 @@
-"""Tables of metrics and of anything else: what the terminal, the report and TensorBoard show in the same rows.
+"""Tables of metrics and of anything else: what the terminal, the reports and TensorBoard show in the same rows.
 
 A row of one cell is a heading over those below it.
 """
@@ -6,17 +6,34 @@ A row of one cell is a heading over those below it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation import Estimate
-from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label, meaning
+from pipeline.evaluation.metrics import Estimate
+from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label, meaning, with_interval
+from pipeline.updates.gates import Gate
 
-Rows = list[list[str]]
+if TYPE_CHECKING:
+    from pipeline.evaluation.evaluator import Evaluation, Measurement
+    from pipeline.study.questions import Row
+
+Table = tuple[list[str], list[list[str]]]  # columns, and rows
+
+
+def sides_of(evaluation: Evaluation) -> dict[str, Measurement]:
+    """What was measured: before and, of an edit, after."""
+    return {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
+
+
+def metrics_of(evaluation: Evaluation) -> dict[str, dict[str, Estimate]]:
+    """The metrics of each side and, of an edit, the paired difference."""
+    sides = {side: measured.metrics for side, measured in sides_of(evaluation).items()}
+    return sides | ({"difference": evaluation.difference} if evaluation.after else {})
 
 
 def metric_table(
     sides: Mapping[str, Mapping[str, Estimate]], short: bool = False, intervals: bool = True, meanings: bool = False
-) -> tuple[list[str], Rows]:
-    """Columns and rows of metrics, in their groups: a row a metric.
+) -> Table:
+    """Metrics in their groups, a row a metric.
 
     Args:
         sides: by column its figures; the last one's counts are shown, and of a difference those of the one before.
@@ -25,14 +42,50 @@ def metric_table(
         meanings: whether a column says what each metric counts.
     """
     final = [figures for name, figures in sides.items() if name != "difference"][-1]
-    rows: Rows = []
+    rows: list[list[str]] = []
     for group, names in grouped([name for name in final if not short or name in IN_SHORT]).items():
         rows.append([group])
         for name in names:
-            figures = [figure_text(name, side.get(name)) for side in sides.values()]
-            cells = figures if intervals else [figure.partition(" ")[0] for figure in figures]
-            rows.append([label(name), *([meaning(name)] if meanings else []), str(final[name].count), *cells])
+            figures = [figure_text(name, side.get(name), intervals) for side in sides.values()]
+            rows.append([label(name), *([meaning(name)] if meanings else []), str(final[name].count), *figures])
     return ["metric", *(["what it is"] if meanings else []), "count", *sides], rows
+
+
+def version_table(figures: Mapping[str, Any]) -> Table:
+    """A version's chief metrics before and after, from its metrics.json."""
+    sides = {
+        f"{side} [95%]": {name: Estimate(**one) for name, one in figures[side]["metrics"].items()}
+        for side in ("before", "after")
+    }
+    return metric_table(sides, short=True)
+
+
+def version_line(figures: Mapping[str, Any]) -> str:
+    """What made a version, what it cost the rest of the model, and its gates."""
+    gates = [
+        Gate(**{name: gate[name] for name in ("name", "value", "bound", "least")}) for gate in figures["gates"]
+    ]
+    after, layers = figures["after"], ", ".join(map(str, figures["layers"]))
+    return (
+        f"{figures['method']} in block {layers}; perplexity x {after['perplexity_ratio']:.3f}, drift "
+        f"{after['drift']:.3f}; gates: {', '.join(map(str, gates)) or 'none'}"
+    )
+
+
+def study_table(rows: Sequence[Row], only: Sequence[str] = ()) -> Table:
+    """A study's answer as a table: its rows' columns, or some of them; a score's interval stands behind it."""
+    columns = list(only) or list(dict.fromkeys(name for row in rows for name in row if name not in ("low", "high")))
+    return columns, [[_cell(row, name) for name in columns] for row in rows]
+
+
+def _cell(row: Row, name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    if name == "score" and "low" in row:
+        return with_interval(value, float(row["low"] or 0), float(row["high"] or 0))
+    digits = {"times faster than the sweep": 0, "seconds": 1}.get(name, 3)
+    return f"{value:.{digits}f}"
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

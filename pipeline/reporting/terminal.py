@@ -5,71 +5,72 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
 
-from pipeline.attribution import GoldenProfile
-from pipeline.evaluation import Evaluation
-from pipeline.model.explain import ShownToken
-from pipeline.planning import MemoryPlan, Need
-from pipeline.reporting.tables import metric_table
-from pipeline.requests import EditRequest
-from pipeline.study import Study
+from pipeline.reporting.tables import metric_table, sides_of, study_table
+
+if TYPE_CHECKING:
+    from pipeline.attribution.profile import GoldenProfile
+    from pipeline.evaluation.evaluator import Evaluation
+    from pipeline.model.explain import ShownToken
+    from pipeline.planning.plan import MemoryPlan, Need
+    from pipeline.requests.schema import EditRequest
+    from pipeline.study.study import Study
 
 LOG_WIDTH = 160  # columns of what is no terminal, unless COLUMNS says otherwise
+WIDE = 80  # columns in which intervals have room
 
 
 def screen(soft_wrap: bool = False) -> Console:
     """The output stream: as wide as the terminal, and wide enough for any table where it is a file or a pipe.
 
-    Args:
-        soft_wrap: leave lines whole where it is no terminal; a terminal's are broken between words.
+    With `soft_wrap` lines stay whole where it is no terminal; a terminal's are broken between words.
     """
     terminal = sys.stdout.isatty()
     wide = None if terminal or "COLUMNS" in os.environ else LOG_WIDTH
     return Console(soft_wrap=soft_wrap and not terminal, width=wide)
 
 
-def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, **look: Any) -> Table:
-    """A table for the terminal.
+@rank_zero_only
+def say(text: str) -> None:
+    """Plain text."""
+    screen(soft_wrap=True).print(text, highlight=False, markup=False)
+
+
+@rank_zero_only
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, boxed: bool = False) -> None:
+    """A table.
 
     Args:
         columns: headings.
         rows: cells, shown as they are; one alone is a heading over those below it.
         left: how many columns, from the first on, hold words; the others' numbers are set to the right.
-        look: of rich's Table.
+        boxed: whether lines stand between cells, which may be long.
     """
-    table = Table(**({"box": None, "pad_edge": False, "header_style": "bold"} | look))
+    table = Table(box=HEAVY_HEAD if boxed else None, pad_edge=boxed, show_lines=boxed, header_style="bold")
     for place, column in enumerate(columns):
-        words = place < left
-        table.add_column(
-            escape(column), overflow="fold" if words else "ellipsis", justify="left" if words else "right"
-        )
+        table.add_column(escape(column), overflow="fold", justify="left" if place < left else "right")
     indent = " " if any(len(row) == 1 for row in rows) else ""
     for first, *others in rows:
-        if others:
-            table.add_row(escape(indent + first), *map(escape, others))
-        else:
-            table.add_row(f"[bold]{escape(first)}[/bold]")
-    return table
+        name = escape(indent + first) if others else f"[bold]{escape(first)}[/bold]"
+        table.add_row(name, *map(escape, others))
+    screen().print(table, highlight=False)
 
 
-@rank_zero_only
 def show_profile(profile: GoldenProfile) -> None:
     """The golden layers and the runners-up, in a line or two."""
     golden = ", ".join(map(str, profile.golden_layers))
     next_best = ", ".join(map(str, profile.ranking[len(profile.golden_layers) :][:4]))
     aside = ", ".join(map(str, profile.excluded)) or "none"
-    screen().print(
-        f"[bold]golden layer {golden}[/bold] of {len(profile.scores)} blocks ({profile.method}, "
-        f"{profile.requests} requests, {profile.seconds:.0f} s); next {next_best or 'none'}; set aside {aside}",
-        highlight=False,
+    say(
+        f"golden layer {golden} of {len(profile.scores)} blocks ({profile.method}, {profile.requests} requests, "
+        f"{profile.seconds:.0f} s); next {next_best or 'none'}; set aside {aside}"
     )
     if profile.certainty:
         say(profile.certainty)
@@ -80,75 +81,43 @@ def show_profile(profile: GoldenProfile) -> None:
         )
 
 
-@rank_zero_only
 def show_metrics(evaluation: Evaluation) -> None:
     """The chief metrics before and after, in their groups; metrics.json and the report hold all of them."""
-    console, sides = screen(), {"before": evaluation.before.metrics}
-    if evaluation.after:
-        sides["after"] = evaluation.after.metrics
-    with_intervals = {f"{side} [95%]": figures for side, figures in sides.items()}
-    table = table_of(*metric_table(with_intervals, short=True))
-    if Measurement.get(console, console.options.update_width(LOG_WIDTH), table).maximum > console.width:
-        table = table_of(*metric_table(sides, short=True, intervals=False))
-    console.print(table, highlight=False)
+    intervals = screen().width >= WIDE
+    heading = "{} [95%]" if intervals else "{}"
+    sides = {heading.format(side): measured.metrics for side, measured in sides_of(evaluation).items()}
+    show_table(*metric_table(sides, short=True, intervals=intervals))
     if evaluation.weights:
         name, change = max(evaluation.weights.items(), key=lambda item: item[1])
         say(f"largest change: {change:.1%} of the norm of {name}")
 
 
-@rank_zero_only
 def show_study(study: Study) -> None:
     """How near the golden layer comes to the best, and what each selector chose; study.md holds all of it."""
     for name, grids in study.grids.items():
         for method in grids:
-            own, fixed, golden, *_ = study.against_optimal[name][method]
-            say(
-                f"{name}, {method}: golden layer {golden['block']} scores {golden['score']:.3f}; the best fixed "
-                f"block, {fixed['block']}, {fixed['score']:.3f}; each request's own best {own['score']:.3f}"
-            )
-            digits = {"regret": 3, "spearman": 2, "seconds": 0}
-            rows = [
-                [f" {row['selector']}", str(row["block"]), *(_number(row[key], digits[key]) for key in digits)]
-                for row in study.selectors[name][method]
-            ]
-            columns = ["chosen by", "block", "regret", "Spearman", "seconds"]
-            screen().print(table_of(columns, rows), highlight=False)
+            say(f"{name}, {method}")
+            choices, selectors = study.against_optimal[name][method], study.selectors[name][method]
+            show_table(*study_table(choices, ("choice", "block", "score", "of the optimum")))
+            show_table(*study_table(selectors, ("selector", "block", "regret", "spearman", "seconds")))
 
 
-def _number(value: float | int | str | None, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, float) else ""
-
-
-@rank_zero_only
 def show_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> None:
     """Prompts with each model's answer beside."""
     rows = [[prompt, *(texts[place].strip() for texts in answers.values())] for place, prompt in enumerate(prompts)]
-    columns = ["prompt", *answers]
-    table = table_of(columns, rows, left=len(columns), box=HEAVY_HEAD, pad_edge=True, show_lines=True)
-    for column in table.columns:
-        column.ratio = 1
-    screen().print(table, highlight=False)
+    show_table(["prompt", *answers], rows, left=1 + len(answers), boxed=True)
 
 
-@rank_zero_only
 def show_tokens(request: EditRequest, tokens: Sequence[ShownToken]) -> None:
     """A request's tokens, a line each, with what is scored and where its subject ends."""
     rows = []
     for token in tokens:
         marks = ["scored"] * token.scored + ["the subject's last token"] * token.ends_subject
         rows.append([str(token.place), str(token.token_id), repr(token.text), ", ".join(marks)])
-    title = f"request {escape(request.id)}"
-    table = table_of(["place", "id", "token", ""], rows, left=4, title=title, title_justify="left", pad_edge=True)
-    screen().print(table, highlight=False)
+    say(f"request {request.id}")
+    show_table(["place", "id", "token", ""], rows, left=4)
 
 
-@rank_zero_only
-def say(text: str) -> None:
-    """One plain line."""
-    screen(soft_wrap=True).print(text, highlight=False, markup=False)
-
-
-@rank_zero_only
 def show_plan(plan: MemoryPlan) -> None:
     """What a device needs, stage by stage, and the longest batch that fits."""
     devices = "1 device" if plan.devices == 1 else f"{plan.devices} devices ({plan.strategy})"
@@ -161,8 +130,7 @@ def show_plan(plan: MemoryPlan) -> None:
         figures = [f"{size / 1e9:.2f}" for size in (need.weights, need.beside, need.total)]
         rows.append([need.stage, str(need.batch), *figures, _longest(need)])
     longest = f"longest batch in {plan.memory / 1e9:.3g} GB"
-    columns = ["stage", "at once", "weights", "beside", "in all", longest]
-    screen().print(table_of(columns, rows), highlight=False)
+    show_table(["stage", "at once", "weights", "beside", "in all", longest], rows)
 
 
 def _longest(need: Need) -> str:

@@ -6,8 +6,9 @@ import csv
 from collections.abc import Sequence
 from io import StringIO
 
-from pipeline.evaluation import Evaluation
-from pipeline.requests import EditRequest
+from pipeline.evaluation.evaluator import Evaluation
+from pipeline.reporting.tables import sides_of
+from pipeline.requests.schema import EditRequest
 
 BY_WINDOW = ("perplexity", "text_kl")  # values of ordinary text, not of requests
 
@@ -17,29 +18,27 @@ def values_csv(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
 
     A metric that a request has no text for is empty; several answers of a kind stand in one cell, ` | ` between.
     """
-    sides = {"before": evaluation.before} | ({"after": evaluation.after} if evaluation.after else {})
-    final = evaluation.after or evaluation.before
-    columns: dict[str, list[object]] = {
-        "id": [request.id for request in requests],
-        "prompt": [request.prompt for request in requests],
-        "new_answer": [request.new_answer for request in requests],
-        "old_answer": [request.old_answer or "" for request in requests],
-    }
-    units = range(len(requests))
-    for name in final.values:
-        for side, measured in sides.items():
-            if name in measured.values and name not in BY_WINDOW:
-                values = measured.values[name].values
-                columns[f"{name} {side}"] = [f"{values[unit]:.6g}" if unit in values else "" for unit in units]
-    for kind in final.said:
-        for side, measured in sides.items():
-            columns[f"{kind} answer {side}"] = [_one_line(texts) for texts in measured.said[kind]]
+    rows = [_row(number, request, evaluation) for number, request in enumerate(requests)]
     written = StringIO()
-    table = csv.writer(written, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(zip(*columns.values(), strict=True))
+    table = csv.DictWriter(written, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
     return written.getvalue()
 
 
-def _one_line(texts: Sequence[str]) -> str:
-    return " | ".join(" ".join(text.split()) for text in texts)
+def _row(number: int, request: EditRequest, evaluation: Evaluation) -> dict[str, str]:
+    """A request's cells by column; the columns are every request's."""
+    row = {name: getattr(request, name) or "" for name in ("id", "prompt", "new_answer", "old_answer")}
+    sides = sides_of(evaluation)
+    *_, final = sides.values()
+    for name in final.values:
+        for side, measured in sides.items():
+            if name in measured.values and name not in BY_WINDOW:
+                value = measured.values[name].values.get(number)
+                row[f"{name} {side}"] = "" if value is None else f"{value:.6g}"
+    for kind in final.said:
+        for side, measured in sides.items():
+            row[f"{kind} answer {side}"] = " | ".join(
+                " ".join(text.split()) for text in measured.said[kind][number]
+            )
+    return row

@@ -17,33 +17,41 @@ Record = dict[str, Any]
 
 def from_easyedit(record: Record) -> Record:
     """EasyEdit's names: CounterFact's one neighbour, and KnowEdit's probes by axis."""
-    neighbour = _one_probe(record.get("locality_prompt"), record.get("locality_ground_truth"), "neighborhood")
-    prompt = _first(record["prompt"])
     flat = "counterfact" if {"locality_prompt", "case_id"} & record.keys() else "easyedit"
-    return {
-        "id": record.get("case_id"),
-        "prompt": prompt,
-        "subject": _as_written(_first(record.get("subject")), prompt),
-        "new_answer": _first(record["target_new"]),
-        "old_answer": _first(record.get("ground_truth")),
-        "rephrases": _rephrases(record.get("rephrase_prompt", record.get("rephrase"))),
-        "locality": neighbour + _by_axis(record, "locality"),
-        "portability": _by_axis(record, "portability"),
+    fields = _renamed(record, id="case_id", new_answer="target_new", old_answer="ground_truth")
+    neighbour = _one_probe(record.get("locality_prompt"), record.get("locality_ground_truth"), "neighborhood")
+    return fields | {
+        "locality": neighbour + fields["locality"],
         "source": "knowedit" if "locality" in record else flat,
     }
 
 
 def from_wikibio(record: Record) -> Record:
     """KnowEdit's WikiBio: a passage and the sentence that is to follow; its concept is written in lower case."""
-    text = _first(record["text"])
-    subject = _as_written(_first(record["concept"]), text)
-    return {
-        "prompt": text,
-        "subject": subject if str(subject) in str(text) else None,
-        "new_answer": _first(record["labels"]),
+    fields = _renamed(record, prompt="text", subject="concept", new_answer="labels")
+    if str(fields["subject"]) not in str(fields["prompt"]):
+        fields["subject"] = None
+    return fields | {"source": "wikibio"}
+
+
+def from_zsre(record: Record) -> Record:
+    """zsRE in MEND's layout; `nq question: ` in front of `loc` marks its source and is not part of it."""
+    fields = _renamed(record, prompt="src", new_answer="alt", old_answer="answers")
+    question = _first(record.get("loc"))
+    if isinstance(question, str):
+        question = question.removeprefix("nq question: ")
+    return fields | {"locality": _one_probe(question, record.get("loc_ans"), "nq"), "source": "zsre"}
+
+
+def _renamed(record: Record, **names: str) -> Record:
+    """The request fields of a record that holds each in a field of its own; names are those that differ."""
+    texts = ("id", "prompt", "subject", "new_answer", "old_answer")
+    fields = {name: _first(record.get(names.get(name, name))) for name in texts}
+    return fields | {
+        "subject": _as_written(fields["subject"], fields["prompt"]),
+        "rephrases": _rephrases(record.get("rephrase_prompt", record.get("rephrase"))),
         "locality": _by_axis(record, "locality"),
         "portability": _by_axis(record, "portability"),
-        "source": "wikibio",
     }
 
 
@@ -64,24 +72,6 @@ def from_counterfact(record: Record) -> Record:
         "rephrases": _list(record, "paraphrase_prompts"),
         "locality": [{"prompt": text, "answer": old, "axis": "neighborhood"} for text in neighbours],
         "source": "counterfact",
-    }
-
-
-def from_zsre(record: Record) -> Record:
-    """zsRE in MEND's layout; `nq question: ` in front of `loc` marks its source and is not part of it."""
-    question, prompt = _first(record.get("loc")), _first(record["src"])
-    if isinstance(question, str):
-        question = question.removeprefix("nq question: ")
-    return {
-        "id": record.get("id"),
-        "prompt": prompt,
-        "subject": _as_written(_first(record.get("subject")), prompt),
-        "new_answer": _first(record["alt"]),
-        "old_answer": _first(record.get("answers")),
-        "rephrases": _rephrases(record.get("rephrase")),
-        "locality": _one_probe(question, record.get("loc_ans"), "nq"),
-        "portability": _by_axis(record, "portability"),
-        "source": "zsre",
     }
 
 

@@ -47,13 +47,11 @@ def row_records(file: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def _check_header(header: list[str]) -> None:
-    twice = next((name for name in header if name and header.count(name) > 1), None)
-    if twice:
-        raise UserError(f"column {twice!r} stands twice")
-    if "new_answer" not in header:
-        return  # a benchmark's columns; what is missing is told with the first record
-    for name in header:
-        if name and name not in COLUMNS and not NUMBERED.fullmatch(name):
+    own = "new_answer" in header  # else a benchmark's columns; what is missing is told with the first record
+    for name in filter(None, header):
+        if header.count(name) > 1:
+            raise UserError(f"column {name!r} stands twice")
+        if own and name not in COLUMNS and not NUMBERED.fullmatch(name):
             known = ", ".join((*COLUMNS, *REPEATED))
             numbered = f"the last {len(REPEATED)} also numbered"
             raise UserError(f"column {name!r} does not exist; there is {known}, {numbered}")
@@ -73,21 +71,16 @@ def _record(header: list[str], row: list[str]) -> dict[str, Any] | UserError:
 def _nested(cells: dict[str, str]) -> dict[str, Any]:
     """Numbered columns as the lists of our own layout, in the order of their numbers."""
     record: dict[str, Any] = {}
-    rephrases: dict[int, str] = {}
-    probes: dict[tuple[str, int], dict[str, str]] = {}
+    listed: dict[tuple[str, int], dict[str, str]] = {}
     for name, cell in cells.items():
-        numbered = NUMBERED.fullmatch(name)
-        if not numbered:
-            record[name] = cell
-            continue
-        kind, _, part = numbered[1].partition("_")
-        number = int(numbered[2] or 1)
-        if part:
-            probes.setdefault((kind, number), {})[part] = cell
+        if numbered := NUMBERED.fullmatch(name):
+            kind, _, part = numbered[1].partition("_")
+            listed.setdefault((kind, int(numbered[2] or 1)), {})[part] = cell
         else:
-            rephrases[number] = cell
-    if rephrases:
-        record["rephrases"] = [rephrases[number] for number in sorted(rephrases)]
-    for (kind, _), probe in sorted(probes.items()):
-        record.setdefault(kind, []).append(probe)
+            record[name] = cell
+    for (kind, _), parts in sorted(listed.items()):
+        if kind == "rephrase":
+            record.setdefault("rephrases", []).append(parts[""])
+        else:
+            record.setdefault(kind, []).append(parts)
     return record

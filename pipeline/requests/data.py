@@ -23,8 +23,8 @@ class EditRequests(LightningDataModule):
     """Requests in batches of tokens.
 
     For `fit`, a batch holds prompts with their new answers, in an order that is drawn anew every epoch. For
-    `predict` (and `validate`) it holds P requests' rows with their old answers, then the same with the new ones: what
-    `GradientAttribution` watches.
+    `predict` (and `validate`) it holds P requests' rows with their old answers, then the same with the new ones:
+    what `GradientAttribution` watches.
 
     Args:
         source: a file (JSONL, JSON or CSV), `hf:NAME`, `demo`, or requests that are loaded already.

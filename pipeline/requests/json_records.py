@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -11,6 +12,8 @@ from pipeline.requests.lines import LONGEST, NOT_UTF8, bounded_lines
 
 PIECE = 2**14  # characters of a list that are read at once
 DECODER = json.JSONDecoder()
+SPACE = re.compile(r"\s*")
+END = object()  # in place of a record: the list is over
 
 
 def line_records(file: TextIO) -> Iterator[tuple[str, Any]]:
@@ -35,76 +38,63 @@ def list_records(file: TextIO) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: where the list is malformed: what follows cannot be told apart any more.
     """
-    window = _Window(file)
-    window.take("[")
-    number, after = 0, window.take("]") if window.peek() == "]" else ","
-    while after == ",":
-        yield f"record {number}", window.value()
-        number, after = number + 1, window.take(",]")
-    if window.peek():
-        raise window.malformed("the list has ended, but text follows")
+    text, line, number, expected, ended = "", 1, 0, "[", False
+    while True:
+        found = _element(text, line, expected, ended)
+        if found is None:
+            if len(text) > LONGEST:
+                raise UserError(f"line {line}: malformed JSON: a record longer than {LONGEST >> 20} MiB")
+            piece = file.read(max(PIECE, len(text)))  # pieces grow with the record
+            text, ended = text + piece, not piece
+            continue
+        record, end = found
+        bad = NOT_UTF8.search(text, 0, end)
+        text, line = text[end:], line + text.count("\n", 0, end)
+        if record is END:
+            break
+        yield f"record {number}", UserError("not UTF-8 text") if bad else record
+        number, expected = number + 1, ",]"
+    text += file.read(PIECE)
+    if text.strip():
+        raise _malformed("the list has ended, but text follows", line, text, _skip(text, 0))
 
 
-class _Window:
-    """A text of which only what is being parsed is in memory.
+def _element(text: str, line: int, expected: str, ended: bool) -> tuple[Any, int] | None:
+    """The next record of a list, or END, and where it ends; None where more text is needed to tell.
 
-    Attributes:
-        text: what has been read and is not parsed yet.
-        line: the line that `text` begins in.
+    Args:
+        text: from the end of the record before it on.
+        line: the line that it begins in.
+        expected: the characters one of which must come first.
+        ended: whether there is no more text.
     """
+    at = _skip(text, 0)
+    if at == len(text) and not ended:
+        return None
+    if text[at : at + 1] not in tuple(expected):
+        raise _malformed(f"expecting {' or '.join(map(repr, expected))}", line, text, at)
+    if text[at] == "]":
+        return END, at + 1
+    after = _skip(text, at + 1)
+    if expected == "[" and text[after : after + 1] == "]":
+        return END, after + 1
+    try:
+        record, end = DECODER.raw_decode(text, after)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and not ended:  # more text may mend it
+            return None
+        raise _malformed(_reason(error), line, text, getattr(error, "pos", 0)) from None
+    return (record, end) if end < len(text) or ended else None  # at the very end, a number may go on
 
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
-        self.text, self.line = "", 1
 
-    def peek(self) -> str:
-        """The next character that is no space, or nothing at the file's end."""
-        while True:
-            self._drop(len(self.text) - len(self.text.lstrip()))
-            if self.text or not self._more():
-                return self.text[:1]
+def _skip(text: str, start: int) -> int:
+    """Where the next character stands that is no space."""
+    found = SPACE.match(text, start)
+    return found.end() if found else start
 
-    def take(self, expected: str) -> str:
-        """Go on behind a character that must come next, one of those expected."""
-        found = self.peek()
-        if not found or found not in expected:
-            raise self.malformed(f"expecting {' or '.join(map(repr, expected))}")
-        self._drop(1)
-        return found
 
-    def value(self) -> Any:
-        """The next value, whole; the UserError that says so where it is not UTF-8."""
-        self.peek()
-        while True:
-            try:
-                value, end = DECODER.raw_decode(self.text)
-            except json.JSONDecodeError as error:  # more text may mend it
-                if not self._more():
-                    raise self.malformed(_reason(error), error.pos) from None
-                continue
-            except (ValueError, RecursionError) as error:
-                raise self.malformed(_reason(error)) from None
-            if end < len(self.text) or not self._more():  # at the very end, a number may go on
-                bad = NOT_UTF8.search(self.text, 0, end)
-                self._drop(end)
-                return UserError("not UTF-8 text") if bad else value
-
-    def malformed(self, reason: str, at: int = 0) -> UserError:
-        """The error that says in which line the list is broken."""
-        line = self.line + self.text.count("\n", 0, at)
-        return UserError(f"line {line}: malformed JSON: {reason}")
-
-    def _more(self) -> bool:
-        """Read another piece; whether there was one. Pieces grow with the record."""
-        if len(self.text) > LONGEST:
-            raise self.malformed(f"a record longer than {LONGEST >> 20} MiB")
-        piece = self.file.read(max(PIECE, len(self.text)))
-        self.text += piece
-        return bool(piece)
-
-    def _drop(self, end: int) -> None:
-        self.line += self.text.count("\n", 0, end)
-        self.text = self.text[end:]
+def _malformed(reason: str, line: int, text: str, at: int) -> UserError:
+    return UserError(f"line {line + text.count(chr(10), 0, at)}: malformed JSON: {reason}")
 
 
 def _reason(error: Exception) -> str:

@@ -84,13 +84,10 @@ def _leave_out_empty(fields: Record) -> int:
     left_out = 0
     for kind in ("rephrases", "locality", "portability"):
         found = fields.get(kind, [])
-        fields[kind] = [one for one in found if not _is_empty(one)]
+        texts = [(one,) if kind == "rephrases" else (one["prompt"], one["answer"]) for one in found]
+        fields[kind] = [one for one, its in zip(found, texts, strict=True) if not any(map(is_blank, its))]
         left_out += len(found) - len(fields[kind])
     return left_out
-
-
-def _is_empty(one: Any) -> bool:
-    return any(map(is_blank, (one["prompt"], one["answer"]) if isinstance(one, dict) else (one,)))
 
 
 def without_empty(row: Record) -> Record:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError, check_at_least
+from pipeline.requests.conflicts import fact
 from pipeline.requests.layouts import Layout, find_layout, to_request
 from pipeline.requests.schema import EditRequest
-from pipeline.requests.seen import Seen
 from pipeline.requests.sources import raw_records
 
 
@@ -62,7 +61,9 @@ def stream_requests(
     skip_bad: bool = False,
     tell: Callable[[str], Any] = warnings.warn,
 ) -> Iterator[EditRequest]:
-    """Read edit requests one by one, in constant memory: what is wrong with a record is said when it is reached.
+    """Read edit requests one by one: what is wrong with a record is said when it is reached.
+
+    Of those before, only id, subject, prompt and new answer stay in memory.
 
     Args:
         source: a JSONL, JSON or CSV file, gzipped or not, `hf:NAME` for a Hugging Face data set, or `demo`.
@@ -92,52 +93,67 @@ def stream_requests(
 
 
 def read_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> Iterator[Reading]:
-    """Each record of a source as a request or as what is wrong with it, in constant memory.
+    """Each record of a source as a request or as what is wrong with it, one after another.
 
     Arguments, and what is raised beside what is wrong with a record: as for `stream_requests`.
     """
     check_at_least("offset", offset, 0)
     if limit is not None:
         check_at_least("limit", limit, 1)
-    total = 0
-    with closing(Seen()) as seen:
-        reader = _Reader(source, seen)
-        for place, record in islice(raw_records(source), None if limit is None else offset + limit):
-            if total >= offset:
-                yield reader.read(record, place, total)
-            total += 1
+    total, seen = 0, _Seen()
+    for place, record in islice(raw_records(source), None if limit is None else offset + limit):
+        if total >= offset:
+            yield _read(record, f"{source}: {place}", place, total, seen)
+        total += 1
     if not total:
         raise UserError(f"requests: {source}: holds no records")
     if total <= offset:
         raise UserError(f"offset: {offset} leaves nothing of the {total} records of {source}")
 
 
-class _Reader:
-    """Reads records one by one; knows the ids so far and the layout that the first record settled."""
+def _read(record: Any, where: str, place: str, number: int, seen: _Seen) -> Reading:
+    """One record as a request, or what is wrong with it."""
+    layout = None
+    try:
+        if isinstance(record, UserError):
+            raise record
+        layout = find_layout(record)
+        seen.check_layout(layout, place)
+        request, left_out = to_request(record, layout, number)
+        return Reading(place, request, layout.name, left_out, seen.add(request, place))
+    except UserError as error:
+        return Reading(place, UserError(f"{where}: {error}"), layout and layout.name)
 
-    def __init__(self, source: str | Path, seen: Seen) -> None:
-        self.source = source
-        self.seen = seen
-        self.layout: Layout | None = None
-        self.told = ""  # where the layout was told
 
-    def read(self, record: Any, place: str, number: int) -> Reading:
-        """One record as a request, or what is wrong with it."""
-        layout = None
-        try:
-            if isinstance(record, UserError):
-                raise record
-            layout = find_layout(record)
-            self._check_layout(layout, place)
-            request, left_out = to_request(record, layout, number)
-            return Reading(place, request, layout.name, left_out, self.seen.add(request, place))
-        except UserError as error:
-            return Reading(place, UserError(f"{self.source}: {place}: {error}"), layout and layout.name)
+class _Seen:
+    """What was read before.
 
-    def _check_layout(self, layout: Layout, place: str) -> None:
-        if self.layout is None:
-            self.layout, self.told = layout, place
-        elif layout != self.layout:
-            raise UserError(
-                f"is {layout.name}, but {self.told} is {self.layout.name}; expected one layout in a file"
-            )
+    Attributes:
+        layout: the name of the first record's layout, and the record's place.
+        ids: by id, the place where it was used.
+        facts: by subject and prompt, place and new answer of the last request about it.
+    """
+
+    def __init__(self) -> None:
+        self.layout: tuple[str, str] | None = None
+        self.ids: dict[str, str] = {}
+        self.facts: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def check_layout(self, layout: Layout, place: str) -> None:
+        """Raise UserError when records before had another layout."""
+        name, told = self.layout = self.layout or (layout.name, place)
+        if layout.name != name:
+            raise UserError(f"is {layout.name}, but {told} is {name}; expected one layout in a file")
+
+    def add(self, request: EditRequest, place: str) -> tuple[str, str] | None:
+        """Keep a request; place and new answer of the last one before it about the same subject and prompt.
+
+        Raises:
+            UserError: when its id was used before.
+        """
+        if request.id in self.ids:
+            raise UserError(f"id {request.id!r} was used before, at {self.ids[request.id]}")
+        self.ids[request.id] = place
+        earlier = self.facts.get(fact(request))
+        self.facts[fact(request)] = place, request.new_answer
+        return earlier

@@ -71,9 +71,8 @@ class Batch:
 
     def to(self, device: Any, **_: Any) -> Batch:
         """On a device."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return replace(self, **moved)
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def means(self, values_N: Tensor) -> Tensor:
         """Mean of a value over each text's target tokens, one a text."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ INSTEAD = (
     "with one at a time already; give --trainer.precision bf16-true, spread the model over devices "
     "(--trainer.strategy fsdp), or take shorter texts or a smaller model"
 )
-SHARED = "devices that share a model's weights cannot repeat a step alone; give fewer requests or shorter texts"
+SHARED = "devices that share a model's weights cannot repeat a step alone; give a smaller --expert.batch_size"
 
 
 class Items:
@@ -70,16 +71,12 @@ class Stage(LightningModule):
         """An output for each item of a batch, in their order, on the CPU."""
         raise NotImplementedError
 
-    def transfer_batch_to_device(self, batch: Items, device: torch.device, dataloader_idx: int) -> Items:
-        """Items stay where they are: what is made of them moves."""
-        return batch
-
     def predict_step(self, batch: Items) -> dict[int, Any]:
         """Outputs by the items' numbers."""
         outputs: dict[int, Any] = {}
         left = batch.parts(self.at_once or len(batch))
         while left:
-            suffices, found = attempt(lambda part=left[0]: self._run(part))
+            suffices, found = attempt(partial(self._run, left[0]))
             if suffices:
                 outputs |= found
                 left.pop(0)
@@ -107,6 +104,10 @@ class Batches(LightningDataModule):
     def __init__(self, batches: Sequence[Items], in_step: bool = False) -> None:
         super().__init__()
         self.batches, self.in_step = batches, in_step
+
+    def transfer_batch_to_device(self, batch: Items, device: torch.device, dataloader_idx: int) -> Items:
+        """Items stay where they are: what is made of them moves."""
+        return batch
 
     def predict_dataloader(self) -> DataLoader:
         """Batches one by one."""
@@ -171,7 +172,7 @@ def run(
             most = min(batch_size, max(1, len(left) // trainer.world_size))  # an item for each device, if possible
             batches = in_batches(left, tokens, most, most_tokens)
             outputs = trainer.predict(stage, datamodule=Batches(batches, in_step)) or []
-        for part in of_all(ChainMap(*outputs)):  # type: ignore[arg-type]
+        for part in of_all(ChainMap(*outputs)):
             done |= part
     return [done[number] for number in range(len(items))]
 

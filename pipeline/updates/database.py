@@ -97,10 +97,10 @@ def connect(file: Path) -> sqlite3.Connection:
         database.row_factory = sqlite3.Row
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "cache_size = -200000"):
             database.execute(f"PRAGMA {pragma}")
-        (application,), (layout,) = (
-            database.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
-        )
-        (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        application, layout, tables = database.execute(
+            "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master) "
+            "FROM pragma_application_id, pragma_user_version"
+        ).fetchone()
         if not (application or layout or tables):
             header = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {LAYOUT};"
             database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {header} COMMIT;")
@@ -116,18 +116,14 @@ def connect(file: Path) -> sqlite3.Connection:
 
 
 @contextmanager
-def transaction(database: sqlite3.Connection, alone: bool = True) -> Iterator[sqlite3.Connection]:
-    """All inside the `with` is written, or nothing.
-
-    Args:
-        database: what is written to.
-        alone: whether other writers wait from its start; else from the first write to more than temporary tables.
+def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All inside the `with` is written, or nothing; other writers wait from its start.
 
     Raises:
         UserError: when the disk is full, or another writer takes longer than `PATIENCE`.
     """
     try:
-        database.execute("BEGIN IMMEDIATE" if alone else "BEGIN")
+        database.execute("BEGIN IMMEDIATE")
         yield database
         database.execute("COMMIT")
     except BaseException as error:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.editing import WeightUpdate
-from pipeline.evaluation import Estimate
-from pipeline.model import LLM
-from pipeline.running.sharding import whole
+from pipeline.editing.update import WeightUpdate
+from pipeline.evaluation.metrics import Estimate
+from pipeline.model.llm import LLM
 from pipeline.options import GateOptions
+from pipeline.running.sharding import whole
 
 OF_BATCH = ("rewrite", "rephrase", "locality")
 OF_MODEL = ("earlier", "perplexity", "drift")  # whatever the batch

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
+from pipeline.updates.folders import load_version
 from pipeline.updates.store import CURRENT, Store
-from pipeline.updates.versions import BASE, load_version
 
 NAMED = 5  # requests that a message spells out
 
@@ -22,19 +23,16 @@ def find(store: Store, name: str) -> tuple[int, str]:
         UserError: when there is none, or several have the id.
     """
     rows = store.database.execute(
-        "SELECT number, state FROM requests WHERE number = ?", (int(name) if _is_number(name) else -1,)
+        "SELECT number, state, CAST(number AS TEXT) = :name AS by_number FROM requests "
+        "WHERE by_number OR id = :name ORDER BY by_number DESC, number",
+        {"name": name},
     ).fetchall()
-    rows = rows or store.database.execute("SELECT number, state FROM requests WHERE id = ?", (name,)).fetchall()
     if not rows:
         raise UserError(f"request: {name!r} does not exist; `history` lists what does")
-    if len(rows) > 1:
+    if len(rows) > 1 and not rows[0]["by_number"]:
         listed = ", ".join(f"{row['number']} ({row['state']})" for row in rows[:NAMED])
         raise UserError(f"request: {len(rows)} have the id {name!r}; name one by its number: {listed}")
     return rows[0]["number"], rows[0]["state"]
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit() and len(name) < 19
 
 
 def counts(store: Store) -> dict[str, int]:
@@ -65,15 +63,8 @@ def story(store: Store, number: int) -> list[tuple[str, str]]:
         "SELECT at, file FROM submissions WHERE number = (SELECT submission FROM requests WHERE number = ?)",
         (number,),
     ).fetchone()
-    lines = [(day(at), f"submitted in {file}")]
-    for row in store.database.execute("SELECT * FROM events WHERE request = ? ORDER BY number", (number,)):
-        detail = json.loads(row["detail"] or "{}")
-        words = [row["what"]]
-        words += [f"in version {row['version']}"] if row["version"] is not None else []
-        words += [f"by request {detail['by']}"] if "by" in detail else []
-        words += [f"({detail['reason']})"] if "reason" in detail else []
-        lines.append((day(row["at"]), " ".join(words)))
-    return lines
+    rows = store.database.execute("SELECT * FROM events WHERE request = ? ORDER BY number", (number,))
+    return [(day(at), f"submitted in {file}"), *map(_told, rows)]
 
 
 def events(store: Store, limit: int) -> list[tuple[str, str]]:
@@ -81,13 +72,21 @@ def events(store: Store, limit: int) -> list[tuple[str, str]]:
     rows = store.database.execute(
         "SELECT * FROM events WHERE request IS NULL ORDER BY number DESC LIMIT ?", (limit,)
     )
-    lines = []
-    for row in rows:
-        detail = json.loads(row["detail"] or "{}")
-        more = f" ({detail['file']}: {detail['queued']} new)" if row["what"] == "submitted" else ""
-        version = f" version {row['version']}" if row["version"] is not None else ""
-        lines.append((day(row["at"]), f"{row['what']}{version}{more}"))
-    return lines
+    return [_told(row) for row in rows]
+
+
+def _told(row: sqlite3.Row) -> tuple[str, str]:
+    """When and what happened, in words."""
+    detail, words = json.loads(row["detail"] or "{}"), [row["what"]]
+    if row["version"] is not None:
+        words.append(f"{'version' if row['request'] is None else 'in version'} {row['version']}")
+    if "by" in detail:
+        words.append(f"by request {detail['by']}")
+    if "reason" in detail:
+        words.append(f"({detail['reason']})")
+    if "file" in detail:
+        words.append(f"({detail['file']}: {detail['queued']} new)")
+    return day(row["at"]), " ".join(words)
 
 
 def day(at: float) -> str:
@@ -96,35 +95,25 @@ def day(at: float) -> str:
 
 
 def verify(store: Store, load: Callable[[str], LLM], model: str | None = None) -> Iterator[tuple[int, str]]:
-    """Each version's number, and what is wrong with it; empty when nothing is.
+    """Each version's number, and what is wrong with it: with its files, or with applying it; empty when nothing is.
 
     Raises:
         UserError: when the database is damaged, the link `current` is wrong, or the model is not the store's.
     """
     for pragma in ("integrity_check", "foreign_key_check"):
-        rows = store.database.execute(f"PRAGMA {pragma}").fetchall()
-        if rows and rows[0][0] != "ok":
-            raise UserError(f"store: {store.folder}: the database is damaged: {' '.join(map(str, rows[0]))}")
+        for problem, *more in store.database.execute(f"PRAGMA {pragma}").fetchall():
+            if problem != "ok":
+                raise UserError(f"store: {store.folder}: the database is damaged: {problem} {more or ''}")
     if not (store.folder / CURRENT).is_dir():
         raise UserError(f"store: {store.folder / CURRENT}: leads nowhere")
-    rows = store.database.execute("SELECT number, manifest FROM versions ORDER BY number").fetchall()
-    llm = None
-    if len(rows) > 1:
-        name = model or store.model
-        llm = load(name)
-        store.check_fingerprint(name, llm.fingerprint)
-    for number, digest in rows:
-        yield number, _problem(store, number, digest, llm)
-
-
-def _problem(store: Store, number: int, digest: str, llm: LLM | None) -> str:
-    """What is wrong with a version: with its files, or with applying it."""
-    try:
-        update = load_version(store.folder, number, digest)
-        if number != BASE:
-            assert update and llm
-            with update.applied(llm):
-                pass
-    except (UserError, KeyError, RuntimeError, OSError) as error:
-        return " ".join(str(error).split())
-    return ""
+    llm = store.load_base(load, model) if store.newest else None
+    made = store.database.execute("SELECT number, manifest FROM versions ORDER BY number").fetchall()
+    for number, digest in made:
+        problem = ""
+        try:
+            update = load_version(store.folder, number, digest)
+            if update and llm:
+                update.apply(llm).apply(llm)  # and back
+        except (UserError, KeyError, RuntimeError, OSError) as error:
+            problem = " ".join(str(error).split())
+        yield number, problem

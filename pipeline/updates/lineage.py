@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.attribution import GoldenProfile
+from pipeline.attribution.profile import GoldenProfile
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.updates.database import transaction
+from pipeline.updates.folders import Manifest, check_version, remove_unfinished, write_version
 from pipeline.updates.proving import BatchResult, HeldBack
 from pipeline.updates.queue import Contradiction, number_of
 from pipeline.updates.store import Store
-from pipeline.updates.versions import Manifest, check_version, version_folder, write_version
+
+
+class Change(NamedTuple):
+    """What a version changed of a request: what became of it, and what took its place."""
+
+    what: str
+    version: int
+    successor: int | None
 
 
 def publish(
@@ -30,23 +37,20 @@ def publish(
 ) -> None:
     """Write a version and make it the current one: files first, then one transaction that moves everything at once.
 
-    Nothing is published when the current version is no longer `parent`: the result is overtaken then, and the batch
-    in the queue again.
-
     Args:
         store: the store.
         batch: the number of the batch that it ends.
         parent: the version that was edited on top of.
-        result: what came of the batch; its `version`, `superseded` or `overtaken` are set.
+        result: what came of the batch; its `version` and `superseded` are set.
         profile: where it was edited.
         retracted: numbers of requests that go.
 
     Raises:
-        UserError, OSError: when the disk has no room; nothing is published.
+        UserError: when the current version is no longer `parent`; nothing is published, as always when it fails.
+        OSError: when the disk has no room.
     """
     update, number = result.update, store.newest + 1
     assert update
-    folder = version_folder(store.folder, number)
 
     def fill(partial: Path) -> None:
         update.save(partial)
@@ -55,40 +59,34 @@ def publish(
         write_json(partial / "metrics.json", _metrics(result, len(retracted)))
 
     manifest = Manifest(version=number, parent=parent, model=update.model, fingerprint=update.fingerprint)
-    shutil.rmtree(folder, ignore_errors=True)
     digest = write_version(store.folder, manifest, fill)
     try:
-        _make_current(store, manifest, digest, batch, result, retracted)
+        with transaction(store.database):
+            _make_current(store, manifest, digest, batch, result, retracted)
     finally:
-        if store.newest < number:  # an interrupt may fall behind the commit: the database knows
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_unfinished(store.folder, store.newest)  # not where an interrupt falls behind the commit
     store.point()
 
 
 def _make_current(
     store: Store, manifest: Manifest, digest: str, batch: int, result: BatchResult, retracted: Sequence[int]
 ) -> None:
-    """In one transaction: the version is the current one, its batch is over, and every request knows."""
+    """Inside a transaction: the version is the current one, its batch is over, and every request knows."""
     version, parent = manifest.version, manifest.parent
-    with transaction(store.database) as database:
-        if store.current != parent:
-            store.give_back(batch, "another version became current meanwhile")
-            result.overtaken = True
-            return
-        database.execute(
-            "INSERT INTO versions (number, parent, made, manifest) VALUES (?, ?, ?, ?)",
-            (version, parent, store.clock(), digest),
-        )
-        result.superseded = [
-            pair for request in result.applied for pair in _apply(store, version, number_of(request))
-        ]
-        for request in retracted:
-            _change(store, version, request, "retracted")
-        _hold_back(store, result.held)
-        store.end_batch(batch, "published", version)
-        store.set_about("current", version)
-        store.note_event("published", batch=batch, version=version, parent=parent)
-    result.version = version
+    if store.current != parent:
+        raise UserError(f"store: {store.folder}: another version became current meanwhile; nothing was published")
+    store.database.execute(
+        "INSERT INTO versions (number, parent, made, manifest) VALUES (?, ?, ?, ?)",
+        (version, parent, store.clock(), digest),
+    )
+    superseded = [pair for request in result.applied for pair in _apply(store, version, number_of(request))]
+    for request in retracted:
+        _change(store, version, request, "retracted")
+    hold_back(store, result.held)
+    store.end_batch(batch, "published", version)
+    store.set_about("current", version)
+    store.note_event("published", batch=batch, version=version, parent=parent)
+    result.version, result.superseded = version, superseded
 
 
 def _apply(store: Store, version: int, request: int) -> list[Contradiction]:
@@ -108,17 +106,17 @@ def _change(store: Store, version: int, request: int, what: str, successor: int 
         "INSERT INTO changes (version, request, what, successor) VALUES (?, ?, ?, ?)",
         (version, request, what, successor),
     )
-    store.set_state(request, what, version=version if what == "applied" else None, successor=successor)
+    _take_over(store, request, Change(what, version, successor))
 
 
-def hold_back(store: Store, batch: int, held: Sequence[HeldBack]) -> None:
-    """End a batch of which nothing is published."""
-    with transaction(store.database):
-        _hold_back(store, held)
-        store.end_batch(batch, "held back")
+def _take_over(store: Store, request: int, change: Change) -> None:
+    """Inside a transaction: a request is in the state that a version gave it."""
+    home = change.version if change.what == "applied" else None
+    store.set_state(request, change.what, version=home, successor=change.successor)
 
 
-def _hold_back(store: Store, held: Sequence[HeldBack]) -> None:
+def hold_back(store: Store, held: Sequence[HeldBack]) -> None:
+    """Inside a transaction: what a batch had taken and is not to be applied."""
     for number, reason, figures in held:
         store.set_state(number, "held back", only=["taken"], reason=reason, figures=json.dumps(figures))
 
@@ -153,23 +151,20 @@ def check_number(store: Store, version: int) -> str:
     return str(row[0])
 
 
-def ancestors(store: Store, version: int) -> list[int]:
-    """A version and all that it was made on, itself first, the base last."""
-    line: list[int] = []
-    number: int | None = version
-    while number is not None:
-        line.append(number)
-        (number,) = store.database.execute("SELECT parent FROM versions WHERE number = ?", (number,)).fetchone()
-    return line
+def last_changes(store: Store, version: int) -> dict[int, Change]:
+    """What became last of each request, by number, in a version or in those that it was made on."""
+    rows = store.database.execute(
+        "WITH RECURSIVE line AS (SELECT number, parent FROM versions WHERE number = ? "
+        "UNION ALL SELECT v.number, v.parent FROM versions v JOIN line ON v.number = line.parent) "
+        "SELECT request, what, version, successor FROM changes JOIN line ON version = line.number ORDER BY version",
+        (version,),
+    )
+    return {request: Change(*change) for request, *change in rows}
 
 
 def in_force(store: Store, version: int) -> set[int]:
     """Numbers of the requests that a version holds."""
-    held: set[int] = set()
-    for number in reversed(ancestors(store, version)):
-        for request, what, _ in _changes(store, number):
-            (held.add if what == "applied" else held.discard)(request)
-    return held
+    return {request for request, last in last_changes(store, version).items() if last.what == "applied"}
 
 
 def difference(store: Store, older: int, newer: int) -> tuple[list[int], list[int]]:
@@ -199,40 +194,14 @@ def rollback(store: Store, version: int) -> tuple[list[int], list[int]]:
     check_version(store.folder, version, check_number(store, version))
     with transaction(store.database):
         before = store.current
-        change = difference(store, before, version)
-        up, down = ancestors(store, before), ancestors(store, version)
-        for number in [one for one in up if one not in down]:
-            _undo(store, number)
-        for number in reversed([one for one in down if one not in up]):
-            _redo(store, number)
+        was, shall_be = last_changes(store, before), last_changes(store, version)
+        for request, change in shall_be.items():
+            if change != was.get(request):
+                _take_over(store, request, change)
+        for request in was.keys() - shall_be.keys():
+            reason = f"version {was[request].version} was rolled back"
+            store.set_state(request, "held back", only=["applied", "superseded", "retracted"], reason=reason)
         store.set_about("current", version)
         store.note_event("rolled back", version=version, left=before)
     store.point()
-    return change
-
-
-def _changes(store: Store, version: int) -> list[tuple[int, str, int | None]]:
-    """What a version changed against its parent: requests, what became of them, and what took their place."""
-    return store.database.execute(
-        "SELECT request, what, successor FROM changes WHERE version = ?", (version,)
-    ).fetchall()
-
-
-def _undo(store: Store, version: int) -> None:
-    """Inside a transaction: requests are in the state that they had before a version."""
-    for request, what, _ in _changes(store, version):
-        if what == "applied":
-            reason = f"version {version} was rolled back"
-            store.set_state(request, "held back", only=["applied"], reason=reason)
-        else:
-            (home,) = store.database.execute(
-                "SELECT max(version) FROM changes WHERE request = ? AND what = 'applied' AND version < ?",
-                (request, version),
-            ).fetchone()
-            store.set_state(request, "applied", only=["superseded", "retracted"], version=home)
-
-
-def _redo(store: Store, version: int) -> None:
-    """Inside a transaction: requests are in the state that a version gave them."""
-    for request, what, successor in _changes(store, version):
-        store.set_state(request, what, version=version if what == "applied" else None, successor=successor)
+    return difference(store, before, version)

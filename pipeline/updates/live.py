@@ -7,23 +7,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-from pipeline.editing import WeightUpdate
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.model import LLM, generate
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
 from pipeline.options import TrainerOptions
+from pipeline.updates.folders import BASE, VERSIONS, load_weights, version_folder
 from pipeline.updates.store import CURRENT
-from pipeline.updates.versions import BASE, VERSIONS, load_weights, version_folder
 
 LINK = re.compile(rf"{VERSIONS}/(\d{{4,9}})")
-
-
-class Answers(NamedTuple):
-    """What a model said, and the one version that all of it was said by."""
-
-    texts: list[str]
-    version: int
 
 
 class LiveModel:
@@ -86,10 +79,10 @@ class LiveModel:
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 16,
         trainer: TrainerOptions | None = None,
-    ) -> Answers:  # fmt: skip
-        """Greedy answers to prompts, all by one version."""
+    ) -> tuple[list[str], int]:  # fmt: skip
+        """Greedy answers to prompts, and the one version that gave all of them."""
         with self.reading() as llm:
-            return Answers(generate(llm, prompts, max_new_tokens, batch_size, trainer), self.version)
+            return generate(llm, prompts, max_new_tokens, batch_size, trainer), self.version
 
     def _current(self) -> int:
         link = self.store / CURRENT

@@ -9,14 +9,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.attribution import GoldenProfile
-from pipeline.editing import WeightUpdate, accept, can_leave_out, edit, leave_out
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.editing.editor import accept, edit
+from pipeline.editing.leave_out import can_leave_out, leave_out
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.evaluation import Evaluator
+from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.plan import KINDS
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions
-from pipeline.requests import EditRequest, fact
+from pipeline.requests.conflicts import fact
+from pipeline.requests.schema import EditRequest
 from pipeline.updates.gates import OF_MODEL, Figures, Gate, drift, missed
 from pipeline.updates.queue import Contradiction, number_of
 
@@ -56,7 +59,6 @@ class BatchResult:
         seconds: of editing and of measuring.
         version: what was published; None when nothing was.
         superseded: which requests gave way to newer ones.
-        overtaken: whether another version became current meanwhile, so that nothing was published.
     """
 
     applied: list[EditRequest] = field(default_factory=list)
@@ -68,28 +70,20 @@ class BatchResult:
     seconds: dict[str, float] = field(default_factory=dict)
     version: int | None = None
     superseded: list[Contradiction] = field(default_factory=list)
-    overtaken: bool = False
 
 
 def split_by_fit(
     llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions
 ) -> tuple[list[EditRequest], list[HeldBack]]:
     """Those of a batch that the method and the model can take, and those that they cannot."""
-
-    def problem(requests: Sequence[EditRequest]) -> str:
+    fitting, held = [], []
+    for request in batch:
         try:
-            Evaluator(llm, accept(requests, options.edit), options.evaluation, kinds=("probes", "generation"))
+            Evaluator(llm, accept([request], options.edit), options.evaluation, kinds=("probes", "generation"))
+            fitting.append(request)
         except UserError as error:
-            return str(error)
-        return ""
-
-    if not problem(batch):
-        return list(batch), []
-    problems = [problem([request]) for request in batch]
-    fitting = [request for request, reason in zip(batch, problems, strict=True) if not reason]
-    return fitting, [
-        HeldBack(number_of(request), reason, {}) for request, reason in zip(batch, problems, strict=True) if reason
-    ]
+            held.append(HeldBack(number_of(request), str(error), {}))
+    return fitting, held
 
 
 class Trial:
@@ -215,7 +209,7 @@ class Trial:
         assert self.whole
         earlier = {fact(request) for request in self.base.requests}
         renewed = any(fact(request) in earlier for request in rest)
-        return not renewed and can_leave_out(self.llm, self.whole, rest, self.options.edit.method)
+        return not renewed and can_leave_out(self.whole, rest, self.options.edit.method)
 
     def measure(
         self,

@@ -6,22 +6,24 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.editing.columns import owner
-from pipeline.requests import EditRequest, stream_requests
+from pipeline.requests.readers import stream_requests
+from pipeline.requests.schema import EditRequest
 from pipeline.updates.database import transaction
 from pipeline.updates.store import Store
 
 Contradiction = tuple[int, int]  # two requests about one fact: the older's number, and the newer's, which wins
 
 # Requests come into a table of this connection first, so that a long file keeps no other writer waiting.
-INCOMING = (
-    "CREATE TEMP TABLE IF NOT EXISTS incoming (place INTEGER PRIMARY KEY, id, source, content, digest, fact)",
-    "DELETE FROM temp.incoming",
-)
+INCOMING = """
+    DROP TABLE IF EXISTS temp.incoming;
+    CREATE TEMP TABLE incoming (place INTEGER PRIMARY KEY, id, source, content, digest UNIQUE, fact);
+"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,6 @@ class Submitted:
         known: how many were in the store already, and stay as they are.
         left: how many of those are out of it: held back, superseded or retracted.
         superseded: which queued requests gave way.
-        changing: how many change a fact that a version holds already.
     """
 
     queued: int
@@ -42,7 +43,6 @@ class Submitted:
     known: int
     left: int
     superseded: list[Contradiction]
-    changing: int
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,11 @@ def submit(
     Raises:
         UserError: when the file or one of its requests is wrong.
     """
-    with transaction(store.database, alone=False) as database:
-        for statement in INCOMING:
-            database.execute(statement)
-        database.executemany(
-            "INSERT INTO temp.incoming (id, source, content, digest, fact) VALUES (?, ?, ?, ?, ?)",
-            _rows(file, source),
-        )
+    store.database.executescript(INCOMING)
+    store.database.executemany(
+        "INSERT OR IGNORE INTO temp.incoming (id, source, content, digest, fact) VALUES (?, ?, ?, ?, ?)",
+        _rows(file, source),
+    )
     with transaction(store.database):
         return _enqueue(store, str(file), not_before, again)
 
@@ -92,71 +90,55 @@ def _rows(file: str | Path, source: str | None) -> Iterator[tuple[str, str | Non
 def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitted:
     """Inside a transaction: move what came in into the queue."""
     database, now, first = store.database, store.clock(), int(store.about("next"))
-    submission = database.execute("INSERT INTO submissions (at, file) VALUES (?, ?)", (now, file)).lastrowid
-    effective = max(now, not_before)
-    queued = database.execute(
-        "INSERT OR IGNORE INTO requests "
-        "(number, id, source, content, digest, fact, submission, not_before, effective, position) "
-        "SELECT :first + row_number() OVER (ORDER BY place), id, source, content, digest, fact, :submission, "
-        ":not_before, :effective, :first + row_number() OVER (ORDER BY place) FROM temp.incoming i "
-        "WHERE NOT EXISTS (SELECT 1 FROM requests r WHERE r.digest = i.digest)",
-        {"first": first - 1, "submission": submission, "not_before": not_before, "effective": effective},
-    ).rowcount
-    (distinct,) = database.execute("SELECT count(DISTINCT digest) FROM temp.incoming").fetchone()
-    (newest,) = database.execute("SELECT max(number) FROM requests").fetchone()
-    store.set_about("next", max(first, newest + 1))
+    when: dict[str, Any] = {"not_before": not_before, "effective": max(now, not_before)}
     left = _left(store)
-    if again:
-        for number in left:
-            _requeue(store, number, file, not_before, effective)
-    requeued = len(left) if again else 0
-    store.note_event("submitted", file=file, queued=queued, first=first, again=requeued)
+    submission = database.execute("INSERT INTO submissions (at, file) VALUES (?, ?)", (now, file)).lastrowid
+    queued = database.execute(
+        "INSERT INTO requests (id, source, content, digest, fact, submission, not_before, effective, position) "
+        "SELECT id, source, content, digest, fact, :submission, :not_before, :effective, :first + place - 1 "
+        "FROM temp.incoming i WHERE NOT EXISTS (SELECT 1 FROM requests r WHERE r.digest = i.digest) ORDER BY place",
+        {"submission": submission, "first": first, **when},
+    ).rowcount
+    requeued = left if again else []
+    for number, place in requeued:
+        store.set_state(
+            number, "queued", event="queued again", reason=file, batch=None, position=first + place - 1, **when
+        )
+    (count,) = database.execute("SELECT count(*) FROM temp.incoming").fetchone()
+    store.set_about("next", first + count)
+    store.note_event("submitted", file=file, queued=queued, again=len(requeued))
     return Submitted(
         queued=queued,
-        again=requeued,
-        known=distinct - queued - requeued,
-        left=len(left) - requeued,
-        superseded=_settle(store) if not_before <= time.time() else [],
-        changing=_changing(store),
+        again=len(requeued),
+        known=count - queued - len(requeued),
+        left=len(left) - len(requeued),
+        superseded=_settle(store, _due_with_incoming(store)),
     )
 
 
-def _left(store: Store) -> list[int]:
-    """Numbers of what came in that the store knows, but that is neither in line nor in force."""
-    rows = store.database.execute(
-        "SELECT r.number FROM temp.incoming i JOIN requests r USING (digest) "
-        "WHERE r.state IN ('held back', 'superseded', 'retracted') GROUP BY r.number ORDER BY min(i.place)"
-    )
-    return [number for (number,) in rows]
+def _left(store: Store) -> list[tuple[int, int]]:
+    """Numbers and places of what came in that the store knows, but that is neither in line nor in force."""
+    return store.database.execute(
+        "SELECT r.number, i.place FROM temp.incoming i JOIN requests r USING (digest) "
+        "WHERE r.state IN ('held back', 'superseded', 'retracted') ORDER BY i.place"
+    ).fetchall()
 
 
-def _requeue(store: Store, number: int, file: str, not_before: float, effective: float) -> None:
-    position = int(store.about("next"))
-    store.set_about("next", position + 1)
-    store.set_state(
-        number, "queued", event="queued again", reason=file,
-        batch=None, not_before=not_before, effective=effective, position=position,
-    )  # fmt: skip
-
-
-def _settle(store: Store) -> list[Contradiction]:
-    """Of due requests about facts that have just come in, all but the newest give way."""
-    pairs = store.database.execute(
-        "SELECT o.number, n.number, max(n.position) FROM temp.incoming i JOIN requests n USING (digest) "
-        "JOIN requests o ON o.fact = n.fact WHERE n.state = 'queued' AND o.state = 'queued' AND o.not_before <= ? "
-        "AND (o.effective, o.position) < (n.effective, n.position) GROUP BY o.number",
+def _due_with_incoming(store: Store) -> list[sqlite3.Row]:
+    """The rows of due requests about the facts of what came in."""
+    return store.database.execute(
+        "SELECT number, fact, effective, position FROM requests WHERE state = 'queued' AND not_before <= ? "
+        "AND fact IN (SELECT fact FROM temp.incoming) ORDER BY number",
         (time.time(),),
     ).fetchall()
-    return [_supersede(store, older, newer) for older, newer, _ in pairs]
 
 
-def _changing(store: Store) -> int:
-    """How many of the requests that came in are about a fact that a version holds already."""
-    (count,) = store.database.execute(
-        "SELECT count(*) FROM temp.incoming i JOIN requests n USING (digest) WHERE n.state = 'queued' "
-        "AND EXISTS (SELECT 1 FROM requests a WHERE a.fact = n.fact AND a.state = 'applied')"
-    ).fetchone()
-    return int(count)
+def _settle(store: Store, rows: Sequence[sqlite3.Row]) -> list[Contradiction]:
+    """Inside a transaction: of rows that are due, those give way that a newer request is about the same fact as."""
+    pairs = [(row["number"], newer) for row in rows if (newer := _newer(store, row))]
+    for older, newer in pairs:
+        store.set_state(older, "superseded", successor=newer)
+    return pairs
 
 
 def take(store: Store, most: int) -> Batch | None:
@@ -167,11 +149,8 @@ def take(store: Store, most: int) -> Batch | None:
     """
     superseded: list[Contradiction] = []
     with transaction(store.database):
-        while rows := due(store, most):
-            pairs = [(row["number"], newer) for row in rows if (newer := _newer(store, row))]
-            if not pairs:
-                break
-            superseded += [_supersede(store, *pair) for pair in pairs]
+        while (rows := due(store, most)) and (given_way := _settle(store, rows)):
+            superseded += given_way
         if not rows:
             return None
         batch = store.open_batch(store.current)
@@ -202,12 +181,6 @@ def _newer(store: Store, row: sqlite3.Row) -> int | None:
         (row["fact"], time.time(), row["effective"], row["position"]),
     ).fetchone()
     return newer[0] if newer else None
-
-
-def _supersede(store: Store, older: int, newer: int) -> Contradiction:
-    """Inside a transaction: a request gives way to a newer one about the same fact; both by number."""
-    store.set_state(older, "superseded", successor=newer)
-    return older, newer
 
 
 def _request(row: sqlite3.Row) -> EditRequest:

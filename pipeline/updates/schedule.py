@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import traceback
@@ -15,10 +16,10 @@ from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from pipeline.errors import UserError
-from pipeline.running.interrupts import interrupts
 from pipeline.options import seconds
+from pipeline.running.interrupts import interrupts
 
-LATE = 3600  # seconds that a start may be late, after a machine slept, and still be made up for
+WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat", "sun")  # cron's 0 to 7; APScheduler's 0 is Monday
 LOOKING = 1.0  # seconds between looks at the clock, which a sleeping machine moves
 
 
@@ -55,8 +56,10 @@ def trigger(cron: str | None, every: str | None) -> BaseTrigger:
     if cron is None:
         assert every is not None
         return IntervalTrigger(seconds=seconds(every))
+    others, _, weekdays = " ".join(cron.split()).rpartition(" ")
+    weekdays = re.sub(r"(?<![\d/])[0-7](?!\d)", lambda number: WEEKDAYS[int(number[0])], weekdays)
     try:
-        return CronTrigger.from_crontab(cron)
+        return CronTrigger.from_crontab(f"{others} {weekdays}")
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -67,7 +70,9 @@ def trigger(cron: str | None, every: str | None) -> BaseTrigger:
 def run_schedule(
     work: Callable[[], Any], when: BaseTrigger, say: Callable[[str], Any], stopping: Stopping, at_once: bool = False
 ) -> None:
-    """Call `work` at every time of a trigger until the process is asked to end; times during a call are left out.
+    """Call `work` at every time of a trigger until the process is asked to end.
+
+    Times during a call are left out; one that the machine slept through is made up for when it wakes.
 
     Args:
         work: an update; what it raises is reported, and the schedule goes on.
@@ -76,35 +81,25 @@ def run_schedule(
         stopping: asked between calls.
         at_once: whether the first call is now.
     """
-    due = _now() if at_once else _next(when, None)
-    say("updating now, and as asked" if at_once else f"next update at {due:%Y-%m-%d %H:%M:%S}")
+    if at_once:
+        say("updating now, and as asked")
+        _attempt(work, say)
     while not stopping():
-        late = (_now() - due).total_seconds()
-        if late < 0:
-            stopping.asked.wait(min(-late, LOOKING))
-            continue
-        if late > LATE:
-            say("the machine slept through a start; waiting for the next")
-        else:
-            _attempt(work, say)
-        due = _next(when, due)
+        due = _next(when)
+        say(f"next update at {due:%Y-%m-%d %H:%M:%S}")
+        while datetime.now(due.tzinfo) < due and not stopping.asked.wait(LOOKING):
+            pass
         if not stopping():
-            say(f"next update at {due:%Y-%m-%d %H:%M:%S}")
+            _attempt(work, say)
     say("asked to end: ended between two batches")
 
 
-def _now() -> datetime:
-    return datetime.now().astimezone()
-
-
-def _next(when: BaseTrigger, last: datetime | None) -> datetime:
+def _next(when: BaseTrigger) -> datetime:
     """The next time of a trigger that is still to come."""
-    time = when.get_next_fire_time(last, _now())
-    while time is not None and time <= _now():
-        time = when.get_next_fire_time(time, _now())
-    if time is None:
+    due: datetime | None = when.get_next_fire_time(None, datetime.now().astimezone())
+    if due is None:
         raise UserError("cron: names a time that never comes")
-    return time
+    return due
 
 
 def _attempt(work: Callable[[], Any], say: Callable[[str], Any]) -> None:

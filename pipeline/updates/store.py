@@ -10,26 +10,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
-from pipeline.files import file_digest
+from pipeline.model.llm import LLM
 from pipeline.shipped import program
 from pipeline.updates.database import DATABASE, connect, transaction
-from pipeline.updates.versions import (
-    BASE,
-    MANIFEST,
-    VERSIONS,
-    Manifest,
-    remove_unfinished,
-    version_folder,
-    write_version,
-)
+from pipeline.updates.folders import BASE, VERSIONS, Manifest, remove_unfinished, version_folder, write_version
 
 CURRENT, OPENING_LOCK, UPDATE_LOCK = "current", "opening.lock", "update.lock"
 BUNDLED = "smollm2"
@@ -57,15 +49,16 @@ class Store:
 
     def __init__(self, folder: str | Path, model: str | None = None, make: bool = False) -> None:
         self.folder = Path(folder)
-        self._check_folder(make, bool(model))
+        self._check_folder(make, model)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / OPENING_LOCK):
+        self.opening = FileLock(self.folder / OPENING_LOCK)
+        with self.opening:
             self.database = connect(self.folder / DATABASE)
             if self.about("model") is None:
-                self._begin(_absolute(model or ""))
-            self._point()
+                self._begin(model)
+            self.point()
 
-    def _check_folder(self, make: bool, named: bool) -> None:
+    def _check_folder(self, make: bool, model: str | None) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"store: {self.folder}: a file; expected a store's folder")
         if (self.folder / DATABASE).is_file():
@@ -74,26 +67,26 @@ class Store:
             raise UserError(f"store: {self.folder}: no store: it holds other things, and no {DATABASE}")
         if not make:
             raise UserError(f"store: {self.folder}: no such store; `{program()} submit` makes one")
-        self._check_named(named)
+        self._check_named(model)
 
-    def _check_named(self, named: bool) -> None:
-        if not named:
+    def _check_named(self, model: str | None) -> None:
+        if not model:
             raise UserError(f"store: {self.folder}: new; name the model that it is for with --model")
 
-    def _begin(self, model: str) -> None:
+    def _begin(self, name: str | None) -> None:
         """Make version 0, the base model as it is, and say whose store this is."""
-        self._check_named(bool(model))
-        folder = version_folder(self.folder, BASE)
+        self._check_named(name)
+        model, folder = _absolute(name or ""), version_folder(self.folder, BASE)
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed here
-        write_version(self.folder, Manifest(version=BASE, parent=None, model=model, fingerprint=""))
+        digest = write_version(self.folder, Manifest(version=BASE, parent=None, model=model, fingerprint=""))
         with transaction(self.database) as database:
             database.executemany(
                 "INSERT INTO about VALUES (?, ?)",
-                [("model", model), ("fingerprint", ""), ("current", BASE), ("next", 1), ("clock", self.clock())],
+                [("model", model), ("fingerprint", ""), ("current", BASE), ("next", 1)],
             )
             database.execute(
                 "INSERT INTO versions (number, made, manifest, shown) VALUES (?, ?, ?, 1)",
-                (BASE, time.time(), file_digest(folder / MANIFEST)),
+                (BASE, time.time(), digest),
             )
 
     def close(self) -> None:
@@ -114,9 +107,8 @@ class Store:
         return row[0] if row else None
 
     def set_about(self, name: str, value: Any) -> None:
-        """Keep one thing that the store knows of itself, inside a transaction or by itself."""
-        with nullcontext() if self.database.in_transaction else transaction(self.database):
-            self.database.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, value))
+        """Keep one thing that the store knows of itself, inside a transaction."""
+        self.database.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, value))
 
     @property
     def model(self) -> str:
@@ -128,16 +120,25 @@ class Store:
         if name is not None and _absolute(name) != self.model:
             raise UserError(f"store: {self.folder}: made for model {self.model!r}, not for {name!r}")
 
-    def check_fingerprint(self, name: str, fingerprint: str) -> None:
-        """Raise UserError when a loaded model is not the store's; the first one loaded becomes it."""
-        known = self.about("fingerprint")
+    def load_base(self, load: Callable[[str], LLM], name: str | None = None) -> LLM:
+        """Load the base model, by the store's name for it or another; the first one loaded is it from then on.
+
+        Raises:
+            UserError: when it is not the store's.
+        """
+        name, known = name or self.model, self.about("fingerprint")
         if not known:
             self.check_model(name)
-            self.set_about("fingerprint", fingerprint)
-        elif known != fingerprint:
+        llm = load(name)
+        if not known:
+            with transaction(self.database):
+                self.set_about("fingerprint", llm.fingerprint)
+        elif known != llm.fingerprint:
             raise UserError(
-                f"store: {self.folder}: made for model {self.model!r} ({known}), not for {name!r} ({fingerprint})"
+                f"store: {self.folder}: made for model {self.model!r} ({known}), "
+                f"not for {name!r} ({llm.fingerprint})"
             )
+        return llm
 
     # the version in force
 
@@ -153,17 +154,14 @@ class Store:
 
     def point(self) -> None:
         """Set the link `current` to the version in force."""
-        with FileLock(self.folder / OPENING_LOCK):
-            self._point()
-
-    def _point(self) -> None:
-        link, target = self.folder / CURRENT, Path(VERSIONS) / f"{self.current:04d}"
-        if link.is_symlink() and link.readlink() == target:
-            return
-        partial = self.folder / f".{CURRENT}.partial"
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(target, target_is_directory=True)
-        partial.replace(link)
+        with self.opening:
+            link, target = self.folder / CURRENT, Path(VERSIONS) / f"{self.current:04d}"
+            if link.is_symlink() and link.readlink() == target:
+                return
+            partial = self.folder / f".{CURRENT}.partial"
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(target, target_is_directory=True)
+            partial.replace(link)
 
     # one update at a time
 
@@ -174,16 +172,13 @@ class Store:
         Raises:
             BusyError: when another process is that one.
         """
-        lock = FileLock(self.folder / UPDATE_LOCK)
         try:
-            lock.acquire(blocking=False)
+            held = FileLock(self.folder / UPDATE_LOCK).acquire(blocking=False)
         except Timeout:
             raise BusyError(f"store: {self.folder}: another update is at work on it") from None
-        try:
+        with held:
             self._recover()
             yield
-        finally:
-            lock.release()
 
     def _recover(self) -> None:
         """Requests that a dead update had taken go back to the queue; what it had half written goes."""
@@ -197,10 +192,8 @@ class Store:
 
     def open_batch(self, parent: int) -> int:
         """A new batch on top of a version; returns its number."""
-        rows = self.database.execute(
-            "INSERT INTO batches (started, parent) VALUES (?, ?) RETURNING number", (self.clock(), parent)
-        )
-        return int(rows.fetchall()[0][0])
+        made = self.database.execute("INSERT INTO batches (started, parent) VALUES (?, ?)", (self.clock(), parent))
+        return int(made.lastrowid or 0)
 
     def end_batch(self, batch: int, outcome: str, version: int | None = None) -> None:
         """Note what came of a batch; one that has ended stays as it ended."""
@@ -249,22 +242,15 @@ class Store:
     ) -> None:
         """Note what happened, for `history`; details that are None are left out."""
         known = {name: value for name, value in detail.items() if value is not None}
-        at = self.clock()
         self.database.execute(
             "INSERT INTO events (at, what, request, batch, version, detail) VALUES (?, ?, ?, ?, ?, ?)",
-            (at, what, request, batch, version, json.dumps(known, ensure_ascii=False) if known else None),
+            (self.clock(), what, request, batch, version, json.dumps(known, ensure_ascii=False) if known else None),
         )
-        self.set_about("clock", at)
-
-    # time
 
     def clock(self) -> float:
-        """Seconds since 1970, never less than what was noted before, even when the machine's clock goes back."""
-        return max(time.time(), float(self.about("clock") or 0))
-
-    def behind(self) -> float:
-        """Seconds that the machine's clock is behind the store's."""
-        return max(0.0, float(self.about("clock") or 0) - time.time())
+        """Seconds since 1970, never less than at the last event, even when the machine's clock goes back."""
+        last = self.database.execute("SELECT at FROM events ORDER BY number DESC LIMIT 1").fetchone()
+        return max(time.time(), last[0] if last else 0.0)
 
 
 def _absolute(name: str) -> str:

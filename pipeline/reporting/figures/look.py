@@ -1,51 +1,52 @@
-"""The figures' one look: small enough for TensorBoard's cards, readable in grey and by the colour-blind.
-
-Colours are of Okabe and Ito's palette, and none says anything alone: shape, hatching, line or a label says it too.
-"""
+"""The figures' one look: small enough for TensorBoard's cards, readable in grey and by the colour-blind."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-GOLD, BLUE, GREY, INK = "#E69F00", "#0072B2", "#BBBBBB", "#333333"
-LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # what tells curves apart without colour
-SEQUENCE = "cividis"  # from dark to bright for everyone
+from pipeline.files import write_whole
 
+GOLD, BLUE, INK, WHITE = "#E69F00", "#0072B2", "#333333", "#FFFFFF"  # the first two of Okabe and Ito's palette
 WIDTH = 5.8  # inches; TensorBoard's cards are some 400 pixels wide, where 10 points of this are still read
-MOST_TICKS = 12
 NAME = 42  # characters of a name that may be a path
 
-PLATE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
-
 STYLE: dict[Any, Any] = {
-    "font.size": 10,
     "text.parse_math": False,  # names are names, whatever signs they hold
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
-    "figure.titlesize": 12,
-    "figure.titleweight": "bold",
-    "legend.frameon": False,
+    "axes.titlesize": 10.5,
+    "axes.prop_cycle": cycler(color=[BLUE, INK, INK, GOLD], linestyle=["-", "--", ":", "-."], marker=list("os^D")),
+    "image.aspect": "auto",
+    "image.cmap": "cividis",  # from dark to bright for everyone
+    "image.interpolation": "nearest",
+    "legend.columnspacing": 1.0,
     "legend.fontsize": 9,
-    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.handlelength": 2.2,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.5,
+    "patch.edgecolor": INK,
+    "patch.force_edgecolor": True,
+    "patch.linewidth": 0.6,
 }
 
 
 @contextmanager
-def look(height: float, title: str, caption: str = "", width: float = WIDTH) -> Iterator[Figure]:
+def look(height: float, title: str, caption: str, width: float = WIDTH) -> Iterator[Figure]:
     """A figure in the project's look; made without pyplot, so that it needs no display.
 
     Args:
@@ -54,17 +55,21 @@ def look(height: float, title: str, caption: str = "", width: float = WIDTH) -> 
         caption: how to read it, in a sentence or two, under the title.
         width: in inches.
     """
-    titles = textwrap.wrap(title, int(width * 10))
-    lines = textwrap.wrap(caption, int(width * 14.5))
+    titles, lines = textwrap.wrap(title, int(width * 10)), textwrap.wrap(caption, int(width * 14.5))
+    below = 0.09 + 0.19 * len(titles)  # inches from the top to the caption
+    heading = below + 0.02 + 0.17 * len(lines)
+    tall = height + heading
     with matplotlib.rc_context(STYLE):
-        below = 0.06 + 0.19 * len(titles)  # inches from the top to the caption
-        heading = below + 0.05 + 0.17 * len(lines)
-        tall = height + heading
-        figure = Figure(figsize=(width, tall), dpi=140, layout="constrained")
-        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - heading / tall))  # type: ignore[call-arg, union-attr]
+        layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - heading / tall))
+        figure = Figure(figsize=(width, tall), dpi=140, layout=layout)
         figure.text(0.012, 1 - 0.05 / tall, "\n".join(titles), va="top", weight="bold", fontsize=11.5)
-        figure.text(0.012, 1 - (below + 0.03) / tall, "\n".join(lines), va="top", fontsize=9)
+        figure.text(0.012, 1 - below / tall, "\n".join(lines), va="top", fontsize=9)
         yield figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    write_whole(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def short(name: str, most: int = NAME) -> str:
@@ -73,65 +78,49 @@ def short(name: str, most: int = NAME) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
-def ticks(axes: Axes, names: Sequence[object], most: int = MOST_TICKS) -> None:
-    """Name places 0, 1, 2 … on the horizontal axis, as many as can be read."""
-    every = max(1, -(-len(names) // most))
-    axes.set_xticks(range(0, len(names), every), [str(name) for name in names[::every]])
-
-
-def whole_numbers(axis: Axis) -> None:
-    """Ticks at whole numbers alone: of blocks and requests there are no halves."""
+def whole_numbers(axis: Axis, names: Sequence[object] | None = None) -> None:
+    """Ticks at whole numbers alone, as many as can be read; with `names`, places 0, 1, 2 … are named by them."""
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if names is not None:
+        axis.set_major_formatter(lambda place, _: str(names[int(place)]) if 0 <= place < len(names) else "")
 
 
-def block_axis(axes: Axes, blocks: Sequence[int], model: str) -> None:
-    """A horizontal axis of blocks, at places 0, 1, 2 …"""
-    axes.set_xlim(-0.7, len(blocks) - 0.3)
-    ticks(axes, blocks)
+def bar_per_block(
+    axes: Axes, values: Sequence[float], model: str, golden: Collection[int], aside: Collection[int] = ()
+) -> None:
+    """A bar a block of a model: golden layers, others, and those set aside."""
+    kinds = [
+        "golden" if block in golden else "set aside" if block in aside else "others" for block in range(len(values))
+    ]
+    for kind, color in {"golden": GOLD, "others": BLUE, "set aside": WHITE}.items():
+        blocks = [block for block, its in enumerate(kinds) if its == kind]
+        if blocks:
+            axes.bar(blocks, [values[block] for block in blocks], color=color, label=kind)
+    axes.set_xlim(-0.7, len(values) - 0.3)
     axes.set_xlabel(f"block of {short(model)}")
-
-
-def legend_below(axes: Axes, columns: int = 5) -> None:
-    """Each label once, under the axes, where it hides nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    axes.figure.legend(
-        once.values(),
-        once.keys(),
-        loc="outside lower left",
-        ncols=min(columns, len(once)),
-        columnspacing=1.0,
-        handlelength=1.6,
-        handletextpad=0.5,
-    )
+    whole_numbers(axes.xaxis)
 
 
 def squares(
-    figure: Figure,
-    values_NL: np.ndarray,
-    blocks: Sequence[int],
-    golden: int,
-    model: str,
-    label: str,
-    **colors: Any,
-) -> tuple[Axes, Colorbar]:
-    """Requests by blocks, a square each, the golden layer's column framed.
+    figure: Figure, values_NL: np.ndarray, blocks: Sequence[int], golden: int, model: str, label: str, **colors: Any
+) -> Axes:
+    """Requests by blocks of a model, a square each; a triangle above the golden layer's column.
 
     Args:
         figure: an empty one.
-        values_NL: what the squares' colours stand for.
+        values_NL: a value a square.
         blocks: the columns' numbers.
-        golden: the golden layer's column.
+        golden: the golden layer's.
         model: its name.
         label: what the colours stand for.
         colors: imshow's cmap, vmin and vmax.
     """
     axes = figure.subplots()
-    image = axes.imshow(values_NL, aspect="auto", interpolation="nearest", **colors)
-    for side in (golden - 0.5, golden + 0.5):
-        axes.axvline(side, color="white", linewidth=2.6)
-        axes.axvline(side, color=INK, linewidth=1.2)
-    block_axis(axes, blocks, model)
+    image = axes.imshow(values_NL, **colors)
+    axes.plot(blocks.index(golden), -0.5, "v", markersize=9, color=GOLD, markeredgecolor=INK, clip_on=False)
+    axes.set_xlabel(f"block of {short(model)}")
     axes.set_ylabel("request")
+    whole_numbers(axes.xaxis, blocks)
     whole_numbers(axes.yaxis)
-    return axes, figure.colorbar(image, ax=axes, label=label)
+    figure.colorbar(image, ax=axes, label=label)
+    return axes

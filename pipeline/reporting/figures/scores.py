@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.attribution import GoldenProfile, Scores
-from pipeline.reporting.figures.look import (
-    BLUE,
-    GOLD,
-    GREY,
-    INK,
-    PLATE,
-    SEQUENCE,
-    WIDTH,
-    block_axis,
-    legend_below,
-    look,
-    short,
-    squares,
-    whole_numbers,
-)
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.attribution.scores import Scores
+from pipeline.reporting.figures.look import INK, bar_per_block, look, short, squares
 
 
 def selector_name(method: str) -> str:
@@ -30,127 +16,76 @@ def selector_name(method: str) -> str:
 
 
 def score_figure(profile: GoldenProfile) -> Figure:
-    """A score a block, its interval, fences, what they set aside (cut off, score written in); the choice."""
-    low, high = _limits(profile)
-    with look(2.9, _headline(profile), _choice(profile)) as figure:
+    """A score a block with its interval, the fences, and what they set aside, cut off where it is far outside."""
+    golden = ", ".join(map(str, profile.golden_layers))
+    with look(2.9, f"Golden layer {golden} of {len(profile.scores)} blocks", _choice(profile)) as figure:
         axes = figure.subplots()
-        axes.set_ylim(low, high)
-        for block, score in enumerate(profile.scores):
-            _block(axes, profile, block, score)
-        for fence in profile.fences or ():
-            axes.axhline(fence, color=INK, linewidth=0.8, linestyle="--", label="Tukey's fences")
+        bar_per_block(axes, profile.scores, profile.model, profile.golden_layers, profile.excluded)
+        axes.set_ylim(*_limits(profile))
+        if profile.stability:
+            low, high = np.array([profile.stability.low, profile.stability.high])[:, profile.ranking]
+            axes.vlines(profile.ranking, low, high, color=INK, linewidth=1.2, label="95% interval")
+        if profile.fences:
+            axes.hlines(profile.fences, *axes.get_xlim(), color=INK, linestyle="--", label="Tukey's fences")
         axes.axhline(0, color=INK, linewidth=0.8)
-        block_axis(axes, range(len(profile.scores)), profile.model)
         axes.set_ylabel("mean score")
-        legend_below(axes)
+        figure.legend(loc="outside lower left", ncols=5)
     return figure
 
 
 def _limits(profile: GoldenProfile) -> tuple[float, float]:
     """What the vertical axis is to hold: all blocks inside the fences with their intervals."""
-    shown = [0.0, *(profile.scores[block] for block in profile.ranking), *(profile.fences or ())]
-    if profile.stability:
-        for side in (profile.stability.low, profile.stability.high):
-            shown += [side[block] for block in profile.ranking]
-    shown = [value for value in shown if np.isfinite(value)]
-    margin = 0.12 * (max(shown) - min(shown) or 1.0)
-    return min(shown) - margin, max(shown) + margin
-
-
-def _block(axes: Axes, profile: GoldenProfile, block: int, score: float) -> None:
-    """A block's bar, its interval, and its score where the bar is cut off."""
-    aside, golden = block in profile.excluded, block in profile.golden_layers
-    axes.bar(
-        block,
-        score,
-        color="white" if aside else GOLD if golden else BLUE,
-        edgecolor=GREY if aside else INK if golden else BLUE,
-        hatch="////" if aside else None,
-        label="set aside" if aside else "golden" if golden else "others",
-    )
-    if profile.stability and not aside:
-        low, high = profile.stability.low[block], profile.stability.high[block]
-        axes.vlines(block, low, high, color=INK, linewidth=1.2, label="95% interval")
-    bottom, top = axes.get_ylim()
-    wide = 58 * WIDTH / len(profile.scores)  # points from block to block
-    if not bottom <= score <= top and wide > 6:
-        edge, side = (top, "top") if score > top else (bottom, "bottom")
-        size = min(8.0, wide - 1)
-        axes.text(block, edge, f" {score:.3g} ", ha="center", va=side, rotation=90, fontsize=size, bbox=PLATE)
-
-
-def _headline(profile: GoldenProfile) -> str:
-    golden = ", ".join(map(str, profile.golden_layers))
-    return f"Golden layer {golden} of {len(profile.scores)} blocks"
+    sides = [profile.scores] + ([profile.stability.low, profile.stability.high] if profile.stability else [])
+    shown = np.concatenate([np.array(sides)[:, profile.ranking].ravel(), [0.0], profile.fences or ()])
+    shown = shown[np.isfinite(shown)]
+    margin = 0.12 * (np.ptp(shown) or 1.0)
+    return float(shown.min() - margin), float(shown.max() + margin)
 
 
 def _choice(profile: GoldenProfile) -> str:
     """How the golden layer was chosen, and how sure that is."""
-    scope = f", {profile.scope} weights" if profile.scope else ""
-    by = "largest mean score by magnitude" if profile.order == "magnitude" else "largest mean score"
-    inside = " inside the fences" if profile.fences else ""
-    sure = ""
-    if profile.stability:
-        sure = f"; chosen in {profile.stability.chosen[profile.golden_layers[0]]:.0%} of resamples of them"
-    requests = f"{profile.requests} requests of {short(profile.request_set)}"
-    return f"Chosen: {by}{inside}{sure}. {selector_name(profile.method)}{scope}, {requests}."
+    parts = [
+        "Largest mean score",
+        " by magnitude" if profile.order == "magnitude" else "",
+        " inside the fences" if profile.fences else "",
+        f"; {profile.certainty}" if profile.certainty else "",
+        f". {selector_name(profile.method)}",
+        f", {profile.scope} weights" if profile.scope else "",
+    ]
+    return f"{''.join(parts)}, {profile.requests} requests of {short(profile.request_set)}."
 
 
 def stability_figure(profile: GoldenProfile) -> Figure:
-    """How often each block is chosen when requests are resampled, and how that settles as they grow in number."""
+    """How often each block is chosen when the requests are resampled."""
     stability, golden = profile.stability, profile.golden_layers[0]
     assert stability
+    title = f"How sure is block {golden}? {stability.chosen[golden]:.0%}"
     caption = (
-        f"{stability.resamples} draws of the {profile.requests} requests, with replacement; each chooses a block. "
-        "Below: draws of fewer requests; above a point the block that they choose most."
+        f"The {profile.requests} requests were drawn {stability.resamples} times, with replacement; each draw "
+        "chooses a block."
     )
-    with look(3.1, f"How sure is block {golden}? {stability.chosen[golden]:.0%}", caption) as figure:
-        shares, settling = figure.subplots(2, 1, height_ratios=(3, 2))
-        blocks = range(len(stability.chosen))
-        colors = [GOLD if block == golden else BLUE for block in blocks]
-        shares.bar(blocks, stability.chosen, color=colors, edgecolor=INK, linewidth=0.4)
-        block_axis(shares, blocks, profile.model)
-        shares.set_ylabel("share")
-        settling.plot(stability.sizes, stability.agreeing, color=INK, marker="o", markerfacecolor=GOLD)
-        for size, share, leading in zip(stability.sizes, stability.agreeing, stability.leading, strict=True):
-            settling.annotate(
-                f"{leading}", (size, share), (0, 6), textcoords="offset points", ha="center", fontsize=8
-            )
-        settling.set_xscale("log", base=2)
-        settling.set_xticks(stability.sizes, [str(size) for size in stability.sizes], fontsize=8)
-        settling.minorticks_off()
-        settling.set_xlabel(f"requests drawn (share that chooses block {golden})")
-        settling.set_ylabel("share")
-        for axes in (shares, settling):
-            axes.set_ylim(0, 1.2)
-            axes.set_yticks([0, 0.5, 1])
+    with look(2.3, title, caption) as figure:
+        axes = figure.subplots()
+        bar_per_block(axes, stability.chosen, profile.model, [golden])
+        axes.set_ylim(0, 1.05)
+        axes.set_ylabel("share of draws")
     return figure
 
 
 def agreement_figure(profile: GoldenProfile, scores: Scores) -> Figure:
     """Requests by blocks: each request's own order of the blocks, which no outlier hides."""
-    values_NL = np.abs(scores.values) if profile.order == "magnitude" else scores.values
-    kept = profile.ranking
-    places_NK = (-values_NL[:, kept]).argsort(axis=1, kind="stable").argsort(axis=1)  # 0: a request's best
-    shown_NL = np.full(values_NL.shape, np.nan)
-    shown_NL[:, kept] = 1 + places_NK
-    first_N = shown_NL[:, kept].argmin(axis=1)
-    golden = profile.golden_layers[0]
-    own = int((shown_NL[:, golden] == 1).sum())
+    kept, golden = profile.ranking, profile.golden_layers[0]
+    values_NK = scores.values[:, kept]
+    values_NK = np.abs(values_NK) if profile.order == "magnitude" else values_NK
+    places_NK = 1 + (-values_NK).argsort(axis=1, kind="stable").argsort(axis=1)  # 1: a request's best
+    shown_NL = np.full(scores.values.shape, np.nan)
+    shown_NL[:, kept] = places_NK
+    rows_N = np.nanargmin(shown_NL, axis=1).argsort(kind="stable")
     caption = (
-        f"Each row is a request's own ranking of the blocks{' inside the fences' if profile.fences else ''}; rows "
-        f"stand in order of their own best block. Framed: block {golden}, the best for {own} of "
-        f"{len(values_NL)} alone."
+        "Each row is a request's own ranking of the blocks, sorted by its best; blank: set aside. Block "
+        f"{golden}, below the triangle, is the best for {(shown_NL[:, golden] == 1).sum()} of {len(rows_N)} alone."
     )
-    order_N = np.argsort([kept[place] for place in first_N], kind="stable")
     with look(3.0, f"Do the requests agree on block {golden}?", caption) as figure:
-        blocks = range(values_NL.shape[1])
-        axes, bar = squares(
-            figure, shown_NL[order_N], blocks, golden, profile.model, "place in the request's ranking",
-            cmap=f"{SEQUENCE}_r", vmin=1, vmax=max(2, len(kept)),
-        )  # fmt: skip
-        for block in profile.excluded:
-            axes.axvspan(block - 0.5, block + 0.5, facecolor="white", edgecolor=GREY, hatch="////", linewidth=0)
-        whole_numbers(bar.ax.yaxis)
-        bar.ax.invert_yaxis()
+        squares(figure, shown_NL[rows_N], range(len(profile.scores)), golden, profile.model,
+                "place in the request's ranking", cmap="cividis_r", vmin=1, vmax=max(2, len(kept)))  # fmt: skip
     return figure

@@ -8,23 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.attribution import GoldenProfile, find_golden_layer
+from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.old_answers import with_old_answers
-from pipeline.attribution.profile import PROFILE_FILE
-from pipeline.editing import WeightUpdate, can_leave_out, choose_layers, edit, leave_out
+from pipeline.attribution.profile import PROFILE_FILE, GoldenProfile
+from pipeline.editing.editor import choose_layers, edit
+from pipeline.editing.leave_out import can_leave_out, leave_out
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.plan import KINDS
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
 from pipeline.updates.database import transaction
+from pipeline.updates.folders import load_version
 from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find
 from pipeline.updates.lineage import check_number, hold_back, publish
 from pipeline.updates.proving import BaseVersion, BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
-from pipeline.updates.versions import load_version
 
 PROXY = 128  # requests that find the golden layer, at most
 
@@ -49,21 +52,23 @@ def update(
         BusyError: when another update is at work on the store.
         UserError: when a batch could not be worked through; its requests are in the queue again.
     """
-    if not store.about("fingerprint"):
-        store.check_model(options.model)
     if options.dry_run:
         return _rehearse(store, options, load, report)
     llm, results = None, []
     with store.updating():
         while not stopping() and (batch := take(store, options.batch)):
             try:
-                llm = llm or load_base(store, options, load)
+                llm = llm or store.load_base(load, options.model)
                 base = base_version(store)
                 result, profile = _edit_and_prove(store, llm, base, batch.requests, options)
+                if profile:
+                    profile.save(store.folder)
                 if result.update:
                     publish(store, batch.number, base.number, result, profile)
                 else:
-                    hold_back(store, batch.number, result.held)
+                    with transaction(store.database):
+                        hold_back(store, result.held)
+                        store.end_batch(batch.number, "held back")
             except BaseException as error:
                 with transaction(store.database):
                     store.give_back(batch.number, " ".join(str(error).split()) or type(error).__name__)
@@ -71,8 +76,6 @@ def update(
             result.superseded = [*batch.superseded, *result.superseded]
             results.append(result)
             report(result)
-            if result.overtaken:
-                break
     return results
 
 
@@ -83,21 +86,20 @@ def _rehearse(
     batch = peek(store, options.batch)
     if not batch:
         return []
-    llm = load_base(store, options, load)
-    result, _ = _edit_and_prove(store, llm, base_version(store), batch, options, keep=False)
+    llm = store.load_base(load, options.model)
+    result, _ = _edit_and_prove(store, llm, base_version(store), batch, options)
     report(result)
     return [result]
 
 
 def _edit_and_prove(
-    store: Store, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions,
-    keep: bool = True,
-) -> tuple[BatchResult, GoldenProfile | None]:  # fmt: skip
+    store: Store, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions
+) -> tuple[BatchResult, GoldenProfile | None]:
     """What comes of a batch, and where it was edited: None when nothing in it can be."""
     fitting, held = split_by_fit(llm, batch, options)
     if not fitting:
         return BatchResult(held=held), None
-    profile = golden_profile(store, llm, fitting, options, keep)
+    profile = golden_profile(store, llm, fitting, options)
     result = Trial(llm, base, fitting, options).edit_and_prove(profile)
     result.held = [*held, *result.held]
     return result, profile
@@ -116,7 +118,6 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
         UserError: when there is no such request, it is neither in line nor in force, another update is at work, or
             the version without it would miss a gate.
     """
-    find(store, options.request)  # a wrong name is refused before the lock is waited for
     with store.updating():
         with transaction(store.database):
             number, state = find(store, options.request)
@@ -125,48 +126,36 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
                 return BatchResult()
         if state != "applied":
             raise UserError(f"retract: request {number} is {state}; only one that is queued or applied can go")
-        return _edit_back(store, load_base(store, options, load), number, options)
+        return _edit_back(store, store.load_base(load, options.model), number, options)
 
 
 def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> BatchResult:
     base = base_version(store)
     assert base.update
     request = next(one for one in base.update.requests if number_of(one) == number)
-    trial = Trial(llm, base, [request], options)
+    trial, profile = Trial(llm, base, [request], options), golden_profile(store, llm, [request], options)
     with trial.timed("edit"):
-        without = _without(store, llm, base.update, request, options)
+        without = _without(llm, base.update, request, profile, options)
     after = trial.measure(without, [0], KINDS)
     gates = after.gates(options.gates, OF_MODEL)
     if problem := missed(gates):
         raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
     result = BatchResult(update=without, before=trial.before, after=after, gates=gates, seconds=trial.seconds)
-    profile = golden_profile(store, llm, [request], options)
     with transaction(store.database):
         batch = store.open_batch(base.number)
     publish(store, batch, base.number, result, profile, retracted=[number])
-    if result.overtaken:
-        raise UserError("retract: another version became current meanwhile; nothing was published")
     return result
 
 
 def _without(
-    store: Store, llm: LLM, held: WeightUpdate, request: EditRequest, options: RetractCommand
+    llm: LLM, held: WeightUpdate, request: EditRequest, profile: GoldenProfile, options: RetractCommand
 ) -> WeightUpdate:
     """The version in force without a request."""
-    if can_leave_out(llm, held, [request], options.edit.method):
+    if can_leave_out(held, [request], options.edit.method):
         return leave_out(llm, held, [request], options.edit, options.one_device, options.seed)
-    (answered,) = with_old_answers(llm, [request], options.attribution, options.one_device)
+    (answered,) = with_old_answers(llm, [request], Runtime(options.one_device))
     back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
-    profile = golden_profile(store, llm, [back], options)
     return edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=held)
-
-
-def load_base(store: Store, options: ProvingOptions, load: Callable[[str], LLM]) -> LLM:
-    """Load the base model, and see that it is the store's."""
-    name = options.model or store.model
-    llm = load(name)
-    store.check_fingerprint(name, llm.fingerprint)
-    return llm
 
 
 def base_version(store: Store) -> BaseVersion:
@@ -176,9 +165,9 @@ def base_version(store: Store) -> BaseVersion:
 
 
 def golden_profile(
-    store: Store, llm: LLM, requests: Sequence[EditRequest], options: ProvingOptions, keep: bool = True
+    store: Store, llm: LLM, requests: Sequence[EditRequest], options: ProvingOptions
 ) -> GoldenProfile:
-    """Where to edit: the profile of the options, else the store's, else one found with these requests, and kept.
+    """Where to edit: the profile of the options, else the store's, else one found with these requests.
 
     Raises:
         UserError: when it is another model's.
@@ -190,6 +179,4 @@ def golden_profile(
         answered = [request for request in requests if request.old_answer] or list(requests)
         profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.one_device, "the queue")
     choose_layers(llm, profile, options.edit)
-    if keep:
-        profile.save(store.folder)
     return profile

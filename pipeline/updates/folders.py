@@ -20,13 +20,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load as tensors_from_bytes
 
-from pipeline.editing import WeightUpdate
-from pipeline.editing.update import TENSORS_FILE
+from pipeline.editing.update import TENSORS_FILE, WeightUpdate
 from pipeline.errors import UserError
 from pipeline.files import file_digest
 
 BASE = 0
 VERSIONS, MANIFEST = "versions", "manifest.json"
+CHANGED = "changed since it was written (SHA-256 differs)"
 NAME = re.compile(r"\d{4,9}")
 PART = r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
 FileName = Annotated[str, Field(pattern=f"^{PART}(/{PART})?$")]  # no name leads out of the folder
@@ -55,7 +55,7 @@ def version_folder(store: Path, number: int) -> Path:
     return store / VERSIONS / f"{number:04d}"
 
 
-def write_version(store: Path, manifest: Manifest, fill: Callable[[Path], Any] | None = None) -> str:
+def write_version(store: Path, manifest: Manifest, fill: Callable[[Path], Any] = lambda _: None) -> str:
     """Write a version's folder, whole or not at all; returns its manifest's SHA-256.
 
     Args:
@@ -68,10 +68,8 @@ def write_version(store: Path, manifest: Manifest, fill: Callable[[Path], Any] |
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        if fill:
-            fill(partial)
-        names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-        files = {name: file_digest(partial / name) for name in names}
+        fill(partial)
+        files = {name: file_digest(partial / name) for name in _files(partial)}
         body = manifest.model_copy(update={"files": files}).model_dump_json(indent=1)
         (partial / MANIFEST).write_text(f"{text_digest(body)}\n{body}\n", encoding="utf-8")
         digest = file_digest(partial / MANIFEST)
@@ -84,6 +82,11 @@ def write_version(store: Path, manifest: Manifest, fill: Callable[[Path], Any] |
     return digest
 
 
+def _files(folder: Path) -> list[str]:
+    """The names of all files in a folder, however deep."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
 def _to_disk(path: Path) -> None:
     """Wait until a file's or folder's content has reached the disk."""
     opened = os.open(path, os.O_RDONLY)
@@ -94,7 +97,7 @@ def _to_disk(path: Path) -> None:
 
 
 def remove_unfinished(store: Path, newest: int) -> None:
-    """Remove folders that no version is known for: what a killed update was writing."""
+    """Remove folders that no version is known for: what an update that did not end well was writing."""
     for path in (store / VERSIONS).iterdir():
         if path.name.endswith(".partial") or (NAME.fullmatch(path.name) and int(path.name) > newest):
             shutil.rmtree(path, ignore_errors=True)
@@ -104,14 +107,14 @@ def read_manifest(folder: Path) -> Manifest:
     """A version's manifest.
 
     Raises:
-        UserError: when there is none, it was changed, or it names a file that is not in the folder.
+        UserError: when there is none, or it was changed.
     """
     file = folder / MANIFEST
     if not file.is_file():
         raise UserError(f"version: {folder}: holds no {MANIFEST}")
     digest, _, body = file.read_bytes().decode(errors="replace").partition("\n")
     if text_digest(body.removesuffix("\n")) != digest:
-        raise UserError(f"version: {file}: changed since it was written (SHA-256 differs)")
+        raise UserError(f"version: {file}: {CHANGED}")
     try:
         manifest = Manifest.model_validate_json(body)
     except ValidationError:
@@ -121,18 +124,18 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:
+def read_file(folder: Path, name: str) -> bytes:
     """A version's file, whose bytes are those that the manifest knows.
 
     Raises:
-        UserError: when the file is missing or changed.
+        UserError: when the file or the manifest is missing or changed.
     """
-    path = folder / name
+    path, known = folder / name, read_manifest(folder).files
     if not path.is_file() or path.is_symlink():
         raise UserError(f"version: {path}: missing")
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
-        raise UserError(f"version: {path}: changed since it was written (SHA-256 differs)")
+    if hashlib.sha256(content).hexdigest() != known.get(name):
+        raise UserError(f"version: {path}: {CHANGED}")
     return content
 
 
@@ -148,22 +151,17 @@ def check_version(store: Path, number: int, digest: str) -> None:
         UserError: naming what is missing, changed or there in excess.
     """
     folder = version_folder(store, number)
-    manifest = read_manifest(folder)
+    known = read_manifest(folder).files
     if file_digest(folder / MANIFEST) != digest:
         raise UserError(f"version: {folder / MANIFEST}: not the one that the database knows (SHA-256 differs)")
-    for name in manifest.files:
-        read_file(folder, manifest, name)
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    if strange := sorted(there - {*manifest.files, MANIFEST}):
+    for name in known:
+        read_file(folder, name)
+    if strange := [name for name in _files(folder) if name not in (*known, MANIFEST)]:
         raise UserError(f"version: {folder / strange[0]}: not of this version")
 
 
 def load_version(store: Path, number: int, digest: str) -> WeightUpdate | None:
-    """A version as the update of the base model that it is; None for the base itself.
-
-    Raises:
-        UserError: when a file is missing or changed.
-    """
+    """A version, checked, as the update of the base model that it is; None for the base itself."""
     check_version(store, number, digest)
     return WeightUpdate.load(version_folder(store, number)) if number != BASE else None
 
@@ -174,14 +172,13 @@ def load_weights(store: Path, number: int) -> WeightUpdate | None:
     manifest = read_manifest(folder)
     if number == BASE:
         return None
-    tensors = tensors_from_bytes(read_file(folder, manifest, TENSORS_FILE))
+    tensors = tensors_from_bytes(read_file(folder, TENSORS_FILE))
     return WeightUpdate(manifest.model, manifest.fingerprint, "version", [], tensors)
 
 
 def read_metrics(store: Path, number: int) -> dict[str, Any]:
     """A version's figures; UserError when they are missing or changed."""
-    folder = version_folder(store, number)
-    return dict(json.loads(read_file(folder, read_manifest(folder), "metrics.json")))
+    return dict(json.loads(read_file(version_folder(store, number), "metrics.json")))
 
 
 def text_digest(text: str) -> str:
