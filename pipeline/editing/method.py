@@ -36,11 +36,6 @@ class EditMethod(Protocol):
         ...
 
 
-@dataclass(kw_only=True)
-class NoSettings(Options):
-    """Of a kind of edit that has none."""
-
-
 @dataclass(frozen=True)
 class Method:
     """A kind of edit as it is registered.
@@ -56,7 +51,7 @@ class Method:
     """
 
     make: Callable[..., EditMethod]
-    settings: type = NoSettings
+    settings: type = Options
     needs_subject: bool = False
     trial: str | None = None
     solves_anew: bool = False
@@ -66,7 +61,7 @@ class Method:
 METHODS: dict[str, Method] = {}  # filled by each kind's own file; `pipeline.editing.editor` imports them all
 
 
-def register(name: str, make: Callable[..., EditMethod], settings: type = NoSettings, **about: Any) -> None:
+def register(name: str, make: Callable[..., EditMethod], settings: type = Options, **about: Any) -> None:
     """Enter a kind of edit; `about` is what else `Method` has.
 
     Raises:

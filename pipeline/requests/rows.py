@@ -34,6 +34,10 @@ class Row(NamedTuple):
         """The target tokens."""
         return self.token_ids[self.target_start :]
 
+    def length(self) -> int:
+        """How many tokens it has."""
+        return len(self.token_ids)
+
 
 @dataclass  # Lightning moves batches to the device by setting their fields
 class Batch:
