@@ -25,6 +25,7 @@ from pipeline.requests.split import split_by_subject
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study
+from pipeline.study.sweep import RESULTS
 from pipeline.update_commands import generate_live, of_store
 
 STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad")

@@ -163,7 +163,7 @@ def choose(
         requests=len(found.ids),
         seconds=round(found.seconds, 3),
         chat=found.chat,
-        stability=judge(found.values, golden[0], fences, order, seed) if selector.reads_requests else None,
+        stability=judge(found.values, fences, order, seed) if selector.reads_requests else None,
     )
 
 

@@ -143,12 +143,6 @@ def study_report(study: Study) -> str:
             f"## From proxy to test requests, and from set to set: {method}\n",
             _study_table(study.carried[method]),
         ]
-    parts += [
-        "## Selectors by halves\n",
-        "Every second tried request, over all sets and methods, and the others: what is chosen by the first half's "
-        "figures can be trusted by the second's.\n",
-        _study_table(study.halves),
-    ]
     return "\n".join(parts)
 
 

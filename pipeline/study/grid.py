@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -50,17 +50,6 @@ class Grid:
     def regret(self, block: int) -> float:
         """What a block falls short of the best fixed one."""
         return float(self.means.max()) - self.mean(block)
-
-    @cached_property
-    def halves(self) -> tuple[Grid, Grid]:
-        """Every second request, and the others."""
-        requests = range(len(self.scores))
-        return self.taken(requests[::2]), self.taken(requests[1::2])
-
-    def taken(self, requests: Sequence[int]) -> Grid:
-        """The same for some of the requests, by number."""
-        part = {name: values[list(requests)] for name, values in self.values.items()}
-        return Grid(self.blocks, part, self.seconds * len(requests) / len(self.scores))
 
     def as_json(self) -> dict[str, Any]:
         """Means over the requests, block by block, and what they say."""

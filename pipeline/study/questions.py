@@ -66,18 +66,11 @@ def golden_against_optimal(grid: Grid, golden: int, blocks: int) -> list[Row]:
     return [row | {"of the optimum": float(row["score"] or 0) / most} for row in rows]
 
 
-def rank_correlation(scores: Sequence[float], grid: Grid, left_out: Sequence[int] = ()) -> float | None:
-    """Spearman's, of a selector's scores and the sweep's over the grid's blocks; None where scores do not differ.
-
-    Args:
-        scores: one a block of the model.
-        grid: what the sweep found.
-        left_out: blocks that do not count.
-    """
-    places = [place for place, block in enumerate(grid.blocks) if block not in left_out]
-    own = torch.tensor([scores[grid.blocks[place]] for place in places], dtype=torch.float64)
-    swept = torch.tensor(grid.means[places], dtype=torch.float64)
-    if len(places) < 3 or own.unique().numel() == 1 or swept.unique().numel() == 1:
+def rank_correlation(scores: Sequence[float] | Figures, grid: Grid) -> float | None:
+    """Spearman's, of a selector's scores of all blocks and the sweep's; None where scores do not differ."""
+    own = torch.tensor([scores[block] for block in grid.blocks], dtype=torch.float64)
+    swept = torch.tensor(grid.means, dtype=torch.float64)
+    if len(own) < 3 or own.unique().numel() == 1 or swept.unique().numel() == 1:
         return None
     return float(spearman_corrcoef(own, swept))
 
@@ -93,7 +86,7 @@ def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks
     a_request = grid.seconds / len(grid.scores) * blocks / len(grid.blocks)
     rows: list[Row] = []
     for name, profile in profiles.items():
-        block, scores = profile.golden_layers[0], _ranked_by(profile)
+        block, sign = profile.golden_layers[0], np.abs if profile.order == "magnitude" else np.asarray
         faster = a_request * profile.requests / profile.seconds if profile.stability and profile.seconds else None
         rows.append(
             {
@@ -101,63 +94,12 @@ def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks
                 "block": block,
                 "score": grid.mean(block),
                 "regret": grid.regret(block),
-                "spearman": rank_correlation(scores, grid),
-                "spearman inside the fences": rank_correlation(scores, grid, profile.excluded),
+                "spearman": rank_correlation(sign(profile.scores), grid),
                 "seconds": profile.seconds,
                 "times faster than the sweep": faster,
             }
         )
-    return [*rows, _half_swept(grid)]
-
-
-def _half_swept(grid: Grid) -> Row:
-    """The sweep itself as a selector: chosen on one half of the requests, measured on the other, both ways."""
-    first, second = grid.halves
-    both_ways = [(first.best, second), (second.best, first)]
-    swept = dict(zip(first.blocks, first.means.tolist(), strict=True))
-    return {
-        "selector": "sweep of the other half",
-        "block": " and ".join(dict.fromkeys(str(block) for block, _ in both_ways)),
-        "score": float(np.mean([other.mean(block) for block, other in both_ways])),
-        "regret": float(np.mean([other.regret(block) for block, other in both_ways])),
-        "spearman": rank_correlation([swept.get(block, np.nan) for block in range(max(swept) + 1)], second),
-        "spearman inside the fences": None,
-        "seconds": grid.seconds / 2,
-        "times faster than the sweep": 1.0,
-    }
-
-
-def by_halves(
-    grids: Mapping[str, Mapping[str, Grid]], profiles: Mapping[str, Mapping[str, GoldenProfile]]
-) -> list[Row]:
-    """Every selector on one half of the tried requests and on the other, over all sets and methods: what is chosen
-    by the first half's figures can be trusted by the second's.
-
-    Args:
-        grids: by set and method.
-        profiles: by set and selector.
-
-    Returns:
-        rows, the best rank correlation on the first half first.
-    """
-    rows: list[Row] = []
-    for selector in next(iter(profiles.values())):
-        row: Row = {"selector": selector}
-        for half, name in enumerate(("first", "second")):
-            every = [(profiles[one][selector], grid.halves[half]) for one in grids for grid in grids[one].values()]
-            ranks = [rank_correlation(_ranked_by(profile), part) for profile, part in every]
-            regrets = [part.regret(profile.golden_layers[0]) for profile, part in every]
-            known = [rank for rank in ranks if rank is not None]
-            row[f"spearman, {name} half"] = float(np.mean(known)) if known else None
-            row[f"regret, {name} half"] = float(np.mean(regrets))
-            row[f"worst regret, {name} half"] = max(regrets)
-        rows.append(row)
-    return sorted(rows, key=lambda row: -float(row["spearman, first half"] or -1))
-
-
-def _ranked_by(profile: GoldenProfile) -> list[float]:
-    """Its scores, larger where a block comes first."""
-    return [abs(score) for score in profile.scores] if profile.order == "magnitude" else profile.scores
+    return rows
 
 
 def carried_over(grids: Mapping[str, Grid], golden: Mapping[str, int]) -> list[Row]:

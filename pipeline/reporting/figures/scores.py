@@ -97,33 +97,21 @@ def _choice(profile: GoldenProfile) -> str:
 
 
 def stability_figure(profile: GoldenProfile) -> Figure:
-    """How often each block is chosen when requests are resampled, and how that settles as they grow in number."""
+    """How often each block is chosen when requests are resampled."""
     stability, golden = profile.stability, profile.golden_layers[0]
     assert stability
     caption = (
-        f"{stability.resamples} draws of the {profile.requests} requests, with replacement; each chooses a block. "
-        "Below: draws of fewer requests; above a point the block that they choose most."
+        f"{stability.resamples} draws of the {profile.requests} requests, with replacement; each chooses a block."
     )
-    with look(3.1, f"How sure is block {golden}? {stability.chosen[golden]:.0%}", caption) as figure:
-        shares, settling = figure.subplots(2, 1, height_ratios=(3, 2))
+    with look(2.2, f"How sure is block {golden}? {stability.chosen[golden]:.0%}", caption) as figure:
+        axes = figure.subplots()
         blocks = range(len(stability.chosen))
         colors = [GOLD if block == golden else BLUE for block in blocks]
-        shares.bar(blocks, stability.chosen, color=colors, edgecolor=INK, linewidth=0.4)
-        block_axis(shares, blocks, profile.model)
-        shares.set_ylabel("share")
-        settling.plot(stability.sizes, stability.agreeing, color=INK, marker="o", markerfacecolor=GOLD)
-        for size, share, leading in zip(stability.sizes, stability.agreeing, stability.leading, strict=True):
-            settling.annotate(
-                f"{leading}", (size, share), (0, 6), textcoords="offset points", ha="center", fontsize=8
-            )
-        settling.set_xscale("log", base=2)
-        settling.set_xticks(stability.sizes, [str(size) for size in stability.sizes], fontsize=8)
-        settling.minorticks_off()
-        settling.set_xlabel(f"requests drawn (share that chooses block {golden})")
-        settling.set_ylabel("share")
-        for axes in (shares, settling):
-            axes.set_ylim(0, 1.2)
-            axes.set_yticks([0, 0.5, 1])
+        axes.bar(blocks, stability.chosen, color=colors, edgecolor=INK, linewidth=0.4)
+        block_axis(axes, blocks, profile.model)
+        axes.set_ylabel("share")
+        axes.set_ylim(0, 1.2)
+        axes.set_yticks([0, 0.5, 1])
     return figure
 
 

@@ -96,8 +96,7 @@ def selectors_figure(study: Study, name: str, method: str) -> Figure:
             regret, rank = float(row["regret"] or 0), row["spearman"]
             _bar(regrets, place, regret, own, f"{regret:.3f}, block {row['block']}")
             _bar(ranks, place, float(rank or 0), own, "none" if rank is None else "")
-        chosen_by = [str(row["selector"]).replace(" without fences", ", unfenced") for row in rows]
-        names = [short(selector_name(name), MOST_SELECTORS) for name in chosen_by]
+        names = [short(selector_name(str(row["selector"])), MOST_SELECTORS) for row in rows]
         regrets.set_yticks(places, names, fontsize=9)
         regrets.set_xlim(0, 1.9 * max(0.02, *(float(row["regret"] or 0) for row in rows)))
         regrets.set_xlabel("regret")
