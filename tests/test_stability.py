@@ -11,8 +11,7 @@ import pytest
 from pipeline.attribution.find import choose, find_golden_layer
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.attribution.scores import Scores
-from pipeline.attribution.selection import first_choices, select
-from pipeline.attribution.stability import judge
+from pipeline.attribution.selection import first_choices, judge, select
 from pipeline.model.llm import LLM
 from pipeline.options import AttributionOptions
 from pipeline.requests.schema import EditRequest

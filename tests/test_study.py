@@ -22,8 +22,7 @@ from pipeline.requests.readers import load_requests
 from pipeline.requests.rows import collate
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
-from pipeline.study.grid import Grid
-from pipeline.study.questions import carried_over, everywhere, golden_against_optimal, rank_correlation
+from pipeline.study.grid import Grid, carried_over, everywhere, golden_against_optimal, rank_correlation
 from pipeline.study.selectors import RESEARCH
 from pipeline.study.study import check_study, parted
 from pipeline.study.sweep import Sweep

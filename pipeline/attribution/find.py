@@ -14,9 +14,8 @@ from pipeline.attribution import lga, tracing  # noqa: F401  # they enter themse
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.attribution.scores import Scores
-from pipeline.attribution.selection import select
+from pipeline.attribution.selection import judge, select
 from pipeline.attribution.selector import SELECTORS, Selector
-from pipeline.attribution.stability import judge
 from pipeline.errors import UserError, check_choice
 from pipeline.files import digest
 from pipeline.model.llm import LLM, fingerprint

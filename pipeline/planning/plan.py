@@ -134,13 +134,13 @@ def needs(case: Case, options: PlanCommand, weights: int, memory: int) -> Iterat
         read = partial(stages.key_statistics, case, "mlp" if whitening else "down")
         yield need("key statistics", READ_TOGETHER, read, fixed=True)
     for edit in edits:
-        asked = options.batch or getattr(settings_of(edit), "batch_size", options.attribution.batch_size)
+        batch = getattr(settings_of(edit), "batch_size", options.attribution.batch_size)
         sent = stages.trained_bytes(case, edit) if case.devices > 1 and not sharded else 0
 
         def edited(batch: int, edit: EditOptions = edit, sent: int = sent) -> int:
             return sent + stages.editing(case, edit, batch)
 
-        yield need(edit.method, asked, edited, stages.searched_together(case, edit))
+        yield need(edit.method, options.batch or batch, edited, stages.searched_together(case, edit))
     most = max(1, BATCH_TOKENS // case.length)
     yield need("evaluation", options.batch or BATCH_SIZE, partial(stages.evaluation, case), most)
 
@@ -170,10 +170,8 @@ def longest_batch(beside: Callable[[int], int], batch: int, room: int, most: int
         return most
     left = room - beside(batch)
     other = min(most or FURTHER * batch, FURTHER * batch) if left >= 0 else 1
-    if other == batch:
-        return 0
-    share = (beside(other) - beside(batch)) / (other - batch)
-    return max(0, batch + floor(left / share))
+    apart = beside(other) - beside(batch)
+    return max(0, batch + floor(left * (other - batch) / apart)) if apart else 0
 
 
 def _bytes(tensor: Tensor) -> int:

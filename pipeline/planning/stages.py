@@ -24,9 +24,9 @@ from pipeline.editing.one_pass import Capturing
 from pipeline.editing.ordinary_text import WINDOW
 from pipeline.editing.statistics import KeyMoments
 from pipeline.editing.values import SEARCHED_TOGETHER, Located
+from pipeline.evaluation.plan import WINDOW as READ_WINDOW
+from pipeline.evaluation.plan import Text
 from pipeline.evaluation.reading import EVERY, Reading
-from pipeline.evaluation.texts import WINDOW as READ_WINDOW
-from pipeline.evaluation.texts import Text
 from pipeline.model.blocks import sizes
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.editing import EditOptions

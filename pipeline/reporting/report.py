@@ -11,7 +11,7 @@ from pipeline.evaluation import Evaluation
 from pipeline.reporting.tables import markdown_table, metric_table
 from pipeline.requests import EditRequest
 from pipeline.shipped import program
-from pipeline.study.questions import Row
+from pipeline.study.grid import Row
 from pipeline.study.study import Study
 
 EXAMPLES = 8

@@ -20,8 +20,7 @@ from pipeline.options import StudyCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.running.processes import from_first
 from pipeline.running.trainer import Runtime
-from pipeline.study.grid import Grid
-from pipeline.study.questions import Row, carried_over, golden_against_optimal, selectors_compared
+from pipeline.study.grid import Grid, Row, carried_over, golden_against_optimal, selectors_compared
 from pipeline.study.selectors import RESEARCH
 from pipeline.study.sweep import RESULTS, Sweep, check_trial
 
