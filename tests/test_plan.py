@@ -71,7 +71,7 @@ def tokens(llm: LLM, requests: Sequence[EditRequest]) -> int:
 def medium(smollm2: LLM) -> LLM:
     """Large enough that what is kept of requests is little beside what is worked with; a real tokenizer."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=smollm2.vocabulary, **SHAPE)
+    config = LlamaConfig(vocab_size=len(smollm2.tokenizer), **SHAPE)
     return LLM(LlamaForCausalLM(config), smollm2.tokenizer, "medium")
 
 
@@ -110,7 +110,7 @@ SHORT: dict[str, dict[str, Any]] = {
 def test_what_is_planned_is_what_is_measured(medium: LLM, editing: EditOptions, tmp_path: Path) -> None:
     requests = long_requests(medium, 32)
     options = PlanCommand(
-        model=in_folder(tmp_path / "model", medium.vocabulary),
+        model=in_folder(tmp_path / "model", len(medium.tokenizer)),
         length=tokens(medium, requests),
         layer=LAYER,
         edit=editing,
