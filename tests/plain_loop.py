@@ -79,7 +79,7 @@ def plain_answer(llm: LLM, prompt: str, answer: str) -> str:
 
 def plain_generation(llm: LLM, requests: list[EditRequest]) -> dict[str, float]:
     """What the model says, a prompt at a time, by the library's own generation."""
-    from pipeline.evaluation.texts import DISTRACTORS
+    from pipeline.evaluation.plan import DISTRACTORS
 
     kinds = {
         "generation": [[(r.prompt, r.new_answer)] for r in requests],

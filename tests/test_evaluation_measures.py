@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.editing.update import WeightUpdate
 from pipeline.evaluation import plan, reading
 from pipeline.evaluation.evaluator import Evaluation, Evaluator, evaluate
-from pipeline.evaluation.fluency import ngram_entropy
 from pipeline.evaluation.metrics import Resampled, bootstrap_mean
 from pipeline.evaluation.reading import EVERY
-from pipeline.evaluation.values import harmonic_mean
+from pipeline.evaluation.values import harmonic_mean, ngram_entropy
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.options import EvaluationOptions

@@ -13,34 +13,31 @@ import pytest
 import torch
 from conftest import refusal
 from families import ENDS, FAMILIES
-from pipeline.editing.edit import METHODS
-from pipeline.planning.case import Case
-from pipeline.planning.memory import longest_batch, weight_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.bench import most_alive
-from pipeline.attribution import score_requests
+from pipeline.attribution.find import score_requests
 from pipeline.cli import main
-from pipeline.editing.method import Runtime
+from pipeline.editing.editor import METHODS
 from pipeline.evaluation import evaluate
-from pipeline.model import LLM, encode
+from pipeline.model.llm import LLM
 from pipeline.options import (
     AttributionOptions,
     EditOptions,
     EvaluationOptions,
-    FinetuneOptions,
-    LocateOptions,
-    LoraOptions,
     PlanCommand,
     StatisticsOptions,
     TrainerOptions,
 )
-from pipeline.planning import Need, edits, passes, plan_memory
-from pipeline.planning.shape import shape_of
-from pipeline.requests import EditRequest
+from pipeline.planning import Need, plan_memory, stages
+from pipeline.planning.plan import longest_batch, weight_bytes
+from pipeline.planning.shape import Case, shape_of
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
 
 CPU = TrainerOptions(accelerator="cpu", devices=1)
 LAYER = 1
+ONE_PASS = EditOptions(method="one_pass")
 SHAPE: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 768,
@@ -67,14 +64,14 @@ def long_requests(llm: LLM, count: int) -> list[EditRequest]:
 
 
 def tokens(llm: LLM, requests: Sequence[EditRequest]) -> int:
-    return len(encode(llm, [(requests[0].prompt, requests[0].new_answer)])[0].token_ids)
+    return len(llm.tokens.rows([(requests[0].prompt, requests[0].new_answer)])[0].token_ids)
 
 
 @pytest.fixture(scope="module")
 def medium(smollm2: LLM) -> LLM:
     """Large enough that what is kept of requests is little beside what is worked with; a real tokenizer."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=smollm2.vocabulary, **SHAPE)
+    config = LlamaConfig(vocab_size=len(smollm2.tokenizer), **SHAPE)
     return LLM(LlamaForCausalLM(config), smollm2.tokenizer, "medium")
 
 
@@ -90,7 +87,7 @@ def weights_of(llm: LLM) -> int:
 
 def run_edit(llm: LLM, requests: Sequence[EditRequest], options: EditOptions) -> None:
     with llm.frozen():
-        METHODS[options.method].make(llm, [LAYER], options).run(requests, Runtime(CPU))
+        METHODS[options.method].make(llm, [LAYER], options).run(requests, Runtime(CPU), ())
 
 
 @pytest.fixture
@@ -98,19 +95,22 @@ def editing(tmp_path: Path) -> EditOptions:
     """Every way to edit, for as many steps as reach the most memory."""
     text = tmp_path / "text.txt"
     text.write_text("The path along the marsh is best walked in the hour after sunrise. " * 200)
-    return EditOptions(
-        statistics=StatisticsOptions(text=str(text), tokens=2_000, cache=str(tmp_path)),
-        finetune=FinetuneOptions(epochs=1, contexts=0),
-        lora=LoraOptions(epochs=1, contexts=0),
-        locate=LocateOptions(steps=1, neighbours=2),
-    )
+    return EditOptions(statistics=StatisticsOptions(text=str(text), tokens=2_000))
+
+
+SHORT: dict[str, dict[str, Any]] = {
+    "finetune": {"epochs": 1, "contexts": 0},
+    "lora": {"epochs": 1, "contexts": 0},
+    "memit": {"steps": 1, "neighbours": 2},
+    "one_pass": {},
+}
 
 
 @pytest.mark.real_model
 def test_what_is_planned_is_what_is_measured(medium: LLM, editing: EditOptions, tmp_path: Path) -> None:
     requests = long_requests(medium, 32)
     options = PlanCommand(
-        model=in_folder(tmp_path / "model", medium.vocabulary),
+        model=in_folder(tmp_path / "model", len(medium.tokenizer)),
         length=tokens(medium, requests),
         layer=LAYER,
         edit=editing,
@@ -119,11 +119,11 @@ def test_what_is_planned_is_what_is_measured(medium: LLM, editing: EditOptions, 
     planned = {need.stage: need for need in plan_memory(options).stages}
     ways: dict[str, Callable[[], Any]] = {
         "attribution": lambda: score_requests(medium, requests, AttributionOptions(), CPU),
-        "evaluation": lambda: evaluate(medium, requests, None, EvaluationOptions(keep_base=False), CPU),
+        "evaluation": lambda: evaluate(medium, requests, None, EvaluationOptions(), CPU),
     }
     for method in options.method:  # what training keeps of requests lies in the same memory here: few of them
-        some = requests[:8] if method in edits.TRAINED else requests
-        ways[method] = partial(run_edit, medium, some, replace(editing, method=method))
+        some = requests[:8] if method in ("finetune", "lora") else requests
+        ways[method] = partial(run_edit, medium, some, replace(editing, method=method, expert=SHORT[method]))
     for name, way in ways.items():
         weights, beside = weights_of(medium), most_alive(way)
         assert planned[name].weights == pytest.approx(weights, rel=0.01)
@@ -148,11 +148,11 @@ def test_every_family_is_gone_through(family: str) -> None:
     shape = shape_of(make(vocab_size=100, **ENDS | settings), family, torch.float32)
     case = Case(shape, 12, 1)
     beside = {
-        "attribution": passes.attribution(case, AttributionOptions(), 2),
-        "lora": edits.training(case, EditOptions(method="lora", lora=LoraOptions(rank=4)), 2),
-        "memit": edits.locating(case, EditOptions(), 1),
-        "one_pass": passes.one_pass(case, EditOptions(), 2),
-        "evaluation": passes.evaluation(case, 2),
+        "attribution": stages.attribution(case, AttributionOptions(), 2),
+        "lora": stages.editing(case, EditOptions(method="lora", expert={"rank": 4}), 2),
+        "memit": stages.editing(case, EditOptions(method="memit"), 1),
+        "one_pass": stages.editing(case, ONE_PASS, 2),
+        "evaluation": stages.evaluation(case, 2),
     }
     assert all(1e4 < size < 1e7 for size in beside.values())
 
@@ -172,13 +172,13 @@ def test_strategies_and_precisions() -> None:
         ("fsdp", 3, ends + 4 * block / 3 + 2 * block),  # an own part, and the block at work and the next
     ):
         assert weight_bytes(case.shape, strategy, devices) == pytest.approx(expected, rel=0.001)
-    mixed = passes.one_pass(replace(case, precision="bf16-mixed"), EditOptions(), 4)
-    half = passes.one_pass(a_case(dtype=torch.bfloat16, precision="bf16-true"), EditOptions(), 4)
-    assert half < passes.one_pass(case, EditOptions(), 4) * 0.6
+    mixed = stages.editing(replace(case, precision="bf16-mixed"), ONE_PASS, 4)
+    half = stages.editing(a_case(dtype=torch.bfloat16, precision="bf16-true"), ONE_PASS, 4)
+    assert half < stages.editing(case, ONE_PASS, 4) * 0.6
     assert half < mixed  # which makes a copy of every weight
     training = EditOptions(method="finetune")
-    assert edits.trained_bytes(case, training) == 4 * 3 * 192 * 768
-    assert edits.training(replace(case, devices=2), training, 8) == edits.training(case, training, 4)
+    assert stages.trained_bytes(case, training) == 4 * 3 * 192 * 768
+    assert stages.editing(replace(case, devices=2), training, 8) == stages.editing(case, training, 4)
 
 
 def test_ddp_sends_from_buffers_of_its_own(tmp_path: Path) -> None:
@@ -196,9 +196,9 @@ def test_ddp_sends_from_buffers_of_its_own(tmp_path: Path) -> None:
 
 def test_the_longest_batch_just_fits() -> None:
     case, room = a_case(), 30_000_000
-    longest = longest_batch(partial(passes.one_pass, case, EditOptions()), 4, room)
-    assert passes.one_pass(case, EditOptions(), longest) <= room
-    assert passes.one_pass(case, EditOptions(), longest + 1) > room
+    longest = longest_batch(partial(stages.editing, case, ONE_PASS), 4, room)
+    assert stages.editing(case, ONE_PASS, longest) <= room
+    assert stages.editing(case, ONE_PASS, longest + 1) > room
 
 
 def test_attribution_stops_where_it_would_take_too_much(tmp_path: Path) -> None:

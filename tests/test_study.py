@@ -14,7 +14,6 @@ from conftest import make_tiny, refusal
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.attribution.find import choose, find_golden_layer, score_requests
-from pipeline.attribution.scores import Scores
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.model.activations import target_losses
@@ -24,8 +23,7 @@ from pipeline.requests.readers import load_requests
 from pipeline.requests.rows import collate
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
-from pipeline.study.grid import Grid
-from pipeline.study.questions import by_halves, carried_over, everywhere, golden_against_optimal, rank_correlation
+from pipeline.study.grid import Grid, carried_over, everywhere, golden_against_optimal, rank_correlation
 from pipeline.study.selectors import RESEARCH
 from pipeline.study.study import check_study, parted
 from pipeline.study.sweep import Sweep
@@ -114,17 +112,6 @@ def test_regret_and_rank_correlation(grid: Grid) -> None:
     assert rank_correlation([1, 9, 3, 9, 9, 2], grid) == pytest.approx(1.0, abs=1e-4)
     assert rank_correlation([3, 9, 1, 9, 9, 2], grid) == pytest.approx(-1.0, abs=1e-4)
     assert rank_correlation([1, 1, 1, 1, 1, 1], grid) is None
-
-
-def test_halves_do_not_know_each_other(grid: Grid) -> None:
-    """Requests 0 and 2 make the first half, request 1 the second; block 2 is best on both together."""
-    scores = Scores("lga", ["a"], np.array([[3.0, 1, 2, 0]]))
-    profile = choose(scores, AttributionOptions(fences=0))
-    ordered = Grid([0, 2, 3], grid.values, 1.0)
-    (row,) = by_halves({"set": {"memit": ordered}}, {"set": {"lga": profile}})
-    assert row["regret, first half"] == pytest.approx(0.6 - 0.45)
-    assert row["regret, second half"] == pytest.approx(0.9)
-    assert row["spearman, second half"] == pytest.approx(-0.5, abs=1e-4)
 
 
 def test_a_probe_that_a_request_lacks_does_not_count() -> None:
@@ -237,7 +224,7 @@ def test_a_study_answers_its_questions(
     assert re.search(rf"golden layer +{golden} ", told)
     assert {0, 2, golden} <= set(study["sweeps"]["demo"]["memit"]["blocks"])
     compared = {row["selector"] for row in study["selectors"]["demo"]["memit"]}
-    assert {"lga", "lga without fences", "causal_tracing", "sweep of the other half"} <= compared
+    assert {"lga", "gradient_norm", "causal_tracing", "middle"} == compared
     report = (out / "study.md").read_text()
     assert "| golden layer |" in report and "own best" in report
     assert {file.name for file in out.glob("*.png")} == {

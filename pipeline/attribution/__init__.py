@@ -9,8 +9,7 @@ __getattr__, __all__ = offered(
         "find": ("SELECTORS", "check_selector", "choose", "find_golden_layer", "score_requests"),
         "profile": ("GoldenProfile",),
         "scores": ("Scores",),
-        "selection": ("Selection", "select"),
         "selector": ("Selector",),
-        "stability": ("Stability", "judge"),
+        "selection": ("Selection", "Stability", "judge", "select"),
     },
 )

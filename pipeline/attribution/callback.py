@@ -16,12 +16,18 @@ from torch.utils.data import DistributedSampler
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from pipeline.attribution.estimators import LGA, Estimator
-from pipeline.attribution.inner_products import CapturedInput
+from pipeline.attribution.inner_products import LGA, CapturedInput, Estimator
 from pipeline.errors import UserError
 from pipeline.model.blocks import Block, by_row
 from pipeline.model.checkpointing import runs_again
 from pipeline.running.processes import of_all
+
+LOADERS = {
+    TrainerFn.FITTING: "train_dataloader",
+    TrainerFn.VALIDATING: "val_dataloaders",
+    TrainerFn.TESTING: "test_dataloaders",
+    TrainerFn.PREDICTING: "predict_dataloaders",
+}
 
 
 class GradientAttribution(Callback):
@@ -88,8 +94,9 @@ class GradientAttribution(Callback):
     def _batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
         if not watches(trainer):
             return
-        if not self._pass.is_done:
-            self._differentiate(outputs)
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if not self._pass.is_done and isinstance(loss, Tensor) and loss.requires_grad:
+            loss.sum().backward()  # the step leaves that to whoever runs it
         torch.set_grad_enabled(self._before)
         self._pass.check()
         self._found.append(torch.cat(self._passes).double().numpy())
@@ -98,7 +105,7 @@ class GradientAttribution(Callback):
         if watches(trainer):
             self._detach()
             found = self._found or [np.empty((0, len(self.blocks)))]
-            self.scores = in_order(found, _loader(trainer))
+            self.scores = in_order(found, getattr(trainer, LOADERS[trainer.state.fn or TrainerFn.PREDICTING]))
 
     def on_exception(self, *_: Any) -> None:
         self._detach()
@@ -139,12 +146,6 @@ class GradientAttribution(Callback):
                 "of the new ones'"
             )
         self._pass = Pass(len(hidden_RTD), len(self.blocks))
-
-    def _differentiate(self, outputs: Any) -> None:
-        """The backward pass, where a step returns its loss and leaves that to whoever runs it."""
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            loss.sum().backward()
 
     def _kept(self, vectors: Tensor) -> Tensor:
         """What entered or left a projection, row by row, at the positions that count."""
@@ -230,16 +231,6 @@ class Pass:
 def watches(trainer: Trainer) -> bool:
     """Whether a run is watched: all are but the validation within a training."""
     return trainer.training or trainer.state.fn != TrainerFn.FITTING
-
-
-def _loader(trainer: Trainer) -> Any:
-    """What the run that is at its end read from."""
-    return {
-        TrainerFn.FITTING: trainer.train_dataloader,
-        TrainerFn.VALIDATING: trainer.val_dataloaders,
-        TrainerFn.TESTING: trainer.test_dataloaders,
-        TrainerFn.PREDICTING: trainer.predict_dataloaders,
-    }[trainer.state.fn or TrainerFn.PREDICTING]
 
 
 def in_order(found: list[NDArray[np.float64]], loader: Any) -> NDArray[np.float64]:

@@ -14,9 +14,8 @@ from pipeline.attribution import lga, tracing  # noqa: F401  # they enter themse
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.attribution.scores import Scores
-from pipeline.attribution.selection import select
+from pipeline.attribution.selection import judge, select
 from pipeline.attribution.selector import SELECTORS, Selector
-from pipeline.attribution.stability import judge
 from pipeline.errors import UserError, check_choice
 from pipeline.files import digest
 from pipeline.model.llm import LLM, fingerprint
@@ -164,7 +163,7 @@ def choose(
         requests=len(found.ids),
         seconds=round(found.seconds, 3),
         chat=found.chat,
-        stability=judge(found.values, golden[0], fences, order, seed) if selector.reads_requests else None,
+        stability=judge(found.values, fences, order, seed) if selector.reads_requests else None,
     )
 
 

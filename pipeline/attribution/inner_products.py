@@ -1,26 +1,26 @@
-"""Inner products of weight gradients that are never formed.
+"""Inner products of weight gradients that are never formed, and the scores of blocks that are made of them.
 
 For y_t = W a_t a request's gradient of W is Σ_t δ_t a_tᵀ with δ_t = ∂ℓ/∂y_t, so the inner product of two
 such gradients is Σ_s Σ_t (a_s · a'_t)(δ_s · δ'_t): two small Gram matrices. Where texts are so long that these
 would cost more than the gradients themselves, one request's gradients are formed at a time.
 
 A batch holds sides of P requests each, one behind the other: with two, the old answers' rows and then the new
-answers'. Shapes: R rows of all sides, P requests, S and T positions, I inputs and O outputs of W, Q pairs of sides.
+answers'. Shapes: R rows of all sides, P requests, S and T positions, K of them kept, I inputs and O outputs of W,
+Q pairs of sides, L blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipeline.requests.rows import Batch
+
 Pair = tuple[int, int]  # numbers of two sides
-
-
-def gram(first_PSD: Tensor, second_PTD: Tensor) -> Tensor:
-    """All dot products between two rows' positions, pair by pair, shape (P, S, T)."""
-    return first_PSD @ second_PTD.mT
+OLD, NEW = 0, 1
 
 
 def forming_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:
@@ -59,15 +59,55 @@ class CapturedInput:
         grads = _wide(grad_RTO).chunk(len(self.inputs))
         if forming_is_cheaper(grads[0].shape[1], self.inputs[0].shape[2], grads[0].shape[2]):
             return formed_products(self.inputs, grads, pairs)
-        found = [(self._gram(pair) * gram(grads[pair[0]], grads[pair[1]])).sum((1, 2)) for pair in pairs]
+        found = [(self._gram(pair) * (grads[pair[0]] @ grads[pair[1]].mT)).sum((1, 2)) for pair in pairs]
         return torch.stack(found)
 
     def _gram(self, pair: Pair) -> Tensor:
+        """Dot products of two sides' inputs, (P, S, T)."""
         if pair not in self._grams:
-            self._grams[pair] = gram(self.inputs[pair[0]], self.inputs[pair[1]])
+            self._grams[pair] = self.inputs[pair[0]] @ self.inputs[pair[1]].mT
         return self._grams[pair]
 
 
 def _wide(tensor: Tensor) -> Tensor:
     """In float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class Estimator(NamedTuple):
+    """How inner products, summed over a block's projections, become its score.
+
+    Attributes:
+        pairs: which sides' gradients are multiplied.
+        combine: from those products (Q, P, L) to scores (P, L).
+        positions: from a batch, and how many tokens all prompts begin with, to the positions (R, K) that count;
+            None: all do.
+        sides: how many answers of a request are run: both, or the new one alone, which then has number 0.
+        needs_subject: whether `positions` asks where a request's subject ends.
+    """
+
+    pairs: tuple[Pair, ...]
+    combine: Callable[[Tensor], Tensor]
+    positions: Callable[[Batch, int], Tensor] | None = None
+    sides: int = 2
+    needs_subject: bool = False
+
+
+def product(products_QPL: Tensor) -> Tensor:
+    """⟨g_old, g_new⟩."""
+    return products_QPL[0]
+
+
+def norm(products_QPL: Tensor) -> Tensor:
+    """‖g‖."""
+    return products_QPL[0].clamp(min=0).sqrt()
+
+
+def last_of_subject(batch: Batch, _: int) -> Tensor:
+    """The subject's last token alone: that is where a fact is looked up (ROME, arXiv 2202.05262)."""
+    places = [text.subject[1] for text in batch.texts if text.subject]
+    return torch.tensor(places, device=batch.row_N.device)[:, None]
+
+
+LGA = Estimator(((OLD, NEW),), product)
+GRADIENT_NORM_SUBJECT = Estimator(((0, 0),), norm, last_of_subject, sides=1, needs_subject=True)

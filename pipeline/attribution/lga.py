@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.attribution.callback import GradientAttribution
-from pipeline.attribution.estimators import GRADIENT_NORM_SUBJECT, LGA, Estimator
+from pipeline.attribution.inner_products import GRADIENT_NORM_SUBJECT, LGA, Estimator
 from pipeline.attribution.old_answers import with_old_answers
 from pipeline.attribution.selector import Selector, Values, register, tokens_at_once
 from pipeline.model.activations import target_losses

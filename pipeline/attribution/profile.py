@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.attribution.stability import Stability
+from pipeline.attribution.selection import Stability
 from pipeline.errors import UserError
 from pipeline.files import write_text
 from pipeline.shipped import program

@@ -1,4 +1,4 @@
-"""From a score a block to golden layers: Tukey's fences and the ranking (arXiv 2602.20207, appendix A)."""
+"""From scores to golden layers: Tukey's fences, the ranking (arXiv 2602.20207, appendix A), how sure they are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.attribution.selector import Values
+
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -31,32 +36,62 @@ class Selection:
 def select(scores: Sequence[float], fences: float = 1.0, order: str = "signed") -> Selection:
     """Rank blocks, setting aside those outside [Q1 − f·IQR, Q3 + f·IQR].
 
-    A score is about r_old · K · r_new, where r are what the two losses want changed at the logits and K says
-    how far this block's weights reach them. Its sign is the same for nearly all blocks and says how well the
-    model knows the old answers: well enough, and it turns negative, so that the paper's signed order would put
-    the block of least reach first. Ranking by magnitude keeps the meaning, and agrees where scores are positive.
+    The sign is the same for nearly all blocks, and says how well the model knows the old answers: well enough, and
+    it turns negative, so that the paper's signed order would put the block of least reach first. Ranking by
+    magnitude keeps the meaning, and agrees where scores are positive.
 
     Args:
         scores: one a block.
         fences: Tukey's factor f; 0 turns the fences off. Quartiles are interpolated linearly.
         order: `signed` (the paper's) or `magnitude`.
     """
-    size = [abs(score) if order == "magnitude" else score for score in scores]
-    raw_ranking = sorted(range(len(scores)), key=lambda block: (-size[block], block))
-    low, high = -math.inf, math.inf
-    if fences > 0:
-        first, third = np.percentile(scores, [25, 75])
-        low, high = float(first - fences * (third - first)), float(third + fences * (third - first))
-    excluded = [block for block, score in enumerate(scores) if not low <= score <= high]
+    score_L = np.asarray(scores, dtype=np.float64)
+    first, third = np.percentile(score_L, [25, 75])
+    reach = fences * (third - first) if fences else math.inf
+    low, high = float(first - reach), float(third + reach)
+    size_L = np.abs(score_L) if order == "magnitude" else score_L
+    raw_ranking = np.argsort(-size_L, kind="stable").tolist()
+    excluded = np.flatnonzero((score_L < low) | (score_L > high)).tolist()
     return Selection(low, high, excluded, [b for b in raw_ranking if b not in excluded], raw_ranking)
 
 
-def first_choices(scores_RL: NDArray[np.float64], fences: float = 1.0, order: str = "signed") -> NDArray[np.intp]:
+def first_choices(scores_RL: Values, fences: float = 1.0, order: str = "signed") -> NDArray[np.intp]:
     """The first of the ranking for each of R rows of scores, as `select` finds it, shape (R,)."""
+    first_R1, third_R1 = np.percentile(scores_RL, [25, 75], axis=1, keepdims=True)
+    reach_R1 = fences * (third_R1 - first_R1) if fences else math.inf
+    inside_RL = (scores_RL >= first_R1 - reach_R1) & (scores_RL <= third_R1 + reach_R1)
     size_RL = np.abs(scores_RL) if order == "magnitude" else scores_RL
-    if fences > 0:
-        first_R, third_R = np.percentile(scores_RL, [25, 75], axis=1)
-        reach_R = fences * (third_R - first_R)
-        low_R1, high_R1 = (first_R - reach_R)[:, None], (third_R + reach_R)[:, None]
-        size_RL = np.where((low_R1 <= scores_RL) & (scores_RL <= high_R1), size_RL, -np.inf)
-    return size_RL.argmax(axis=1)
+    return np.where(inside_RL, size_RL, -np.inf).argmax(axis=1)
+
+
+class Stability(BaseModel):
+    """What becomes of the choice when the proxy set is another draw from the same facts.
+
+    Attributes:
+        resamples: how many proxy sets were drawn, with replacement, from the one that was scored.
+        low, high: each block's mean score: a 95% interval.
+        chosen: the share of resamples in which each block comes first, fences and order taken anew.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    resamples: int
+    low: list[float]
+    high: list[float]
+    chosen: list[float]
+
+
+def judge(values_NL: Values, fences: float = 1.0, order: str = "signed", seed: int = 0) -> Stability:
+    """Bootstrap a choice.
+
+    Args:
+        values_NL: each request's score of every block.
+        fences, order: how it was chosen.
+        seed: of the draws.
+    """
+    requests, blocks = values_NL.shape
+    random = np.random.default_rng([seed, requests])
+    means_RL = np.stack([values_NL[random.integers(requests, size=requests)].mean(0) for _ in range(RESAMPLES)])
+    low, high = np.percentile(means_RL, [2.5, 97.5], axis=0)
+    chosen = np.bincount(first_choices(means_RL, fences, order), minlength=blocks) / RESAMPLES
+    return Stability(resamples=RESAMPLES, low=low.tolist(), high=high.tolist(), chosen=chosen.tolist())

@@ -14,9 +14,8 @@ from lightning.pytorch import Trainer
 
 from pipeline.editing.update import WeightUpdate
 from pipeline.evaluation.metrics import Estimate, Resampled
-from pipeline.evaluation.plan import KINDS, Plan
+from pipeline.evaluation.plan import KINDS, Plan, Text
 from pipeline.evaluation.reading import Readings, TextReading, read
-from pipeline.evaluation.texts import Text
 from pipeline.evaluation.values import Values, figures, values_of
 from pipeline.files import cache_folder
 from pipeline.model.llm import LLM, fingerprint

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from lightning.pytorch import Trainer
 
 from pipeline.errors import UserError
+from pipeline.evaluation.plan import Text
 from pipeline.evaluation.reading import Reading, read_groups
-from pipeline.evaluation.texts import Text
 from pipeline.model.llm import LLM
 from pipeline.options.shared import TrainerOptions
 from pipeline.requests.rows import Row, pack

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from pipeline.evaluation.plan import Plan
-from pipeline.evaluation.texts import Text
+from pipeline.evaluation.plan import Plan, Text
 from pipeline.model.activations import head_reads, wide_logits
 from pipeline.model.generation import Question, Saying
 from pipeline.model.llm import LLM

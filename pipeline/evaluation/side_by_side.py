@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.evaluation.plan import Text, probe_rows
 from pipeline.evaluation.reading import Reading, TextReadings, read_groups, rows_of
-from pipeline.evaluation.texts import Text, probe_rows
 from pipeline.evaluation.values import teacher_forced_values
 from pipeline.model.activations import Activations
 from pipeline.model.llm import LLM

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.evaluation.fluency import ngram_entropy
 from pipeline.evaluation.metrics import Resampled, bootstrap_mean
-from pipeline.evaluation.plan import Plan
+from pipeline.evaluation.plan import Plan, Prompt, Text
 from pipeline.evaluation.reading import Readings, TextReadings
-from pipeline.evaluation.texts import Prompt, Text
 from pipeline.requests.answers import contains_answer, is_exact_answer
 from pipeline.requests.rows import Row
 
@@ -22,6 +21,7 @@ BY_PROBABILITY = {
     "rephrase": "paraphrase",
     "locality": "neighbourhood",
 }  # as ROME calls them
+NGRAMS = {2: 2 / 3, 3: 4 / 3}  # weights of 2- and 3-grams of words
 IN_SCORE = tuple(f"{name}_success" for name in BY_PROBABILITY.values())
 
 
@@ -162,3 +162,18 @@ def harmonic_mean(parts: Sequence[Resampled]) -> Resampled:
     with np.errstate(divide="ignore"):
         values = len(parts) / sum(1 / part.values for part in parts)
     return Resampled(np.asarray(values), min(part.count for part in parts))
+
+
+def ngram_entropy(text: str) -> float:
+    """ROME's fluency: the mean of the weighted entropies, in bits, of a text's 2- and 3-grams of words.
+
+    Repetition lowers it. A text too short for any 2-gram has none: 0.
+    """
+    words = re.findall(r"\w+|[^\w\s]", text)
+    return sum(weight * _entropy(words, n) for n, weight in NGRAMS.items()) / len(NGRAMS)
+
+
+def _entropy(words: list[str], n: int) -> float:
+    counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
+    total = counts.total()
+    return -sum(count / total * math.log2(count / total) for count in counts.values())

@@ -1,19 +1,10 @@
 """`run.py plan`: what each stage needs of a device's memory, known before anything is loaded.
 
-A device holds weights, and what a stage makes beside them: needed(batch) = weights + beside(batch).
-
-Weights. Where each device holds the whole model (`ddp`), those are all P bytes. Where blocks are sharded over N
-devices (`fsdp`, `fsdp2`), embeddings, head and the last norm (E bytes) stay whole, a device keeps its N-th part of
-the blocks, and while one block works the next is gathered: weights = E + (P − E) / N + 2 · the largest block.
-
-Beside. What is alive at once in the stage's fullest step: activations that the backward pass reads, logits over the
-vocabulary, gradients, Adam's two moments, what solves for a weight. It is not worked out but counted, as
-`pipeline.planning.alive` says. Devices that train together under `ddp` hold their trained weights' gradients twice:
-they are sent from buffers of their own. Of sharded weights that are trained, gradients and moments are counted as
-if they were whole, which is more than is needed.
-
-Longest batch. beside(batch) is a constant and a share for each request, so two batches tell the line. Stages that
-stop at so many tokens take no more memory for a longer batch.
+A device holds weights, and what a stage makes beside them: activations that the backward pass reads, logits over
+the vocabulary, gradients, Adam's two moments, what solves for a weight. That is not worked out but counted, in the
+stage's fullest step (`pipeline.planning.alive`). Devices that train together under `ddp` hold their gradients
+twice: they are sent from buffers of their own. Of sharded weights that are trained, gradients and moments
+are counted as if they were whole, which is more than is needed.
 
 Not counted: what Python and the libraries take themselves (a CUDA context is near 0.5 GB), what an allocator keeps
 in reserve, and what is kept in the host's memory for each request.
@@ -25,7 +16,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from math import floor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,31 +29,13 @@ from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.reading import BATCH_SIZE, BATCH_TOKENS
 from pipeline.model.loading import load_config
 from pipeline.options.commands import PlanCommand
+from pipeline.options.editing import EditOptions
 from pipeline.options.shared import SHARDED
 from pipeline.planning import stages
 from pipeline.planning.shape import Case, Shape, shape_of
 from pipeline.running.trainer import weights_dtype
 
-GATHERED = 2  # blocks: the one at work and the next
-FURTHER = 4  # times the batch: where the line is looked at again
-
-
-class Stage(NamedTuple):
-    """What is planned for.
-
-    Attributes:
-        name: the stage's, or the method's.
-        batch: requests in a batch, as asked for.
-        most: the most that run at once whatever the batch; None: as many as there are.
-        beside: bytes beside the weights, by requests that run at once.
-        fixed: whether its batch is nobody's to choose.
-    """
-
-    name: str
-    batch: int
-    most: int | None
-    beside: Callable[[int], int]
-    fixed: bool = False
+FURTHER = 4  # times the batch: the line's other point
 
 
 @dataclass(frozen=True)
@@ -131,82 +105,73 @@ def plan_memory(options: PlanCommand) -> MemoryPlan:
         strategy=trainer.strategy,
         devices=case.devices,
         memory=memory,
-        stages=[_need(stage, weights, memory) for stage in planned(case, options)],
+        stages=list(needs(case, options, weights, memory)),
     )
 
 
-def planned(case: Case, options: PlanCommand) -> Iterator[Stage]:
-    """Attribution, the ways to edit that are asked for, with their key statistics, and evaluation."""
-    most = stages.attributed_together(case)
-    batch = options.batch or options.attribution.batch_size
-    yield Stage("attribution", batch, most, partial(stages.attribution, case, options.attribution))
+def needs(case: Case, options: PlanCommand, weights: int, memory: int) -> Iterator[Need]:
+    """Of attribution, the ways to edit that are asked for, with their key statistics, and evaluation."""
+    room, sharded = memory - weights, options.trainer.strategy in SHARDED
+
+    def need(
+        stage: str, batch: int, beside: Callable[[int], int], most: int | None = None, fixed: bool = False
+    ) -> Need:
+        """Of a stage that runs at `most` so many requests at once; its batch may be nobody's to choose."""
+        bytes_of = cache(beside)
+        batch = min(batch, most or batch)
+        longest = None if fixed else longest_batch(bytes_of, batch, room, most)
+        taken = bytes_of(batch)
+        return Need(
+            *(stage, batch, weights, taken, weights + taken, taken <= room), None if longest == most else longest
+        )
+
+    asked = options.batch or options.attribution.batch_size
+    attributed = partial(stages.attribution, case, options.attribution)
+    yield need("attribution", asked, attributed, stages.attributed_together(case))
     edits = [options.edit.by(method) for method in options.method]
     whitening = any(getattr(settings_of(edit), "whiten", 0) for edit in edits)
     if whitening or any(METHODS[edit.method].solves_anew for edit in edits):
-        beside = partial(stages.key_statistics, case, "mlp" if whitening else "down")
-        yield Stage("key statistics", READ_TOGETHER, None, beside, fixed=True)
+        read = partial(stages.key_statistics, case, "mlp" if whitening else "down")
+        yield need("key statistics", READ_TOGETHER, read, fixed=True)
     for edit in edits:
-        batch = options.batch or getattr(settings_of(edit), "batch_size", options.attribution.batch_size)
-        sent = stages.trained_bytes(case, edit) if case.devices > 1 and not _is_sharded(options) else 0
-        yield Stage(edit.method, batch, stages.searched_together(case, edit), partial(_edited, case, edit, sent))
+        batch = getattr(settings_of(edit), "batch_size", options.attribution.batch_size)
+        sent = stages.trained_bytes(case, edit) if case.devices > 1 and not sharded else 0
+
+        def edited(batch: int, edit: EditOptions = edit, sent: int = sent) -> int:
+            return sent + stages.editing(case, edit, batch)
+
+        yield need(edit.method, options.batch or batch, edited, stages.searched_together(case, edit))
     most = max(1, BATCH_TOKENS // case.length)
-    yield Stage("evaluation", options.batch or BATCH_SIZE, most, partial(stages.evaluation, case))
-
-
-def _edited(case: Case, edit: Any, sent: int, batch: int) -> int:
-    return sent + stages.editing(case, edit, batch)
-
-
-def _is_sharded(options: PlanCommand) -> bool:
-    return options.trainer.strategy in SHARDED
-
-
-def _need(stage: Stage, weights: int, memory: int) -> Need:
-    batch = min(stage.batch, stage.most or stage.batch)
-    beside = cache(stage.beside)
-    total = weights + beside(batch)
-    longest = None if stage.fixed else longest_batch(beside, batch, memory - weights, stage.most)
-    return Need(
-        stage=stage.name,
-        batch=batch,
-        weights=weights,
-        beside=beside(batch),
-        total=total,
-        fits=total <= memory,
-        longest_batch=None if longest == stage.most else longest,
-    )
+    yield need("evaluation", options.batch or BATCH_SIZE, partial(stages.evaluation, case), most)
 
 
 def weight_bytes(shape: Shape, strategy: str, devices: int) -> int:
-    """Bytes of weights that a device holds while it works."""
+    """Bytes of weights that a device holds at work: all of them, or embeddings, head, and its part of the blocks.
+
+    Of sharded blocks, the one at work and the next are there whole.
+    """
     everything = sum(map(_bytes, shape.held()))
     if strategy not in SHARDED or devices == 1:
         return everything
     blocks = [sum(map(_bytes, block.module.parameters())) for block in shape.blocks]
-    return everything - sum(blocks) + -(-sum(blocks) // devices) + min(GATHERED, len(blocks)) * max(blocks)
+    return everything - sum(blocks) + -(-sum(blocks) // devices) + min(2, len(blocks)) * max(blocks)
 
 
 def longest_batch(beside: Callable[[int], int], batch: int, room: int, most: int | None = None) -> int:
-    """The most requests whose bytes beside the weights fit into `room`; 0 where not even one does.
+    """The most requests whose bytes beside the weights fit into `room`, on the line through two batches.
 
     Args:
-        beside: bytes by requests; never fewer for more of them.
+        beside: bytes by requests: a constant and a share for each.
         batch: what was asked for.
         room: bytes.
         most: where more would not run at once, how many do.
     """
-    beside = cache(beside)
-    if beside(batch) > room:
-        fitting, too_many = 0, batch
-        while too_many - fitting > 1:
-            middle = (fitting + too_many) // 2
-            fitting, too_many = (middle, too_many) if beside(middle) <= room else (fitting, middle)
-        return fitting
     if most is not None and beside(most) <= room:
         return most
-    further = min(most or FURTHER * batch, FURTHER * batch)
-    share = (beside(further) - beside(batch)) / (further - batch)
-    return batch + int((room - beside(batch)) / share)
+    left = room - beside(batch)
+    other = min(most or FURTHER * batch, FURTHER * batch) if left >= 0 else 1
+    apart = beside(other) - beside(batch)
+    return max(0, batch + floor(left * (other - batch) / apart)) if apart else 0
 
 
 def _bytes(tensor: Tensor) -> int:

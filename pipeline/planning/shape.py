@@ -86,6 +86,11 @@ class Case:
         return next(self.shape.model.parameters()).dtype
 
     @property
+    def config(self) -> Any:
+        """The decoder's."""
+        return self.shape.model.config.get_text_config(decoder=True)
+
+    @property
     def row(self) -> Row:
         """A prompt and its answer, the subject in the middle."""
         start, middle = max(1, self.length - ANSWER), self.length // 2

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pipeline.attribution.callback import GradientAttribution
@@ -24,8 +24,9 @@ from pipeline.editing.one_pass import Capturing
 from pipeline.editing.ordinary_text import WINDOW
 from pipeline.editing.statistics import KeyMoments
 from pipeline.editing.values import SEARCHED_TOGETHER, Located
-from pipeline.evaluation.reading import Reading
-from pipeline.evaluation.texts import WINDOW as READ_WINDOW
+from pipeline.evaluation.plan import WINDOW as READ_WINDOW
+from pipeline.evaluation.plan import Text
+from pipeline.evaluation.reading import EVERY, Reading
 from pipeline.model.blocks import sizes
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.editing import EditOptions
@@ -56,16 +57,18 @@ def key_statistics(case: Case, scope: str, batch: int) -> int:
 
 def evaluation(case: Case, batch: int) -> int:
     """The most of scored texts, of a window of ordinary text, and of answers."""
-    texts = [[case.row._replace(token_ids=[n % 2, *case.row.token_ids[1:]], tag=n)] for n in range(batch)]
-    window = [[Row([0] * READ_WINDOW, 1, tag=0)]]
+    texts = [
+        [case.row._replace(token_ids=[n % 2, *case.row.token_ids[1:]], tag=Text("locality", n))]
+        for n in range(batch)
+    ]
+    window = [[Row([0] * READ_WINDOW, 1, tag=Text("text", 0))]]
     prompts = torch.zeros(batch, case.length, dtype=torch.int64)
     with case.counting(gradients=False) as alive:
         case.shape.model(input_ids=prompts, use_cache=True, logits_to_keep=1)
-    hidden = case.shape.model.config.get_text_config(decoder=True).hidden_size
     peaks = [alive.peak]
-    for groups in (texts, window):
+    for groups, places in ((texts, 1), (window, len(range(1, READ_WINDOW, EVERY)))):
         compared = {group[0].tag for group in groups}
-        for base in (None, {tag: torch.empty(1, hidden) for tag in compared}):
+        for base in (None, {tag: torch.empty(places, case.config.hidden_size) for tag in compared}):
             peaks.append(case.peak(Reading(case.shape, compared, base), groups))
     return max(peaks)
 
@@ -74,25 +77,10 @@ def editing(case: Case, options: EditOptions, batch: int) -> int:
     """An edit by the options' method."""
     made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
     if isinstance(made, FineTune):
-        return training(case, made, batch)
+        return _training(case, made, batch)
     if isinstance(made, LocateThenEdit):
-        return locating(case, made, batch)
+        return _locating(case, made, batch)
     return case.peak(Capturing(case.shape, list(made.projections)), [case.row] * batch)
-
-
-def training(case: Case, module: FineTune, batch: int) -> int:
-    """Optimiser steps of fine-tuning or LoRA on a device's share of requests."""
-    with _ready(case, module), case.counting(gradients=True) as alive:
-        lesson = _lesson(case, module, batch)
-        if module.settings.whiten:
-            module.whiteners = _whiteners(case, module.settings.scope)
-        module.on_train_epoch_start()
-        found: Any = module.configure_optimizers()
-        for _ in range(STEPS):
-            found["optimizer"].zero_grad()
-            module.training_step(lesson).backward()
-            found["optimizer"].step()
-    return alive.peak
 
 
 def trained_bytes(case: Case, options: EditOptions) -> int:
@@ -102,6 +90,31 @@ def trained_bytes(case: Case, options: EditOptions) -> int:
         return 0
     with _ready(case, made):
         return sum(weight.numel() * weight.element_size() for weight in made.trained().values())
+
+
+def searched_together(case: Case, options: EditOptions) -> int | None:
+    """The most requests whose values are searched for at once; None for a method without values."""
+    made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
+    if not isinstance(made, LocateThenEdit):
+        return None
+    return max(1, SEARCHED_TOGETHER // _located(case, made).tokens())
+
+
+def _training(case: Case, module: FineTune, batch: int) -> int:
+    """Optimiser steps of fine-tuning or LoRA on a device's share of requests."""
+    with _ready(case, module), case.counting(gradients=True) as alive:
+        lesson = _lesson(case, module, batch)
+        if module.settings.whiten:
+            projections = case.shape.blocks[case.layer].projections(module.settings.scope)
+            inputs = {name: sizes(one)[0] for name, one in projections.items()}
+            module.whiteners = {name: torch.empty(size, size) for name, size in inputs.items()}
+        module.on_train_epoch_start()
+        found: Any = module.configure_optimizers()
+        for _ in range(STEPS):
+            found["optimizer"].zero_grad()
+            module.training_step(lesson).backward()
+            found["optimizer"].step()
+    return alive.peak
 
 
 @contextmanager
@@ -123,20 +136,14 @@ def _lesson(case: Case, module: FineTune, batch: int) -> Batch:
     rows = -(-batch // case.devices)
     others = -(-batch // (2 * case.devices)) if module.settings.kl else 0
     unrelated = case.row._replace(target_start=case.length - 1)
-    config = case.shape.model.config.get_text_config(decoder=True)
     made = collate([case.row] * rows + [unrelated] * others)
-    width = made.input_ids_BT.shape[1]
-    enter = torch.empty(rows + others, width, config.hidden_size, dtype=case.dtype) if case.layer else None
-    base = torch.empty(others, config.vocab_size) if others else None
+    width, hidden = made.input_ids_BT.shape[1], case.config.hidden_size
+    enter = torch.empty(rows + others, width, hidden, dtype=case.dtype) if case.layer else None
+    base = torch.empty(others, case.config.vocab_size) if others else None
     return replace(made, weight_B=torch.ones(rows + others), enter_BTD=enter, base_KV=base)
 
 
-def _whiteners(case: Case, scope: str) -> dict[str, Tensor]:
-    projections = case.shape.blocks[case.layer].projections(scope)
-    return {name: torch.empty(sizes(one)[0], sizes(one)[0]) for name, one in projections.items()}
-
-
-def locating(case: Case, method: LocateThenEdit, together: int) -> int:
+def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
     """Values of requests that are searched for together; then the solution."""
     (down,) = case.shape.blocks[case.layer].down.values()
     inputs, outputs = sizes(down)
@@ -145,18 +152,11 @@ def locating(case: Case, method: LocateThenEdit, together: int) -> int:
     search.steps = 1
     searched = case.peak(search, [_located(case, method)] * together)
     with case.counting(gradients=False) as alive:
-        method.solve(
-            torch.empty(inputs, columns), torch.empty(outputs, columns), torch.empty(inputs, inputs)
-        ).float()
+        keys, changes, moment = (
+            torch.empty(size) for size in ((inputs, columns), (outputs, columns), (inputs, inputs))
+        )
+        method.solve(keys, changes, moment).float()
     return max(searched, alive.peak)
-
-
-def searched_together(case: Case, options: EditOptions) -> int | None:
-    """The most requests whose values are searched for at once; None for a method without values."""
-    made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
-    if not isinstance(made, LocateThenEdit):
-        return None
-    return max(1, SEARCHED_TOGETHER // _located(case, made).tokens())
 
 
 def _located(case: Case, method: LocateThenEdit) -> Located:

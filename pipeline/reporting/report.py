@@ -12,7 +12,7 @@ from pipeline.evaluation.evaluator import Evaluation
 from pipeline.reporting.tables import markdown_table, metric_table, metrics_of, sides_of, study_table
 from pipeline.requests.schema import EditRequest
 from pipeline.shipped import program
-from pipeline.study.questions import Row
+from pipeline.study.grid import Row
 
 if TYPE_CHECKING:
     from pipeline.study.study import Study
@@ -124,12 +124,6 @@ def study_report(study: Study) -> str:
             ]
     for method in next(iter(study.grids.values())):
         parts += [f"## From proxy to test requests, and from set to set: {method}\n", _table(study.carried[method])]
-    parts += [
-        "## Selectors by halves\n",
-        "Every second tried request, over all sets and methods, and the others: what is chosen by the first half's "
-        "figures can be trusted by the second's.\n",
-        _table(study.halves),
-    ]
     return "\n".join(parts)
 
 

@@ -1,16 +1,27 @@
-"""What trial edits came to: figures of requests by blocks."""
+"""What trial edits came to, and the study's questions answered from that and from what selectors chose.
+
+A block's score is the mean of rewrite, rephrase and locality over requests that were edited there alone. The best
+fixed block is the one with the best score on the same requests, chosen with hindsight; regret is what another falls
+short of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torchmetrics.functional import spearman_corrcoef
+
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.evaluation.metrics import bootstrap_mean
 
 Figures = NDArray[np.float64]  # (R, L): R requests, L blocks; or (R,), (L,)
+Row = dict[str, float | int | str | None]
 JUDGED_BY = ("rewrite", "rephrase", "locality")  # whose mean is an edit's score
 
 
@@ -51,17 +62,6 @@ class Grid:
         """What a block falls short of the best fixed one."""
         return float(self.means.max()) - self.mean(block)
 
-    @cached_property
-    def halves(self) -> tuple[Grid, Grid]:
-        """Every second request, and the others."""
-        requests = range(len(self.scores))
-        return self.taken(requests[::2]), self.taken(requests[1::2])
-
-    def taken(self, requests: Sequence[int]) -> Grid:
-        """The same for some of the requests, by number."""
-        part = {name: values[list(requests)] for name, values in self.values.items()}
-        return Grid(self.blocks, part, self.seconds * len(requests) / len(self.scores))
-
     def as_json(self) -> dict[str, Any]:
         """Means over the requests, block by block, and what they say."""
         means = {
@@ -82,3 +82,100 @@ def mean_of(values: Figures) -> Figures:
     there = ~np.isnan(values)
     sums, counts = np.where(there, values, 0.0).sum(0), there.sum(0)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def outcome(grid: Grid, picked: Callable[[Figures], Figures]) -> Row:
+    """What requests come to at blocks of somebody's choice, as columns of a table.
+
+    Args:
+        grid: of the requests.
+        picked: from figures (R, L) to those at the requests' blocks, (R,).
+
+    Returns:
+        the mean of every metric, and of the score with its 95% bootstrap interval over requests.
+    """
+    means = {name: float(mean_of(picked(values))) for name, values in grid.values.items() if "/" not in name}
+    scores = picked(grid.scores).tolist()
+    score = bootstrap_mean(scores, [1.0] * len(scores), range(len(scores))).estimate()
+    return {**means, "score": score.mean, "low": score.low, "high": score.high}
+
+
+def everywhere(grid: Grid, block: int) -> Row:
+    """What all requests come to at one block."""
+    place = grid.blocks.index(block)
+    return outcome(grid, lambda values: values[:, place])
+
+
+def golden_against_optimal(grid: Grid, golden: int, blocks: int) -> list[Row]:
+    """How near a fixed block comes to each request's own best one.
+
+    Args:
+        grid: of the requests.
+        golden: the block that a selector chose, one of the grid's.
+        blocks: how many the model has.
+    """
+    each, own = np.arange(len(grid.scores)), grid.scores.argmax(1)
+    middle = min(grid.blocks, key=lambda block: abs(block - blocks // 2))
+    fixed = {"best fixed block": grid.best, "golden layer": golden, "middle block": middle}
+    rows: list[Row] = [
+        {
+            "choice": "each request's own best block",
+            "block": None,
+            **outcome(grid, lambda values: values[each, own]),
+        },
+        *({"choice": name, "block": block, **everywhere(grid, block)} for name, block in fixed.items()),
+        {"choice": "a block at random", "block": None, **outcome(grid, lambda values: mean_of(values.T))},
+    ]
+    most = float(grid.scores.max(1).mean())
+    return [row | {"of the optimum": float(row["score"] or 0) / most} for row in rows]
+
+
+def rank_correlation(scores: Sequence[float] | Figures, grid: Grid) -> float | None:
+    """Spearman's, of a selector's scores of all blocks and the sweep's; None where scores do not differ."""
+    own = torch.tensor([scores[block] for block in grid.blocks], dtype=torch.float64)
+    swept = torch.tensor(grid.means, dtype=torch.float64)
+    if len(own) < 3 or own.unique().numel() == 1 or swept.unique().numel() == 1:
+        return None
+    return float(spearman_corrcoef(own, swept))
+
+
+def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks: int) -> list[Row]:
+    """What each selector chose on the proxy set, beside the sweep of the test requests.
+
+    Args:
+        grid: of the test requests.
+        profiles: by selector.
+        blocks: how many the model has.
+    """
+    a_request = grid.seconds / len(grid.scores) * blocks / len(grid.blocks)
+    rows: list[Row] = []
+    for name, profile in profiles.items():
+        block, sign = profile.golden_layers[0], np.abs if profile.order == "magnitude" else np.asarray
+        faster = a_request * profile.requests / profile.seconds if profile.stability and profile.seconds else None
+        rows.append(
+            {
+                "selector": name,
+                "block": block,
+                "score": grid.mean(block),
+                "regret": grid.regret(block),
+                "spearman": rank_correlation(sign(profile.scores), grid),
+                "seconds": profile.seconds,
+                "times faster than the sweep": faster,
+            }
+        )
+    return rows
+
+
+def carried_over(grids: Mapping[str, Grid], golden: Mapping[str, int]) -> list[Row]:
+    """A block chosen on one set's proxy requests, measured on every set's test requests.
+
+    Args:
+        grids: by request set.
+        golden: the block chosen on each set's proxy requests.
+    """
+    return [
+        {"chosen on": source, "measured on": target, "block": block, **everywhere(grid, block)}
+        | {"regret": grid.regret(block)}
+        for source, block in golden.items()
+        for target, grid in grids.items()
+    ]

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.attribution.estimators import NEW, OLD, Estimator, last_of_subject, norm, product
 from pipeline.attribution.find import SELECTORS
+from pipeline.attribution.inner_products import NEW, OLD, Estimator, last_of_subject, norm, product
 from pipeline.attribution.lga import of_gradients
 from pipeline.attribution.selector import Selector
 from pipeline.requests.rows import Batch

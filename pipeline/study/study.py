@@ -20,13 +20,11 @@ from pipeline.options import StudyCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.running.processes import from_first
 from pipeline.running.trainer import Runtime
-from pipeline.study.grid import Grid
-from pipeline.study.questions import Row, by_halves, carried_over, golden_against_optimal, selectors_compared
+from pipeline.study.grid import Grid, Row, carried_over, golden_against_optimal, selectors_compared
 from pipeline.study.selectors import RESEARCH
 from pipeline.study.sweep import RESULTS, Sweep, check_trial
 
 SWEEP = "sweep"  # as a selector: requests edited alone at every block by the first of the study's methods
-UNFENCED = "{} without fences"
 Tables = dict[str, dict[str, list[Row]]]  # by set and method
 
 
@@ -88,11 +86,6 @@ class Study:
         """Question three, by set and method: who finds the block."""
         return self.each(lambda name, grid: selectors_compared(grid, self.profiles[name], self.blocks))
 
-    @cached_property
-    def halves(self) -> list[Row]:
-        """Selectors on one half of the tried requests and on the other, over all sets and methods."""
-        return by_halves(self.grids, self.profiles)
-
     def as_json(self) -> dict[str, Any]:
         """All of it, for one's own analysis."""
         return {
@@ -103,7 +96,6 @@ class Study:
             "golden against optimal": self.against_optimal,
             "carried over": self.carried,
             "selectors": self.selectors,
-            "selectors by halves": self.halves,
             "sweeps": self.each(lambda _, grid: grid.as_json()),
         }
 
@@ -187,21 +179,17 @@ def run_study(
 def _profiles(
     llm: LLM, one: RequestSet, options: StudyCommand, ways: Mapping[str, Selector], folder: Path, work: Path | None
 ) -> dict[str, GoldenProfile]:
-    """What each selector makes of a set's proxy requests, where it has fences also without them."""
+    """What each selector makes of a set's proxy requests."""
     found: dict[str, GoldenProfile] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    for selector in options.selectors:
-        fenced = replace(options.attribution, method=selector)
-        choices = {selector: fenced}
-        if ways[selector].fenced and fenced.fences:
-            choices[UNFENCED.format(selector)] = replace(fenced, fences=0.0, expert={})
-        about = llm.fingerprint, llm.chat, one.proxy, options.methods[0] if selector == SWEEP else ""
-        files = {name: folder / f"{digest(*about, asdict(choice))}.json" for name, choice in choices.items()}
-        kept = from_first({name: GoldenProfile.load(file) for name, file in files.items() if file.is_file()})
-        if len(kept) < len(choices):
-            scores = score_requests(llm, one.proxy, fenced, options.trainer, options.seed, work, ways)
-            for name, choice in choices.items():
-                kept[name] = choose(scores, choice, one.name, options.seed, ways)
-                rank_zero_only(write_text)(files[name], kept[name].model_dump_json(indent=1) + "\n")
-        found |= {name: kept[name] for name in choices}
+    for name in options.selectors:
+        own = replace(options.attribution, method=name)
+        trial = options.methods[0] if name == SWEEP else ""
+        file = folder / f"{digest(llm.fingerprint, llm.chat, one.proxy, trial, asdict(own))}.json"
+        kept = from_first(GoldenProfile.load(file) if file.is_file() else None)
+        if kept is None:
+            scores = score_requests(llm, one.proxy, own, options.trainer, options.seed, work, ways)
+            kept = choose(scores, own, one.name, options.seed, ways)
+            rank_zero_only(write_text)(file, kept.model_dump_json(indent=1) + "\n")
+        found[name] = kept
     return found

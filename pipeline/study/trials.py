@@ -9,8 +9,7 @@ Shapes: B requests, I inputs and O outputs of a projection, k the change's rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.method import EditMethod
 from pipeline.editing.whitening import WhitenedAdam
 from pipeline.errors import UserError
+from pipeline.evaluation.side_by_side import changed_rows
 from pipeline.model.activations import Activations, target_logits
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
@@ -47,19 +47,6 @@ def side_by_side(
     """
     kinds: dict[str | None, type[ValueTrials | AdapterTrials]] = {"values": ValueTrials, "adapters": AdapterTrials}
     return kinds[METHODS[options.method].trial](llm, requests, options, runtime)
-
-
-@contextmanager
-def changed_rows(llm: LLM, changes: dict[str, LowRank]) -> Iterator[None]:
-    """Inside the `with`, every row of a pass runs under its own changes, added to what the weights do."""
-    with ExitStack() as stack:
-        for name, (left_BOk, right_BkI) in changes.items():
-
-            def add(x_BTI: Tensor, y_BTO: Tensor, left: Tensor = left_BOk, right: Tensor = right_BkI) -> Tensor:
-                return y_BTO + ((x_BTI.to(right) @ right.mT) @ left.mT).to(y_BTO.dtype)
-
-            stack.enter_context(Activations(llm).changing(name, len(left_BOk), add))
-        yield
 
 
 @dataclass
