@@ -40,7 +40,7 @@ class Alive(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._seen = {id(tensor.untyped_storage()) for tensor in known}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -65,12 +65,12 @@ class Alive(TorchDispatchMode):
         return made
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._seen:
+        if id(storage) in self._seen:
             return
-        self._seen.add(storage._cdata)
+        self._seen.add(id(storage))
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
+        weakref.finalize(storage, self._let_go, id(storage), storage.nbytes())
 
     def _let_go(self, number: int, size: int) -> None:
         self._seen.discard(number)
