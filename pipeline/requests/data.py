@@ -69,7 +69,7 @@ class EditRequests(LightningDataModule):
 
     def _batches(self, items: list[Any], collate: Callable[..., Batch], shuffle: bool = False) -> DataLoader:
         pad = partial(collate, pad_token_id=self.tokens.pad_token_id)
-        return DataLoader(items, batch_size=self.batch_size, shuffle=shuffle, collate_fn=pad)  # type: ignore[arg-type]  # a list will do
+        return DataLoader(items, batch_size=self.batch_size, shuffle=shuffle, collate_fn=pad)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
         """As for `predict`."""
