@@ -24,7 +24,7 @@ class EditRequests(LightningDataModule):
     """Requests in batches of tokens.
 
     For `fit`, a batch holds prompts with their new answers, in an order that is drawn anew every epoch. For
-    `predict` it holds P requests' rows with their old answers, then the same with the new ones: what
+    `predict` and `validate` it holds P requests' rows with their old answers, then the same with the new ones: what
     `GradientAttribution` watches.
 
     Args:
@@ -69,7 +69,7 @@ class EditRequests(LightningDataModule):
 
     def _batches(self, items: list[Any], collate: Callable[..., Batch], shuffle: bool = False) -> DataLoader:
         pad = partial(collate, pad_token_id=self.tokens.pad_token_id)
-        return DataLoader(items, self.batch_size, shuffle, collate_fn=pad)  # type: ignore[arg-type]  # a list will do
+        return DataLoader(items, batch_size=self.batch_size, shuffle=shuffle, collate_fn=pad)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
         """As for `predict`."""
