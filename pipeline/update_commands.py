@@ -141,7 +141,7 @@ def of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
     assert options.store is not None
     with Store(options.store) as store:
         number = store.current if options.version is None else options.version
-        found = updates.load_version(store.folder, number, updates.check_number(store, number))
+        found = updates.load_version(store, number)
         if found is None:
             raise UserError(f"export: version {number} of {store.folder} is the base model {store.model} as it is")
         return found, _model_of(store, options)

@@ -20,7 +20,7 @@ from pipeline.options import AttributionOptions
 from pipeline.reporting.figures.look import BLUE, GOLD, WIDTH, short
 from pipeline.reporting.figures.outcomes import metrics_figure, months_figure
 from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
-from pipeline.reporting.figures.sweeps import selectors_figure, squares_figure, sweep_figure
+from pipeline.reporting.figures.sweeps import selectors_figure, sweep_figure
 from pipeline.reporting.groups import IN_SHORT, SHARES
 from pipeline.study import Grid, Study
 
@@ -108,7 +108,7 @@ def study(blocks: int, requests: int, name: str) -> Study:
     return Study(name, blocks, [part], {name: profiles}, {name: {"memit": grid}})
 
 
-@pytest.mark.parametrize("draw", [sweep_figure, squares_figure, selectors_figure])
+@pytest.mark.parametrize("draw", [sweep_figure, selectors_figure])
 @pytest.mark.parametrize(("blocks", "requests", "name"), [(1, 2, "demo"), (30, 32, LONG), (100, 200, "demo")])
 def test_a_study(draw: Callable[..., Figure], blocks: int, requests: int, name: str) -> None:
     look_at(draw(study(blocks, requests, name), name, "memit"))

@@ -157,7 +157,7 @@ def test_one_update_at_a_time(team: Team, requests: list[EditRequest]) -> None:
 
 def test_a_dead_updates_requests_are_taken_again(team: Team, requests: list[EditRequest]) -> None:
     team.submit(requests[:2])
-    assert take(team.store, 10)
+    assert len(take(team.store, 10)[0]) == 2
     assert team.states() == ["taken"] * 2
     (version_folder(team.store.folder, 1)).mkdir()
     assert team.update()[0].version == 1
@@ -213,8 +213,6 @@ def test_an_interrupt_right_after_publishing_undoes_nothing(
     monkeypatch.undo()
     assert team.store.current == 1
     assert team.states() == ["applied"] * 2
-    (row,) = team.store.database.execute("SELECT outcome, version FROM batches").fetchall()
-    assert tuple(row) == ("published", 1)
     with Store(team.store.folder):
         assert (team.store.folder / "current").readlink().name == "0001", "mended when the store is opened"
     assert team.update() == []

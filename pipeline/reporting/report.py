@@ -117,7 +117,7 @@ def study_report(study: Study) -> str:
                 _table(study.against_optimal[name][method]),
                 "### Who finds it\n",
                 _table(study.selectors[name][method]),
-                *(f"![{kind}]({kind}-{name}-{method}.png)\n" for kind in ("sweep", "squares", "selectors")),
+                *(f"![{kind}]({kind}-{name}-{method}.png)\n" for kind in ("sweep", "selectors")),
             ]
     for method in next(iter(study.grids.values())):
         parts += [f"## From proxy to test requests, and from set to set: {method}\n", _table(study.carried[method])]

@@ -24,7 +24,7 @@ from pipeline.reporting.dashboards import EventsLogger, hparams_row, study_tag, 
 from pipeline.reporting.figures.look import save
 from pipeline.reporting.figures.outcomes import metrics_figure
 from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
-from pipeline.reporting.figures.sweeps import selectors_figure, squares_figure, sweep_figure
+from pipeline.reporting.figures.sweeps import selectors_figure, sweep_figure
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
 from pipeline.reporting.tables import metrics_of, sides_of
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
@@ -35,7 +35,7 @@ from pipeline.study.study import Study
 
 PICTURE = re.compile(r"!\[\w+\]\([^)]*\.png\)\n*")
 PROFILE_FIGURES = ("scores.png", "stability.png", "agreement.png")
-STUDY_FIGURES = {"sweep": sweep_figure, "squares": squares_figure, "selectors": selectors_figure}
+STUDY_FIGURES = {"sweep": sweep_figure, "selectors": selectors_figure}
 SHOWN_ANSWERS = 30
 
 

@@ -43,7 +43,7 @@ def show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     say(f"{head}: {len(done.applied)} applied, {len(done.held)} held back")
     if done.gates:
         say(f"  gates: {', '.join(map(str, done.gates))}")
-    for number, reason, _ in done.held[:NAMED]:
+    for number, reason in done.held[:NAMED]:
         say(f"  held back: request {number}: {reason}")
     _show_superseded(store, done.superseded)
 

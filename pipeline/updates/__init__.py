@@ -6,13 +6,13 @@ __getattr__, __all__ = offered(
     __name__,
     {
         "history": ("counts", "events", "find", "request_row", "story", "verify", "versions"),
-        "lineage": ("check_number", "difference", "in_force", "rollback"),
+        "lineage": ("check_number", "difference", "in_force", "load_version", "rollback"),
         "live": ("LiveModel",),
         "making": ("retract", "update"),
         "proving": ("BatchResult",),
         "queue": ("Submitted", "submit"),
         "schedule": ("Stopping", "run_schedule", "trigger"),
         "store": ("BusyError", "Store"),
-        "folders": ("load_version", "read_metrics", "version_folder"),
+        "folders": ("read_metrics", "version_folder"),
     },
 )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
-from pipeline.updates.folders import load_version
+from pipeline.updates.lineage import load_version
 from pipeline.updates.store import CURRENT, Store
 
 NAMED = 5  # requests that a message spells out
@@ -43,12 +42,11 @@ def counts(store: Store) -> dict[str, int]:
 def versions(store: Store, limit: int) -> list[dict[str, Any]]:
     """The latest versions, newest first."""
     rows = store.database.execute(
-        "SELECT number, parent, made, (SELECT count(*) FROM changes WHERE version = number AND what = 'applied') "
-        "AS applied, (SELECT count(*) FROM requests r JOIN batches b ON r.batch = b.number WHERE b.version = "
-        "versions.number AND r.state = 'held back') AS held_back FROM versions ORDER BY number DESC LIMIT ?",
+        "SELECT number, parent, made, held_back, (SELECT count(*) FROM changes WHERE version = number "
+        "AND what = 'applied') AS applied FROM versions ORDER BY number DESC LIMIT ?",
         (limit,),
     )
-    return [dict(row) | {"made": day(row["made"])} for row in rows]
+    return [dict(row) | {"made": _day(row["made"])} for row in rows]
 
 
 def request_row(store: Store, number: int) -> dict[str, Any]:
@@ -59,37 +57,23 @@ def request_row(store: Store, number: int) -> dict[str, Any]:
 
 def story(store: Store, number: int) -> list[tuple[str, str]]:
     """When and what happened to a request, from its submission on."""
-    at, file = store.database.execute(
-        "SELECT at, file FROM submissions WHERE number = (SELECT submission FROM requests WHERE number = ?)",
-        (number,),
-    ).fetchone()
-    rows = store.database.execute("SELECT * FROM events WHERE request = ? ORDER BY number", (number,))
-    return [(day(at), f"submitted in {file}"), *map(_told, rows)]
+    rows = store.database.execute(
+        "SELECT at, what FROM events WHERE request = :number "
+        "OR number = (SELECT submission FROM requests WHERE number = :number) ORDER BY number",
+        {"number": number},
+    )
+    return [(_day(at), what) for at, what in rows]
 
 
 def events(store: Store, limit: int) -> list[tuple[str, str]]:
     """When and what happened of late, newest first: what is not of one request alone."""
     rows = store.database.execute(
-        "SELECT * FROM events WHERE request IS NULL ORDER BY number DESC LIMIT ?", (limit,)
+        "SELECT at, what FROM events WHERE request IS NULL ORDER BY number DESC LIMIT ?", (limit,)
     )
-    return [_told(row) for row in rows]
+    return [(_day(at), what) for at, what in rows]
 
 
-def _told(row: sqlite3.Row) -> tuple[str, str]:
-    """When and what happened, in words."""
-    detail, words = json.loads(row["detail"] or "{}"), [row["what"]]
-    if row["version"] is not None:
-        words.append(f"{'version' if row['request'] is None else 'in version'} {row['version']}")
-    if "by" in detail:
-        words.append(f"by request {detail['by']}")
-    if "reason" in detail:
-        words.append(f"({detail['reason']})")
-    if "file" in detail:
-        words.append(f"({detail['file']}: {detail['queued']} new)")
-    return day(row["at"]), " ".join(words)
-
-
-def day(at: float) -> str:
+def _day(at: float) -> str:
     """A time in words, in the machine's own zone."""
     return f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}"
 
@@ -100,18 +84,16 @@ def verify(store: Store, load: Callable[[str], LLM], model: str | None = None) -
     Raises:
         UserError: when the database is damaged, the link `current` is wrong, or the model is not the store's.
     """
-    for pragma in ("integrity_check", "foreign_key_check"):
-        for problem, *more in store.database.execute(f"PRAGMA {pragma}").fetchall():
-            if problem != "ok":
-                raise UserError(f"store: {store.folder}: the database is damaged: {problem} {more or ''}")
+    for (problem,) in store.database.execute("PRAGMA integrity_check").fetchall():
+        if problem != "ok":
+            raise UserError(f"store: {store.folder}: the database is damaged: {problem}")
     if not (store.folder / CURRENT).is_dir():
         raise UserError(f"store: {store.folder / CURRENT}: leads nowhere")
     llm = store.load_base(load, model) if store.newest else None
-    made = store.database.execute("SELECT number, manifest FROM versions ORDER BY number").fetchall()
-    for number, digest in made:
+    for number in range(store.newest + 1):
         problem = ""
         try:
-            update = load_version(store.folder, number, digest)
+            update = load_version(store, number)
             if update and llm:
                 update.apply(llm).apply(llm)  # and back
         except (UserError, KeyError, RuntimeError, OSError) as error:

@@ -21,10 +21,9 @@ from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.updates.database import transaction
-from pipeline.updates.folders import load_version
 from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find
-from pipeline.updates.lineage import check_number, hold_back, publish
+from pipeline.updates.lineage import hold_back, load_version, publish
 from pipeline.updates.proving import BaseVersion, BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
@@ -56,53 +55,61 @@ def update(
         return _rehearse(store, options, load, report)
     llm, results = None, []
     with store.updating():
-        while not stopping() and (batch := take(store, options.batch)):
+        while not stopping():
+            requests, superseded = take(store, options.batch)
+            if not requests:
+                break
             try:
                 llm = llm or store.load_base(load, options.model)
-                base = base_version(store)
-                result, profile = _edit_and_prove(store, llm, base, batch.requests, options)
-                if profile:
-                    profile.save(store.folder)
-                if result.update:
-                    publish(store, batch.number, base.number, result, profile)
-                else:
-                    with transaction(store.database):
-                        hold_back(store, result.held)
-                        store.end_batch(batch.number, "held back")
+                result = _work_through(store, llm, requests, options)
             except BaseException as error:
                 with transaction(store.database):
-                    store.give_back(batch.number, " ".join(str(error).split()) or type(error).__name__)
+                    store.give_back(" ".join(str(error).split()) or type(error).__name__)
                 raise
-            result.superseded = [*batch.superseded, *result.superseded]
+            result.superseded = superseded + result.superseded
             results.append(result)
             report(result)
     return results
+
+
+def _work_through(store: Store, llm: LLM, requests: Sequence[EditRequest], options: UpdateCommand) -> BatchResult:
+    """Edit and prove a batch; publish what is accepted of it, and hold the rest back."""
+    base = base_version(store)
+    result = _edit_and_prove(store, llm, base, requests, options)
+    if result.profile:
+        result.profile.save(store.folder)
+    if result.update:
+        publish(store, base.number, result)
+    else:
+        with transaction(store.database):
+            hold_back(store, result.held)
+    return result
 
 
 def _rehearse(
     store: Store, options: UpdateCommand, load: Callable[[str], LLM], report: Callable[[BatchResult], Any]
 ) -> list[BatchResult]:
     """The next batch as it would be, without a change to the store."""
-    batch = peek(store, options.batch)
-    if not batch:
+    requests = peek(store, options.batch)
+    if not requests:
         return []
     llm = store.load_base(load, options.model)
-    result, _ = _edit_and_prove(store, llm, base_version(store), batch, options)
+    result = _edit_and_prove(store, llm, base_version(store), requests, options)
     report(result)
     return [result]
 
 
 def _edit_and_prove(
     store: Store, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions
-) -> tuple[BatchResult, GoldenProfile | None]:
-    """What comes of a batch, and where it was edited: None when nothing in it can be."""
+) -> BatchResult:
+    """What comes of a batch."""
     fitting, held = split_by_fit(llm, batch, options)
     if not fitting:
-        return BatchResult(held=held), None
+        return BatchResult(held=held)
     profile = golden_profile(store, llm, fitting, options)
     result = Trial(llm, base, fitting, options).edit_and_prove(profile)
-    result.held = [*held, *result.held]
-    return result, profile
+    result.held = held + result.held
+    return result
 
 
 def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -> BatchResult:
@@ -140,10 +147,10 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     gates = after.gates(options.gates, OF_MODEL)
     if problem := missed(gates):
         raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
-    result = BatchResult(update=without, before=trial.before, after=after, gates=gates, seconds=trial.seconds)
-    with transaction(store.database):
-        batch = store.open_batch(base.number)
-    publish(store, batch, base.number, result, profile, retracted=[number])
+    result = BatchResult(
+        update=without, before=trial.before, after=after, profile=profile, gates=gates, seconds=trial.seconds
+    )
+    publish(store, base.number, result, retracted=[number])
     return result
 
 
@@ -161,7 +168,7 @@ def _without(
 def base_version(store: Store) -> BaseVersion:
     """The version in force, its files checked."""
     version = store.current
-    return BaseVersion(version, load_version(store.folder, version, check_number(store, version)))
+    return BaseVersion(version, load_version(store, version))
 
 
 def golden_profile(

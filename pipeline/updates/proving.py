@@ -14,13 +14,13 @@ from pipeline.editing.editor import accept, edit
 from pipeline.editing.leave_out import can_leave_out, leave_out
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.evaluator import Evaluator, relative_changes
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions
 from pipeline.requests.conflicts import fact
 from pipeline.requests.schema import EditRequest
-from pipeline.updates.gates import OF_MODEL, Figures, Gate, drift, missed
+from pipeline.updates.gates import OF_MODEL, Figures, Gate, missed
 from pipeline.updates.queue import Contradiction, number_of
 
 FOR_GATES = ("probes", "text")  # the kinds of measurement that gates need
@@ -39,11 +39,10 @@ class BaseVersion(NamedTuple):
 
 
 class HeldBack(NamedTuple):
-    """A request that is not applied: its number, why, and the figures that it reached alone."""
+    """A request that is not applied: its number, and why, with the figures that it reached alone."""
 
     number: int
     reason: str
-    figures: dict[str, float]
 
 
 @dataclass
@@ -55,6 +54,7 @@ class BatchResult:
         held: what was not.
         update: the version in force with what was accepted in it, or without what was retracted; None: as it was.
         before, after: the figures on those requests; None where there are none.
+        profile: where it was edited; None where nothing could be.
         gates: those of `after`.
         seconds: of editing and of measuring.
         version: what was published; None when nothing was.
@@ -66,6 +66,7 @@ class BatchResult:
     update: WeightUpdate | None = None
     before: Figures | None = None
     after: Figures | None = None
+    profile: GoldenProfile | None = None
     gates: list[Gate] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     version: int | None = None
@@ -82,7 +83,7 @@ def split_by_fit(
             Evaluator(llm, accept([request], options.edit), options.evaluation, kinds=("probes", "generation"))
             fitting.append(request)
         except UserError as error:
-            held.append(HeldBack(number_of(request), str(error), {}))
+            held.append(HeldBack(number_of(request), str(error)))
     return fitting, held
 
 
@@ -118,7 +119,7 @@ class Trial:
         with self.timed("evaluation"):
             text = self.evaluator.only((), ("text",)).measure("Measuring base")
         self.base_perplexity = text.metrics["perplexity"].mean
-        self.before = self._figures(base.update, self.evaluator)
+        self.before = self.measure(base.update, range(len(batch)), KINDS)
         if problem := missed(self.before.gates(options.gates, OF_MODEL)):
             raise UserError(
                 f"update: version {base.number}, which is in force, misses gates itself: {problem}; "
@@ -151,32 +152,24 @@ class Trial:
         It is tried whole, and in halves where that misses a gate, each on top of the parts that passed; what misses
         one alone is held back.
         """
+        result = BatchResult(held=self.held, profile=profile, seconds=self.seconds)
         after = self._try_part(range(len(self.batch)), profile)
-        if not self.accepted:
-            return BatchResult(held=self.held, seconds=self.seconds)
-        before = self.before
-        if after is None:  # it was halved
-            before = self.measure(self.base.update, self.accepted, KINDS)
-            after = self.measure(self.update, self.accepted, KINDS)
-        return BatchResult(
-            applied=[self.batch[place] for place in self.accepted],
-            held=self.held,
-            update=self.update,
-            before=before,
-            after=after,
-            gates=after.gates(self.options.gates),
-            seconds=self.seconds,
-        )
+        if self.accepted:
+            result.applied = [self.batch[place] for place in self.accepted]
+            result.update, result.before, result.after = self.update, self.before, after
+            if after is None:  # it was halved
+                result.before = self.measure(self.base.update, self.accepted, KINDS)
+                result.after = after = self.measure(self.update, self.accepted, KINDS)
+            result.gates = after.gates(self.options.gates)
+        return result
 
     def _try_part(self, part: Sequence[int], profile: GoldenProfile) -> Figures | None:
         """Accept a part of the batch and give its figures, or halve it, or hold a single request back."""
-        everything = len(part) == len(self.batch)  # mostly passes: measured in full, so that once is enough
-        gates: list[Gate] = []
+        kinds = KINDS if len(part) == len(self.batch) else FOR_GATES  # the whole mostly passes: once is enough
         try:
             update = self._edited(part, profile)
-            figures = self.measure(update, part, KINDS if everything else FOR_GATES, self.accepted)
-            gates = figures.gates(self.options.gates)
-            reason = missed(gates)
+            figures = self.measure(update, part, kinds, self.accepted)
+            reason = missed(figures.gates(self.options.gates))
         except UserError as error:
             reason = str(error)
         if not reason:
@@ -184,8 +177,7 @@ class Trial:
             self.update = update
             return figures
         if len(part) == 1:
-            reached = {gate.name: gate.value for gate in gates}
-            self.held.append(HeldBack(number_of(self.batch[part[0]]), reason, reached))
+            self.held.append(HeldBack(number_of(self.batch[part[0]]), reason))
             return None
         for half in (part[: len(part) // 2], part[len(part) // 2 :]):
             self._try_part(half, profile)
@@ -195,21 +187,16 @@ class Trial:
         """The version in force with the accepted requests and a part of the others."""
         options, device, seed = self.options.edit, self.options.one_device, self.options.seed
         rest = [one for place, one in enumerate(self.batch) if place not in {*self.accepted, *part}]
+        earlier = {fact(request) for request in self.base.requests}
+        renewed = any(fact(request) in earlier for request in rest)  # it took the place of earlier facts
         with self.timed("edit"):
-            if self.whole and self._can_leave_out(rest):
+            if self.whole and not renewed and can_leave_out(self.whole, rest, options.method):
                 return leave_out(self.llm, self.whole, rest, options, device, seed)
             requests = [self.batch[place] for place in part]
             update = edit(self.llm, requests, profile, options, device, seed=seed, after=self.update)
         if not rest and self.whole is None:
             self.whole = update
         return update
-
-    def _can_leave_out(self, rest: Sequence[EditRequest]) -> bool:
-        """Whether the rest has columns of its own, and did not take the place of earlier facts."""
-        assert self.whole
-        earlier = {fact(request) for request in self.base.requests}
-        renewed = any(fact(request) in earlier for request in rest)
-        return not renewed and can_leave_out(self.whole, rest, self.options.edit.method)
 
     def measure(
         self,
@@ -226,20 +213,17 @@ class Trial:
             kinds: what to measure.
             accepted: of requests in the batch that count as earlier facts.
         """
-        also = [self.evaluator.only(accepted, ("probes",))] if accepted else []
-        return self._figures(update, self.evaluator.only(places, kinds), also)
-
-    def _figures(
-        self, update: WeightUpdate | None, evaluator: Evaluator, also: Sequence[Evaluator] = ()
-    ) -> Figures:
-        earlier = [*([self.earlier] if self.earlier else []), *also]
+        earlier = [self.earlier] if self.earlier else []
+        if accepted:
+            earlier.append(self.evaluator.only(accepted, ("probes",)))
         with self.timed("evaluation"), update.applied(self.llm) if update else nullcontext():
-            metrics = evaluator.measure("Measuring the batch").metrics
+            metrics = self.evaluator.only(places, kinds).measure("Measuring the batch").metrics
             rewrites = [one.measure("Earlier facts").metrics["rewrite"] for one in earlier]
         count = sum(rewrite.count for rewrite in rewrites)
+        changes = relative_changes(self.llm, update) if update else {}
         return Figures(
             metrics=metrics,
             earlier=sum(rewrite.mean * rewrite.count for rewrite in rewrites) / count if count else None,
             perplexity_ratio=metrics["perplexity"].mean / self.base_perplexity,
-            drift=drift(self.llm, update),
+            drift=max(changes.values(), default=0.0),
         )

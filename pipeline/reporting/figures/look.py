@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -99,28 +98,3 @@ def bar_per_block(
     axes.set_xlim(-0.7, len(values) - 0.3)
     axes.set_xlabel(f"block of {short(model)}")
     whole_numbers(axes.xaxis)
-
-
-def squares(
-    figure: Figure, values_NL: np.ndarray, blocks: Sequence[int], golden: int, model: str, label: str, **colors: Any
-) -> Axes:
-    """Requests by blocks of a model, a square each; a triangle above the golden layer's column.
-
-    Args:
-        figure: an empty one.
-        values_NL: a value a square.
-        blocks: the columns' numbers.
-        golden: the golden layer's.
-        model: its name.
-        label: what the colours stand for.
-        colors: imshow's cmap, vmin and vmax.
-    """
-    axes = figure.subplots()
-    image = axes.imshow(values_NL, **colors)
-    axes.plot(blocks.index(golden), -0.5, "v", markersize=9, color=GOLD, markeredgecolor=INK, clip_on=False)
-    axes.set_xlabel(f"block of {short(model)}")
-    axes.set_ylabel("request")
-    whole_numbers(axes.xaxis, blocks)
-    whole_numbers(axes.yaxis)
-    figure.colorbar(image, ax=axes, label=label)
-    return axes

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.attribution.scores import Scores
-from pipeline.reporting.figures.look import INK, bar_per_block, look, short, squares
+from pipeline.reporting.figures.look import GOLD, INK, bar_per_block, look, short, whole_numbers
 
 
 def selector_name(method: str) -> str:
@@ -86,6 +86,12 @@ def agreement_figure(profile: GoldenProfile, scores: Scores) -> Figure:
         f"{golden}, below the triangle, is the best for {(shown_NL[:, golden] == 1).sum()} of {len(rows_N)} alone."
     )
     with look(3.0, f"Do the requests agree on block {golden}?", caption) as figure:
-        squares(figure, shown_NL[rows_N], range(len(profile.scores)), golden, profile.model,
-                "place in the request's ranking", cmap="cividis_r", vmin=1, vmax=max(2, len(kept)))  # fmt: skip
+        axes = figure.subplots()
+        image = axes.imshow(shown_NL[rows_N], cmap="cividis_r", vmin=1, vmax=max(2, len(kept)))
+        axes.plot(golden, -0.5, "v", markersize=9, color=GOLD, markeredgecolor=INK, clip_on=False)
+        axes.set_xlabel(f"block of {short(profile.model)}")
+        axes.set_ylabel("request")
+        whole_numbers(axes.xaxis)
+        whole_numbers(axes.yaxis)
+        figure.colorbar(image, ax=axes, label="place in the request's ranking")
     return figure

@@ -6,16 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.reporting.figures.look import (
-    BLUE,
-    GOLD,
-    INK,
-    WHITE,
-    look,
-    short,
-    squares,
-    whole_numbers,
-)
+from pipeline.reporting.figures.look import BLUE, GOLD, INK, look, short, whole_numbers
 from pipeline.reporting.figures.scores import selector_name
 from pipeline.study.grid import JUDGED_BY, mean_of
 from pipeline.study.study import Study
@@ -41,20 +32,6 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         axes.set_ylabel("share, teacher-forced")
         whole_numbers(axes.xaxis)
         figure.legend(loc="outside lower left", ncols=3)
-    return figure
-
-
-def squares_figure(study: Study, name: str, method: str) -> Figure:
-    """Requests by blocks, a square an edit; a dot on each request's own best block."""
-    grid, golden = study.grids[name][method], study.golden[name]
-    scores = grid.scores[np.argsort(-grid.scores.mean(1), kind="stable")]
-    caption = (
-        "A square: a request edited alone at a block. Dot: its own best. Triangle: the golden layer, "
-        f"{golden}. The easiest request stands first."
-    )
-    with look(3.0, f"Does one block suit all? {short(name)}, {method}", caption) as figure:
-        axes = squares(figure, scores, grid.blocks, golden, study.model, "score", vmin=0, vmax=1)
-        axes.scatter(scores.argmax(1), range(len(scores)), s=11, color=WHITE, edgecolors=INK)
     return figure
 
 
