@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
-from pipeline.errors import UserError
 from pipeline.reporting.dashboards import EventsLogger, tag
-from pipeline.reporting.figures.look import save
-from pipeline.reporting.figures.outcomes import months_figure
 from pipeline.reporting.groups import grouped
 from pipeline.reporting.tables import markdown_table, version_line, version_table
 from pipeline.updates.folders import read_metrics
-from pipeline.updates.history import versions
 from pipeline.updates.store import Store
 
 BOARD = "tensorboard"
-PICTURE = "months.png"
-MOST = 100  # versions in the figure
 COUNTS = ("applied", "held_back", "retracted", "facts")
 
 
@@ -34,20 +27,7 @@ def show_on_board(store: Store) -> None:
         logger.experiment.add_text("version/figures", version_text(number, figures), number)
         logger.experiment.flush()
         store.database.execute("UPDATE versions SET shown = 1 WHERE number = ?", (number,))
-    _draw(store, logger)
     logger.finalize("success")
-
-
-def _draw(store: Store, logger: EventsLogger) -> None:
-    """All versions in one figure; one whose files are damaged is left out, which `verify` tells."""
-    found: dict[int, dict[str, Any]] = {}
-    for number in sorted(row["number"] for row in versions(store, MOST) if row["number"]):
-        with suppress(UserError, OSError):
-            found[number] = read_metrics(store.folder, number)
-    if found:
-        figure = months_figure(store.model, found)
-        save(figure, store.folder / BOARD / PICTURE)
-        logger.experiment.add_figure("version/over_time", figure, max(found), close=False)
 
 
 def scalars(figures: dict[str, Any]) -> dict[str, float]:

@@ -15,8 +15,6 @@ from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
 from pipeline.reporting.groups import GROUPS
 
-CHIEF = ("rewrite", "rephrase", "locality")
-
 
 def tag(name: str, stage: str = "evaluation") -> str:
     """A metric's tag: stage and group, then its place among them."""
@@ -25,12 +23,6 @@ def tag(name: str, stage: str = "evaluation") -> str:
         if kind in members:
             return f"{stage}_{number}_{group.replace(' ', '_')}/{list(members).index(kind) + 1}_{name}"
     raise KeyError(name)
-
-
-def study_tag(name: str, method: str, metric: str) -> str:
-    """The tag of a figure by block."""
-    place = ("score", *CHIEF).index(metric) + 1 if metric in ("score", *CHIEF) else 5
-    return f"study_{name}_{method}/{place}_{metric.replace('/', '_')}_by_block"
 
 
 def hparams_row(

@@ -20,15 +20,13 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.files import write_json, write_text
 from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
-from pipeline.reporting.dashboards import EventsLogger, hparams_row, study_tag, tag
+from pipeline.reporting.dashboards import EventsLogger, hparams_row, tag
 from pipeline.reporting.figures.look import save
-from pipeline.reporting.figures.outcomes import metrics_figure
+from pipeline.reporting.figures.outcomes import metrics_figure, selectors_figure, sweep_figure
 from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
-from pipeline.reporting.figures.sweeps import selectors_figure, sweep_figure
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
-from pipeline.reporting.tables import metrics_of, sides_of
+from pipeline.reporting.tables import metrics_of, sides_of, values_csv
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
-from pipeline.reporting.values import values_csv
 from pipeline.requests.schema import EditRequest
 from pipeline.study.grid import mean_of
 from pipeline.study.study import Study
@@ -186,8 +184,9 @@ class RunLog:
         self._text("study/report", report)
         for name, grids in study.grids.items():
             for method, grid in grids.items():
-                for metric, values in {**grid.values, "score": grid.scores}.items():
-                    self._curve(study_tag(name, method, metric), grid.blocks, mean_of(values))
+                for place, (metric, values) in enumerate({"score": grid.scores, **grid.values}.items(), start=1):
+                    curve = f"study_{name}_{method}/{place}_{metric.replace('/', '_')}_by_block"
+                    self._curve(curve, grid.blocks, mean_of(values))
                 for number, (kind, draw) in enumerate(STUDY_FIGURES.items(), start=1):
                     shown = draw(study, name, method)
                     self._figure(f"study/{name}_{method}_{number}_{kind}", f"{kind}-{name}-{method}.png", shown)

@@ -45,22 +45,21 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def look(height: float, title: str, caption: str, width: float = WIDTH) -> Iterator[Figure]:
+def look(height: float, title: str, caption: str) -> Iterator[Figure]:
     """A figure in the project's look; made without pyplot, so that it needs no display.
 
     Args:
         height: in inches, without the heading.
         title: what is seen, in a few words.
         caption: how to read it, in a sentence or two, under the title.
-        width: in inches.
     """
-    titles, lines = textwrap.wrap(title, int(width * 10)), textwrap.wrap(caption, int(width * 14.5))
+    titles, lines = textwrap.wrap(title, int(WIDTH * 10)), textwrap.wrap(caption, int(WIDTH * 14.5))
     below = 0.09 + 0.19 * len(titles)  # inches from the top to the caption
     heading = below + 0.02 + 0.17 * len(lines)
     tall = height + heading
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - heading / tall))
-        figure = Figure(figsize=(width, tall), dpi=140, layout=layout)
+        figure = Figure(figsize=(WIDTH, tall), dpi=140, layout=layout)
         figure.text(0.012, 1 - 0.05 / tall, "\n".join(titles), va="top", weight="bold", fontsize=11.5)
         figure.text(0.012, 1 - below / tall, "\n".join(lines), va="top", fontsize=9)
         yield figure
