@@ -7,13 +7,15 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import options as of
-from pipeline import reporting, updates
+from pipeline import updates
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import METHODS
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice
 from pipeline.model.generation import generate as answer
+from pipeline.reporting import stores
+from pipeline.reporting.dashboards import show_on_board
 from pipeline.reporting.terminal import say, show_answers
 from pipeline.requests.readers import stream_requests
 from pipeline.shipped import program
@@ -31,7 +33,7 @@ def submit(options: of.SubmitCommand) -> None:
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
         done = updates.submit(store, options.file, options.source, of.time_of(options.not_before), options.again)
-        reporting.show_submitted(store, done)
+        stores.show_submitted(store, done)
 
 
 def update(options: of.UpdateCommand) -> None:
@@ -59,14 +61,14 @@ def schedule(options: of.ScheduleCommand) -> None:
 
 
 def _update(store: Store, options: of.UpdateCommand, stopping: Callable[[], bool]) -> None:
-    report = partial(reporting.show_batch, store, dry_run=options.dry_run)
+    report = partial(stores.show_batch, store, dry_run=options.dry_run)
     try:
         worked = updates.update(store, options, partial(load, options), report, stopping)
     except updates.BusyError as busy:  # no failure: what is due is in good hands
         say(f"{busy}; nothing to do here")
         return
     finally:
-        reporting.show_on_board(store)
+        show_on_board(store)
     if not worked:
         say(f"nothing is due in {store.folder}; {updates.counts(store).get('queued', 0)} waiting for their date")
 
@@ -75,15 +77,15 @@ def history(options: of.HistoryCommand) -> None:
     """The latest versions and events, or one request's story."""
     with Store(options.store) as store:
         if options.request is None:
-            reporting.show_history(store, options.limit)
+            stores.show_history(store, options.limit)
         else:
-            reporting.show_story(store, updates.find(store, options.request)[0])
+            stores.show_story(store, updates.find(store, options.request)[0])
 
 
 def show(options: of.ShowCommand) -> None:
     """One version, whole."""
     with Store(options.store) as store:
-        reporting.show_version(store, options.version)
+        stores.show_version(store, options.version)
 
 
 def diff(options: of.DiffCommand) -> None:
@@ -91,8 +93,8 @@ def diff(options: of.DiffCommand) -> None:
     with Store(options.store) as store:
         gained, lost = updates.difference(store, options.older, options.newer)
         say(f"from version {options.older} to {options.newer}: {len(gained)} facts gained, {len(lost)} lost")
-        reporting.show_facts(store, gained, "+")
-        reporting.show_facts(store, lost, "-")
+        stores.show_facts(store, gained, "+")
+        stores.show_facts(store, lost, "-")
 
 
 def rollback(options: of.RollbackCommand) -> None:
@@ -110,7 +112,7 @@ def verify(options: of.VerifyCommand) -> None:
     prepare(options)
     with Store(options.store) as store:
         wrong = 0
-        for number, problem in updates.verify(store, partial(load, options), options.model):
+        for number, problem in updates.verify(store):
             say(f"version {number}: {problem or 'as it was written, and loads'}")
             wrong += bool(problem)
         if wrong:
@@ -126,7 +128,7 @@ def retract(options: of.RetractCommand) -> None:
         if done.version is None:
             say("retracted; it was in the queue only")
             return
-        reporting.show_on_board(store)
+        show_on_board(store)
         assert done.before and done.after
         sides = [side.metrics["rewrite"].mean for side in (done.before, done.after)]
         say(f"version {done.version}: retracted; its new answer: {sides[0]:.3f} -> {sides[1]:.3f}")

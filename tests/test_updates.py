@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.editing import WeightUpdate
 from pipeline.model import LLM
-from pipeline.reporting import show_on_board
+from pipeline.reporting.dashboards import show_on_board
 from pipeline.requests import EditRequest
 from pipeline.updates import (
     BusyError,

@@ -205,7 +205,6 @@ def test_what_a_store_refuses(
     told("submit", str(waiting), *at)
     for command in (
         ["update", *quick],
-        ["verify"],
         ["retract", "1", *of_retract(quick)],
         ["export", "1"],
         ["generate"],

@@ -14,7 +14,7 @@ from pipeline.shipped import program
 from pipeline.study.questions import Row
 from pipeline.study.study import Study
 
-EXAMPLES = 8
+EXAMPLES = 8  # answers that are shown
 OUTCOME = {
     "generation_exact_match": "by itself the model answers {:.0%} of them with the new answer and nothing more",
     "generation_containment": "it names the new answer in {:.0%}",
@@ -28,12 +28,12 @@ def metrics_table(evaluation: Evaluation) -> str:
     return markdown_table(*metric_table(metrics_of(evaluation), meanings=True))
 
 
-def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation, most: int = EXAMPLES) -> str:
-    """Prompts with what the model generates, before and after, as a Markdown table."""
+def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
+    """The first prompts with what the model generates, before and after, as a Markdown table."""
     sides = sides_of(evaluation)
     rows = [
         [request.prompt, request.new_answer, *(measured.answers[place] for measured in sides.values())]
-        for place, request in enumerate(requests[:most])
+        for place, request in enumerate(requests[:EXAMPLES])
     ]
     return markdown_table(["prompt", "wanted", *sides], rows)
 

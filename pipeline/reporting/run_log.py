@@ -34,7 +34,6 @@ from pipeline.study.study import Study
 PICTURE = re.compile(r"!\[\w+\]\([^)]*\.png\)\n*")
 PROFILE_FIGURES = ("scores.png", "stability.png", "agreement.png")
 STUDY_FIGURES = {"sweep": sweep_figure, "selectors": selectors_figure}
-SHOWN_ANSWERS = 30
 
 
 @contextmanager
@@ -152,7 +151,7 @@ class RunLog:
             self._text("report", report)
         else:
             self._text("evaluation/metrics", metrics_table(evaluation))
-            self._text("evaluation/answers", answers_table(requests, evaluation, most=SHOWN_ANSWERS))
+            self._text("evaluation/answers", answers_table(requests, evaluation))
         show_metrics(evaluation)
 
     def _compare(self, evaluation: Evaluation, row: dict[str, str | float]) -> None:

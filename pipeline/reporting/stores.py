@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pipeline.reporting.tables import version_line, version_table
 from pipeline.reporting.terminal import say, show_table
-from pipeline.updates import (
-    BatchResult,
-    Store,
-    Submitted,
-    check_number,
-    counts,
-    events,
-    in_force,
-    read_metrics,
-    request_row,
-    story,
-    version_folder,
-    versions,
-)
-
-NAMED = 5  # requests that a message spells out
+from pipeline.updates.folders import read_metrics, version_folder
+from pipeline.updates.history import NAMED, counts, events, request_row, story, versions
+from pipeline.updates.lineage import check_number, in_force
+from pipeline.updates.proving import BatchResult
+from pipeline.updates.queue import Submitted
+from pipeline.updates.store import Store
 
 
 def show_submitted(store: Store, done: Submitted) -> None:
@@ -48,8 +38,7 @@ def show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     _show_superseded(store, done.superseded)
 
 
-def _show_superseded(store: Store, pairs: Iterable[tuple[int, int]]) -> None:
-    pairs = list(pairs)
+def _show_superseded(store: Store, pairs: Sequence[tuple[int, int]]) -> None:
     for older, newer in pairs[:NAMED]:
         old, new = request_row(store, older), request_row(store, newer)
         say(

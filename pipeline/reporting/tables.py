@@ -11,7 +11,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.metrics import Estimate
-from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label, meaning, with_interval
+from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label, meaning
 
 if TYPE_CHECKING:
     from pipeline.evaluation.evaluator import Evaluation, Measurement
@@ -84,7 +84,7 @@ def _cell(row: Row, name: str) -> str:
     if not isinstance(value, float):
         return "" if value is None else str(value)
     if name == "score" and "low" in row:
-        return with_interval(value, float(row["low"] or 0), float(row["high"] or 0))
+        return figure_text(name, Estimate(value, 0, float(row["low"] or 0), float(row["high"] or 0)))
     digits = {"times faster than the sweep": 0, "seconds": 1}.get(name, 3)
     return f"{value:.{digits}f}"
 
@@ -115,16 +115,10 @@ def values_csv(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
 def _row(number: int, request: EditRequest, evaluation: Evaluation) -> dict[str, str]:
     """A request's cells by column; the columns are every request's."""
     row = {name: getattr(request, name) or "" for name in ("id", "prompt", "new_answer", "old_answer")}
-    sides = sides_of(evaluation)
-    *_, final = sides.values()
-    for name in final.values:
-        for side, measured in sides.items():
-            if name in measured.values and name not in BY_WINDOW:
-                value = measured.values[name].values.get(number)
-                row[f"{name} {side}"] = "" if value is None else f"{value:.6g}"
-    for kind in final.said:
-        for side, measured in sides.items():
-            row[f"{kind} answer {side}"] = " | ".join(
-                " ".join(text.split()) for text in measured.said[kind][number]
-            )
+    for side, measured in sides_of(evaluation).items():
+        for name, column in measured.values.items():
+            if name not in BY_WINDOW:
+                row[f"{name} {side}"] = f"{column.values[number]:.6g}" if number in column.values else ""
+        for kind, texts in measured.said.items():
+            row[f"{kind} answer {side}"] = " | ".join(" ".join(text.split()) for text in texts[number])
     return row

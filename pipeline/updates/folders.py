@@ -28,13 +28,7 @@ def version_folder(store: Path, number: int) -> Path:
 
 
 def write_version(store: Path, number: int, fill: Callable[[Path], Any]) -> dict[str, str]:
-    """Write a version's folder, whole or not at all; returns its files' SHA-256 by name.
-
-    Args:
-        store: the store's folder.
-        number: the version's.
-        fill: writes the files into the folder that it is given.
-    """
+    """Let `fill` write a version's folder, whole or not at all; returns its files' SHA-256 by name."""
     folder = version_folder(store, number)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -13,17 +13,14 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.updates.database import transaction
-from pipeline.updates.folders import (
-    BASE,
-    METRICS,
-    digests_of,
-    remove_unfinished,
-    version_folder,
-    write_version,
-)
+from pipeline.updates.folders import BASE, METRICS, digests_of, remove_unfinished, version_folder, write_version
 from pipeline.updates.proving import BatchResult, HeldBack
-from pipeline.updates.queue import Contradiction, number_of
+from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
+
+SAME_FACT = (  # what is applied about the same fact as a request
+    "SELECT o.number FROM requests n JOIN requests o USING (fact) WHERE n.number = ? AND o.state = 'applied'"
+)
 
 
 class Change(NamedTuple):
@@ -34,17 +31,16 @@ class Change(NamedTuple):
     successor: int | None = None
 
 
-def publish(store: Store, parent: int, result: BatchResult, retracted: Sequence[int] = ()) -> None:
+def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) -> None:
     """Write a version and make it the current one: files first, then one transaction that moves everything at once.
 
     Args:
         store: the store.
-        parent: the version that was edited on top of.
         result: what came of the batch; its `version` is set, and its `superseded`.
         retracted: numbers of requests that go.
 
     Raises:
-        UserError: when the current version is no longer `parent`; nothing is published, as always when it fails.
+        UserError: when the result's `parent` is no longer the current version; nothing is published then.
         OSError: when the disk has no room.
     """
     update, profile, version = result.update, result.profile, store.newest + 1
@@ -55,19 +51,22 @@ def publish(store: Store, parent: int, result: BatchResult, retracted: Sequence[
         profile.save(partial)
         write_json(partial / METRICS, _metrics(result, len(retracted)))
 
+    profile.save(store.folder)  # for later batches
     files = json.dumps(write_version(store.folder, version, fill))
     try:
         with transaction(store.database) as database:
-            if store.current != parent:
+            if store.current != result.parent:
                 raise UserError(
                     f"store: {store.folder}: another version became current meanwhile; nothing was published"
                 )
             database.execute(
                 "INSERT INTO versions (number, parent, made, files, held_back) VALUES (?, ?, ?, ?, ?)",
-                (version, parent, store.clock(), files, len(result.held)),
+                (version, result.parent, store.clock(), files, len(result.held)),
             )
             for request in map(number_of, result.applied):
-                result.superseded += _supersede(store, version, request)
+                for (older,) in database.execute(SAME_FACT, (request,)).fetchall():
+                    _change(store, older, Change("superseded", version, request))
+                    result.superseded.append((older, request))
                 _change(store, request, Change("applied", version))
             for request in retracted:
                 _change(store, request, Change("retracted", version))
@@ -80,19 +79,7 @@ def publish(store: Store, parent: int, result: BatchResult, retracted: Sequence[
     result.version = version
 
 
-def _supersede(store: Store, version: int, request: int) -> list[Contradiction]:
-    """Inside a transaction: applied requests about the same fact give way."""
-    older = store.database.execute(
-        "SELECT o.number FROM requests n JOIN requests o USING (fact) WHERE n.number = ? AND o.state = 'applied'",
-        (request,),
-    ).fetchall()
-    for (number,) in older:
-        _change(store, number, Change("superseded", version, request))
-    return [(number, request) for (number,) in older]
-
-
 def _change(store: Store, request: int, change: Change) -> None:
-    """Inside a transaction: a version changes a request's state."""
     store.database.execute(
         "INSERT INTO changes (request, what, version, successor) VALUES (?, ?, ?, ?)", (request, *change)
     )

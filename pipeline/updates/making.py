@@ -24,7 +24,7 @@ from pipeline.updates.database import transaction
 from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find
 from pipeline.updates.lineage import hold_back, load_version, publish
-from pipeline.updates.proving import BaseVersion, BatchResult, Trial, split_by_fit
+from pipeline.updates.proving import BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
 
@@ -61,7 +61,12 @@ def update(
                 break
             try:
                 llm = llm or store.load_base(load, options.model)
-                result = _work_through(store, llm, requests, options)
+                result = _edit_and_prove(store, llm, requests, options)
+                if result.update:
+                    publish(store, result)
+                else:
+                    with transaction(store.database):
+                        hold_back(store, result.held)
             except BaseException as error:
                 with transaction(store.database):
                     store.give_back(" ".join(str(error).split()) or type(error).__name__)
@@ -72,20 +77,6 @@ def update(
     return results
 
 
-def _work_through(store: Store, llm: LLM, requests: Sequence[EditRequest], options: UpdateCommand) -> BatchResult:
-    """Edit and prove a batch; publish what is accepted of it, and hold the rest back."""
-    base = base_version(store)
-    result = _edit_and_prove(store, llm, base, requests, options)
-    if result.profile:
-        result.profile.save(store.folder)
-    if result.update:
-        publish(store, base.number, result)
-    else:
-        with transaction(store.database):
-            hold_back(store, result.held)
-    return result
-
-
 def _rehearse(
     store: Store, options: UpdateCommand, load: Callable[[str], LLM], report: Callable[[BatchResult], Any]
 ) -> list[BatchResult]:
@@ -93,21 +84,20 @@ def _rehearse(
     requests = peek(store, options.batch)
     if not requests:
         return []
-    llm = store.load_base(load, options.model)
-    result = _edit_and_prove(store, llm, base_version(store), requests, options)
+    result = _edit_and_prove(store, store.load_base(load, options.model), requests, options)
     report(result)
     return [result]
 
 
-def _edit_and_prove(
-    store: Store, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions
-) -> BatchResult:
-    """What comes of a batch."""
+def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions) -> BatchResult:
+    """What comes of a batch on top of the version in force."""
+    parent = store.current
+    base = load_version(store, parent)
     fitting, held = split_by_fit(llm, batch, options)
     if not fitting:
-        return BatchResult(held=held)
+        return BatchResult(parent, held=held)
     profile = golden_profile(store, llm, fitting, options)
-    result = Trial(llm, base, fitting, options).edit_and_prove(profile)
+    result = Trial(llm, parent, base, fitting, options).edit_and_prove(profile)
     result.held = held + result.held
     return result
 
@@ -137,20 +127,27 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
 
 
 def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> BatchResult:
-    base = base_version(store)
-    assert base.update
-    request = next(one for one in base.update.requests if number_of(one) == number)
-    trial, profile = Trial(llm, base, [request], options), golden_profile(store, llm, [request], options)
+    parent = store.current
+    base = load_version(store, parent)
+    assert base
+    request = next(one for one in base.requests if number_of(one) == number)
+    trial, profile = Trial(llm, parent, base, [request], options), golden_profile(store, llm, [request], options)
     with trial.timed("edit"):
-        without = _without(llm, base.update, request, profile, options)
+        without = _without(llm, base, request, profile, options)
     after = trial.measure(without, [0], KINDS)
     gates = after.gates(options.gates, OF_MODEL)
     if problem := missed(gates):
         raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
     result = BatchResult(
-        update=without, before=trial.before, after=after, profile=profile, gates=gates, seconds=trial.seconds
+        parent,
+        update=without,
+        before=trial.before,
+        after=after,
+        profile=profile,
+        gates=gates,
+        seconds=trial.seconds,
     )
-    publish(store, base.number, result, retracted=[number])
+    publish(store, result, retracted=[number])
     return result
 
 
@@ -163,12 +160,6 @@ def _without(
     (answered,) = with_old_answers(llm, [request], Runtime(options.one_device))
     back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
     return edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=held)
-
-
-def base_version(store: Store) -> BaseVersion:
-    """The version in force, its files checked."""
-    version = store.current
-    return BaseVersion(version, load_version(store, version))
 
 
 def golden_profile(

@@ -26,18 +26,6 @@ from pipeline.updates.queue import Contradiction, number_of
 FOR_GATES = ("probes", "text")  # the kinds of measurement that gates need
 
 
-class BaseVersion(NamedTuple):
-    """The version in force, which a batch is edited on top of; its update is None for the base model itself."""
-
-    number: int
-    update: WeightUpdate | None
-
-    @property
-    def requests(self) -> list[EditRequest]:
-        """The facts that it holds."""
-        return self.update.requests if self.update else []
-
-
 class HeldBack(NamedTuple):
     """A request that is not applied: its number, and why, with the figures that it reached alone."""
 
@@ -50,6 +38,7 @@ class BatchResult:
     """What came of a batch.
 
     Attributes:
+        parent: the version that was edited on top of.
         applied: what was accepted.
         held: what was not.
         update: the version in force with what was accepted in it, or without what was retracted; None: as it was.
@@ -61,6 +50,7 @@ class BatchResult:
         superseded: which requests gave way to newer ones.
     """
 
+    parent: int = 0
     applied: list[EditRequest] = field(default_factory=list)
     held: list[HeldBack] = field(default_factory=list)
     update: WeightUpdate | None = None
@@ -95,7 +85,7 @@ class Trial:
 
     Args:
         llm: the base model, which it is again after every edit and measurement.
-        base: the version in force.
+        parent, base: the number of the version in force, and its update; None for the base model itself.
         batch: the requests; all of them can be edited.
         options: how to edit and measure, and the gates.
 
@@ -107,10 +97,18 @@ class Trial:
         UserError: when texts do not fit the model, or the version in force itself misses a gate.
     """
 
-    def __init__(self, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions) -> None:
-        self.llm, self.base, self.batch, self.options = llm, base, batch, options
+    def __init__(
+        self,
+        llm: LLM,
+        parent: int,
+        base: WeightUpdate | None,
+        batch: Sequence[EditRequest],
+        options: ProvingOptions,
+    ) -> None:
+        self.llm, self.parent, self.base, self.batch, self.options = llm, parent, base, batch, options
+        self.facts = base.requests if base else []  # that are in force
         self.seconds = {"edit": 0.0, "evaluation": 0.0}
-        self.update = base.update  # with what was accepted of the batch in it
+        self.update = base  # with what was accepted of the batch in it
         self.whole: WeightUpdate | None = None  # with all of the batch in it
         self.accepted: list[int] = []  # places in the batch
         self.held: list[HeldBack] = []
@@ -119,19 +117,19 @@ class Trial:
         with self.timed("evaluation"):
             text = self.evaluator.only((), ("text",)).measure("Measuring base")
         self.base_perplexity = text.metrics["perplexity"].mean
-        self.before = self.measure(base.update, range(len(batch)), KINDS)
+        self.before = self.measure(base, range(len(batch)), KINDS)
         if problem := missed(self.before.gates(options.gates, OF_MODEL)):
             raise UserError(
-                f"update: version {base.number}, which is in force, misses gates itself: {problem}; "
+                f"update: version {parent}, which is in force, misses gates itself: {problem}; "
                 "roll back, retract what is not needed, or change --gates"
             )
 
     def _earlier_facts(self) -> Evaluator | None:
         """Measures a sample of the facts that the batch leaves in force, prompts and new answers alone."""
         renewed = {fact(request) for request in self.batch}
-        held = [request for request in self.base.requests if fact(request) not in renewed]
+        held = [request for request in self.facts if fact(request) not in renewed]
         most = min(self.options.gates.earlier_sample, len(held))
-        chosen = random.Random(self.options.seed + self.base.number).sample(held, most)
+        chosen = random.Random(self.options.seed + self.parent).sample(held, most)
         bare = [one.model_copy(update={"rephrases": (), "locality": (), "portability": ()}) for one in chosen]
         if not bare:
             return None
@@ -141,10 +139,8 @@ class Trial:
     def timed(self, what: str) -> Iterator[None]:
         """Count the seconds inside the `with`."""
         started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - started
+        yield
+        self.seconds[what] += time.perf_counter() - started
 
     def edit_and_prove(self, profile: GoldenProfile) -> BatchResult:
         """Edit the batch at the golden layer and hold it against the gates.
@@ -152,13 +148,13 @@ class Trial:
         It is tried whole, and in halves where that misses a gate, each on top of the parts that passed; what misses
         one alone is held back.
         """
-        result = BatchResult(held=self.held, profile=profile, seconds=self.seconds)
+        result = BatchResult(self.parent, held=self.held, profile=profile, seconds=self.seconds)
         after = self._try_part(range(len(self.batch)), profile)
         if self.accepted:
             result.applied = [self.batch[place] for place in self.accepted]
             result.update, result.before, result.after = self.update, self.before, after
             if after is None:  # it was halved
-                result.before = self.measure(self.base.update, self.accepted, KINDS)
+                result.before = self.measure(self.base, self.accepted, KINDS)
                 result.after = after = self.measure(self.update, self.accepted, KINDS)
             result.gates = after.gates(self.options.gates)
         return result
@@ -187,7 +183,7 @@ class Trial:
         """The version in force with the accepted requests and a part of the others."""
         options, device, seed = self.options.edit, self.options.one_device, self.options.seed
         rest = [one for place, one in enumerate(self.batch) if place not in {*self.accepted, *part}]
-        earlier = {fact(request) for request in self.base.requests}
+        earlier = {fact(request) for request in self.facts}
         renewed = any(fact(request) in earlier for request in rest)  # it took the place of earlier facts
         with self.timed("edit"):
             if self.whole and not renewed and can_leave_out(self.whole, rest, options.method):

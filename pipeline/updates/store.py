@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class BusyError(UserError):
     """Another process is at work on the store."""
 
 
-class Store:
+class Store(AbstractContextManager["Store"]):
     """A store, opened.
 
     Args:
@@ -86,13 +86,8 @@ class Store:
         """Let go of the database."""
         self.database.close()
 
-    def __enter__(self) -> Store:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # what it is for
 
     def about(self, name: str) -> Any:
         """One thing that the store knows of itself."""

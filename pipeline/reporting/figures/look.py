@@ -31,11 +31,8 @@ STYLE: dict[Any, Any] = {
     "axes.prop_cycle": cycler(color=[BLUE, INK, INK, GOLD], linestyle=["-", "--", ":", "-."], marker=list("os^D")),
     "image.aspect": "auto",
     "image.cmap": "cividis",  # from dark to bright for everyone
-    "image.interpolation": "nearest",
-    "legend.columnspacing": 1.0,
     "legend.fontsize": 9,
     "legend.frameon": False,
-    "legend.handlelength": 2.2,
     "lines.linewidth": 1.2,
     "lines.markersize": 4.5,
     "patch.edgecolor": INK,
@@ -46,12 +43,9 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def look(height: float, title: str, caption: str) -> Iterator[Figure]:
-    """A figure in the project's look; made without pyplot, so that it needs no display.
+    """A figure in the project's look, made without pyplot, so that it needs no display.
 
-    Args:
-        height: in inches, without the heading.
-        title: what is seen, in a few words.
-        caption: how to read it, in a sentence or two, under the title.
+    Its height is in inches, without title and caption, which tells in a sentence or two how to read it.
     """
     titles, lines = textwrap.wrap(title, int(WIDTH * 10)), textwrap.wrap(caption, int(WIDTH * 14.5))
     below = 0.09 + 0.19 * len(titles)  # inches from the top to the caption
@@ -76,11 +70,9 @@ def short(name: str, most: int = NAME) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
-def whole_numbers(axis: Axis, names: Sequence[object] | None = None) -> None:
-    """Ticks at whole numbers alone, as many as can be read; with `names`, places 0, 1, 2 … are named by them."""
+def whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers alone, as many as can be read."""
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if names is not None:
-        axis.set_major_formatter(lambda place, _: str(names[int(place)]) if 0 <= place < len(names) else "")
 
 
 def bar_per_block(

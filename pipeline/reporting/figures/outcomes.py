@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.evaluator import Evaluation
@@ -71,27 +70,17 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
 
 
 def selectors_figure(study: Study, name: str, method: str) -> Figure:
-    """Regret and rank correlation of every selector, the best at the top."""
+    """Regret of every selector, the best at the top."""
     rows = sorted(study.selectors[name][method], key=lambda row: -float(row["regret"] or 0))
-    regrets, ranks = ([row[figure] for row in rows] for figure in ("regret", "spearman"))
+    regrets = [float(row["regret"] or 0) for row in rows]
     colors = [GOLD if row["selector"] == next(iter(study.profiles[name])) else BLUE for row in rows]
-    caption = (
-        "Regret: what the chosen block falls short of the best fixed block's score. Rank correlation: of scores "
-        "with the sweep, over the tried blocks (none: scores do not differ)."
-    )
+    caption = "Regret: what the chosen block falls short of the best fixed block's score."
     with look(0.7 + 0.3 * len(rows), f"Who finds the best block? {short(name)}, {method}", caption) as figure:
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-        _bars(left, regrets, [f"{row['regret']:.3f}, block {row['block']}" for row in rows], colors)
-        _bars(right, ranks, ["none" if rank is None else "" for rank in ranks], colors)
+        axes = figure.subplots()
+        bars = axes.barh(range(len(rows)), regrets, 0.75, color=colors)
+        axes.bar_label(bars, [f"{row['regret']:.3f}, block {row['block']}" for row in rows], padding=2, fontsize=8)
         names = [short(selector_name(str(row["selector"])), 32) for row in rows]
-        left.set_yticks(range(len(rows)), names, fontsize=9)
-        left.set_xlim(0, 1.9 * max(0.02, *(float(regret or 0) for regret in regrets)))
-        left.set_xlabel("regret")
-        right.set_xlim(-1, 1)
-        right.set_xlabel("rank correlation")
+        axes.set_yticks(range(len(rows)), names, fontsize=9)
+        axes.set_xlim(0, 1.5 * max(0.02, *regrets))
+        axes.set_xlabel("regret")
     return figure
-
-
-def _bars(axes: Axes, values: list[float | int | str | None], beside: list[str], colors: list[str]) -> None:
-    bars = axes.barh(range(len(values)), [float(value or 0) for value in values], 0.75, color=colors)
-    axes.bar_label(bars, beside, padding=2, fontsize=8)
