@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
-from pipeline.reporting.groups import GROUPS, grouped
+from pipeline.reporting.groups import GROUPS
 from pipeline.reporting.tables import markdown_table, version_line, version_table
 from pipeline.updates.folders import read_metrics
 from pipeline.updates.store import Store
@@ -91,12 +91,9 @@ def show_on_board(store: Store) -> None:
 
 def scalars(figures: dict[str, Any]) -> dict[str, float]:
     """A version's figures by their tags in TensorBoard, as measured with it in force."""
-    found = {
-        f"version_0_requests/{place}_{name}": float(figures[name]) for place, name in enumerate(COUNTS, start=1)
-    }
     after = figures["after"]
-    known = [name for names in grouped(after["metrics"]).values() for name in names if name != "perplexity"]
-    found |= {tag(name, "version"): after["metrics"][name]["mean"] for name in known}
+    found = {f"version_0_requests/{place}_{name}": float(figures[name]) for place, name in enumerate(COUNTS, 1)}
+    found |= {tag(name, "version"): one["mean"] for name, one in after["metrics"].items() if name != "perplexity"}
     found |= {f"version_4_damage/{name}": after[name] for name in ("perplexity_ratio", "drift")}
     if after["earlier"] is not None:
         found["version_2_teacher-forced/5_earlier_facts"] = after["earlier"]

@@ -33,19 +33,12 @@ class Gate:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one state of the model.
+    """What was measured of one state of the model."""
 
-    Attributes:
-        metrics: of the batch, and perplexity.
-        earlier: rewrite of earlier facts; None where there are none.
-        perplexity_ratio: as a multiple of the base model's.
-        drift: the largest change of an edited weight from the base, as a share of its norm.
-    """
-
-    metrics: Mapping[str, Estimate]
-    earlier: float | None
-    perplexity_ratio: float
-    drift: float
+    metrics: Mapping[str, Estimate]  # of the batch, and perplexity
+    earlier: float | None  # rewrite of earlier facts; None where there are none
+    perplexity_ratio: float  # as a multiple of the base model's
+    drift: float  # the largest change of an edited weight from the base, as a share of its norm
 
     def gates(self, options: GateOptions, names: Sequence[str] = OF_BATCH + OF_MODEL) -> list[Gate]:
         """Those gates of the options that this can be held against."""

@@ -34,10 +34,7 @@ class Change(NamedTuple):
 def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) -> None:
     """Write a version and make it the current one: files first, then one transaction that moves everything at once.
 
-    Args:
-        store: the store.
-        result: what came of the batch; its `version` is set, and its `superseded`.
-        retracted: numbers of requests that go.
+    The result's `version` and `superseded` are set; `retracted` are numbers of requests that go.
 
     Raises:
         UserError: when the result's `parent` is no longer the current version; nothing is published then.

@@ -35,32 +35,19 @@ class HeldBack(NamedTuple):
 
 @dataclass
 class BatchResult:
-    """What came of a batch.
+    """What came of a batch, or of a retraction; what there is nothing of is None."""
 
-    Attributes:
-        parent: the version that was edited on top of.
-        applied: what was accepted.
-        held: what was not.
-        update: the version in force with what was accepted in it, or without what was retracted; None: as it was.
-        before, after: the figures on those requests; None where there are none.
-        profile: where it was edited; None where nothing could be.
-        gates: those of `after`.
-        seconds: of editing and of measuring.
-        version: what was published; None when nothing was.
-        superseded: which requests gave way to newer ones.
-    """
-
-    parent: int = 0
-    applied: list[EditRequest] = field(default_factory=list)
-    held: list[HeldBack] = field(default_factory=list)
-    update: WeightUpdate | None = None
-    before: Figures | None = None
+    parent: int = 0  # the version that was edited on top of
+    applied: list[EditRequest] = field(default_factory=list)  # what was accepted
+    held: list[HeldBack] = field(default_factory=list)  # what was not
+    update: WeightUpdate | None = None  # the version in force with what was accepted, or without what was retracted
+    before: Figures | None = None  # on those requests
     after: Figures | None = None
-    profile: GoldenProfile | None = None
-    gates: list[Gate] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    version: int | None = None
-    superseded: list[Contradiction] = field(default_factory=list)
+    profile: GoldenProfile | None = None  # where it was edited
+    gates: list[Gate] = field(default_factory=list)  # those of `after`
+    seconds: dict[str, float] = field(default_factory=dict)  # of editing and of measuring
+    version: int | None = None  # what was published
+    superseded: list[Contradiction] = field(default_factory=list)  # which requests gave way to newer ones
 
 
 def split_by_fit(
@@ -89,10 +76,6 @@ class Trial:
         batch: the requests; all of them can be edited.
         options: how to edit and measure, and the gates.
 
-    Attributes:
-        before: the figures of the version in force, which locality is measured against.
-        seconds: how long was edited and measured.
-
     Raises:
         UserError: when texts do not fit the model, or the version in force itself misses a gate.
     """
@@ -117,7 +100,7 @@ class Trial:
         with self.timed("evaluation"):
             text = self.evaluator.only((), ("text",)).measure("Measuring base")
         self.base_perplexity = text.metrics["perplexity"].mean
-        self.before = self.measure(base, range(len(batch)), KINDS)
+        self.before = self.measure(base, range(len(batch)), KINDS)  # which locality is measured against
         if problem := missed(self.before.gates(options.gates, OF_MODEL)):
             raise UserError(
                 f"update: version {parent}, which is in force, misses gates itself: {problem}; "
@@ -128,11 +111,11 @@ class Trial:
         """Measures a sample of the facts that the batch leaves in force, prompts and new answers alone."""
         renewed = {fact(request) for request in self.batch}
         held = [request for request in self.facts if fact(request) not in renewed]
+        if not held:
+            return None
         most = min(self.options.gates.earlier_sample, len(held))
         chosen = random.Random(self.options.seed + self.parent).sample(held, most)
         bare = [one.model_copy(update={"rephrases": (), "locality": (), "portability": ()}) for one in chosen]
-        if not bare:
-            return None
         return Evaluator(self.llm, bare, self.options.evaluation, self.options.one_device, ("probes",))
 
     @contextmanager
@@ -201,13 +184,9 @@ class Trial:
         kinds: Sequence[str] = FOR_GATES,
         accepted: Collection[int] = (),
     ) -> Figures:
-        """Figures of the model with an update.
+        """Figures of the model with an update, None being the base, on requests of the batch.
 
-        Args:
-            update: what to measure; None is the base.
-            places: of requests in the batch: which to measure on.
-            kinds: what to measure.
-            accepted: of requests in the batch that count as earlier facts.
+        Requests are named by their places in the batch; those that are accepted count as earlier facts.
         """
         earlier = [self.earlier] if self.earlier else []
         if accepted:

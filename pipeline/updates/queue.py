@@ -27,21 +27,13 @@ INCOMING = """
 
 @dataclass(frozen=True)
 class Submitted:
-    """What came of a submission.
+    """What came of a submission, in numbers of requests."""
 
-    Attributes:
-        queued: how many requests are new.
-        again: how many were queued anew.
-        known: how many were in the store already, and stay as they are.
-        left: how many of those are out of it: held back, superseded or retracted.
-        superseded: which queued requests gave way.
-    """
-
-    queued: int
-    again: int
-    known: int
-    left: int
-    superseded: list[Contradiction]
+    queued: int  # new ones
+    again: int  # queued anew
+    known: int  # in the store already; they stay as they are
+    left: int  # of those, what is held back, superseded or retracted
+    superseded: list[Contradiction]  # which queued ones gave way
 
 
 def submit(

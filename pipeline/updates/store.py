@@ -30,19 +30,10 @@ class BusyError(UserError):
 
 
 class Store(AbstractContextManager["Store"]):
-    """A store, opened.
-
-    Args:
-        folder: where it is, or will be.
-        model: the base model's name; needed where the store is new.
-        make: whether it may be made.
-
-    Attributes:
-        folder: where it is.
-        database: its SQLite database.
+    """A store, opened; where it is new, it is made if `make` says so, for the base model that is named.
 
     Raises:
-        UserError: when there is none, it is no store, of another layout, or made for a model of another name.
+        UserError: when there is none, it is no store, of another layout, or new and no model is named.
     """
 
     def __init__(self, folder: str | Path, model: str | None = None, make: bool = False) -> None:
@@ -155,7 +146,7 @@ class Store(AbstractContextManager["Store"]):
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Be the one that makes versions; what a dead update left is put right first.
+        """Be the one that makes versions; what a dead update had taken is queued, what it half wrote is removed.
 
         Raises:
             BusyError: when another process is that one.
@@ -165,15 +156,11 @@ class Store(AbstractContextManager["Store"]):
         except Timeout:
             raise BusyError(f"store: {self.folder}: another update is at work on it") from None
         with held:
-            self._recover()
+            with transaction(self.database):
+                self.give_back("the update ended before it was done")
+            remove_unfinished(self.folder, self.newest)
+            self.point()
             yield
-
-    def _recover(self) -> None:
-        """Requests that a dead update had taken go back to the queue; what it had half written goes."""
-        with transaction(self.database):
-            self.give_back("the update ended before it was done")
-        remove_unfinished(self.folder, self.newest)
-        self.point()
 
     # inside a transaction
 
