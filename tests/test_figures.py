@@ -19,7 +19,7 @@ from pipeline.evaluation import Estimate, Evaluation
 from pipeline.options import AttributionOptions
 from pipeline.reporting.figures.look import BLUE, GOLD, WIDTH, short
 from pipeline.reporting.figures.outcomes import metrics_figure, selectors_figure, sweep_figure
-from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
+from pipeline.reporting.figures.scores import score_figure, stability_figure
 from pipeline.reporting.groups import IN_SHORT, SHARES
 from pipeline.study import Grid, Study
 
@@ -62,8 +62,8 @@ def found(blocks: int, requests: int, model: str = "tiny", **options: Any) -> tu
 @pytest.mark.parametrize("model", ["tiny", LONG])
 @pytest.mark.parametrize(("blocks", "requests"), SIZES)
 def test_where_to_edit(blocks: int, requests: int, model: str) -> None:
-    profile, scores = found(blocks, requests, model)
-    for figure in (score_figure(profile), stability_figure(profile), agreement_figure(profile, scores)):
+    profile, _ = found(blocks, requests, model)
+    for figure in (score_figure(profile), stability_figure(profile)):
         look_at(figure)
         assert str(profile.golden_layers[0]) in figure.texts[0].get_text(), "the choice stands in the title"
 

@@ -47,8 +47,8 @@ def test_a_resumed_command_shows_its_profile_once(in_progress: bool, tmp_path: P
         log.keep_profile(again)
     board = board_of(out)
     assert [point.step for point in board.Scalars("attribution/score_by_block")] == [0, 1, 2, 3]
-    assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1, 1]
-    assert (out / "agreement.png").is_file()
+    assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1]
+    assert (out / "stability.png").is_file()
 
 
 def test_a_study_that_grows_is_shown_once(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def _why(profile: GoldenProfile, folder: Path) -> list[str]:
     aside = ", ".join(map(str, profile.excluded)) or "none"
     fenced = f"Set aside by Tukey's fences: {aside}. Best of the rest" if profile.fences else "Best"
     sure = f" How sure that is: {profile.certainty}." if profile.certainty else ""
-    kinds = [kind for kind in ("scores", "stability", "agreement") if (folder / f"{kind}.png").is_file()]
+    kinds = [kind for kind in ("scores", "stability") if (folder / f"{kind}.png").is_file()]
     return [
         "## Why this layer\n",
         f"`{profile.method}` scored all {len(profile.scores)} blocks on {profile.requests} proxy "

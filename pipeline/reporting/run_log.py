@@ -23,7 +23,7 @@ from pipeline.output import OutputFolder, default_output, is_fresh, output_folde
 from pipeline.reporting.dashboards import EventsLogger, hparams_row, tag
 from pipeline.reporting.figures.look import save
 from pipeline.reporting.figures.outcomes import metrics_figure, selectors_figure, sweep_figure
-from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
+from pipeline.reporting.figures.scores import score_figure, stability_figure
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
 from pipeline.reporting.tables import metrics_of, sides_of, values_csv
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
@@ -32,7 +32,6 @@ from pipeline.study.grid import mean_of
 from pipeline.study.study import Study
 
 PICTURE = re.compile(r"!\[\w+\]\([^)]*\.png\)\n*")
-PROFILE_FIGURES = ("scores.png", "stability.png", "agreement.png")
 STUDY_FIGURES = {"sweep": sweep_figure, "selectors": selectors_figure}
 
 
@@ -94,9 +93,9 @@ class RunLog:
         if scores:
             scores.save(self.folder)
         profile.save(self.folder)  # last: a resumed command that finds it finds the scores, too
-        self.output.finished |= {PROFILE_FILE, SCORES_FILE, *PROFILE_FIGURES}
+        self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png"}
         if not shown:
-            self._profile_figures(profile, scores or (Scores.load(self.folder) if self._has(SCORES_FILE) else None))
+            self._profile_figures(profile)
             self.tensorboard.experiment.flush()
         show_profile(profile)
 
@@ -191,13 +190,11 @@ class RunLog:
                     self._figure(f"study/{name}_{method}_{number}_{kind}", f"{kind}-{name}-{method}.png", shown)
         show_study(study)
 
-    def _profile_figures(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
+    def _profile_figures(self, profile: GoldenProfile) -> None:
         self._curve("attribution/score_by_block", range(len(profile.scores)), profile.scores)
         self._figure("attribution/1_scores", "scores.png", score_figure(profile))
         if profile.stability:
             self._figure("attribution/2_stability", "stability.png", stability_figure(profile))
-        if profile.stability and scores:
-            self._figure("attribution/3_agreement", "agreement.png", agreement_figure(profile, scores))
 
     def _curve(self, tag: str, blocks: Sequence[int], values: Iterable[float]) -> None:
         """A figure by block; a block where it was not measured has none."""
