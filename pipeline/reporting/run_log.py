@@ -18,10 +18,9 @@ from pipeline.attribution.scores import SCORES_FILE, Scores
 from pipeline.editing.update import UPDATE_FILE, WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.files import write_json, write_text
+from pipeline.files import write_json, write_text, write_whole
 from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
 from pipeline.reporting.dashboards import EventsLogger, hparams_row, tag
-from pipeline.reporting.figures.look import save
 from pipeline.reporting.figures.outcomes import metrics_figure, selectors_figure, sweep_figure
 from pipeline.reporting.figures.scores import score_figure, stability_figure
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
@@ -207,5 +206,5 @@ class RunLog:
         self.tensorboard.experiment.add_text(tag, PICTURE.sub("", text))
 
     def _figure(self, tag: str, file: str, figure: Figure) -> None:
-        save(figure, self.folder / file)
+        write_whole(self.folder / file, lambda partial: figure.savefig(partial, format="png"))
         self.tensorboard.experiment.add_figure(tag, figure, close=False)

@@ -8,7 +8,7 @@ from pipeline.reporting.tables import version_line, version_table
 from pipeline.reporting.terminal import say, show_table
 from pipeline.updates.folders import read_metrics, version_folder
 from pipeline.updates.history import NAMED, counts, events, request_row, story, versions
-from pipeline.updates.lineage import check_number, in_force
+from pipeline.updates.lineage import in_force
 from pipeline.updates.proving import BatchResult
 from pipeline.updates.queue import Submitted
 from pipeline.updates.store import Store
@@ -72,7 +72,6 @@ def show_story(store: Store, number: int) -> None:
 
 def show_version(store: Store, version: int) -> None:
     """A version's figures, gates and facts."""
-    check_number(store, version)
     held, folder = in_force(store, version), version_folder(store.folder, version)
     say(f"version {version}{', the current one' if version == store.current else ''}: {len(held)} facts; {folder}")
     if version:

@@ -15,11 +15,7 @@ NAMED = 5  # requests that a message spells out
 
 
 def find(store: Store, name: str) -> tuple[int, str]:
-    """Number and state of a request, by its number in the store or its own id.
-
-    Raises:
-        UserError: when there is none, or several have the id.
-    """
+    """Number and state of a request, by its number or its own id; UserError when there is none, or several."""
     rows = store.database.execute(
         "SELECT number, state, CAST(number AS TEXT) = :name AS by_number FROM requests "
         "WHERE by_number OR id = :name ORDER BY by_number DESC, number",
@@ -56,19 +52,17 @@ def request_row(store: Store, number: int) -> dict[str, Any]:
 
 def story(store: Store, number: int) -> list[tuple[str, str]]:
     """When and what happened to a request, from its submission on."""
-    rows = store.database.execute(
-        "SELECT at, what FROM events WHERE request = :number "
-        "OR number = (SELECT submission FROM requests WHERE number = :number) ORDER BY number",
-        {"number": number},
-    )
-    return [(_day(at), what) for at, what in rows]
+    submission = request_row(store, number)["submission"]
+    return _events(store, "request = ? OR number = ? ORDER BY number", number, submission)
 
 
 def events(store: Store, limit: int) -> list[tuple[str, str]]:
     """When and what happened of late, newest first: what is not of one request alone."""
-    rows = store.database.execute(
-        "SELECT at, what FROM events WHERE request IS NULL ORDER BY number DESC LIMIT ?", (limit,)
-    )
+    return _events(store, "request IS NULL ORDER BY number DESC LIMIT ?", limit)
+
+
+def _events(store: Store, which: str, *values: int) -> list[tuple[str, str]]:
+    rows = store.database.execute(f"SELECT at, what FROM events WHERE {which}", values)
     return [(_day(at), what) for at, what in rows]
 
 

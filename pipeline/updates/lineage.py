@@ -143,11 +143,7 @@ def check_version(store: Store, version: int) -> None:
 
 
 def load_version(store: Store, version: int) -> WeightUpdate | None:
-    """A version, checked, as the update of the base model that it is; None for the base itself.
-
-    Raises:
-        UserError: as `check_version`.
-    """
+    """A version, checked (see `check_version`), as the update of the base model that it is; None for the base."""
     check_version(store, version)
     return WeightUpdate.load(version_folder(store.folder, version)) if version != BASE else None
 
@@ -164,7 +160,8 @@ def last_changes(store: Store, version: int) -> dict[int, Change]:
 
 
 def in_force(store: Store, version: int) -> set[int]:
-    """Numbers of the requests that a version holds."""
+    """Numbers of the requests that a version holds; UserError when there is no such version."""
+    check_number(store, version)
     return {request for request, last in last_changes(store, version).items() if last.what == "applied"}
 
 
@@ -174,8 +171,6 @@ def difference(store: Store, older: int, newer: int) -> tuple[list[int], list[in
     Raises:
         UserError: when one does not exist.
     """
-    for version in (older, newer):
-        check_number(store, version)
     before, after = in_force(store, older), in_force(store, newer)
     return sorted(after - before), sorted(before - after)
 

@@ -79,9 +79,8 @@ class LiveModel:
 
     def _current(self) -> int:
         link = self.store / CURRENT
-        if not link.is_symlink():
-            raise UserError(f"store: {self.store}: no store: holds no link {CURRENT}")
-        found = LINK.fullmatch(str(link.readlink()))
+        target = str(link.readlink()) if link.is_symlink() else "nothing"
+        found = LINK.fullmatch(target)
         if not found:
-            raise UserError(f"store: {link}: leads to {link.readlink()}; expected a version of this store")
+            raise UserError(f"store: {link}: leads to {target}; expected a version of this store")
         return int(found[1])

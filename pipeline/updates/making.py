@@ -41,8 +41,6 @@ def update(
     """Work through everything that is due, a version a batch.
 
     Args:
-        store: the store.
-        options: how.
         load: loads the base model by its name; not called when nothing is due.
         report: called with what came of each batch.
         stopping: asked before each batch.
@@ -96,7 +94,7 @@ def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], option
     fitting, held = split_by_fit(llm, batch, options)
     if not fitting:
         return BatchResult(parent, held=held)
-    profile = golden_profile(store, llm, fitting, options)
+    profile = _golden_profile(store, llm, fitting, options)
     result = Trial(llm, parent, base, fitting, options).edit_and_prove(profile)
     result.held = held + result.held
     return result
@@ -131,7 +129,7 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     base = load_version(store, parent)
     assert base
     request = next(one for one in base.requests if number_of(one) == number)
-    trial, profile = Trial(llm, parent, base, [request], options), golden_profile(store, llm, [request], options)
+    trial, profile = Trial(llm, parent, base, [request], options), _golden_profile(store, llm, [request], options)
     with trial.timed("edit"):
         without = _without(llm, base, request, profile, options)
     after = trial.measure(without, [0], KINDS)
@@ -162,14 +160,10 @@ def _without(
     return edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=held)
 
 
-def golden_profile(
+def _golden_profile(
     store: Store, llm: LLM, requests: Sequence[EditRequest], options: ProvingOptions
 ) -> GoldenProfile:
-    """Where to edit: the profile of the options, else the store's, else one found with these requests.
-
-    Raises:
-        UserError: when it is another model's.
-    """
+    """Where to edit: the profile of the options, else the store's, else one found with these requests."""
     given = getattr(options, "profile", None)
     if given or (store.folder / PROFILE_FILE).is_file():
         profile = GoldenProfile.load(given or store.folder)

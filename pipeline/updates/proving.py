@@ -81,12 +81,7 @@ class Trial:
     """
 
     def __init__(
-        self,
-        llm: LLM,
-        parent: int,
-        base: WeightUpdate | None,
-        batch: Sequence[EditRequest],
-        options: ProvingOptions,
+        self, llm: LLM, parent: int, base: WeightUpdate | None, batch: list[EditRequest], options: ProvingOptions
     ) -> None:
         self.llm, self.parent, self.base, self.batch, self.options = llm, parent, base, batch, options
         self.facts = base.requests if base else []  # that are in force
@@ -181,7 +176,7 @@ class Trial:
         self,
         update: WeightUpdate | None,
         places: Collection[int],
-        kinds: Sequence[str] = FOR_GATES,
+        kinds: Sequence[str],
         accepted: Collection[int] = (),
     ) -> Figures:
         """Figures of the model with an update, None being the base, on requests of the batch.

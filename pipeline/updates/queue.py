@@ -44,7 +44,6 @@ def submit(
     A request is known by what it asks for: the same one twice adds nothing, whatever file, id or source it has.
 
     Args:
-        store: the store.
         file: as for `load_requests`.
         source: where they come from, in place of what the file says.
         not_before: seconds since 1970 before which they stay in the queue.

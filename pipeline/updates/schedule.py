@@ -48,11 +48,7 @@ class Stopping:
 
 
 def trigger(cron: str | None, every: str | None) -> BaseTrigger:
-    """When updates start.
-
-    Raises:
-        UserError: when the cron line is none.
-    """
+    """When updates start; UserError when the cron line is none."""
     if cron is None:
         assert every is not None
         return IntervalTrigger(seconds=seconds(every))

@@ -102,8 +102,7 @@ class Store(AbstractContextManager["Store"]):
     def load_base(self, load: Callable[[str], LLM], name: str | None = None) -> LLM:
         """Load the base model, by the store's name for it or another; the first one loaded is it from then on.
 
-        Raises:
-            UserError: when it is not the store's.
+        UserError when it is not the store's.
         """
         name, known = name or self.model, self.about("fingerprint")
         if not known:
@@ -113,10 +112,7 @@ class Store(AbstractContextManager["Store"]):
             with transaction(self.database):
                 self.set_about("fingerprint", llm.fingerprint)
         elif known != llm.fingerprint:
-            raise UserError(
-                f"store: {self.folder}: made for model {self.model!r} ({known}), "
-                f"not for {name!r} ({llm.fingerprint})"
-            )
+            raise UserError(f"store: {self.folder}: made for model {self.model!r} ({known}), not for {name!r}")
         return llm
 
     # the version in force

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -16,21 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.files import write_whole
-
 GOLD, BLUE, INK, WHITE = "#E69F00", "#0072B2", "#333333", "#FFFFFF"  # the first two of Okabe and Ito's palette
 WIDTH = 5.8  # inches; TensorBoard's cards are some 400 pixels wide, where 10 points of this are still read
-NAME = 42  # characters of a name that may be a path
 
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are names, whatever signs they hold
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
     "axes.prop_cycle": cycler(color=[BLUE, INK, INK, GOLD], linestyle=["-", "--", ":", "-."], marker=list("os^D")),
-    "image.aspect": "auto",
-    "image.cmap": "cividis",  # from dark to bright for everyone
     "legend.fontsize": 9,
     "legend.frameon": False,
     "lines.linewidth": 1.2,
@@ -59,12 +51,7 @@ def look(height: float, title: str, caption: str) -> Iterator[Figure]:
         yield figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    write_whole(path, lambda partial: figure.savefig(partial, format="png"))
-
-
-def short(name: str, most: int = NAME) -> str:
+def short(name: str, most: int = 42) -> str:
     """A name that is not too long for a figure: its end, which tells paths apart."""
     name = " ".join(name.split())
     return name if len(name) <= most else f"…{name[1 - most :]}"
