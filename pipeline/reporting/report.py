@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
@@ -11,8 +12,10 @@ from pipeline.evaluation.evaluator import Evaluation
 from pipeline.reporting.tables import markdown_table, metric_table, metrics_of, sides_of, study_table
 from pipeline.requests.schema import EditRequest
 from pipeline.shipped import program
-from pipeline.study.questions import Row
-from pipeline.study.study import Study
+
+if TYPE_CHECKING:
+    from pipeline.study.questions import Row
+    from pipeline.study.study import Study
 
 EXAMPLES = 8  # answers that are shown
 OUTCOME = {

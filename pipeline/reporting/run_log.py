@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,7 +28,9 @@ from pipeline.reporting.tables import metrics_of, sides_of, values_csv
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
 from pipeline.requests.schema import EditRequest
 from pipeline.study.grid import mean_of
-from pipeline.study.study import Study
+
+if TYPE_CHECKING:
+    from pipeline.study.study import Study
 
 PICTURE = re.compile(r"!\[\w+\]\([^)]*\.png\)\n*")
 STUDY_FIGURES = {"sweep": sweep_figure, "selectors": selectors_figure}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.reporting.tables import version_line, version_table
 from pipeline.reporting.terminal import say, show_table
 from pipeline.updates.folders import read_metrics, version_folder
 from pipeline.updates.history import NAMED, counts, events, request_row, story, versions
 from pipeline.updates.lineage import in_force
-from pipeline.updates.proving import BatchResult
-from pipeline.updates.queue import Submitted
 from pipeline.updates.store import Store
+
+if TYPE_CHECKING:
+    from pipeline.updates.proving import BatchResult
+    from pipeline.updates.queue import Submitted
 
 
 def show_submitted(store: Store, done: Submitted) -> None:

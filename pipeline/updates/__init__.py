@@ -5,8 +5,8 @@ from pipeline.offered import offered
 __getattr__, __all__ = offered(
     __name__,
     {
-        "history": ("counts", "events", "find", "request_row", "story", "verify", "versions"),
-        "lineage": ("check_number", "difference", "in_force", "load_version", "rollback"),
+        "history": ("counts", "find", "load_version", "story", "verify", "versions"),
+        "lineage": ("difference", "in_force", "rollback"),
         "live": ("LiveModel",),
         "making": ("retract", "update"),
         "proving": ("BatchResult",),

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.updates.lineage import load_version
+from pipeline.updates.folders import BASE, digests_of, version_folder
 from pipeline.updates.store import CURRENT, Store
 
 NAMED = 5  # requests that a message spells out
@@ -69,6 +70,37 @@ def _events(store: Store, which: str, *values: int) -> list[tuple[str, str]]:
 def _day(at: float) -> str:
     """A time in words, in the machine's own zone."""
     return f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}"
+
+
+def check_number(store: Store, version: int) -> dict[str, str]:
+    """The SHA-256 of each of a version's files, by name; UserError when there is no such version."""
+    row = store.database.execute("SELECT files FROM versions WHERE number = ?", (version,)).fetchone()
+    if row is None:
+        raise UserError(f"version: {version} does not exist; there is 0 (the base model) to {store.newest}")
+    return dict(json.loads(row["files"]))
+
+
+def check_version(store: Store, version: int) -> None:
+    """See that all of a version's files are as they were written.
+
+    Raises:
+        UserError: when there is no such version; naming the first file that is missing, changed or there in excess.
+    """
+    known, folder = check_number(store, version), version_folder(store.folder, version)
+    there = digests_of(folder)
+    for name in sorted(known.keys() | there.keys()):
+        if name not in there:
+            raise UserError(f"version: {folder / name}: missing")
+        if name not in known:
+            raise UserError(f"version: {folder / name}: not of this version")
+        if known[name] != there[name]:
+            raise UserError(f"version: {folder / name}: changed since it was written (SHA-256 differs)")
+
+
+def load_version(store: Store, version: int) -> WeightUpdate | None:
+    """A version, checked (see `check_version`), as the update of the base model that it is; None for the base."""
+    check_version(store, version)
+    return WeightUpdate.load(version_folder(store.folder, version)) if version != BASE else None
 
 
 def verify(store: Store) -> Iterator[tuple[int, str]]:

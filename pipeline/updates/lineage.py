@@ -7,16 +7,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.updates.database import transaction
-from pipeline.updates.folders import BASE, METRICS, digests_of, remove_unfinished, version_folder, write_version
-from pipeline.updates.proving import BatchResult, HeldBack
+from pipeline.updates.folders import METRICS, remove_unfinished, write_version
+from pipeline.updates.history import check_number, check_version
 from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
+
+if TYPE_CHECKING:
+    from pipeline.updates.proving import BatchResult, HeldBack
 
 SAME_FACT = (  # what is applied about the same fact as a request
     "SELECT o.number FROM requests n JOIN requests o USING (fact) WHERE n.number = ? AND o.state = 'applied'"
@@ -115,37 +117,6 @@ def _metrics(result: BatchResult, retracted: int) -> dict[str, Any]:
         "gates": [asdict(gate) | {"passed": gate.passed, "text": str(gate)} for gate in result.gates],
         "seconds": result.seconds,
     }
-
-
-def check_number(store: Store, version: int) -> dict[str, str]:
-    """The SHA-256 of each of a version's files, by name; UserError when there is no such version."""
-    row = store.database.execute("SELECT files FROM versions WHERE number = ?", (version,)).fetchone()
-    if row is None:
-        raise UserError(f"version: {version} does not exist; there is 0 (the base model) to {store.newest}")
-    return dict(json.loads(row["files"]))
-
-
-def check_version(store: Store, version: int) -> None:
-    """See that all of a version's files are as they were written.
-
-    Raises:
-        UserError: when there is no such version; naming the first file that is missing, changed or there in excess.
-    """
-    known, folder = check_number(store, version), version_folder(store.folder, version)
-    there = digests_of(folder)
-    for name in sorted(known.keys() | there.keys()):
-        if name not in there:
-            raise UserError(f"version: {folder / name}: missing")
-        if name not in known:
-            raise UserError(f"version: {folder / name}: not of this version")
-        if known[name] != there[name]:
-            raise UserError(f"version: {folder / name}: changed since it was written (SHA-256 differs)")
-
-
-def load_version(store: Store, version: int) -> WeightUpdate | None:
-    """A version, checked (see `check_version`), as the update of the base model that it is; None for the base."""
-    check_version(store, version)
-    return WeightUpdate.load(version_folder(store.folder, version)) if version != BASE else None
 
 
 def last_changes(store: Store, version: int) -> dict[int, Change]:

@@ -22,8 +22,8 @@ from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.updates.database import transaction
 from pipeline.updates.gates import OF_MODEL, missed
-from pipeline.updates.history import find
-from pipeline.updates.lineage import hold_back, load_version, publish
+from pipeline.updates.history import find, load_version
+from pipeline.updates.lineage import hold_back, publish
 from pipeline.updates.proving import BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
@@ -132,19 +132,11 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     trial, profile = Trial(llm, parent, base, [request], options), _golden_profile(store, llm, [request], options)
     with trial.timed("edit"):
         without = _without(llm, base, request, profile, options)
-    after = trial.measure(without, [0], KINDS)
-    gates = after.gates(options.gates, OF_MODEL)
-    if problem := missed(gates):
+    result = BatchResult(parent, update=without, before=trial.before, profile=profile, seconds=trial.seconds)
+    result.after = trial.measure(without, [0], KINDS)
+    result.gates = result.after.gates(options.gates, OF_MODEL)
+    if problem := missed(result.gates):
         raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
-    result = BatchResult(
-        parent,
-        update=without,
-        before=trial.before,
-        after=after,
-        profile=profile,
-        gates=gates,
-        seconds=trial.seconds,
-    )
     publish(store, result, retracted=[number])
     return result
 

@@ -115,8 +115,6 @@ class Store(AbstractContextManager["Store"]):
             raise UserError(f"store: {self.folder}: made for model {self.model!r} ({known}), not for {name!r}")
         return llm
 
-    # the version in force
-
     @property
     def current(self) -> int:
         """The number of the version in force; 0 is the base model."""
@@ -137,8 +135,6 @@ class Store(AbstractContextManager["Store"]):
             partial.unlink(missing_ok=True)
             partial.symlink_to(target, target_is_directory=True)
             partial.replace(link)
-
-    # one update at a time
 
     @contextmanager
     def updating(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -11,7 +13,9 @@ from pipeline.reporting.figures.scores import selector_name
 from pipeline.reporting.groups import IN_SHORT, SHARES, grouped, label
 from pipeline.reporting.tables import sides_of
 from pipeline.study.grid import JUDGED_BY, mean_of
-from pipeline.study.study import Study
+
+if TYPE_CHECKING:
+    from pipeline.study.study import Study
 
 MARKS = {"before": ("o", WHITE, 0.13), "after": ("D", BLUE, -0.13)}  # shape, filling, place beside the row
 
