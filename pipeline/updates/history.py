@@ -83,8 +83,7 @@ def check_number(store: Store, version: int) -> dict[str, str]:
 def check_version(store: Store, version: int) -> None:
     """See that all of a version's files are as they were written.
 
-    Raises:
-        UserError: when there is no such version; naming the first file that is missing, changed or there in excess.
+    UserError names the first file that is missing, changed or in excess, or says that there is no such version.
     """
     known, folder = check_number(store, version), version_folder(store.folder, version)
     there = digests_of(folder)

@@ -62,20 +62,25 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
                 "INSERT INTO versions (number, parent, made, files, held_back) VALUES (?, ?, ?, ?, ?)",
                 (version, result.parent, store.clock(), files, len(result.held)),
             )
-            for request in map(number_of, result.applied):
-                for (older,) in database.execute(SAME_FACT, (request,)).fetchall():
-                    _change(store, older, Change("superseded", version, request))
-                    result.superseded.append((older, request))
-                _change(store, request, Change("applied", version))
-            for request in retracted:
-                _change(store, request, Change("retracted", version))
-            hold_back(store, result.held)
+            _move_requests(store, version, result, retracted)
             store.set_about("current", version)
             store.note(f"published version {version}")
     finally:
         remove_unfinished(store.folder, store.newest)  # not where an interrupt falls behind the commit
     store.point()
     result.version = version
+
+
+def _move_requests(store: Store, version: int, result: BatchResult, retracted: Sequence[int]) -> None:
+    """Inside a transaction: requests come into a version, and others go or are held back."""
+    for request in map(number_of, result.applied):
+        for (older,) in store.database.execute(SAME_FACT, (request,)).fetchall():
+            _change(store, older, Change("superseded", version, request))
+            result.superseded.append((older, request))
+        _change(store, request, Change("applied", version))
+    for request in retracted:
+        _change(store, request, Change("retracted", version))
+    hold_back(store, result.held)
 
 
 def _change(store: Store, request: int, change: Change) -> None:

@@ -100,11 +100,8 @@ class Store(AbstractContextManager["Store"]):
             raise UserError(f"store: {self.folder}: made for model {self.model!r}, not for {name!r}")
 
     def load_base(self, load: Callable[[str], LLM], name: str | None = None) -> LLM:
-        """Load the base model, by the store's name for it or another; the first one loaded is it from then on.
-
-        UserError when it is not the store's.
-        """
-        name, known = name or self.model, self.about("fingerprint")
+        """Load the base model, by the store's name for it or another; UserError when it is not the store's."""
+        name, known = name or self.model, self.about("fingerprint")  # which the first one loaded gives the store
         if not known:
             self.check_model(name)
         llm = load(name)

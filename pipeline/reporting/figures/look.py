@@ -30,7 +30,6 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 4.5,
     "patch.edgecolor": INK,
     "patch.force_edgecolor": True,
-    "patch.linewidth": 0.6,
 }
 
 
