@@ -25,15 +25,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.attribution import against_plain
 from benchmarks.bench import Bench, Figures, peak_bytes, run
-from benchmarks.kills import written
-from pipeline import LLM, EditOptions, EditRequest, FinetuneOptions, TrainerOptions, UserError, edit
+from pipeline import LLM, EditOptions, EditRequest, TrainerOptions, UserError, edit
 from pipeline.cli import main as command
 from pipeline.options import PlanCommand
 from pipeline.planning.plan import plan_memory
+from pipeline.requests.readers import write_requests
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = (1, 2)
 ATTRIBUTED, TAUGHT, EPOCHS = 32, 16, 4
+SEEN = "GOLDEN_LAYERS_SEEN"  # the environment variable that names the file of what `watched` sees
 TIMEOUT = 1800  # seconds: processes that wait for each other wait for ever
 FULL_SIZE, SOME, LAYER = "Llama 3 8B's shape", 1024, 3
 LLAMA_3_8B: dict[str, Any] = {
@@ -73,8 +74,8 @@ def attribution(bench: Bench) -> Figures:
 
 def finetuning(bench: Bench, layer: int) -> Figures:
     """Requests a second from the first optimiser step to the last, and what a step sends of what could be sent."""
-    words = ["--method", "finetune", "--layers", str(layer), "--finetune.epochs", str(EPOCHS)]
-    words += ["--finetune.learnt", "0", "--finetune.whiten", "0"]  # every row in every epoch; no statistics
+    words = ["--method", "finetune", "--layers", str(layer), "--expert.epochs", str(EPOCHS)]
+    words += ["--expert.learnt", "0", "--expert.whiten", "0"]  # every row in every epoch; no statistics
     found = {n: watch(bench, n, TAUGHT, "edit", *words, "--evaluation.generation", "none") for n in PROCESSES}
     model = bench.llm.model
     own = [model.get_parameter(name) for name in bench.llm.blocks[layer].weight_names("mlp")]
@@ -94,14 +95,14 @@ def watch(bench: Bench, processes: int, records: int, *words: str) -> Figures:
     """
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        asked = ["--requests", str(written(folder / "requests.jsonl", bench.records[:records]))]
+        asked = ["--requests", str(write_requests(folder / "requests.jsonl", bench.records[:records]))]
         asked += ["--model", bench.model, "--output", str(folder / "out"), "--trainer.accelerator", "cpu"]
         asked += ["--trainer.devices", str(processes), "--trainer.strategy", "ddp" if processes > 1 else "auto"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         told = subprocess.run(
-            [sys.executable, str(Path(__file__)), str(folder / "seen.json"), *words, *asked],
+            [sys.executable, str(Path(__file__)), *words, *asked],
             capture_output=True, text=True, timeout=TIMEOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, SEEN: str(folder / "seen.json")},
         )  # fmt: skip
         if told.returncode:
             lines = told.stderr.strip().splitlines() or ["no word of why"]
@@ -131,7 +132,9 @@ def watched(file: str, words: Sequence[str]) -> int:
     DistributedDataParallel.__init__ = make  # type: ignore[method-assign]
     register_optimizer_step_post_hook(lambda *_: steps.append(time.perf_counter()))
     code = command(list(words))
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if (
+        os.environ.get("LOCAL_RANK", "0") == "0" and not Path(file).exists()
+    ):  # else an agent's first process wrote it
         found = {"steps": len(steps), "seconds": steps[-1] - steps[0] if steps else 0.0, "bytes": sum(sent)}
         Path(file).write_text(json.dumps(found), encoding="utf-8")
     return code
@@ -147,8 +150,8 @@ def random_llm(llm: LLM, shape: dict[str, Any], device: str) -> LLM:
 
 def full_size_edit(llm: LLM, requests: Sequence[EditRequest], on: TrainerOptions) -> Figures:
     """Fine-tuning at one block, whitening aside: that needs key statistics first."""
-    chosen = FinetuneOptions(epochs=EPOCHS, learnt=0.0, whiten=0.0)
-    options = EditOptions(method="finetune", layers=[LAYER], finetune=chosen)
+    expert = {"epochs": EPOCHS, "learnt": 0.0, "whiten": 0.0}
+    options = EditOptions(method="finetune", layers=[LAYER], expert=expert)
     steps: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: steps.append(time.perf_counter()))
     peak = peak_bytes(llm, lambda: edit(llm, requests, None, options, on), on)
@@ -166,6 +169,6 @@ def planned(llm: LLM, stage: str, on: TrainerOptions) -> Figures:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2 and sys.argv[1].endswith("seen.json"):  # started by `watch`, and by Lightning from there
-        sys.exit(watched(sys.argv[1], sys.argv[2:]))
+    if SEEN in os.environ:  # started by `watch`, and by the command's own agent from there
+        sys.exit(watched(os.environ[SEEN], sys.argv[1:]))
     run(main)

@@ -13,28 +13,19 @@ from statistics import median
 from typing import Any
 
 from benchmarks.bench import Bench, Figures, in_turns, plain_passes, run
-from pipeline import (
-    EditOptions,
-    EditRequest,
-    FinetuneOptions,
-    LocateOptions,
-    StatisticsOptions,
-    WeightUpdate,
-    edit,
-    find_golden_layer,
-)
+from pipeline import EditOptions, EditRequest, StatisticsOptions, WeightUpdate, edit, find_golden_layer
 from pipeline.evaluation import Evaluator
 
 PROXY = slice(1000, 1128)  # records that name the golden layer
 BATCH, ALONE, MANY = 100, 20, 1000  # records
 UPDATES, EACH = 10, 50  # one update after another
 BEST, FURTHER = "memit", ("emmet", "rome", "alphaedit")
-SMALL = LocateOptions(  # as in configs/many.yaml
-    bound=1.3, step=0.13, steps=25, key_contexts=1, neighbour_weight=0.2, strength=300.0
-)
-FINISH = FinetuneOptions(  # on top of it, for what it missed; in configs/many.yaml as well
-    epochs=4, learning_rate=0.015, last_step=0.1, kl=3.0, learnt=0.6
-)
+SMALL = {  # as in configs/many.yaml
+    "bound": 1.3, "step": 0.13, "steps": 25, "key_contexts": 1, "neighbour_weight": 0.2, "strength": 300.0
+}  # fmt: skip
+FINISH = {  # on top of it, for what it missed; in configs/many.yaml as well
+    "epochs": 4, "learning_rate": 0.015, "last_step": 0.1, "kl": 3, "learnt": 0.6
+}  # fmt: skip
 LEAST: dict[str, Figures] = {
     BEST: {"rewrite": 0.95, "rephrase": 0.30, "locality": 0.85},
     "finetune": {"rewrite": 0.95, "rephrase": 0.30, "locality": 0.50},
@@ -52,10 +43,10 @@ class Editing:
         self.profile = find_golden_layer(self.llm, self.records[PROXY], trainer=bench.trainer)
 
     def edit(
-        self, requests: Sequence[EditRequest], method: str, after: WeightUpdate | None = None, **changed: Any
+        self, requests: Sequence[EditRequest], method: str, after: WeightUpdate | None = None, **expert: Any
     ) -> WeightUpdate:
-        """An edit; `changed` are groups of options."""
-        options = EditOptions(method=method, statistics=StatisticsOptions(text=self.bench.text), **changed)
+        """An edit; `expert` are the method's settings that are not its defaults."""
+        options = EditOptions(method=method, statistics=StatisticsOptions(text=self.bench.text), expert=expert)
         trainer, seed = self.bench.trainer, self.bench.seed
         return edit(self.llm, requests, self.profile, options, trainer, seed=seed, after=after)
 
@@ -83,10 +74,10 @@ class Editing:
         """One update on top of another, measured on all of them; then all are taught what they miss by then."""
         requests, update = self.records[: updates * each], None
         for start in range(0, len(requests), each):
-            update = self.edit(requests[start : start + each], BEST, update, locate=SMALL)
+            update = self.edit(requests[start : start + each], BEST, update, **SMALL)
         assert update
         before = {f"{name} before finetune": value for name, value in self.held(requests, update).items()}
-        return self.held(requests, self.edit(requests, "finetune", update, finetune=FINISH)) | before
+        return self.held(requests, self.edit(requests, "finetune", update, **FINISH)) | before
 
     def held(
         self, requests: Sequence[EditRequest], update: WeightUpdate, kinds: Sequence[str] = ("probes", "text")

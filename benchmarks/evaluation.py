@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 from benchmarks.bench import Bench, Figures, in_turns, plain_passes, run
-from pipeline import LLM, EditRequest, EvaluationOptions, TrainerOptions
-from pipeline.evaluation import Evaluator, Measurement
+from pipeline import LLM, EditRequest, TrainerOptions
+from pipeline.evaluation import Evaluator, Measurement, reading
 
 TOGETHER = 100  # records measured in batches and one text at a time
 WHOLE = 1000  # records whose cost is put beside plain forward passes
@@ -33,14 +36,12 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def one_at_a_time(llm: LLM, requests: Sequence[EditRequest], trainer: TrainerOptions) -> Figures:
     """All probes of all requests, scored and answered, with and without batches."""
-    chosen = {
-        "batched": EvaluationOptions(keep_base=False),
-        "single": EvaluationOptions(keep_base=False, batch_size=1),
+    sizes = {"batched": reading.BATCH_SIZE, "single": 1}
+    ways = {
+        name: partial(measured_anew, Evaluator(llm, requests, trainer=trainer, kinds=ANSWERED), size)
+        for name, size in sizes.items()
     }
-    evaluators = {name: Evaluator(llm, requests, one, trainer, ANSWERED) for name, one in chosen.items()}
-    seconds, measured = in_turns(
-        {name: partial(one.measure, name.capitalize()) for name, one in evaluators.items()}, TURNS
-    )
+    seconds, measured = in_turns(ways, TURNS)
     batched, single = measured["batched"], measured["single"]
     return {
         "speed-up": seconds["single"] / seconds["batched"],
@@ -55,15 +56,23 @@ def forward_passes(llm: LLM, requests: Sequence[EditRequest], trainer: TrainerOp
     texts = [text for request in requests for text in scored_texts(request)]
 
     def evaluated() -> Measurement:
-        return Evaluator(llm, requests, EvaluationOptions(keep_base=False), trainer, ("probes",)).measure(
-            "Evaluated"
-        )
+        return measured_anew(Evaluator(llm, requests, trainer=trainer, kinds=("probes",)))
 
     seconds, _ = in_turns({"evaluated": evaluated, "passed": partial(plain_passes, llm, texts, trainer)}, TURNS)
     return {
         "cost in forward passes": seconds["evaluated"] / seconds["passed"],
         "seconds a request": seconds["evaluated"] / len(requests),
     }
+
+
+def measured_anew(evaluator: Evaluator, batch_size: int = reading.BATCH_SIZE) -> Measurement:
+    """What is measured where nothing is kept of what the base model said before."""
+    with (
+        TemporaryDirectory() as cache,
+        patch.dict(os.environ, XDG_CACHE_HOME=cache),
+        patch.object(reading, "BATCH_SIZE", batch_size),
+    ):
+        return evaluator.measure("Measuring")
 
 
 def scored_texts(request: EditRequest) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ import torch
 from benchmarks.bench import Figures
 from pipeline import LLM, EditRequest, UserError
 from pipeline.options import UpdateCommand
+from pipeline.requests.readers import write_requests
 from pipeline.updates import BusyError, Store, counts, in_force, rollback, submit, update, verify, versions
 
 FINE, REFUSED, BUSY, FAULT = 0, 1, 3, 4
@@ -49,7 +50,7 @@ class Scene:
         """Deal requests out into files in a folder, and make the store."""
         folder.mkdir(parents=True, exist_ok=True)
         starts = range(0, len(requests) - each + 1, each)
-        files = [written(folder / f"{start}.jsonl", requests[start : start + each]) for start in starts]
+        files = [write_requests(folder / f"{start}.jsonl", requests[start : start + each]) for start in starts]
         Store(options.store, llm.name, make=True).close()
         return cls(llm, options, files, each)
 
@@ -65,13 +66,6 @@ class Scene:
         """How many requests of so many files are not in force."""
         with self.open() as store:
             return abs(files * self.each - len(in_force(store, store.current)))
-
-
-def written(file: Path, requests: Sequence[EditRequest]) -> Path:
-    """Requests as a file of the project's own layout."""
-    lines = (one.model_dump_json(exclude_defaults=True) + "\n" for one in requests)
-    file.write_text("".join(lines), encoding="utf-8")
-    return file
 
 
 def forked(work: Callable[[], None]) -> int:

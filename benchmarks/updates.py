@@ -10,15 +10,16 @@ import torch
 
 from benchmarks.bench import Bench, Figures, run
 from benchmarks.editing import PROXY
-from benchmarks.kills import Scene, kill_at_random, written
+from benchmarks.kills import Scene, kill_at_random
 from pipeline import LiveModel, find_golden_layer
 from pipeline.evaluation import Evaluator
-from pipeline.options import StackedLocateOptions, UpdateCommand
+from pipeline.options import UpdateCommand
+from pipeline.requests.readers import write_requests
 from pipeline.updates import Store, counts, load_version, rollback, submit, update, versions
 
 WEEKS, EACH = 20, 25
 KILLS, FEW = 50, 4  # how often the store is killed, and how many requests are submitted each time
-QUICK = StackedLocateOptions(steps=2, key_contexts=1, contexts=1, associations=0, neighbours=0)
+QUICK = {"steps": 2, "key_contexts": 1, "contexts": 1, "associations": 0, "neighbours": 0}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -45,7 +46,7 @@ def options(bench: Bench, name: str) -> UpdateCommand:
 def scene(bench: Bench) -> Scene:
     """A store to be killed: what is edited does not matter, so that edits are quick and gates open."""
     made = options(bench, "killed")
-    made.edit.locate, made.edit.layers, made.batch = QUICK, [0], 1000
+    made.edit.expert, made.edit.layers, made.batch = QUICK, [0], 1000
     made.gates.rewrite = made.gates.locality = made.gates.earlier = 0.0
     made.gates.perplexity = made.gates.drift = None
     made.evaluation.max_new_tokens, made.evaluation.text = 1, str(bench.folder / "text.txt")
@@ -61,7 +62,7 @@ def weeks(bench: Bench) -> Figures:
     whole = own = 0.0
     with Store(made.store, bench.llm.name, make=True) as store:
         for start in range(0, len(requests), EACH):
-            submit(store, written(bench.folder / "week.jsonl", requests[start : start + EACH]))
+            submit(store, write_requests(bench.folder / "week.jsonl", requests[start : start + EACH]))
             started = time.perf_counter()
             worked = update(store, made, lambda _: bench.llm)
             whole += time.perf_counter() - started

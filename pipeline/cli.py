@@ -5,7 +5,6 @@ What this imports brings no torch; a command does when it starts.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
@@ -16,9 +15,11 @@ import traceback
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
-from pipeline.parsing import DEFAULT_COMMAND, UsageError, parse
+from pipeline.options.shared import ComputeOptions
+from pipeline.parsing import DEFAULT_COMMAND, parse
 from pipeline.running import launch
 from pipeline.running.interrupts import Interrupted, interrupts
+from pipeline.running.launch import is_one_of_several
 from pipeline.shipped import about, program, shipped_configs
 from pipeline.table import COMMANDS
 
@@ -36,18 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if words and words[0] in ("-h", "--help"):
-        print(overview())
+    first = words[0] if words else ""
+    if first in ("-h", "--help", "--version"):
+        print(about() if first == "--version" else overview())
         return 0
-    if words and words[0] == "--version":
-        print(about())
-        return 0
-    name = words[0] if words and not words[0].startswith("-") else DEFAULT_COMMAND
-    rest = words[1:] if words and words[0] == name else words
+    name, rest = (DEFAULT_COMMAND, words) if first[:1] in ("", "-") else (first, words[1:])
+    options: object = None
     try:
         options = parse(name, rest)
-        if COMMANDS[name].spreads and (devices := launch.devices_to_start(options)) > 1:
-            return launch.supervise([name, *rest], devices, options)
+        if isinstance(options, ComputeOptions) and launch.may_start_others(options):
+            from pipeline.running.processes import devices_here
+
+            devices = devices_here(options.trainer)
+            if devices > 1:
+                return launch.supervise([name, *rest], devices, options)
         COMMANDS[name].call(options)
         sys.stdout.flush()
     except SystemExit as leaving:
@@ -59,12 +62,11 @@ def _run(words: list[str]) -> int:
         return FAILED
     except Exception as error:
         line = user_line(error)
-        if line is None and not launch.is_one_of_several():
+        if line is None and not is_one_of_several():
             raise
         if line is None or "--verbose" in rest or "--verbose=true" in rest:
             traceback.print_exc()
-        code = USAGE_ERROR if isinstance(error, UsageError) else FAILED
-        return launch.leave(code, f"error: {line or error}")
+        return launch.leave(FAILED if options else USAGE_ERROR, f"error: {line or error}")
     return 0
 
 
@@ -72,33 +74,25 @@ def user_line(error: Exception) -> str | None:
     """What to tell the user of an error in one line; None when it is a fault of ours, to be shown whole."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no room left on the disk while writing {error.filename or 'the output'}"
+    if re.search("No space left on device|File too large|quota exceeded", str(error)):  # libraries' errors, too
+        return f"no room left on the disk while writing {getattr(error, 'filename', None) or 'the output'}"
     if isinstance(error, sqlite3.OperationalError):
         return f"store: the database says: {error}"
-    if isinstance(error, PermissionError):
-        return f"no permission for {error.filename}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, RuntimeError) and re.search("Connection (closed|reset) by peer|Broken pipe", str(error)):
         return f"trainer: {launch.IN_ITS_WAKE}"
-    if "No space left on device" in str(error) or "File too large" in str(error):  # raised inside libraries
-        return "no room left on the disk while writing the output"
     return None
 
 
 def overview() -> str:
-    """The commands with a line each."""
-    lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"usage: {program()} [COMMAND] [--config FILE] [--FLAG VALUE ...]",
-            f"       {program()} COMMAND --help | --version",
-            "",
-            "Find the golden layer of a language model, edit facts there, prove it, keep it.",
-            "",
-            f"configs that come with the project: {', '.join(shipped_configs())}",
-            "without a command: run, with the config default; the commands are",
-            *lines,
-        ]
-    )
+    """What `--help` says: the commands with a line each."""
+    lines = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
+    return f"""usage: {program()} [COMMAND] [--config FILE] [--FLAG VALUE ...]
+       {program()} COMMAND --help | --version
+
+Find the golden layer of a language model, edit facts there, prove it, keep it.
+
+configs that come with the project: {", ".join(shipped_configs())}
+without a command: run, with the config default; the commands are
+{lines}"""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 
 from pipeline import demo as guided
-from pipeline import options as of
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing.editor import METHODS, accept, check_earlier, choose_layers
+from pipeline.editing.editor import accept, check_earlier, choose_layers
 from pipeline.editing.export import export_adapter, export_merged
+from pipeline.editing.method import settings_of
 from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError, check_choice
+from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import evaluate as measure
 from pipeline.files import write_json
 from pipeline.model.explain import explain
 from pipeline.model.generation import generate as answer
+from pipeline.options import commands as of
 from pipeline.planning.plan import plan_memory
 from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_requests
@@ -26,15 +26,19 @@ from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study
 from pipeline.study.sweep import RESULTS
-from pipeline.update_commands import generate_live, of_store
+from pipeline.updates.history import load_version
+from pipeline.updates.live import LiveModel
+from pipeline.updates.schedule import Stopping
+from pipeline.updates.store import Store
 
+FOLLOWING = 0.5  # seconds between looks at a store's current version
 STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad")
 
 
 def run(options: of.RunCommand) -> None:
     """All stages, on the two parts of the requests; with a profile the last two, on all of them."""
     check_selector([], options.attribution)
-    check_choice("edit.method", options.edit.method, METHODS)
+    settings_of(options.edit)
     with working(options, "run") as log:
         requests = read_requests(options)
         if options.profile:
@@ -71,7 +75,7 @@ def attribute(options: of.AttributeCommand) -> None:
 
 def edit(options: of.EditCommand) -> None:
     """Stages two and three, by a profile or at blocks that are named."""
-    check_choice("method", options.method, METHODS)
+    settings_of(options)
     with working(options, "edit") as log:
         requests = accept(read_requests(options), options)
         profile = GoldenProfile.load(options.profile) if options.profile else None
@@ -112,15 +116,13 @@ def export(options: of.ExportCommand) -> None:
         if options.update:
             update, model = WeightUpdate.load(options.update), options.model
         else:
-            update, model = of_store(options)
+            update, model = _of_store(options)
         llm = load(options, model)
         llm.check_made_for("update", update.model, update.fingerprint)
-        if options.kind == "merged":
-            export_merged(llm, update, log.folder)
-        elif options.kind == "adapter":
-            export_adapter(llm, update, log.folder)
-        else:
+        if options.kind == "update":
             update.save(log.folder)
+        else:
+            {"merged": export_merged, "adapter": export_adapter}[options.kind](llm, update, log.folder)
 
 
 def generate(options: of.GenerateCommand) -> None:
@@ -129,17 +131,17 @@ def generate(options: of.GenerateCommand) -> None:
     update = WeightUpdate.load(options.update) if options.update else None
     prompts = options.prompt or [request.prompt for request in read_requests(options)]
     if options.store:
-        generate_live(prompts, options)
+        _generate_live(prompts, options)
         return
     llm = load(options)
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
         note_chat(llm, "update", update.chat)
-    how = partial(answer, llm, prompts, options.max_new_tokens, options.batch_size, options.trainer)
-    answers = {"base": how(title="Base model")}
+    how = (llm, prompts, options.max_new_tokens, options.batch_size, options.trainer)
+    answers = {"base": answer(*how, title="Base model")}
     if update:
         with update.applied(llm):
-            answers["edited"] = how(title="Edited model")
+            answers["edited"] = answer(*how, title="Edited model")
     show_answers(prompts, answers)
 
 
@@ -150,7 +152,8 @@ def study(options: of.StudyCommand) -> None:
         for file in options.requests:
             most = options.limit + 4 * options.proxy  # some are about subjects that are tried
             read = load_requests(file, most, options.offset, options.skip_bad, tell=say)
-            sets.append(parted(_set_name(file), read, options))
+            name = re.sub(r"[^\w.-]+", "_", file if file.startswith("hf:") else Path(file).stem)  # fit for a file's
+            sets.append(parted(name, read, options))
         check_study(sets, options)
         log.going_on(RESULTS)
         log.keep_study(run_study(load(options), sets, options, log.folder, log.work))
@@ -158,16 +161,50 @@ def study(options: of.StudyCommand) -> None:
 
 def plan(options: of.PlanCommand) -> None:
     """The plan, shown and, where a folder is named, kept."""
-    if options.output is None:
-        prepare(options)
-        show_plan(plan_memory(options))
-        return
-    with working(options, "plan") as log:
-        planned = plan_memory(options)
-        write_json(log.folder / "plan.json", planned.to_dict())
-        show_plan(planned)
+    prepare(options)
+    planned = plan_memory(options)
+    show_plan(planned)
+    if options.output:
+        with working(options, "plan") as log:
+            write_json(log.folder / "plan.json", planned.to_dict())
 
 
-def _set_name(requests: str) -> str:
-    """A request set's name, fit for a file's."""
-    return re.sub(r"[^\w.-]+", "_", requests if requests.startswith("hf:") else Path(requests).stem)
+def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
+    """The version that `export` is to write, and its base model's name.
+
+    Raises:
+        UserError: for the base itself, which needs no export, or a version that does not exist.
+    """
+    assert options.store is not None
+    with Store(options.store) as store:
+        number = store.current if options.version is None else options.version
+        found = load_version(store, number)
+        if found is None:
+            raise UserError(f"export: version {number} of {store.folder} is the base model {store.model} as it is")
+        return found, _model_of(store, options)
+
+
+def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
+    """Answer prompts by a store's current version and, with `--follow`, by every later one."""
+    assert options.store is not None
+    with Store(options.store) as store:
+        name = _model_of(store, options)
+    llm = load(options, name)
+    how = (prompts, options.max_new_tokens, options.batch_size, options.trainer)
+    answers = {"base": answer(llm, *how)}
+    live, stopping, shown = LiveModel(options.store, llm), Stopping(), None
+    with stopping.listening():
+        while not stopping():
+            if shown != live.follow():
+                texts, shown = live.generate(*how)
+                answers[f"version {shown}"] = texts
+                show_answers(prompts, answers)
+                answers = {f"version {shown}": texts}  # the next one stands beside it
+            if not options.follow:
+                return
+            stopping.asked.wait(FOLLOWING)
+
+
+def _model_of(store: Store, options: of.ExportCommand | of.GenerateCommand) -> str:
+    """The model to load for a store: the one that it knows, unless another is named."""
+    return store.model if options.model == type(options).model else options.model

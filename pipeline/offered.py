@@ -1,4 +1,4 @@
-"""What a package offers to outsiders: names that are looked up when they are used, so that importing costs nothing."""
+"""What a package offers to outsiders: names looked up when they are used, so that an import costs nothing."""
 
 from __future__ import annotations
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +13,25 @@ from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own
 
 from pipeline.errors import UserError
 from pipeline.files import write_text
+from pipeline.running.launch import started
 
 OPTIONS_FILE = "options.yaml"  # written first into every output folder: it marks the folder as ours
-STARTED = "GOLDEN_LAYERS_STARTED"  # the environment variable that tells a command's processes when it began
 NOT_RESUMED = {"output", "overwrite", "resume", "verbose"}  # options that a resumed command may change
 
 
 def default_output(command: str) -> Path:
     """A new folder under runs/, named by command and time; processes started by this one name the same."""
-    started = os.environ.setdefault(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}")
-    return Path("runs") / f"{command}-{started}"
+    return Path("runs") / f"{command}-{started()}"
 
 
 def check_resumed(folder: Path, options: dict[str, Any], may_change: Collection[str] = ()) -> None:
     """Raise UserError unless `folder` holds what a command left whose options differ in those named at most."""
-    if not (folder / OPTIONS_FILE).is_file():
+    file = folder / OPTIONS_FILE
+    if not file.is_file():
         raise UserError(f"resume: {folder}: holds no {OPTIONS_FILE}; expected an interrupted command's --output")
-    try:
-        started = yaml.safe_load((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        started = None
-    if not isinstance(started, dict):
-        raise UserError(f"resume: {folder / OPTIONS_FILE}: damaged")
-    changed = [
-        name
-        for name in sorted({*started, *options} - NOT_RESUMED - {*may_change})
-        if started.get(name) != yaml.safe_load(yaml.safe_dump(options.get(name)))
-    ]
-    if changed:
+    started, given = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(yaml.safe_dump(options))
+    names = sorted({*started, *given} - NOT_RESUMED - {*may_change})
+    if changed := [name for name in names if started.get(name) != given.get(name)]:
         raise UserError(f"resume: {folder}: was started with another {', '.join(changed)}; give the same options")
 
 
@@ -92,14 +81,20 @@ class OutputFolder:
         """Whether there is work in progress worth keeping."""
         return any(file.is_file() for file in self.unfinished.rglob("*"))
 
+    @property
+    def kept(self) -> set[str]:
+        """What in it is worth more than a clean disk, by name: nothing, or that and the options."""
+        going_on = [OPTIONS_FILE, *(file.name for file in self.path.glob("events.*"))] if self.goes_on else []
+        names = {*going_on, *(name for name in self.finished if (self.path / name).exists())}
+        return names | {OPTIONS_FILE} if names else names
+
 
 @contextmanager
 def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]) -> Iterator[None]:
     """The folder a command writes to, on rank zero; on an error only what is `finished` stays in it.
 
-    An interrupt leaves the work in progress as well.
-
-    What an overwritten folder held comes back when the command fails, and goes when it succeeds.
+    An interrupt leaves the work in progress as well. What an overwritten folder held comes back when the command
+    fails, and goes when it succeeds.
 
     Args:
         output: the folder, to be made with its parents.
@@ -107,19 +102,18 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
         options: the resolved options, saved first.
 
     Raises:
-        UserError: when the folder holds something and may not be overwritten.
+        UserError: when the folder holds something and may not be overwritten, or is not what can be gone on with.
     """
-    path = output.path.resolve() if output.path.is_symlink() else output.path
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield
         return
+    path = output.path.resolve() if output.path.is_symlink() else output.path
     if output.resumed:
         check_resumed(path, options, output.may_change)
     else:
         check_output(path, overwrite)
-    existed = path.is_dir()
-    replaced = _set_aside(path) if existed and not is_fresh(path) and not output.resumed else None
-    made = [parent for parent in [path, *path.parents] if not parent.exists()]
+    replaced = None if output.resumed or is_fresh(path) else _set_aside(path)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         saved = options | ({"resume": False} if "resume" in options else {})  # as the first command's
@@ -128,8 +122,12 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
     except BaseException as error:
         if isinstance(error, UserError) or not output.goes_on:
             output.drop_unfinished()  # it led to the error, or is none
-        if replaced or not _keeps_some(output, path):
-            _undo(path, made[1:], replaced, existed)
+        _clear(path, set() if replaced else output.kept)
+        for folder in made:
+            with suppress(OSError):  # it is not empty, or could not be made
+                folder.rmdir()
+        if replaced:
+            replaced.rename(path)
         raise
     output.drop_unfinished()
     if replaced:
@@ -145,26 +143,10 @@ def _set_aside(path: Path) -> Path:
     return replaced
 
 
-def _keeps_some(output: OutputFolder, path: Path) -> bool:
-    """Leave of a failed command's folder what is worth more than a clean disk; whether there is any."""
-    goes_on = output.goes_on
-    finished = {name for name in output.finished if (path / name).exists()}
-    if not (finished or goes_on):
-        return False
-    for file in path.iterdir():
-        curves = goes_on and file.name.startswith("events.")
-        if file.is_file() and not curves and file.name not in finished | {OPTIONS_FILE}:
+def _clear(path: Path, kept: set[str]) -> None:
+    """Remove the files of a folder but those that are kept; where none is, its folders too."""
+    for file in path.iterdir() if path.is_dir() else ():
+        if file.is_dir() and not kept:
+            shutil.rmtree(file, ignore_errors=True)
+        elif file.is_file() and file.name not in kept:
             file.unlink()
-    return True
-
-
-def _undo(path: Path, made: Sequence[Path], replaced: Path | None, existed: bool) -> None:
-    """Leave the folder, and the parents that were made for it, as they were before the command."""
-    shutil.rmtree(path, ignore_errors=True)
-    for parent in made:
-        if parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()
-    if replaced:
-        replaced.rename(path)
-    elif existed:
-        path.mkdir()

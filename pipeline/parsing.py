@@ -1,22 +1,22 @@
 """Flags and YAML in, a command's options out; what is wrong with them in one line: where, what, and what exists.
 
 A config is read as flags that come before those of the command line. Which flags there are, and what they take,
-stands in the options' classes (`pipeline.options.base.flags`); jsonargparse reads their values and prints the help.
+stands in the options' classes (`pipeline.options.base`).
 """
 
 from __future__ import annotations
 
-import json
+import re
+from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.options.base import Flag, as_config, declared, described, fits, flags
+from pipeline.options.base import Flag, Yaml, as_config, declared, described, fits, flags, read
 from pipeline.shipped import DEFAULT_CONFIG, find_config, program, shipped_configs
 from pipeline.table import COMMANDS
 
@@ -27,47 +27,43 @@ OF_EVERY_COMMAND = {
 }
 
 
-class UsageError(UserError):
-    """A flag, command or config key that is wrong by itself."""
-
-
 class Given(NamedTuple):
-    """A value that a user has given: the flag's name, the value as text, and the config that says so."""
+    """A value that a user has given: the flag's name, the value, and the config that says so."""
 
     path: str
-    text: str
+    value: Any
     file: str | None = None
+
+    def refused(self, line: object) -> UserError:
+        """The error of a line about this value, with the config that it stands in."""
+        return UserError(f"config: {self.file}: {line}" if self.file else str(line))
 
 
 def parse(name: str, words: Sequence[str]) -> object:
     """A command's options from its words on the command line.
 
     Raises:
-        UsageError: in one line, with what exists, for an unknown command, flag or key, or a bad value.
+        UserError: with what exists, for an unknown command, flag or key, or a bad value.
         SystemExit: when only help or the config was asked for.
     """
     if name not in COMMANDS:
-        raise UsageError(
-            f"command {name!r} does not exist{did_you_mean(name, COMMANDS)}; there is {', '.join(COMMANDS)}"
-        )
-    parser, known = build_parser(name), flags_of(name)
-    flagged = _from_words(name, known, words)
-    if flagged is None:
-        parser.print_help()
+        hint = did_you_mean(name, COMMANDS)
+        raise UserError(f"command {name!r} does not exist{hint}; there is {', '.join(COMMANDS)}")
+    if {"-h", "--help"} & {*words}:
+        _parser(name).print_help()
         raise SystemExit(0)
+    known, flagged = flags_of(name), list(_from_words(name, words))
     files = [shipped_configs()[DEFAULT_CONFIG]] if name == DEFAULT_COMMAND else []
-    files += [find_config(one.text) for one in flagged if one.path == "config"]
+    files += [find_config(one.value) for one in flagged if one.path == "config"]
     given = [one for file in files for one in _from_file(str(file), known)]
-    given += [one for one in flagged if one.path != "config"]
-    _check(name, given, known)
-    try:
-        values = parser.parse_args([f"--{one.path}={one.text}" for one in given])
-        options = _made(COMMANDS[name].options, values.as_dict())
-    except ArgumentError as error:
-        raise UsageError(" ".join(str(error).split())) from None
-    except UserError as error:
-        raise UsageError(f"{_origin(str(error), given)}{error}") from None
-    if values["print_config"]:
+    values: dict[str, Given] = {}
+    for one in [*given, *(one for one in flagged if one.path != "config")]:
+        _enter(values, one, known)
+    if absent := [path for path, flag in known.items() if flag.default is MISSING and path not in values]:
+        shown = [path.upper() if path in COMMANDS[name].words else f"--{path}" for path in absent]
+        raise UserError(f"missing {', '.join(shown)}; `{program()} {name} --help` tells what it is")
+    options = _made(COMMANDS[name].options, values)
+    if "print_config" in values and values["print_config"].value:
         print(yaml.safe_dump(as_config(options), sort_keys=False), end="")
         raise SystemExit(0)
     return options
@@ -78,137 +74,102 @@ def flags_of(name: str) -> dict[str, Flag]:
     return OF_EVERY_COMMAND | flags(COMMANDS[name].options)
 
 
-def build_parser(name: str) -> ArgumentParser:
-    """The parser of one command; what belongs together stands together in its help."""
-    help = COMMANDS[name].help
-    parser = ArgumentParser(prog=f"{program()} {name}", usage=_usage(name), description=help, exit_on_error=False)
-    groups: dict[str, Any] = {"": parser}
-    for path, flag in flags_of(name).items():
-        group = path.rpartition(".")[0]
+def _parser(name: str) -> ArgumentParser:
+    """What prints the help of a command, with what it cannot do without as its usage."""
+    command, known = COMMANDS[name], flags_of(name)
+    required = [path for path, flag in known.items() if flag.default is MISSING]
+    words = [word.upper() if word in required else f"[{word.upper()}]" for word in command.words]
+    words += [f"--{flag} {flag.upper()}" for flag in required if flag not in command.words]
+    usage = " ".join([program(), name, *words, "[--config FILE] [--FLAG VALUE ...]"])
+    parser = ArgumentParser(usage=usage, description=command.help, add_help=False)
+    groups: dict[str, Any] = {}
+    for path, flag in known.items():
+        group, _, last = path.rpartition(".")
         if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        given = {"required": True} if flag.default is MISSING else {"default": flag.default}
-        groups[group].add_argument(f"--{path}", type=flag.kind, help=flag.help, **given)
+            groups[group] = parser.add_argument_group(group or "options")
+        default = "" if flag.default in (None, MISSING) else f"; default: {flag.default}"
+        help = f"{flag.help} ({described(flag.kind)}{default})".replace("%", "%%")
+        groups[group].add_argument(f"--{path}", metavar=last.upper(), help=help)
     return parser
 
 
-def _usage(name: str) -> str:
-    """A command with what it cannot do without; dozens of flags would be no usage."""
-    command = COMMANDS[name]
-    required = [path for path, flag in flags_of(name).items() if flag.default is MISSING]
-    words = [word.upper() if word in required else f"[{word.upper()}]" for word in command.words]
-    needed = [f"--{flag} {flag.upper()}" for flag in required if flag not in command.words]
-    return " ".join([program(), name, *words, *needed, "[--config FILE] [--FLAG VALUE ...]"])
+def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
+    """What the command line gives.
 
-
-def _from_words(name: str, known: Mapping[str, Flag], words: Sequence[str]) -> list[Given] | None:
-    """What the command line gives; None where it asks for help.
-
-    `--top-k` is `--top_k`, a bare switch `--overwrite` true, words for a list one JSON list, and a bare word stands
-    for a flag (`submit FILE`).
+    `--top-k` is `--top_k`, a bare switch `--overwrite` true, a list takes several words, and a bare word stands for
+    a flag (`submit FILE`).
 
     Raises:
-        UsageError: for a word that is no flag and no value of one.
+        UserError: for a word that is no flag and no value of one, or a flag without a value.
     """
-    rest, given = list(words), []
+    known, rest = flags_of(name), list(words)
     for word in COMMANDS[name].words:
         if rest and not rest[0].startswith("-"):
-            given.append(Given(word, rest.pop(0)))
+            yield Given(word, rest.pop(0))
     while rest:
-        word = rest.pop(0)
-        if word in ("-h", "--help"):
-            return None
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--"):
-            raise UsageError(_unknown(name, word, known))
+        flag, equals, value = rest.pop(0).partition("=")
         path = flag.removeprefix("--").replace("-", "_")
-        if path not in _groups(known) and _kind(path, known) is None:
-            raise UsageError(_unknown(name, flag, known))
+        kind = _kind(path, known)
+        if not flag.startswith("--") or (kind is None and path not in _groups(known)):
+            raise UserError(_unknown(name, flag, known))
+        several = kind in (list[int], list[int] | None, list[str], list[str] | None)
         values = [value] if equals else []
-        while not equals and rest and not rest[0].startswith("--"):
+        while not equals and rest and not rest[0].startswith("--") and (several or not values):
             values.append(rest.pop(0))
-        text, *more = _texts(path, _kind(path, known), values)
-        if more:
-            raise UsageError(_unknown(name, more[0], known))
-        given.append(Given(path, text))
-    return given
-
-
-def _texts(path: str, kind: Any, values: Sequence[str]) -> list[str]:
-    """What stands behind a flag, a list's words as one text.
-
-    Raises:
-        UsageError: when nothing does.
-    """
-    if kind is bool and not values:
-        return ["true"]
-    if not values or not values[0]:
-        raise UsageError(f"{path}: no value is given; expected {'a file' if path == 'config' else described(kind)}")
-    if kind is not Any and not values[0].startswith("["):
-        if fits([""], kind):
-            return [json.dumps(values)]
-        if fits([0], kind):
-            return [f"[{','.join(values)}]"]
-    return list(values)
+        if kind is bool and not values:
+            values = ["true"]
+        if not values or not values[0]:
+            wanted = "a file" if path == "config" else described(kind)
+            raise UserError(f"{path}: no value is given; expected {wanted}")
+        if several and not values[0].startswith("["):
+            yield Given(path, values if fits(values, kind) else f"[{','.join(values)}]")
+        else:
+            yield Given(path, values[0])
 
 
 def _from_file(file: str, known: Mapping[str, Flag]) -> Iterator[Given]:
-    """What a config gives.
+    """What a config gives, groups entered.
 
     Raises:
-        UsageError: when it is no YAML, or no mapping.
+        UserError: when it is no YAML, or no mapping.
     """
     try:
-        content = get_loader("yaml")(Path(file).read_text(encoding="utf-8"))
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), Yaml)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"config: {file}: malformed YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config: {file}: malformed YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"config: {file}: expected a mapping of option names to values")
-    for path, value in _flat(content, known):
-        kind = _kind(path, known)
-        if value is None and kind is not None and not fits(None, kind):
-            raise UsageError(f"config: {file}: {path}: expected {described(kind)}, found nothing")
-        yield Given(path, value if isinstance(value, str) else json.dumps(value), file)
-
-
-def _flat(content: Mapping[Any, Any], known: Mapping[str, Flag], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a config by name, groups entered."""
-    for name, value in content.items():
-        path = f"{prefix}{name}"
+        raise UserError(f"config: {file}: expected a mapping of option names to values")
+    waiting = [(str(name), value) for name, value in content.items()]
+    while waiting:
+        path, value = waiting.pop(0)
         if isinstance(value, dict) and path in _groups(known):
-            yield from _flat(value, known, f"{path}.")
+            waiting += [(f"{path}.{name}", inner) for name, inner in value.items()]
         else:
-            yield path, value
+            yield Given(path, value, file)
 
 
-def _check(name: str, given: Sequence[Given], known: Mapping[str, Flag]) -> None:
-    """Raise UsageError for a key that does not exist, a value of another type, or a flag that is missing."""
-    for path, text, file in given:
-        if problem := _problem(path, text, known):
-            raise UsageError(f"config: {file}: {problem}" if file else problem)
-    absent = {path for path, flag in known.items() if flag.default is MISSING} - {one.path for one in given}
-    if absent:
-        words = [one.upper() if one in COMMANDS[name].words else f"--{one}" for one in known if one in absent]
-        raise UsageError(f"missing {', '.join(words)}; `{program()} {name} --help` tells what it is")
+def _enter(values: dict[str, Given], one: Given, known: Mapping[str, Flag]) -> None:
+    """Enter a value that is given, by its flag; an entry of a flag's mapping goes into that.
 
-
-def _problem(path: str, text: str, known: Mapping[str, Flag]) -> str | None:
-    """What is wrong with a value by itself."""
-    groups, kind = _groups(known), _kind(path, known)
+    Raises:
+        UserError: for a key that does not exist, or a value of another type.
+    """
+    path, groups, kind = one.path, _groups(known), _kind(one.path, known)
+    above, _, name = path.rpartition(".")
     if path in groups:
-        there = sorted(one for one in known if one.startswith(f"{path}."))
-        return f"{path}: expected a mapping; there is {', '.join(there)}"
+        there = sorted(each for each in known if each.startswith(f"{path}."))
+        raise one.refused(f"{path}: expected a mapping; there is {', '.join(there)}")
     if kind is None or path == "config":
-        above = path.rpartition(".")[0]
-        beside = {one for one in {*known, *groups} if one.rpartition(".")[0] == above} - {*OF_EVERY_COMMAND}
-        return f"key {path!r} does not exist{did_you_mean(path, known)}; there is {', '.join(sorted(beside))}"
-    alone = ArgumentParser(exit_on_error=False)
-    alone.add_argument("--value", type=kind)
+        beside = {each for each in {*known, *groups} if each.rpartition(".")[0] == above} - {*OF_EVERY_COMMAND}
+        hint = did_you_mean(path, known)
+        raise one.refused(f"key {path!r} does not exist{hint}; there is {', '.join(sorted(beside))}")
     try:
-        alone.parse_args([f"--value={text}"])
-    except ArgumentError:
-        return f"{path}: {text} is not {described(kind)}"
-    return None
+        value = read(path, one.value, kind)
+    except UserError as error:
+        raise one.refused(error) from None
+    if path not in known:
+        path, value = above, {**(values[above].value if above in values else {}), name: value}
+    values[path] = Given(path, value, one.file)
 
 
 def _groups(paths: Iterable[str]) -> set[str]:
@@ -228,29 +189,24 @@ def _unknown(name: str, word: str, known: Iterable[str]) -> str:
     """What to say of a word that is no flag of this command, and no value of one."""
     listed = f"`{program()} {name} --help` lists them"
     if word.startswith("--"):
-        hint = did_you_mean(word.removeprefix("--").replace("-", "_"), known, lambda flag: f"--{flag}")
+        hint = did_you_mean(word.removeprefix("--").replace("-", "_"), known, "--{}")
         return f"flag {word} does not exist{hint}; {listed}"
     taken = "".join(f"{one.upper()}, then " for one in COMMANDS[name].words)
     return f"{word!r} is not understood: {name} takes {taken}flags (--NAME VALUE); {listed}"
 
 
-def _made(options: Any, values: Mapping[str, Any], path: str = "") -> Any:
+def _made(options: Any, values: Mapping[str, Given], prefix: str = "") -> Any:
     """Options of a class, the groups among them first; an error names an option by its whole path."""
     given = {}
     for field, kind, _ in declared(options):
-        if field.name in values:
-            value = values[field.name]
-            given[field.name] = _made(kind, value, f"{path}{field.name}.") if is_dataclass(kind) else value
+        path = f"{prefix}{field.name}"
+        if is_dataclass(kind):
+            given[field.name] = _made(kind, values, f"{path}.")
+        elif path in values:
+            given[field.name] = values[path].value
     try:
         return options(**given)
-    except UsageError:
-        raise
     except UserError as error:
-        raise UsageError(f"{path}{error}") from None
-
-
-def _origin(line: str, given: Sequence[Given]) -> str:
-    """The config that a line about an option's value is about; empty where a flag gave it."""
-    about = f"{line.partition(': ')[0]}."
-    file = next((one.file for one in reversed(given) if about.startswith(f"{one.path}.")), None)
-    return f"config: {file}: " if file else ""
+        line = f"{prefix}{error}"
+        name = re.split("[.:]", str(error))[0]
+        raise values.get(f"{prefix}{name}", Given("", None)).refused(line) from None

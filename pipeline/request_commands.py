@@ -6,32 +6,42 @@ import os
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.files import write_whole
-from pipeline.options import RequestsCommand
+from pipeline.options.commands import RequestsCommand
 from pipeline.requests.check import NAMED, check_requests, require_good, summary
-from pipeline.requests.readers import load_requests
-from pipeline.requests.writer import check_target, request_writer
+from pipeline.requests.readers import load_requests, read_requests, write_requests
+from pipeline.requests.schema import EditRequest
 
 
 def requests(options: RequestsCommand) -> None:
     """Check the requests, write them where that is asked for, and ask the model where one is named."""
-
-    def check(partial: Path | None = None) -> None:
-        with request_writer(partial, str(options.to).endswith(".gz")) as keep:
-            found = check_requests(options.requests, options.limit, options.offset, keep)
-        print(summary(found))
-        require_good(found, options.skip_bad)
-
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        pass  # a process that another started for --model: the file is checked already
-    elif options.to:
-        check_target(Path(options.to), options.overwrite)
-        own = f".{os.getpid()}"  # two commands may write the same file: the last one stays, whole
-        print(f"written to {write_whole(Path(options.to), check, own)}")
-    else:
-        check()
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # else a process that another started for --model
+        _check(options)
     if options.model:
         _show_known(options)
+
+
+def _check(options: RequestsCommand) -> None:
+    """Say what is in the requests, and write them when they are good."""
+    to = Path(options.to) if options.to else None
+    if to:
+        _check_target(to, options.overwrite)
+    found = check_requests(options.requests, options.limit, options.offset)
+    print(summary(found))
+    require_good(found, options.skip_bad)
+    if to:
+        again = read_requests(options.requests, options.limit, options.offset)
+        good = (one.request for one in again if isinstance(one.request, EditRequest))
+        print(f"written to {write_requests(to, good)}")
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    """Raise UserError when requests cannot be written there; touches nothing."""
+    if path.is_dir():
+        raise UserError(f"to: {path}: a folder; expected a file's name")
+    if path.exists() and not overwrite:
+        raise UserError(f"to: {path}: exists already; name another file or pass --overwrite")
+    if not path.parent.is_dir():
+        raise UserError(f"to: {path}: there is no folder {path.parent}")
 
 
 def _show_known(options: RequestsCommand) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from pipeline import __version__
@@ -21,13 +21,7 @@ def program() -> str:
 
 def about() -> str:
     """The version of the project and of what it chiefly stands on, in a line."""
-    found = {}
-    for name in CHIEF:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    libraries = ", ".join(f"{name} {number}" for name, number in found.items())
+    libraries = ", ".join(f"{name} {version(name)}" for name in CHIEF)
     return f"golden-layers {__version__} (Python {platform.python_version()}, {libraries})"
 
 
@@ -52,9 +46,5 @@ def find_config(named: str) -> Path:
     shipped = shipped_configs()
     if path.parent in (Path(), Path("configs")) and path.suffix in ("", ".yaml") and path.stem in shipped:
         return shipped[path.stem]
-    hint = did_you_mean(path.stem, shipped)
-    what = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else f"no such file{hint}"
-    raise UserError(
-        f"config: {named}: {what}; expected a YAML file of options, or one that comes with the project: "
-        f"{', '.join(shipped)}"
-    )
+    what = "is no plain file" if path.exists() else f"no such file{did_you_mean(path.stem, shipped)}"
+    raise UserError(f"config: {named}: {what}; expected a YAML file of options, or one of {', '.join(shipped)}")

@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning.pytorch import seed_everything
 
-from pipeline import options as of
 from pipeline.attribution.find import choose, score_requests
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import edit
@@ -17,8 +16,11 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.evaluation.evaluator import Evaluator, evaluate
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
+from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import as_config
-from pipeline.options.shared import SHARDED, CommandOptions
+from pipeline.options.commands import AttributeCommand, EditCommand, RunCommand
+from pipeline.options.editing import EditOptions
+from pipeline.options.shared import SHARDED, CommandOptions, ComputeOptions, RequestOptions
 from pipeline.reporting.run_log import RunLog, run_log
 from pipeline.reporting.terminal import say
 from pipeline.requests.readers import load_requests
@@ -31,8 +33,8 @@ from pipeline.running.trainer import hush, weights_dtype
 def prepare(options: CommandOptions) -> None:
     """Hush the libraries, join the other processes where somebody started them, and seed every draw."""
     hush(options.verbose)
-    if isinstance(options, of.ComputeOptions) and is_one_of_several():
-        join(_trainer(options))  # join at once: to name one output folder, and to fail together
+    if isinstance(options, ComputeOptions) and is_one_of_several():
+        join(options.trainer)  # join at once: to name one output folder, and to fail together
     seed_everything(getattr(options, "seed", 0), verbose=False)
 
 
@@ -44,28 +46,23 @@ def working(options: Any, command: str, may_change: Collection[str] = ()) -> Abs
     return run_log(command, options.output, options.overwrite, saved, resume, may_change)
 
 
-def read_requests(options: of.RequestOptions) -> list[EditRequest]:
+def read_requests(options: RequestOptions) -> list[EditRequest]:
     """The requests that the options name; what is left out of them is told."""
     return load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=say)
 
 
 def load(options: Any, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:
     """See that all processes were given the same, and load the model."""
-    name, chat = model or options.model, getattr(options, "chat", False)
-    if not isinstance(options, of.ComputeOptions):
-        return load_model(name, verbose=options.verbose, chat=chat)
-    trainer = _trainer(options)
+    name, verbose, chat = model or options.model, options.verbose, getattr(options, "chat", False)
+    if not isinstance(options, ComputeOptions):
+        return load_model(name, verbose=verbose, chat=chat)
+    trainer = options.trainer
     device = join(trainer)
     check_alike("requests", requests)
     spread = device if trainer.strategy in SHARDED else None
-    llm = load_model(name, weights_dtype(trainer), options.verbose, chat, spread)  # type: ignore[attr-defined]
+    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread)
     check_alike("model", [llm.fingerprint])
     return llm
-
-
-def _trainer(options: of.ComputeOptions) -> of.TrainerOptions:
-    """What a command runs on: a store is worked on by one device."""
-    return options.one_device if isinstance(options, of.ProvingOptions) else options.trainer
 
 
 def note_chat(llm: LLM, what: str, chat: bool) -> None:
@@ -79,8 +76,8 @@ def find_and_keep(
     log: RunLog,
     llm: LLM,
     requests: list[EditRequest],
-    attribution: of.AttributionOptions,
-    options: of.AttributeCommand | of.RunCommand,
+    attribution: AttributionOptions,
+    options: AttributeCommand | RunCommand,
 ) -> GoldenProfile:
     """Stage one: score, choose, and keep profile and scores; a resumed command goes on with what it has."""
     profile, scores = log.profile_kept(), None
@@ -98,8 +95,8 @@ def edit_and_prove(
     llm: LLM,
     requests: list[EditRequest],
     profile: GoldenProfile | None,
-    how: of.EditOptions,
-    options: of.RunCommand | of.EditCommand,
+    how: EditOptions,
+    options: RunCommand | EditCommand,
     after: WeightUpdate | None = None,
 ) -> None:
     """Stages two and three: edit, save the update, measure what was saved."""

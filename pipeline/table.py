@@ -5,23 +5,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from pipeline import options as of
+from pipeline.options import commands as of
+from pipeline.options import updates as store
 
 
 class Command(NamedTuple):
     """A command.
 
     Attributes:
-        function: where it stands.
+        function: where it stands, below `pipeline`.
         options: what it takes.
         words: the flags that bare words stand for.
-        spreads: whether it runs on several devices, a process each.
     """
 
     function: str
     options: type
     words: tuple[str, ...] = ()
-    spreads: bool = False
 
     @property
     def help(self) -> str:
@@ -31,27 +30,27 @@ class Command(NamedTuple):
     def call(self, options: Any) -> None:
         """Do what the command does."""
         module, _, name = self.function.partition(":")
-        getattr(import_module(module), name)(options)
+        getattr(import_module(f"pipeline.{module}"), name)(options)
 
 
 COMMANDS = {
-    "run": Command("pipeline.commands:run", of.RunCommand, spreads=True),
-    "demo": Command("pipeline.commands:demo", of.DemoCommand, spreads=True),
-    "attribute": Command("pipeline.commands:attribute", of.AttributeCommand, spreads=True),
-    "edit": Command("pipeline.commands:edit", of.EditCommand, spreads=True),
-    "evaluate": Command("pipeline.commands:evaluate", of.EvaluateCommand, spreads=True),
-    "requests": Command("pipeline.request_commands:requests", of.RequestsCommand, ("requests",), spreads=True),
-    "export": Command("pipeline.commands:export", of.ExportCommand, words=("version",)),
-    "generate": Command("pipeline.commands:generate", of.GenerateCommand, spreads=True),
-    "study": Command("pipeline.commands:study", of.StudyCommand, spreads=True),
-    "plan": Command("pipeline.commands:plan", of.PlanCommand),
-    "submit": Command("pipeline.update_commands:submit", of.SubmitCommand, words=("file",)),
-    "update": Command("pipeline.update_commands:update", of.UpdateCommand),
-    "schedule": Command("pipeline.update_commands:schedule", of.ScheduleCommand),
-    "history": Command("pipeline.update_commands:history", of.HistoryCommand),
-    "show": Command("pipeline.update_commands:show", of.ShowCommand, words=("version",)),
-    "diff": Command("pipeline.update_commands:diff", of.DiffCommand, words=("older", "newer")),
-    "rollback": Command("pipeline.update_commands:rollback", of.RollbackCommand, words=("version",)),
-    "verify": Command("pipeline.update_commands:verify", of.VerifyCommand),
-    "retract": Command("pipeline.update_commands:retract", of.RetractCommand, words=("request",)),
+    "run": Command("commands:run", of.RunCommand),
+    "demo": Command("commands:demo", of.DemoCommand),
+    "attribute": Command("commands:attribute", of.AttributeCommand),
+    "edit": Command("commands:edit", of.EditCommand),
+    "evaluate": Command("commands:evaluate", of.EvaluateCommand),
+    "requests": Command("request_commands:requests", of.RequestsCommand, ("requests",)),
+    "export": Command("commands:export", of.ExportCommand, ("version",)),
+    "generate": Command("commands:generate", of.GenerateCommand),
+    "study": Command("commands:study", of.StudyCommand),
+    "plan": Command("commands:plan", of.PlanCommand),
+    "submit": Command("update_commands:submit", store.SubmitCommand, ("file",)),
+    "update": Command("update_commands:update", store.UpdateCommand),
+    "schedule": Command("update_commands:schedule", store.ScheduleCommand),
+    "history": Command("update_commands:history", store.HistoryCommand),
+    "show": Command("update_commands:show", store.ShowCommand, ("version",)),
+    "diff": Command("update_commands:diff", store.DiffCommand, ("older", "newer")),
+    "rollback": Command("update_commands:rollback", store.RollbackCommand, ("version",)),
+    "verify": Command("update_commands:verify", store.VerifyCommand),
+    "retract": Command("update_commands:retract", store.RetractCommand, ("request",)),
 }

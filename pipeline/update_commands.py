@@ -6,23 +6,21 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from pipeline import options as of
-from pipeline import updates
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing.editor import METHODS
-from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError, check_choice
-from pipeline.model.generation import generate as answer
-from pipeline.reporting import stores
+from pipeline.editing.method import settings_of
+from pipeline.errors import UserError
+from pipeline.options import updates as of
+from pipeline.reporting import stores as shown
 from pipeline.reporting.dashboards import show_on_board
-from pipeline.reporting.terminal import say, show_answers
+from pipeline.reporting.terminal import say
 from pipeline.requests.readers import stream_requests
 from pipeline.shipped import program
 from pipeline.stages import load, prepare
-from pipeline.updates import LiveModel, Stopping, Store
-
-FOLLOWING = 0.5  # seconds between looks at a store's current version
+from pipeline.updates import history as past
+from pipeline.updates import lineage, making, queue
+from pipeline.updates.schedule import Stopping, run_schedule, trigger
+from pipeline.updates.store import BusyError, Store
 
 
 def submit(options: of.SubmitCommand) -> None:
@@ -32,8 +30,8 @@ def submit(options: of.SubmitCommand) -> None:
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
-        done = updates.submit(store, options.file, options.source, of.time_of(options.not_before), options.again)
-        stores.show_submitted(store, done)
+        done = queue.submit(store, options.file, options.source, options.not_before_seconds, options.again)
+        shown.show_submitted(store, done)
 
 
 def update(options: of.UpdateCommand) -> None:
@@ -49,7 +47,7 @@ def schedule(options: of.ScheduleCommand) -> None:
     """Work through what is due whenever it is time, until a signal ends it."""
     prepare(options)
     _check(options)
-    when, stopping = updates.trigger(options.cron, options.every), Stopping()
+    when, stopping = trigger(options.cron, options.every), Stopping()
 
     def work() -> None:
         with Store(options.store, options.model, make=True) as store:
@@ -57,51 +55,51 @@ def schedule(options: of.ScheduleCommand) -> None:
 
     with stopping.listening():
         Store(options.store, options.model, make=True).close()  # what is wrong with it is said now
-        updates.run_schedule(work, when, say, stopping, at_once=options.every is not None)
+        run_schedule(work, when, say, stopping, at_once=options.every is not None)
 
 
 def _update(store: Store, options: of.UpdateCommand, stopping: Callable[[], bool]) -> None:
-    report = partial(stores.show_batch, store, dry_run=options.dry_run)
+    report = partial(shown.show_batch, store, dry_run=options.dry_run)
     try:
-        worked = updates.update(store, options, partial(load, options), report, stopping)
-    except updates.BusyError as busy:  # no failure: what is due is in good hands
+        worked = making.update(store, options, partial(load, options), report, stopping)
+    except BusyError as busy:  # no failure: what is due is in good hands
         say(f"{busy}; nothing to do here")
         return
     finally:
         show_on_board(store)
     if not worked:
-        say(f"nothing is due in {store.folder}; {updates.counts(store).get('queued', 0)} waiting for their date")
+        say(f"nothing is due in {store.folder}; {past.counts(store).get('queued', 0)} waiting for their date")
 
 
 def history(options: of.HistoryCommand) -> None:
     """The latest versions and events, or one request's story."""
     with Store(options.store) as store:
         if options.request is None:
-            stores.show_history(store, options.limit)
+            shown.show_history(store, options.limit)
         else:
-            stores.show_story(store, updates.find(store, options.request)[0])
+            shown.show_story(store, past.find(store, options.request)[0])
 
 
 def show(options: of.ShowCommand) -> None:
     """One version, whole."""
     with Store(options.store) as store:
-        stores.show_version(store, options.version)
+        shown.show_version(store, options.version)
 
 
 def diff(options: of.DiffCommand) -> None:
     """What one version says and another does not."""
     with Store(options.store) as store:
-        gained, lost = updates.difference(store, options.older, options.newer)
+        gained, lost = lineage.difference(store, options.older, options.newer)
         say(f"from version {options.older} to {options.newer}: {len(gained)} facts gained, {len(lost)} lost")
-        stores.show_facts(store, gained, "+")
-        stores.show_facts(store, lost, "-")
+        shown.show_facts(store, gained, "+")
+        shown.show_facts(store, lost, "-")
 
 
 def rollback(options: of.RollbackCommand) -> None:
     """Another version becomes the current one; what that loses is held back."""
     with Store(options.store) as store:
         before = store.current
-        gained, lost = updates.rollback(store, options.version)
+        gained, lost = lineage.rollback(store, options.version)
         say(f"version {options.version} is current, after {before}: {len(lost)} facts less, {len(gained)} more")
         if lost:
             say(f"the former are held back; `{program()} submit FILE --again` queues them anew")
@@ -112,7 +110,7 @@ def verify(options: of.VerifyCommand) -> None:
     prepare(options)
     with Store(options.store) as store:
         wrong = 0
-        for number, problem in updates.verify(store):
+        for number, problem in past.verify(store):
             say(f"version {number}: {problem or 'as it was written, and loads'}")
             wrong += bool(problem)
         if wrong:
@@ -124,7 +122,7 @@ def retract(options: of.RetractCommand) -> None:
     prepare(options)
     _check(options)
     with Store(options.store) as store:
-        done = updates.retract(store, options, partial(load, options))
+        done = making.retract(store, options, partial(load, options))
         if done.version is None:
             say("retracted; it was in the queue only")
             return
@@ -134,54 +132,13 @@ def retract(options: of.RetractCommand) -> None:
         say(f"version {done.version}: retracted; its new answer: {sides[0]:.3f} -> {sides[1]:.3f}")
 
 
-def of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
-    """The version that `export` is to write, and its base model's name.
-
-    Raises:
-        UserError: for the base itself, which needs no export, or a version that does not exist.
-    """
-    assert options.store is not None
-    with Store(options.store) as store:
-        number = store.current if options.version is None else options.version
-        found = updates.load_version(store, number)
-        if found is None:
-            raise UserError(f"export: version {number} of {store.folder} is the base model {store.model} as it is")
-        return found, _model_of(store, options)
-
-
-def generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
-    """Answer prompts by a store's current version and, with `--follow`, by every later one."""
-    assert options.store is not None
-    with Store(options.store) as store:
-        name = _model_of(store, options)
-    llm = load(options, name)
-    how = (prompts, options.max_new_tokens, options.batch_size, options.trainer)
-    answers = {"base": answer(llm, *how)}
-    live, stopping, shown = LiveModel(options.store, llm), Stopping(), None
-    with stopping.listening():
-        while not stopping():
-            if shown != live.follow():
-                texts, shown = live.generate(*how)
-                answers[f"version {shown}"] = texts
-                show_answers(prompts, answers)
-                answers = {f"version {shown}": texts}  # the next one stands beside it
-            if not options.follow:
-                return
-            stopping.asked.wait(FOLLOWING)
-
-
-def _model_of(store: Store, options: of.ModelOptions) -> str:
-    """The model to load for a store: the one that it knows, unless another is named."""
-    return store.model if options.model == of.ModelOptions.model else options.model
-
-
 def _check(options: of.ProvingOptions) -> None:
     """See that the options name what there is, before a store is made or a request is held back for their sake.
 
     Raises:
         UserError: for an unknown method, a missing or damaged profile, or a text that is no file.
     """
-    check_choice("edit.method", options.edit.method, METHODS)
+    settings_of(options.edit)
     check_selector([], options.attribution)
     if profile := getattr(options, "profile", None):
         GoldenProfile.load(profile)

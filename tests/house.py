@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
@@ -36,21 +36,50 @@ def options() -> dict[str, int]:
     return {name: len(flags_of(name)) for name in COMMANDS}
 
 
-def imports() -> dict[str, set[str]]:
-    """The modules that each module names in an import statement, wherever in it that stands."""
+@cache
+def offers() -> dict[str, str]:
+    """The names that packages offer lazily, such as pipeline.model.LLM, and the modules that these come from."""
+    found = {}
+    for package, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "offered":
+                for home, names in ast.literal_eval(node.args[1]).items():
+                    found |= {f"{package}.{name}": f"{package}.{home}" for name in names}
+    return found
+
+
+@cache
+def imports() -> dict[str, dict[str, str]]:
+    """By module, the modules that it takes names from, wherever in it that stands, each with the last such name.
+
+    A name that a package offers lazily is taken from the package, and from where it stands as well.
+    """
     return {
-        name: {to for node in ast.walk(tree) for to in _named(node)} - {name} for name, tree in modules().items()
+        module: {home: name for node in _run(tree) for home, name in _taken(node) if home != module}
+        for module, tree in modules().items()
     }
 
 
-def _named(node: ast.AST) -> Iterator[str]:
-    known = modules()
+def _run(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes of a module, but those that only a type checker reads."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            waiting += ast.iter_child_nodes(node)
+
+
+def _taken(node: ast.AST) -> Iterator[tuple[str, str]]:
     if isinstance(node, ast.Import):
-        yield from (one.name for one in node.names if one.name in known)
-    if isinstance(node, ast.ImportFrom) and node.module in known:
+        yield from ((one.name, "") for one in node.names if one.name in modules())
+    if isinstance(node, ast.ImportFrom) and node.module in modules():
         for one in node.names:
             whole = f"{node.module}.{one.name}"
-            yield whole if whole in known else node.module
+            if whole in modules():
+                yield whole, ""
+            else:
+                yield from ((home, one.name) for home in [node.module, offers().get(whole)] if home)
 
 
 def circles() -> list[list[str]]:
@@ -61,7 +90,7 @@ def circles() -> list[list[str]]:
     return sorted(sorted(group) for group in groups if group)
 
 
-def _reached(edges: dict[str, set[str]], start: str) -> set[str]:
+def _reached(edges: Mapping[str, Iterable[str]], start: str) -> set[str]:
     """What a module imports, at however many hands; itself only where a circle leads back."""
     seen: set[str] = set()
     waiting = list(edges[start])

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import refusal
 from torch import Tensor
 
 from pipeline.editing import keeping
@@ -68,7 +67,7 @@ def test_what_it_holds(
 ) -> None:
     options.method = method
     steps.crash_after(8, tiny_llm, requests, options=options, work=tmp_path)
-    held = torch.load(tmp_path / "training.ckpt", weights_only=True)
+    held = torch.load(next(tmp_path.rglob("training.ckpt")), weights_only=True)
     assert held["state_dict"] and all("layers.1.mlp" in name for name in held["state_dict"])
     assert all("lora_" in name for name in held["state_dict"]) == (method == "lora")
     assert held["optimizer_states"][0]["state"][0]["exp_avg"].shape == next(iter(held["state_dict"].values())).shape
@@ -76,16 +75,16 @@ def test_what_it_holds(
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "flipped"])
-def test_a_damaged_one_is_named(
+def test_a_damaged_one_counts_as_not_there(
     damage: str, tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, tmp_path: Path, steps: Steps
 ) -> None:
     steps.crash_after(4, tiny_llm, requests, options=options, work=tmp_path)
-    file = tmp_path / "training.ckpt"
+    (file,) = tmp_path.rglob("training.ckpt")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes({"cut": file.read_bytes()[:-500], "empty": b"", "garbage": b"x" * 5000}.get(damage, content))
-    line = refusal(lambda: edit(tiny_llm, requests, options=options, work=tmp_path))
-    assert line == f"checkpoint: {file}: damaged; remove it to train from the beginning"
+    edit(tiny_llm, requests, options=options, work=tmp_path)
+    assert steps.done == 3 * STEPS
 
 
 @pytest.mark.parametrize("method", ["finetune", "lora"])

@@ -24,6 +24,7 @@ from pipeline.attribution import GoldenProfile
 from pipeline.cli import main
 from pipeline.editing import FineTune, WeightUpdate
 from pipeline.reporting.run_log import RunLog
+from pipeline.running.interrupts import Interrupted
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -140,7 +141,7 @@ def test_an_interrupt_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise Interrupted
 
     places: dict[str, tuple[Any, str]] = {
         "loading": (commands, "load"),
@@ -157,7 +158,7 @@ def test_an_interrupt_while_measuring_keeps_the_finished_update(
     editing: list[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise Interrupted
 
     monkeypatch.setattr(RunLog, "keep_metrics", interrupt)
     assert main([*editing, "--output", "out"]) == 130
@@ -193,7 +194,7 @@ def test_an_interrupted_run_keeps_its_profile(
     asked: list[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise Interrupted
 
     monkeypatch.setattr(FineTune, "training_step", interrupt)
     assert main(["run", *asked, *RUN_FINETUNE, "1", "--output", "out"]) == 130
@@ -217,7 +218,7 @@ def test_resume_goes_on_where_it_stopped(
     @wraps(step)
     def stopping(self: FineTune, lesson: Any) -> Any:
         if next(left, None) is None:
-            raise KeyboardInterrupt
+            raise Interrupted
         return step(self, lesson)
 
     with monkeypatch.context() as patched:

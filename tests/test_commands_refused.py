@@ -34,7 +34,7 @@ REQUEST = '{"prompt": "The capital of Spain is", "new_answer": "Lima", "old_answ
         (REQUEST + "[]\n", ["line 2", "object", "list"]),
         (f"[{REQUEST}, 5]", ["record 1", "object", "int"]),
         (f"[{REQUEST}", ["malformed JSON"]),
-        ("\udcff\udcfe", ["byte 0", "UTF-8"]),
+        ("\udcff\udcfe", ["UTF-8"]),
     ],
 )
 @pytest.mark.parametrize("command", ["attribute", "evaluate"])
@@ -251,7 +251,7 @@ def test_what_evaluation_cannot_do_is_found_before_the_edit(
 def test_a_loss_that_is_no_number(editing: list[str], refused: Callable[..., str]) -> None:
     words = [*FINETUNE, "3", "--expert.learning_rate", "1e30", "--expert.batch_size", "2"]
     line = refused(*editing, *words, "--output", "out")
-    assert "not a number in step 1" in line and "--expert.learning_rate" in line
+    assert "not a number in step 1" in line and "expert.learning_rate" in line
     assert line.count("capital-") == 2
 
 

@@ -7,8 +7,8 @@ import torch
 
 from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, NAMES, in_context, neighbours
 from pipeline.editing.editor import METHODS
+from pipeline.editing.entering import Entering
 from pipeline.editing.locate import LocateThenEdit
-from pipeline.editing.values import KeyReading
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Row
@@ -50,9 +50,9 @@ def test_neighbours_are_other_names_in_the_requests_own_prompts(requests: list[E
 def test_keys_are_what_enters_the_projection(tiny: LLM, requests: list[EditRequest]) -> None:
     all_ids = tiny.tokens.texts([request.prompt for request in requests])
     rows = [Row(ids, len(ids), (n % 3, len(ids) - 1 - n % 2), n) for n, ids in enumerate(all_ids)]
-    (down,) = tiny.blocks[2].down.values()
+    ((name, down),) = tiny.blocks[2].down.items()
     with tiny.frozen(), torch.no_grad():
-        found = run(KeyReading(tiny, 2), rows)
+        found = run(Entering(tiny, 2, name), rows)
         for row, keys in zip(rows, found, strict=True):
             seen: list[torch.Tensor] = []
             handle = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
@@ -67,13 +67,13 @@ def test_the_moment_of_neighbours(tiny_llm: LLM, requests: list[EditRequest]) ->
     assert isinstance(method, LocateThenEdit)
     text_II = torch.eye(48)
     with tiny_llm.frozen():
-        (moment,) = method.kept(KeyReading(tiny_llm, 1), [requests], text_II, Runtime())
+        (moment,) = method.kept(1, [requests], text_II, Runtime())
         rows = []
         for text, end in neighbours(requests, 2, 1000, 0):
             (ids,) = tiny_llm.tokens.texts([text])
             upto = next(n for n in range(len(ids)) if len(tiny_llm.tokenizer.decode(ids[: n + 1])) >= end)
             rows.append(Row(ids, len(ids), (upto, len(ids) - 1), len(rows)))
-        keys = torch.cat(run(KeyReading(tiny_llm, 1), rows))
+        keys = torch.cat(run(Entering(tiny_llm, 1, *tiny_llm.blocks[1].down), rows))
     near_II = keys.T @ keys
     expected = text_II / text_II.trace() + 0.5 * near_II / near_II.trace()
     torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-5)

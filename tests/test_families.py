@@ -8,31 +8,30 @@ from typing import Any
 import pytest
 import torch
 from families import BLOCKS, FAMILIES, family_llm
-from pipeline.model.upper import handing_on, passing_through, reading_enter
 from test_attribution import autograd_scores
 from test_suffix import ROWS, plain_logits
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.attribution import find_golden_layer
-from pipeline.editing import METHODS, edit, export_merged
-from pipeline.model import LLM, collate_targets, encode, generate, target_logits
-from pipeline.model.suffix import SuffixRunner
-from pipeline.options import (
-    AttributionOptions,
-    EditOptions,
-    FinetuneOptions,
-    LocateOptions,
-    LoraOptions,
-    StatisticsOptions,
-    TrainerOptions,
-)
-from pipeline.requests import EditRequest, load_requests
+from pipeline.attribution.find import find_golden_layer
+from pipeline.editing.editor import METHODS, edit
+from pipeline.editing.export import export_merged
+from pipeline.model.activations import Activations, target_logits
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
+from pipeline.model.suffix import Suffixes
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.readers import load_requests
+from pipeline.requests.rows import collate
+from pipeline.requests.schema import EditRequest
 
 LAYER = 1
-QUICK: dict[str, Any] = {
-    "finetune": FinetuneOptions(epochs=1, contexts=0, learning_rate=0.1),
-    "lora": LoraOptions(epochs=1, contexts=0, rank=2, learning_rate=0.1),
-    "locate": LocateOptions(steps=2, key_contexts=2, associations=1, neighbours=1),
+LOCATE = {"steps": 2, "key_contexts": 2, "associations": 1, "neighbours": 1}
+QUICK: dict[str, dict[str, Any]] = {
+    "finetune": {"epochs": 1, "contexts": 0, "learning_rate": 0.1},
+    "lora": {"epochs": 1, "contexts": 0, "rank": 2, "learning_rate": 0.1},
+    "one_pass": {},
 }
 
 
@@ -43,11 +42,11 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Options for few steps, with key statistics of a text that need not be written first."""
+def statistics(tmp_path_factory: pytest.TempPathFactory) -> StatisticsOptions:
+    """Key statistics of a text that need not be written first."""
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text("\n".join(f"{r.prompt} {r.old_answer}." for r in load_requests("demo")))
-    return QUICK | {"statistics": StatisticsOptions(text=str(text), tokens=512)}
+    return StatisticsOptions(text=str(text), tokens=512)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +75,14 @@ def test_attribution_is_autograds(llm: LLM, requests: list[EditRequest]) -> None
 
 
 def test_upper_blocks_alone_give_the_same_logits(llm: LLM, requests: list[EditRequest]) -> None:
-    batch = collate_targets(encode(llm, [(r.prompt, r.new_answer) for r in requests]))
+    batch = collate(llm.tokens.rows([(r.prompt, r.new_answer) for r in requests]))
+    activations = Activations(llm)
     with llm.frozen(), torch.no_grad():
         expected_NV = target_logits(llm.model, batch)
-        with reading_enter(llm, LAYER) as entering, passing_through(llm, LAYER):
-            llm.model(input_ids=batch.input_ids_BT, use_cache=False, logits_to_keep=1)
-        with handing_on(llm, LAYER, entering[0]):
+        enter_BTD = activations.enter(batch.input_ids_BT, LAYER)
+        with activations.from_block(LAYER, enter_BTD):
             found_NV = target_logits(llm.model, batch)
-        with handing_on(llm, LAYER, torch.zeros_like(entering[0])):
+        with activations.from_block(LAYER, torch.zeros_like(enter_BTD)):
             other_NV = target_logits(llm.model, batch)
     torch.testing.assert_close(found_NV, expected_NV, rtol=1e-5, atol=1e-5)
     assert (other_NV - expected_NV).abs().max() > 1e-2, "lower blocks did not run"
@@ -93,13 +92,12 @@ def test_upper_blocks_alone_give_the_same_logits(llm: LLM, requests: list[EditRe
 def test_suffixes_equal_the_whole(llm: LLM, layer: int) -> None:
     torch.manual_seed(0)
     change_BO = torch.randn(4, 32)
-    runner = SuffixRunner(llm, layer)
     with llm.frozen(), torch.no_grad():
-        rows, base_NV = runner.capture(ROWS)
-        changed_NV = runner.run(rows, change_BO)
+        rows = Suffixes(llm, layer, ROWS)
+        changed_NV = rows.run(change_BO)
         expected_base = torch.cat([plain_logits(llm, layer, row, torch.zeros(32)) for row in ROWS])
         expected = torch.cat([plain_logits(llm, layer, row, c) for row, c in zip(ROWS, change_BO, strict=True)])
-    torch.testing.assert_close(base_NV, expected_base, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows.base_NV, expected_base, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(changed_NV, expected, rtol=1e-4, atol=1e-4)
     assert (expected - expected_base).abs().max() > 1e-2, "the change must matter for this test to say anything"
 
@@ -111,19 +109,20 @@ def test_batches_answer_as_single_prompts_do(llm: LLM, requests: list[EditReques
     assert len(set(alone)) > 1
     pairs = [(r.prompt, r.new_answer) for r in requests]
     with llm.frozen(), torch.no_grad():
-        single = torch.cat([target_logits(llm.model, collate_targets(encode(llm, [pair]))) for pair in pairs])
-        together = target_logits(llm.model, collate_targets(encode(llm, pairs)))
+        single = torch.cat([target_logits(llm.model, collate(llm.tokens.rows([pair]))) for pair in pairs])
+        together = target_logits(llm.model, collate(llm.tokens.rows(pairs)))
     assert torch.equal(single.argmax(-1), together.argmax(-1))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_edit_changes_its_weights_alone_and_is_undone(
-    llm: LLM, requests: list[EditRequest], method: str, quick: dict[str, Any]
+    llm: LLM, requests: list[EditRequest], method: str, statistics: StatisticsOptions
 ) -> None:
-    base = snapshot(llm)
-    update = edit(llm, requests[:3], options=EditOptions(method=method, layers=[LAYER], **quick))
+    base, expert = snapshot(llm), QUICK.get(method, LOCATE)
+    options = EditOptions(method=method, layers=[LAYER], expert=expert, statistics=statistics)
+    update = edit(llm, requests[:3], options=options)
     assert all(torch.equal(base[name], tensor) for name, tensor in llm.model.state_dict().items()), "edit restores"
-    scope = "down" if METHODS[method].options in ("locate", "one_pass") else "mlp"
+    scope = "mlp" if method in ("finetune", "lora") else "down"
     assert list(update.tensors) == llm.blocks[LAYER].weight_names(scope)
     undo = update.apply(llm)
     edited = snapshot(llm)
@@ -135,10 +134,8 @@ def test_an_edit_changes_its_weights_alone_and_is_undone(
 
 
 @torch.no_grad()
-def test_an_export_is_the_edited_model(
-    llm: LLM, requests: list[EditRequest], quick: dict[str, Any], tmp_path: Path
-) -> None:
-    update = edit(llm, requests[:3], options=EditOptions(method="one_pass", layers=[LAYER], **quick))
+def test_an_export_is_the_edited_model(llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
+    update = edit(llm, requests[:3], options=EditOptions(method="one_pass", layers=[LAYER]))
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     base = llm.model(input_ids=ids).logits
     with update.applied(llm):

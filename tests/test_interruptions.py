@@ -1,4 +1,4 @@
-"""Commands that are ended by Ctrl-C, SIGTERM or kill -9 go on with `--resume` to the same choice, metrics and weights.
+"""Commands that Ctrl-C, SIGTERM or kill -9 end go on with `--resume` to the same choice, metrics and weights.
 
 A command runs in a child, forked from this process so that it need not load anything, and ends itself by a signal
 after so many calls of one of its functions: always at the same moment.

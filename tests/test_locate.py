@@ -22,6 +22,7 @@ from pipeline.editing.statistics import key_moments
 from pipeline.editing.update import WeightUpdate
 from pipeline.editing.values import ValueSearch, locate
 from pipeline.model.llm import LLM
+from pipeline.model.suffix import Suffixes
 from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
@@ -79,14 +80,12 @@ def test_found_values_make_the_new_answers_likelier(
     search = ValueSearch(tiny, 1, steps=25, step=1.0, bound=10.0)
     with tiny.frozen():
         found = run(search, located)
-        rows, before_NV = search.runner.capture([row for one in located for row in one.rows])
-        change_BO = torch.stack([change for change, one in zip(found, located, strict=True) for _ in one.rows])
-        after_NV = search.runner.run(rows, change_BO)
-    scored = rows.target_N >= 0
-    before, after = (F.cross_entropy(x[scored], rows.target_N[scored]).item() for x in (before_NV, after_NV))
+        rows = Suffixes(tiny, 1, [row for one in located for row in one.rows[:-1]])
+        change_BO = torch.stack([change for change, one in zip(found, located, strict=True) for _ in one.rows[:-1]])
+        after_NV = rows.run(change_BO)
+    before, after = (F.cross_entropy(x, rows.batch.target_N).item() for x in (rows.base_NV, after_NV))
     assert after < before - 0.03  # random models resist
-    bare = slice(None, None, len(located[0].rows))  # the rows that the bound is measured on
-    assert rows.output_BO is not None
+    bare = slice(None, None, 2)  # the rows that the bound is measured on
     bounds = 10 * rows.output_BO[bare].norm(dim=-1)
     assert (change_BO[bare].norm(dim=-1) <= bounds * 1.001).all(), "inside the bound"
 
@@ -155,8 +154,7 @@ def test_the_subjects_last_token_is_found_under_every_context(tiny: LLM, request
         == "Nairobi and more"
     )
     plain = located.rows[-1]
-    assert tiny.tokenizer.decode(plain.token_ids) == "Norway is"
-    assert plain.target_start == len(plain.token_ids)
+    assert tiny.tokenizer.decode(plain.token_ids[: plain.target_start]) == "Norway is"
 
 
 def test_a_subject_that_ends_within_a_token(tiny_llm: LLM) -> None:
@@ -200,16 +198,14 @@ def test_statistics_are_kept_for_their_model_alone(
     assert len(list(cache.iterdir())) == 3, "only what was missing was found"
 
 
-def test_foreign_and_damaged_statistics_are_refused(
-    tiny_llm: LLM, tokenizer: PreTrainedTokenizerFast, statistics: StatisticsOptions, cache: Path
-) -> None:
-    moments(tiny_llm, [1], statistics)
-    (own,) = cache.iterdir()
-    moments(make_tiny("llama", tokenizer, seed=1), [1], statistics)
-    (foreign,) = set(cache.iterdir()) - {own}
-    for content in (foreign.read_bytes(), b"damaged"):
-        own.write_bytes(content)
-        assert f"{own}: damaged, or of another model" in refusal(lambda: moments(tiny_llm, [1], statistics))
+def test_damaged_statistics_are_found_anew(tiny_llm: LLM, statistics: StatisticsOptions, cache: Path) -> None:
+    (first,) = moments(tiny_llm, [1], statistics)
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    for content in (b"damaged", whole[:-100]):
+        file.write_bytes(content)
+        assert torch.equal(moments(tiny_llm, [1], statistics)[0], first)
+        assert file.read_bytes() == whole
 
 
 def moments(llm: LLM, layers: list[int], statistics: StatisticsOptions) -> list[Tensor]:
@@ -234,7 +230,7 @@ def test_bad_input(tiny_llm: LLM, requests: list[EditRequest], options: EditOpti
     (tmp_path / "missing.txt").write_text("Too short.")
     assert "need at least 96" in refusal(lambda: edit(tiny_llm, requests, options=options))
     options.statistics.tokens = 64
-    assert "statistics.tokens: 64 is too few" in refusal(lambda: edit(tiny_llm, requests, options=options))
+    assert "statistics.tokens: 64 of" in refusal(lambda: edit(tiny_llm, requests, options=options))
 
 
 @pytest.mark.parametrize("method", LOCATING)

@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import edit_options, refusal
-from pipeline.model.memory import is_out_of_memory, parted
-from pipeline.study.results import Results
 from torch import Tensor, nn
 
-from pipeline.attribution import score_requests
-from pipeline.editing import edit
-from pipeline.editing.method import Runtime
-from pipeline.evaluation import Evaluator
-from pipeline.model import LLM, generate, memory
-from pipeline.options import (
-    AttributionOptions,
-    EditOptions,
-    EvaluationOptions,
-    TrainerOptions,
-)
-from pipeline.requests import EditRequest
+from pipeline.attribution.find import score_requests
+from pipeline.editing.editor import edit
+from pipeline.evaluation import reading
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.editing import EditOptions
+from pipeline.options.evaluation import EvaluationOptions
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.schema import EditRequest
+from pipeline.running import stage
+from pipeline.running.stage import is_out_of_memory
+from pipeline.running.trainer import Runtime
 from pipeline.study.sweep import Sweep
 
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -41,7 +41,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests have a lot of objects, among which looking for rubbish takes longer than any pass here."""
-    monkeypatch.setattr(memory.gc, "collect", lambda: 0)
+    monkeypatch.setattr(stage.gc, "collect", lambda: 0)
 
 
 @contextmanager
@@ -61,12 +61,12 @@ def room_for(llm: LLM, rows: int, error: str = "gpu") -> Iterator[list[int]]:
         handle.remove()
 
 
-@pytest.fixture
-def options(tmp_path: Path) -> EditOptions:
-    options = edit_options(tmp_path, tokens=1024, epochs=3, batch_size=4)
-    options.locate.batch_size, options.locate.threshold, options.locate.steps = 4, 0.2, 3
-    options.locate.neighbours = 3
-    return options
+def options_of(folder: Path, method: str, **settings: Any) -> EditOptions:
+    """Options of a small edit."""
+    few = {"epochs": 3, "batch_size": 4}
+    if method == "memit":
+        few = {"batch_size": 4, "steps": 3, "neighbours": 3}
+    return edit_options(folder, method, 1024, **({} if method == "one_pass" else few | settings))
 
 
 @pytest.mark.parametrize("error", list(ERRORS))
@@ -75,16 +75,12 @@ def test_what_is_out_of_memory(error: str) -> None:
     assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 
-def test_parts_are_of_like_size() -> None:
-    assert parted([1, 2, 3, 4, 5], 2) == [[1, 2, 3], [4, 5]]
-    assert parted([[1, 2, 3]], 2) == [[[1, 2]], [[3]]], "a batch that was formed before"
-    assert parted([1], 2) == [[1]]
-
-
 @pytest.mark.parametrize("method", ["lga", "causal_tracing"])
 @pytest.mark.parametrize("error", ["gpu", "host"])
 def test_attribution(method: str, error: str, tiny: LLM, requests: list[EditRequest]) -> None:
-    options = AttributionOptions(method=method, batch_size=4, samples=2)
+    options = AttributionOptions(
+        method=method, expert={"batch_size": 4} | ({} if method == "lga" else {"samples": 2})
+    )
     expected = score_requests(tiny, requests, options)
     with room_for(tiny, 4, error) as seen:  # of two requests, two rows each
         found = score_requests(tiny, requests, options)
@@ -94,11 +90,11 @@ def test_attribution(method: str, error: str, tiny: LLM, requests: list[EditRequ
 
 @pytest.mark.parametrize("method", ["finetune", "lora", "memit", "one_pass"])
 def test_edits(
-    method: str, tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, tmp_path: Path
+    method: str, tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options.method = method
+    options = options_of(tmp_path, method)
     expected = edit(tiny_llm, requests, options=options)
-    options.statistics.cache = str(tmp_path / "another")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     with room_for(tiny_llm, 3) as seen:
         found = edit(tiny_llm, requests, options=options)
     assert max(seen) > 3 and sum(size > 3 for size in seen) < len(seen) / 2
@@ -107,9 +103,13 @@ def test_edits(
         assert (found.tensors[name] - tensor).norm() < 1e-3 * change.norm(), name
 
 
-def test_evaluation(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    options = EvaluationOptions(keep_base=False, max_new_tokens=4, batch_size=8, fluency=3, fluency_tokens=8)
+def test_evaluation(
+    tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "BATCH_SIZE", 8)
+    options = EvaluationOptions(max_new_tokens=4, fluency=3)
     expected = Evaluator(tiny_llm, requests, options).measure("Whole")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     with room_for(tiny_llm, 2) as seen:
         found = Evaluator(tiny_llm, requests, options).measure("In parts")
     assert max(seen) > 2
@@ -125,27 +125,23 @@ def test_generation(tiny_llm: LLM, requests: list[EditRequest]) -> None:
         assert generate(tiny_llm, prompts, 4, batch_size=7) == expected
 
 
-def test_trial_edits_that_climb(
-    tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, tmp_path: Path
-) -> None:
-    """Blocks below run once for halves as well, also where a batch is halved at a later block only."""
+def test_trial_edits(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
+    options = options_of(tmp_path, "memit", neighbours=2, key_contexts=2)
 
     def scores(name: str) -> Any:
-        results = Results(tmp_path / f"{name}.sqlite")
-        sweep = Sweep(tiny_llm, options, EvaluationOptions(), Runtime(TrainerOptions()), results)
-        return sweep.run("memit", requests[:4], [0, 2]).scores
+        return Sweep(tiny_llm, options, Runtime(), tmp_path / name).run("memit", requests[:4], [0, 2]).scores
 
-    options.locate.neighbours, options.locate.key_contexts = 2, 2
     expected = scores("whole")
     with room_for(tiny_llm, 3):
         np.testing.assert_allclose(scores("parts"), expected)
 
 
-def test_no_room_for_one(tiny_llm: LLM, requests: list[EditRequest], options: EditOptions) -> None:
+def test_no_room_for_one(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
     with room_for(tiny_llm, 0):
-        message = refusal(lambda: score_requests(tiny_llm, requests, AttributionOptions(batch_size=4)))
+        message = refusal(lambda: score_requests(tiny_llm, requests, AttributionOptions()))
     assert "CUDA out of memory" in message and "--trainer.precision bf16-true" in message
-    options.method, options.finetune.whiten, options.finetune.kl, options.finetune.reuse = "finetune", 0, 0, False
+    options = options_of(tmp_path, "finetune", whiten=0.0, kl=0.0)
+    options.layers = [0]  # below which nothing is read
     with room_for(tiny_llm, 0):
         assert "--trainer.strategy fsdp" in refusal(lambda: edit(tiny_llm, requests, options=options))
 
@@ -158,9 +154,9 @@ def test_other_errors_pass(tiny_llm: LLM, requests: list[EditRequest], monkeypat
 
 @pytest.mark.parametrize("method", ["finetune", "lora"])
 def test_micro_batches_give_the_same_edit(
-    method: str, tiny_llm: LLM, requests: list[EditRequest], options: EditOptions
+    method: str, tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path
 ) -> None:
-    options.method = method
+    options = options_of(tmp_path, method)
     tiny_llm.model.double()
     trainer = TrainerOptions(precision="64-true")
     expected = edit(tiny_llm, requests, options=options, trainer=trainer)

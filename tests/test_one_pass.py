@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import mean_loss
+from conftest import mean_loss, refusal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.editing.editor import edit
-from pipeline.editing.one_pass import Capturing, OnePass, OnePassSettings, RunningStatistics, ridge_solution
+from pipeline.editing.one_pass import Capturing, OnePass, OnePassSettings, normalised, ridge_solution, sums
 from pipeline.model.activations import target_losses
 from pipeline.model.blocks import sizes
 from pipeline.model.llm import LLM
@@ -101,18 +102,15 @@ def test_the_solution_is_the_dense_one(count: int) -> None:
     torch.testing.assert_close(ridge_solution(1000 * H, V, 0.1) * 1000, expected)
 
 
-def test_statistics_of_parts_merge_to_those_of_the_whole() -> None:
+def test_vectors_are_normalised_by_all_that_were_summed() -> None:
     torch.manual_seed(0)
     vectors = 3 + torch.randn(20, 4, dtype=torch.float64) * torch.tensor([1, 10, 0.1, 0])
-    merged = RunningStatistics.of(vectors[:7]).merge(RunningStatistics.of(vectors[7:]))
-    for part, expected in vars(RunningStatistics.of(vectors)).items():
-        torch.testing.assert_close(getattr(merged, part), expected)
+    merged = sums(vectors[:7]) + sums(vectors[7:])
     with_zero = torch.cat([vectors, torch.zeros(1, 4)])
-    expected = (vectors - with_zero.mean(0)) / with_zero.std(0, correction=0).clamp(min=1e-9)
-    torch.testing.assert_close(merged.normalise(vectors), expected)
-    one = RunningStatistics.of(vectors[:1]).normalise(vectors[:1])
+    expected = (vectors - with_zero.mean(0)) / with_zero.std(0, correction=0)
+    torch.testing.assert_close(normalised(vectors, merged), expected)
+    one = normalised(vectors[:1], sums(vectors[:1]))
     torch.testing.assert_close(one, vectors[:1].sign(), msg="a token alone keeps its direction")
-    torch.testing.assert_close(merged.norm(), vectors.square().sum(1).mean().sqrt())
 
 
 def test_a_later_update_goes_on_from_earlier_statistics(tiny_llm: LLM, requests: list[EditRequest]) -> None:
@@ -125,7 +123,7 @@ def test_a_later_update_goes_on_from_earlier_statistics(tiny_llm: LLM, requests:
     second = run(tiny_llm, requests[3:], ONE_PASS, earlier=first).state
     assert second.keys() == whole.keys()
     for name, tensor in whole.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(first[name], tensor) for name, tensor in kept.items()), "what was given stays"
 
 
@@ -161,5 +159,4 @@ def test_one_request_alone_changes_a_weight_by_the_rank_of_its_tokens(
 
 def test_bad_options_are_refused() -> None:
     for name, value in (("scope", "attention"), ("rate", 0), ("ridge", -1)):
-        with pytest.raises(ValueError, match=f"edit.expert.{name}"):
-            OnePassSettings(**{name: value})
+        assert refusal(partial(OnePassSettings, **{name: value})).startswith(f"{name}: ")

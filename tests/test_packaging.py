@@ -101,7 +101,7 @@ def test_a_config_of_the_users_own_comes_first(tmp_path: Path, monkeypatch: pyte
         ("mimit.yaml", ["no such file", "did you mean memit?"]),
         ("../memit.yaml", ["no such file"]),
         ("elsewhere/memit.yaml", ["no such file"]),
-        (".", ["is a folder"]),
+        (".", ["is no plain file"]),
     ],
 )
 def test_a_config_that_is_not_there(

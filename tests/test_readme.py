@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.cli import parse
-from pipeline.options import EditOptions
-from pipeline.options.editing import SETTINGS
+from pipeline.editing.editor import METHODS
 from pipeline.table import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -37,12 +37,14 @@ def test_a_printed_command_is_understood(run: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_experts_setting_is_listed() -> None:
-    for method, held in SETTINGS.items():
+    for method, held in METHODS.items():
         (row,) = re.findall(
             rf"^\| [^|]*`{method}`[^|]* \| (scope|contexts)( [^|]*) \|$", README, flags=re.MULTILINE
         )
-        listed = {one.split()[0] for one in "".join(row).split(", ")}
-        assert listed == set(asdict(getattr(EditOptions(), held)))
+        listed = dict(one.rsplit(" ", 1) for one in "".join(row).split(", "))
+        assert {name: yaml.safe_load(value) for name, value in listed.items()} == {
+            field.name: getattr(held.settings(), field.name) for field in fields(held.settings)
+        }
 
 
 def test_ci_finds_the_test_command() -> None:

@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import make_tiny
+from test_own_trainer import Mine, somebodys_batches
 from test_readme import README, ROOT
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.attribution import METHODS as SELECTORS
-from pipeline.attribution import GoldenProfile
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.attribution.selector import SELECTORS
 from pipeline.cli import main
-from pipeline.editing import METHODS as EDITS
-from pipeline.editing import WeightUpdate
-from pipeline.options.editing import SETTINGS
+from pipeline.editing.editor import METHODS as EDITS
+from pipeline.editing.update import WeightUpdate
+from pipeline.model.loading import load_model
+from pipeline.options.editing import EditOptions
 from pipeline.parsing import flags_of, parse
 from pipeline.requests import layouts, load_requests
 
@@ -76,9 +80,10 @@ def few_steps(name: str, words: list[str]) -> list[str]:
     """The flag that makes a command's edit a quick one, where it makes one."""
     options = parse(name, words[1:] if words[0] == name else words)
     group = "edit." if hasattr(options, "edit") else ""
-    held = SETTINGS.get(getattr(getattr(options, "edit", options), "method", ""))
-    quick = {"locate": "steps 2", "finetune": "epochs 1", "lora": "epochs 1"}.get(held or "")
-    return f"--{group}expert.{quick}".split() if quick and name != "plan" else []
+    edit = getattr(options, "edit", options)
+    method = edit.method if isinstance(edit, EditOptions) else ""
+    quick = {"one_pass": "rate 1", "finetune": "epochs 1", "lora": "epochs 1"}.get(method, "steps 2")
+    return f"--{group}expert.{quick}".split() if method and name != "plan" else []
 
 
 @pytest.fixture(scope="module")
@@ -143,18 +148,32 @@ def test_the_python_example(begun: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     requests = [json.dumps(request.model_dump()) for request in load_requests("demo")[:104]]
     Path("facts.jsonl").write_text("\n".join(requests))
-    [code] = examples("From Python")
+    first, own, watching = examples("From Python")
     found: dict[str, Any] = {"folder": str(begun / "tiny")}
-    exec(code, found)
+    exec(first, found)
     assert len(found["update"].requests) == 4
     assert found["figures"]["rewrite"].count == 4
+    exec(own, found)
+    assert len(found["update"].requests) == 4
+    weight = found["llm"].model.get_parameter(found["module"].weight_names[0])
+    assert not torch.equal(weight, load_model(found["folder"]).model.get_parameter(found["module"].weight_names[0]))
+    model = load_model(found["folder"]).model
+    found |= {"model": model, "my_module": Mine(model)}
+    found["my_batches"] = DataLoader(
+        somebodys_batches(found["llm"].tokenizer, found["requests"][:6]),  # type: ignore[arg-type]
+        batch_size=None,
+    )
+    exec(watching, found)
+    assert found["watch"].scores.shape == (6, len(found["llm"].blocks))
+    assert found["profile"].golden_layers == found["profile"].ranking[:1]
 
 
 def test_what_contributors_are_shown(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kind of edit, the selector and the layout of the README need no other line than their own."""
     monkeypatch.chdir(begun)
-    monkeypatch.setitem(EDITS, "one_step", None)  # taken out again after the test
-    monkeypatch.setitem(SELECTORS, "weight_norm", None)
+    for table, name in ((EDITS, "one_step"), (SELECTORS, "weight_norm")):  # taken out again after the test
+        monkeypatch.setitem(table, name, None)
+        del table[name]
     found: dict[str, Any] = {}
     for code in examples("Contributing"):
         exec(code, found)

@@ -121,20 +121,6 @@ def test_wikibio_continues_its_passage(tmp_path: Path) -> None:
     )
 
 
-def test_a_subject_is_spelt_as_in_the_prompt(tmp_path: Path) -> None:
-    later = WIKIBIO | {"text": "Antoinette de Mauban was born in Paris."}
-    assert read_one(tmp_path, later).subject == "Antoinette de Mauban"
-    assert read_one(tmp_path, KNOWEDIT | {"subject": "RUDOLF V"}).subject == "Rudolf V"
-    assert read_one(tmp_path, WIKIBIO | {"text": "She was born in Paris."}).subject is None
-
-
-def test_prompts_and_answers_side_by_side(tmp_path: Path) -> None:
-    """As EasyEdit's editor takes them: lists of prompts and of answers."""
-    probes = {"neighborhood": {"prompt": ["One is", "Two is"], "ground_truth": ["1", ["2", "II"]]}}
-    request = read_one(tmp_path, KNOWEDIT | {"locality": probes})
-    assert [(probe.prompt, probe.answer) for probe in request.locality] == [("One is", "1"), ("Two is", "2")]
-
-
 def test_the_one_probe_that_easyedit_added(tmp_path: Path) -> None:
     added = {"Recalled Relation": "(x, y)", "New Question": "Who wrote it?", "New Answer": "Hope"}
     for record in ({"src": "Who?", "alt": "Hope"}, {"case_id": 1, "prompt": "By", "target_new": "Hope"}):
@@ -180,9 +166,12 @@ def test_a_bad_counterfact_record_is_named(tmp_path: Path, change: dict[str, Any
         ({"target_new": []}, ["'new_answer'", "found none"]),
         ({"target_new": 0}, ["'new_answer'", "string"]),
         ({"locality": ["x"]}, ["'locality'", "an object", "list"]),
-        ({"locality": {"Forgetfulness": "x"}}, ["'locality.Forgetfulness'", "a list of probes", "str"]),
-        ({"portability": {"Reasoning": ["x"]}}, ["'portability.Reasoning'", "objects", "str"]),
-        ({"locality": {"a": {"prompt": ["1", "2"], "ground_truth": ["1"]}}}, ["'locality.a'", "as many answers"]),
+        ({"locality": {"Forgetfulness": "x"}}, ["'locality.Forgetfulness'", "a list of probes"]),
+        ({"portability": {"Reasoning": ["x"]}}, ["'portability.Reasoning'", "an object"]),
+        (
+            {"locality": {"a": {"prompt": ["1", "2"], "ground_truth": ["1", "2"]}}},
+            ["'locality.a'", "a list of probes"],
+        ),
         ({"locality": {"a": [{"prompt": 5, "ground_truth": "x"}]}}, ["'locality.0.prompt'", "string"]),
     ],
 )
@@ -209,10 +198,9 @@ def test_probes_without_an_old_answer_have_none(tmp_path: Path) -> None:
     assert (reading.request.old_answer, reading.request.locality, reading.left_out) == (None, (), 2)
 
 
-def test_two_layouts_in_one_file_are_refused(tmp_path: Path) -> None:
-    message = refusal(lambda: load_requests(written(tmp_path, KNOWEDIT, COUNTERFACT)))
-    for word in ("record 1", "is CounterFact", "record 0 is EasyEdit", "one layout"):
-        assert word in message
+def test_a_file_may_hold_several_layouts(tmp_path: Path) -> None:
+    file = written(tmp_path, KNOWEDIT, COUNTERFACT)
+    assert [reading.layout for reading in read_requests(file)] == ["EasyEdit", "CounterFact"]
 
 
 def test_the_source_of_a_record_in_easyedits_names(tmp_path: Path) -> None:

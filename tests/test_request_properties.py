@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from pipeline import UserError
 from pipeline.requests import EditRequest, Probe
 from pipeline.requests.layouts import LAYOUTS
-from pipeline.requests.readers import load_requests, read_requests
-from pipeline.requests.writer import request_writer
+from pipeline.requests.readers import load_requests, read_requests, write_requests
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -77,11 +76,8 @@ def scratch(tmp_path_factory: Any, content: bytes, name: str = "file.json") -> P
 def test_requests_are_read_as_they_were_written(
     tmp_path_factory: Any, batch: list[EditRequest], packed: bool
 ) -> None:
-    file = scratch(tmp_path_factory, b"")
-    with request_writer(file, packed) as write:
-        assert write
-        for request in batch:
-            write(request)
+    name = "file.jsonl.gz" if packed else "file.jsonl"
+    file = write_requests(tmp_path_factory.getbasetemp() / name, batch)
     assert load_requests(file) == batch
     lines = (gzip.decompress if packed else bytes)(file.read_bytes()).split(b"\n")[:-1]
     assert load_requests(scratch(tmp_path_factory, b"[" + b",\n".join(lines) + b"]")) == batch

@@ -71,8 +71,6 @@ def test_a_summary_counts_what_is_there(tmp_path: Path, capsys: pytest.CaptureFi
         "locality": "Relation_Specificity 8",
         "portability": "Reasoning 3",
         "left out": "2 probes or rephrases with an empty text",
-        "words in prompts": "2 to 5, median 2",
-        "in new answers": "1 to 3, median 1",
         "duplicates": "none",
         "contradictions": "none",
     }
@@ -86,7 +84,7 @@ def test_duplicates_and_contradictions_name_both_lines(tmp_path: Path, capsys: p
     assert rows["contradictions"] == "1: line 4 ('Hentzau') against line 2 ('Zenda')"
 
 
-BAD = [REQUEST, "oh", REQUEST | {"new_answer": ""}, {"src": "a", "alt": "b"}, REQUEST | {"id": "0"}, REQUEST]
+BAD = [REQUEST, "oh", REQUEST | {"new_answer": ""}, {"src": "a"}, REQUEST | {"id": "0"}, REQUEST]
 
 
 def test_every_bad_record_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,10 +145,10 @@ def test_a_place_that_cannot_be_written(
 
 
 def test_an_interrupt_leaves_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> str:
         raise Interrupted
 
-    monkeypatch.setattr("pipeline.requests.check.RequestCheck.count", interrupted)
+    monkeypatch.setattr("pipeline.requests.schema.EditRequest.model_dump_json", interrupted)
     file = written(tmp_path, REQUEST)
     assert main(["requests", str(file), "--to", str(tmp_path / "ours.jsonl")]) == 130
     assert list(tmp_path.iterdir()) == [file]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import edit_options, refusal
+from conftest import edit_options
 from lightning.pytorch import LightningModule
 
 from pipeline.editing.editor import METHODS, edit
@@ -60,10 +60,3 @@ def test_resumed_equals_uninterrupted(
     for found, wanted in ((resumed.tensors, expected.tensors), (resumed.state, expected.state)):
         for name, tensor in wanted.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
-
-
-def test_work_of_another_edit_is_refused(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    options = edit_options(tmp_path, "finetune", 512, epochs=1)
-    edit(tiny_llm, requests, options=options, work=tmp_path / "work")
-    message = refusal(lambda: edit(tiny_llm, requests[1:], options=options, work=tmp_path / "work"))
-    assert "holds work of another edit" in message

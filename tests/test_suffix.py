@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.llm import LLM
-from pipeline.model.suffix import SuffixRunner
+from pipeline.model.suffix import Suffixes
 from pipeline.requests.rows import Row
 
 ROWS = [
     Row([7, 8, 9, 10, 11, 12], subject=(2, 2), target_start=5),
     Row([20, 21, 22], subject=(0, 0), target_start=1),
-    Row([30, 31, 32, 33, 34, 35, 36, 37], subject=(6, 6), target_start=8),  # read behind its last token
+    Row([30, 31, 32, 33, 34, 35, 36, 37, 37], subject=(6, 6), target_start=8),
     Row([40, 41, 42, 43, 44], subject=(1, 1), target_start=3),
 ]
 
@@ -30,21 +30,19 @@ def plain_logits(llm: LLM, layer: int, row: Row, change_O: Tensor) -> Tensor:
     handle = down.register_forward_hook(add)
     logits = llm.model(input_ids=torch.tensor([row.token_ids])).logits[0]
     handle.remove()
-    return logits[row.target_start - 1 : max(row.target_start, len(row.token_ids) - 1)]
+    return logits[row.target_start - 1 : -1]
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
 def test_suffix_equals_the_whole(tiny: LLM, layer: int) -> None:
     torch.manual_seed(0)
     change_BO = torch.randn(4, 32)
-    runner = SuffixRunner(tiny, layer)
     with tiny.frozen(), torch.no_grad():
-        rows, base_NV = runner.capture(ROWS)
-        changed_NV = runner.run(rows, change_BO)
+        rows = Suffixes(tiny, layer, ROWS)
+        changed_NV = rows.run(change_BO)
         expected_base = torch.cat([plain_logits(tiny, layer, row, torch.zeros(32)) for row in ROWS])
         expected = torch.cat([plain_logits(tiny, layer, row, c) for row, c in zip(ROWS, change_BO, strict=True)])
-    assert (rows.target_N == -1).tolist() == [False, False, False, True, False, False]
-    torch.testing.assert_close(base_NV, expected_base, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows.base_NV, expected_base, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(changed_NV, expected, rtol=1e-4, atol=1e-4)
     assert (expected - expected_base).abs().max() > 1e-2, "the change must matter for this test to say anything"
 
@@ -52,22 +50,20 @@ def test_suffix_equals_the_whole(tiny: LLM, layer: int) -> None:
 def test_a_subset_gives_its_rows(tiny: LLM) -> None:
     torch.manual_seed(0)
     change_BO = torch.randn(4, 32)
-    runner = SuffixRunner(tiny, 1)
     with tiny.frozen(), torch.no_grad():
-        rows, _ = runner.capture(ROWS)
-        everything = runner.run(rows, change_BO)
+        rows = Suffixes(tiny, 1, ROWS)
+        everything = rows.run(change_BO)
         chosen = torch.tensor([0, 2, 3])
-        part = runner.run(rows.subset(chosen), change_BO[chosen])
-    kept = torch.isin(rows.row_N, chosen)
+        part = rows.subset(chosen).run(change_BO[chosen])
+    kept = torch.isin(rows.batch.row_N, chosen)
     torch.testing.assert_close(part, everything[kept])
 
 
 def test_gradients_reach_the_change_alone(tiny: LLM) -> None:
-    runner = SuffixRunner(tiny, 1)
     change_BO = torch.zeros(4, 32, requires_grad=True)
     with tiny.frozen():
-        rows, _ = runner.capture(ROWS)
-        runner.run(rows, change_BO).sum().backward()
+        rows = Suffixes(tiny, 1, ROWS)
+        rows.run(change_BO).sum().backward()
     assert change_BO.grad is not None
     assert change_BO.grad.abs().sum(1).min() > 0
     assert all(p.grad is None for p in tiny.model.parameters())

@@ -23,7 +23,7 @@ from peft import PeftModel
 from test_cli import one_line
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import update_commands
+from pipeline import commands
 from pipeline.cli import main
 from pipeline.editing import WeightUpdate
 from pipeline.model import load_model
@@ -323,7 +323,7 @@ def test_generate_follows(
     def told_quietly(*words: str) -> None:
         assert main(words) == 0
 
-    monkeypatch.setattr(update_commands, "FOLLOWING", 0.01)
+    monkeypatch.setattr(commands, "FOLLOWING", 0.01)
     wait = Stopping.__init__
 
     def waiting(self: Stopping) -> None:

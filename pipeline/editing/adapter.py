@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.editing.update import ADAPTER_PREFIX
 from pipeline.editing.whitening import reads_for
 from pipeline.errors import UserError
-from pipeline.model.blocks import sizes
+from pipeline.model.blocks import Projection, sizes
 from pipeline.model.llm import LLM
 from pipeline.running.sharding import add
 
@@ -41,13 +41,21 @@ class Adapter:
     def __init__(
         self, llm: LLM, layers: Sequence[int], scope: str, rank: int, alpha: float, earlier: Mapping[str, Tensor]
     ) -> None:
-        projections = [p for layer in layers for p in llm.blocks[layer].projections(scope).values()]
-        most = min(side for projection in projections for side in sizes(projection))
+        projections: dict[str, Projection] = {}
+        for layer in layers:
+            projections |= llm.blocks[layer].projections(scope)
+        most = min(side for projection in projections.values() for side in sizes(projection))
         if not 1 <= rank <= most:
             raise UserError(f"lora.rank: {rank}; expected 1 to {most} for the layer of {llm.name}")
         self.model = llm.model
         self.scaling = alpha / rank
-        self.config = _config(llm, layers, scope, rank, alpha)
+        self.config: dict[str, Any] = {
+            "task_type": "CAUSAL_LM",
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": list(projections),
+            "fan_in_fan_out": isinstance(next(iter(projections.values())), Conv1D),
+        }
         prefix = ADAPTER_PREFIX
         self.earlier = {k.removeprefix(prefix): v for k, v in earlier.items() if k.startswith(prefix)}
 
@@ -97,20 +105,3 @@ def _merge(adapted: PeftModel, sign: int) -> None:
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             add(module.get_base_layer().weight, sign * module.get_delta_weight("default"))  # type: ignore[arg-type, operator]
-
-
-def _config(llm: LLM, layers: Sequence[int], scope: str, rank: int, alpha: float) -> dict[str, Any]:
-    """LoraConfig's arguments for the layers' projections: short module names where a block has each once."""
-    block = llm.blocks[layers[0]]
-    inner = [name.removeprefix(f"{block.name}.") for name in block.projections(scope)]
-    ends = [name.removeprefix(f"{block.name}.").split(".")[-1] for name in block.projections("block")]
-    pattern, projection = block.name.split(".")[-2], next(iter(block.mlp.values()))
-    return {
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": [name if ends.count(name.split(".")[-1]) > 1 else name.split(".")[-1] for name in inner],
-        "layers_to_transform": list(layers),
-        "layers_pattern": pattern,
-        "fan_in_fan_out": isinstance(projection, Conv1D),
-    }

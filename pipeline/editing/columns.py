@@ -50,31 +50,22 @@ class Columns(NamedTuple):
         """The entries of an update's state."""
         return {f"locate.{layer}.{name}": tensor.cpu() for name, tensor in self._asdict().items()}
 
-    def asked(self, owners: Sequence[int], keys_GCI: Tensor, values_GO: Tensor) -> Columns:
-        """With the requests' columns in place of what was asked for the same facts before.
+    def without(self, owners: Sequence[int]) -> Columns:
+        """With the columns of these facts left out."""
+        kept_n = ~torch.isin(self.owner_n, torch.tensor(owners, device=self.owner_n.device))
+        return Columns(self.key_In[:, kept_n], self.change_On[:, kept_n], self.owner_n[kept_n], self.solved_OI)
 
-        Args:
-            owners: what each request is about.
-            keys_GCI: the requests' keys.
-            values_GO: changes of the output, found without `solved_OI`.
-        """
+    def and_asked(self, owners: Sequence[int], keys_GCI: Tensor, values_GO: Tensor) -> Columns:
+        """With columns for requests about these facts: their keys, and changes found without `solved_OI`."""
         contexts = keys_GCI.shape[1]
         owner_n = torch.tensor(owners, device=self.owner_n.device).repeat_interleave(contexts)
         key_In = keys_GCI.flatten(0, 1).T.to(self.key_In)
         change_On = values_GO.T.repeat_interleave(contexts, dim=1).to(self.change_On)
-        mine_n = torch.isin(self.owner_n, owner_n)
         return Columns(
-            key_In=torch.cat([self.key_In[:, ~mine_n], key_In], dim=1),
-            change_On=torch.cat([self.change_On[:, ~mine_n], change_On], dim=1),
-            owner_n=torch.cat([self.owner_n[~mine_n], owner_n]),
+            key_In=torch.cat([self.key_In, key_In], dim=1),
+            change_On=torch.cat([self.change_On, change_On], dim=1),
+            owner_n=torch.cat([self.owner_n, owner_n]),
             solved_OI=self.solved_OI,
-        )
-
-    def without(self, owners: Sequence[int]) -> Columns:
-        """With the columns of these facts left out."""
-        kept_n = ~torch.isin(self.owner_n, torch.tensor(owners, device=self.owner_n.device))
-        return self._replace(
-            key_In=self.key_In[:, kept_n], change_On=self.change_On[:, kept_n], owner_n=self.owner_n[kept_n]
         )
 
 

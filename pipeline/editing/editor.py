@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing import finetune, locate, lora, one_pass  # noqa: F401  each registers its own kinds
@@ -77,7 +78,7 @@ def edit(
     with earlier.applied(llm), restored(llm, method.weight_names):
         with llm.frozen():
             method.run(requests, Runtime(trainer or TrainerOptions(), logger, seed, own), left)
-        changed = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in method.weight_names}
+        changed = weights(llm, method.weight_names)
     return WeightUpdate(
         model=llm.name,
         fingerprint=llm.fingerprint,
@@ -124,17 +125,21 @@ def check_subjects(requests: Sequence[EditRequest], method: str, instead: str = 
         )
 
 
+def weights(llm: LLM, names: Sequence[str]) -> dict[str, Tensor]:
+    """A copy of weights as they are, whole and on the CPU."""
+    return {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in names}
+
+
 @contextmanager
 def restored(llm: LLM, names: Sequence[str]) -> Iterator[None]:
     """The named weights are after the `with` what they were before it, bit for bit."""
-    parameters = dict(llm.model.named_parameters())
-    before = {name: parameters[name].detach().clone() for name in names}
+    before = {name: llm.model.get_parameter(name).detach().clone() for name in names}
     try:
         yield
     finally:
         with torch.no_grad():
             for name, tensor in before.items():
-                parameters[name].copy_(tensor)
+                llm.model.get_parameter(name).copy_(tensor)
 
 
 def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions) -> list[int]:

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.update import WeightUpdate, write_tensors
+from pipeline.editing.update import WeightUpdate, write_adapter
 from pipeline.errors import UserError
 from pipeline.files import require_room
+from pipeline.model.blocks import Projection, as_stored
 from pipeline.model.llm import LLM
 
 KEPT = 1e-5  # relative: singular values below this are rounding
@@ -56,36 +56,34 @@ def export_adapter(llm: LLM, update: WeightUpdate, folder: Path) -> None:
         update.save_adapter(folder)
         return
     llm.check_made_for("update", update.model, update.fingerprint)
-    factors = {name.removesuffix(".weight"): _factors(llm, name, update.tensors[name]) for name in update.tensors}
-    factors = {name: pair for name, pair in factors.items() if pair[0].numel()}
-    if not factors:
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for weight, tensor in update.tensors.items():
+        name = weight.removesuffix(".weight")
+        down_RI, up_OR = _factors(llm, name, tensor)
+        if rank := len(down_RI):
+            ranks[name] = rank
+            tensors |= {f"base_model.model.{name}.lora_A.weight": down_RI}
+            tensors |= {f"base_model.model.{name}.lora_B.weight": up_OR}
+    if not ranks:
         raise UserError("export: the update changes nothing that an adapter could hold")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, (down_RI, up_OR) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down_RI
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up_OR
-    write_tensors(folder / "adapter_model.safetensors", tensors)
-    ranks = {name: len(down_RI) for name, (down_RI, _) in factors.items()}
-    LoraConfig(
-        task_type="CAUSAL_LM",
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
-        rank_pattern=ranks,
-        alpha_pattern=ranks,
-        target_modules=list(ranks),
-        fan_in_fan_out=any(isinstance(llm.model.get_submodule(name), Conv1D) for name in ranks),
-        inference_mode=True,
-        base_model_name_or_path=update.model,
-    ).save_pretrained(str(folder))
+    config = {
+        "task_type": "CAUSAL_LM",
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": list(ranks),
+        "fan_in_fan_out": any(isinstance(llm.model.get_submodule(name), Conv1D) for name in ranks),
+    }
+    write_adapter(folder, tensors, config, update.model)
 
 
 @torch.no_grad()
 def _factors(llm: LLM, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) whose product is the change of a weight, R being no more than it needs."""
-    module = llm.model.get_submodule(name.removesuffix(".weight"))
-    change = tensor.double() - llm.model.get_parameter(name).detach().cpu().double()
-    change_OI = change.T if isinstance(module, Conv1D) else change
+    projection: Projection = llm.model.get_submodule(name)  # type: ignore[assignment]
+    change_OI = as_stored(projection, tensor.double() - projection.weight.cpu().double())
     left_OR, values_R, right_RI = torch.linalg.svd(change_OI, full_matrices=False)
     rank = int((values_R > KEPT * values_R.max()).sum())
     root_R = values_R[:rank].sqrt()

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.editing.adapter import Adapter
 from pipeline.editing.keeping import KeepTraining
 from pipeline.editing.lesson_data import LessonData
-from pipeline.editing.lessons import read_lessons, teaching_loss
+from pipeline.editing.lessons import Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.whitening import WhitenedAdam, reads_for, whitener
@@ -33,7 +33,6 @@ from pipeline.options.base import Count, Options, Positive, Weight, above, at_le
 from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.rows import Batch
 from pipeline.requests.schema import EditRequest
-from pipeline.running.processes import from_first
 from pipeline.running.sharding import as_spread, put, whole
 from pipeline.running.stage import INSTEAD, attempt
 from pipeline.running.trainer import Runtime, trainer_of
@@ -108,11 +107,9 @@ class FineTune(LightningModule):
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Train until every request is learnt or the settings' epochs are over; an adapter is merged then."""
-        settings = self.settings
         self.find_whiteners(runtime)
-        reading = (min(self.layers), [requests], settings.contexts, settings.kl > 0, runtime)
-        (lessons,) = read_lessons(self.llm, *reading)
-        data = LessonData(lessons, settings.batch_size, self.llm.pad_token_id, runtime.seed)
+        (lessons,) = self.lessons([requests], runtime)
+        data = LessonData(lessons, self.settings.batch_size, self.llm.pad_token_id, runtime.seed)
         with self.lora.attached(runtime.seed, self.whiteners) if self.lora else nullcontext() as adapted:
             self.fit(data, runtime)
             if self.lora and adapted:
@@ -124,25 +121,32 @@ class FineTune(LightningModule):
         moments = key_moments(self.llm, names, self.statistics, runtime)
         self.whiteners = {name: whitener(moment, self.settings.whiten) for name, moment in moments.items()}
 
+    def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[Lessons]:
+        """What is to be taught to each group of requests, which know nothing of each other."""
+        contexts, unrelated = self.settings.contexts, self.settings.kl > 0
+        return read_lessons(self.llm, min(self.layers), groups, contexts, unrelated, runtime)
+
     def fit(self, data: LessonData, runtime: Runtime) -> None:
         """Train; where the memory does not suffice, from the start again in micro-batches of half the size."""
-        keeping = [KeepTraining(runtime.work)] if runtime.work else []
+        keeping = KeepTraining(runtime.work) if runtime.work else None
         about = {"logger": runtime.logger, "max_epochs": self.settings.epochs, "log_every_n_steps": 1}
         parts = 0
         while True:
             with (
-                trainer_of(runtime, "Editing", keeping, enable_checkpointing=bool(keeping), **about) as trainer,
+                trainer_of(
+                    runtime, "Editing", [keeping] if keeping else [], enable_checkpointing=bool(keeping), **about
+                ) as trainer,
                 checkpointing(self.llm, runtime.options.activation_checkpointing),
             ):
                 trainer.accumulate_grad_batches = parts = parts or self._parts(trainer, runtime)
-                found = from_first(keeping[0].found() if keeping else None)
+                found = keeping.found() if keeping else None
                 fit = partial(trainer.fit, self, datamodule=data, ckpt_path=found, weights_only=True)
                 suffices, failed = attempt(fit)
             if suffices:
                 return
-            parts = self._smaller(trainer, failed)
-            if found := keeping[0].found() if keeping else None:
-                found.unlink()  # its steps are cut into other parts
+            parts, data.begun = self._smaller(trainer, failed), (0, 0)
+            if keeping:
+                keeping.file.unlink(missing_ok=True)  # its steps are cut into other parts
 
     def _parts(self, trainer: Trainer, runtime: Runtime) -> int:
         """In how many micro-batches a device runs its part of a batch."""
@@ -180,11 +184,13 @@ class FineTune(LightningModule):
         An adapter's factors have no scale of the model's: for them, it is as it is. Over the epochs the step goes
         evenly to `last_step` times that: small late steps take little from earlier ones.
         """
-        trained, rate = self.trained(), self.settings.learning_rate
-        scales = {name: 1.0 if self.lora else _scale(whole(weight)) for name, weight in trained.items()}
+        rate = self.settings.learning_rate
         adam = WhitenedAdam(
-            [{"params": [weight], "lr": rate * scales[name]} for name, weight in trained.items()],
-            {weight: found for name, weight in trained.items() if (found := self._whitening(name))},
+            [
+                {"params": [weight], "lr": rate * (1.0 if self.lora else _scale(self.start[name]))}
+                for name, weight in self.trained().items()
+            ],
+            {weight: found for name, weight in self.trained().items() if (found := self._whitening(name))},
         )
         epochs = self.settings.epochs
         falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, self.settings.last_step, total_iters=epochs)
@@ -226,25 +232,18 @@ class FineTune(LightningModule):
         unlearnt_B = (losses_B > self.settings.learnt).to(losses_B)
         self.unlearnt += unlearnt_B.sum()
         rows = len(losses_B)
-        means = [figure.sum() / max(1, rows) for figure in (losses_B, hits_B, unlearnt_B)]
+        loss, accuracy, unlearnt = (each.sum() / max(1, rows) for each in (losses_B, hits_B, unlearnt_B))
         about: dict[str, Any] = {"on_epoch": True, "batch_size": rows, "sync_dist": True}
-        self.log("loss", means[0], prog_bar=True, logger=False, batch_size=1)
-        self.log("edit/loss", means[0], on_step=True, **about)
-        self.log("edit/accuracy", means[1], on_step=False, **about)
-        self.log("edit/unlearnt", means[2], on_step=False, **about)
-
-    def on_train_start(self) -> None:
-        """Where every entry of a weight is to stay (FT-L's norm constraint)."""
-        self.box: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, weight in self.trained().items() if self.settings.bound else ():
-            start, most = as_spread(self.start[name], weight), self.settings.bound * _scale(self.start[name])
-            self.box[name] = start - most, start + most
+        self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
+        self.log("edit/loss", loss, on_step=True, **about)
+        self.log_dict({"edit/accuracy": accuracy, "edit/unlearnt": unlearnt}, on_step=False, **about)
 
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
-        """Keep it there."""
-        for name, weight in self.trained().items() if self.box else ():
-            weight.copy_(torch.clamp(weight, *self.box[name]))
+        """Keep every entry of a weight near its start, where there is a bound (FT-L's norm constraint)."""
+        for name, weight in self.trained().items() if self.settings.bound else ():
+            start, most = as_spread(self.start[name], weight), self.settings.bound * _scale(self.start[name])
+            weight.copy_(torch.clamp(weight, start - most, start + most))
 
     def on_train_epoch_start(self) -> None:
         """Count what is not learnt yet."""

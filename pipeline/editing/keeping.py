@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from pipeline.errors import UserError
 from pipeline.running.interrupts import interrupts
+from pipeline.running.kept import is_whole
 from pipeline.running.processes import from_first
 
 EVERY = 10.0  # seconds
@@ -30,21 +29,8 @@ class KeepTraining(Checkpoint):
         self.due = time.monotonic() + EVERY
 
     def found(self) -> Path | None:
-        """The file that an interrupted training has left.
-
-        Raises:
-            UserError: when it is damaged.
-        """
-        if not self.file.exists():
-            return None
-        try:
-            with ZipFile(self.file) as archive:
-                whole = bool(archive.namelist()) and archive.testzip() is None
-        except (OSError, BadZipFile, EOFError, NotImplementedError, RuntimeError):
-            whole = False
-        if not whole:
-            raise UserError(f"checkpoint: {self.file}: damaged; remove it to train from the beginning")
-        return self.file
+        """The file that an interrupted training has left; one that is damaged counts as not there."""
+        return from_first(self.file if is_whole(self.file) else None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,12 +39,9 @@ class KeepTraining(Checkpoint):
         if not between_steps or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
         if from_first(interrupts.noted is not None or time.monotonic() > self.due):
-            self._keep(trainer)
+            self.on_train_epoch_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._keep(trainer)
-
-    def _keep(self, trainer: Trainer) -> None:
         started = time.monotonic()
         trainer.save_checkpoint(self.file)  # whole or not at all; all processes take part
         ended = time.monotonic()

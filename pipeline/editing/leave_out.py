@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 from pipeline.editing.columns import owner
-from pipeline.editing.editor import METHODS, restored
+from pipeline.editing.editor import METHODS, restored, weights
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.update import WeightUpdate
 from pipeline.model.llm import LLM
@@ -17,7 +16,6 @@ from pipeline.options.editing import EditOptions
 from pipeline.options.shared import TrainerOptions
 from pipeline.requests.conflicts import fact
 from pipeline.requests.schema import EditRequest
-from pipeline.running.sharding import whole
 from pipeline.running.trainer import Runtime
 
 ROUNDING = 1e-5  # relative: what adding and taking away changes may leave of them
@@ -59,23 +57,16 @@ def leave_out(
     left = [request for request in update.requests if fact(request) not in gone]
     method = METHODS[options.method].make(llm, layers, options, update.state)
     assert isinstance(method, LocateThenEdit)
-    base = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in method.weight_names}
+    base = weights(llm, method.weight_names)
     with update.applied(llm), restored(llm, method.weight_names), llm.frozen():
         method.leave_out(requests, Runtime(trainer or TrainerOptions(), seed=seed), left)
-        changed = {name: whole(llm.model.get_parameter(name)).cpu().clone() for name in base}
-    changed = {name: _snapped(tensor, base[name]) for name, tensor in changed.items()}
-    unlike = {name: tensor for name, tensor in changed.items() if not torch.equal(tensor, base[name])}
-    others = {name: tensor for name, tensor in update.tensors.items() if name not in changed}
-    return WeightUpdate(
-        model=update.model,
-        fingerprint=update.fingerprint,
-        method=options.method,
-        layers=update.layers,
-        tensors=others | unlike,
-        requests=left,
-        options=update.options,
-        state=update.state | method.state,
-    )
+        changed = weights(llm, method.weight_names)
+    tensors = update.tensors | changed
+    for name, tensor in changed.items():
+        if (tensor - base[name]).norm() <= ROUNDING * base[name].norm():
+            del tensors[name]
+    state = update.state | method.state
+    return replace(update, method=options.method, tensors=tensors, requests=left, state=state, adapter=None)
 
 
 def _layers(update: WeightUpdate) -> list[int]:
@@ -85,8 +76,3 @@ def _layers(update: WeightUpdate) -> list[int]:
 
 def _owners(layer: int) -> str:
     return f"locate.{layer}.owner_n"
-
-
-def _snapped(tensor: Tensor, base: Tensor) -> Tensor:
-    """The base's weight in place of one that differs from it by rounding alone."""
-    return base if (tensor - base).norm() <= ROUNDING * base.norm() else tensor

@@ -7,7 +7,7 @@ what the unedited model says after the unrelated prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.editing.contexts import CONTEXTS, in_context, neighbours
-from pipeline.model.activations import Activations, target_logits
+from pipeline.editing.entering import Entering, SaidNext, going_on
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Batch, Row, collate
 from pipeline.requests.schema import EditRequest
-from pipeline.running.stage import Stage, run
+from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
 UNRELATED = 1024  # the most unrelated prompts: what comes after each is kept, a vocabulary wide
@@ -41,11 +41,12 @@ class Lesson(NamedTuple):
     base_V: Tensor | None
 
 
+@dataclass
 class Lessons:
     """What is taught together: each request's lessons (bare, then under each context), and unrelated prompts."""
 
-    def __init__(self, taught: list[list[Lesson]], others: list[Lesson]) -> None:
-        self.taught, self.others = taught, others
+    taught: list[list[Lesson]]
+    others: list[Lesson]
 
     def of_epoch(self, request: int, epoch: int) -> Lesson:
         """The bare prompt in even epochs, contexts in turn in odd ones: rows of a batch are of like length."""
@@ -58,16 +59,15 @@ class Lessons:
 
 
 def collate_lessons(
-    taught: Sequence[Lesson], others: Sequence[Lesson], weights: Sequence[float], pad_token_id: int
+    taught: Sequence[Lesson], others: Sequence[Lesson], weights: tuple[float, float], pad_token_id: int
 ) -> Batch:
-    """Requests' rows, then unrelated prompts, as a batch; each has its weight in the loss."""
+    """Requests' rows, then unrelated prompts, as a batch; `weights` of a row of each kind in the loss."""
     own = [*taught, *others]
-    batch = collate([one.row for one in own], pad_token_id)
     enter = [one.enter_TD for one in own if one.enter_TD is not None]
     base = [one.base_V for one in others if one.base_V is not None]
     return replace(
-        batch,
-        weight_B=torch.tensor(weights, dtype=torch.float32),
+        collate([one.row for one in own], pad_token_id),
+        weight_B=torch.tensor([weights[0]] * len(taught) + [weights[1]] * len(others)),
         enter_BTD=nn.utils.rnn.pad_sequence(enter, batch_first=True) if enter else None,
         base_KV=torch.stack(base) if base else None,
     )
@@ -77,9 +77,8 @@ def teaching_loss(batch: Batch, logits_NV: Tensor, learnt: float, kl: float) -> 
     """Σ weight · ℓ(x, y_new) over rows that are not learnt yet, plus `kl` · Σ weight · KL(base ‖ now) over prompts
     about something else; and ℓ, in nats, of each taught row."""
     losses_B = batch.losses(logits_NV)
-    weight_B = torch.full_like(losses_B, 1 / len(losses_B))
-    if batch.weight_B is not None:
-        weight_B = batch.weight_B.to(losses_B)
+    weight_B = torch.full_like(losses_B, 1 / len(losses_B)) if batch.weight_B is None else batch.weight_B
+    weight_B = weight_B.to(losses_B)
     taught = len(losses_B) - (0 if batch.base_KV is None else len(batch.base_KV))
     unlearnt_B = losses_B[:taught].detach() > learnt
     loss = (weight_B[:taught] * losses_B[:taught] * unlearnt_B).sum()
@@ -88,41 +87,6 @@ def teaching_loss(batch: Batch, logits_NV: Tensor, learnt: float, kl: float) -> 
         kl_K = F.kl_div(now_KV, batch.base_KV, log_target=True, reduction="none").sum(-1)
         loss = loss + kl * weight_B[taught:] @ kl_K
     return loss, losses_B[:taught]
-
-
-class Reading(Stage):
-    """Of each row, what enters a block, and after a prompt the log-probabilities of what comes next.
-
-    Args:
-        llm: the model as it is before training.
-        layer: the lowest block that will be trained.
-        whole: read what comes next, too; else no block from `layer` on runs.
-    """
-
-    title = "Reading"
-
-    def __init__(self, llm: LLM, layer: int, whole: bool) -> None:
-        super().__init__(llm.model)
-        self.activations, self.layer, self.whole = Activations(llm), layer, whole
-
-    def collate(self, items: list[Row]) -> Batch:
-        return collate(items, self.activations.llm.pad_token_id)
-
-    def step(self, batch: Batch) -> list[tuple[Tensor | None, Tensor | None]]:
-        name = self.activations.llm.blocks[self.layer].name
-        base: list[Tensor | None] = [None] * len(batch.texts)
-        if self.whole:
-            with self.activations.entering(name) as seen:
-                base = list(target_logits(self.model, batch).log_softmax(-1).cpu())
-            enter_BTD = seen[name]
-        else:
-            enter_BTD = self.activations.enter(batch.input_ids_BT, self.layer)
-        lengths = [len(row.token_ids) - 1 for row in batch.texts]  # the last token predicts nothing
-        enter = [
-            one[:length].cpu().clone() if self.layer else None
-            for one, length in zip(enter_BTD, lengths, strict=True)
-        ]
-        return list(zip(enter, base, strict=True))
 
 
 def read_lessons(
@@ -143,14 +107,14 @@ def read_lessons(
     texts = [(in_context(template, r)[0], r.new_answer) for r in requests for template in templates]
     taught = llm.tokens.rows(texts, tags=[r.id for r in requests for _ in templates])
     names = [neighbours(group, NAMES_EACH, UNRELATED) if unrelated else [] for group in groups]
-    prompts = llm.tokens.prompts([text for some in names for text, _ in some])
-    others = [Row([*ids, ids[-1]], len(ids)) for ids in prompts]
-    size = (lambda row: len(row.token_ids),)
-    read = run(Reading(llm, layer, whole=False), taught, runtime, *size) if layer else [(None, None)] * len(taught)
-    rows = iter([Lesson(row, *found) for row, found in zip(taught, read, strict=True)])
-    said = run(Reading(llm, layer, whole=True), others, runtime, *size)
-    told = iter([Lesson(row, *found) for row, found in zip(others, said, strict=True)])
-    return [
-        Lessons([list(islice(rows, len(templates))) for _ in group], list(islice(told, len(some))))
-        for group, some in zip(groups, names, strict=True)
-    ]
+    others = [going_on(ids) for ids in llm.tokens.prompts([text for some in names for text, _ in some])]
+    rows = [*taught, *others]
+    enter = run(Entering(llm, layer), rows, runtime, Row.length) if layer else [None] * len(rows)
+    said = run(SaidNext(llm), others, runtime, Row.length)
+    base = [*([None] * len(taught)), *said]
+    lessons = (
+        Lesson(row, enter_TD[: row.length() - 1] if layer else None, base_V)  # the last token predicts nothing
+        for row, enter_TD, base_V in zip(rows, enter, base, strict=True)
+    )
+    own = [[list(islice(lessons, len(templates))) for _ in group] for group in groups]
+    return [Lessons(of_group, list(islice(lessons, len(some)))) for of_group, some in zip(own, names, strict=True)]

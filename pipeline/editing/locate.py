@@ -19,10 +19,11 @@ from torch import Tensor
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, owner
 from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, in_context, neighbours
+from pipeline.editing.entering import Entering
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
-from pipeline.editing.values import SEARCHED_TOGETHER, KeyReading, Located, ValueSearch, locate
-from pipeline.model.blocks import Projection
+from pipeline.editing.values import SEARCHED_TOGETHER, Located, ValueSearch, locate
+from pipeline.model.blocks import as_stored
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count, FromZero, Most, Options, Positive, Weight, above, at_least, at_most
 from pipeline.options.editing import EditOptions
@@ -80,8 +81,8 @@ class LocateThenEdit:
         options: `settings_of` them are what counts here, and the text of the statistics.
         earlier: keys and values in it are solved for again, together with the new ones.
         solver: from the settings to the closed-form solver.
-        key_a_context: whether each context's key is a column of its own; else a request has one, their mean.
-        spares_neighbours: whether outputs for other names in the prompts are to stay.
+        by_all_keys: whether each context's key is a column of its own, and outputs for other names in the prompts
+            are to stay; else a request has one column, the mean of its keys.
 
     Attributes:
         weight_names: the down-projections' weights.
@@ -98,28 +99,25 @@ class LocateThenEdit:
         earlier: Mapping[str, Tensor] | None = None,
         *,
         solver: Callable[[LocateSettings], Solver],
-        key_a_context: bool = False,
-        spares_neighbours: bool = False,
+        by_all_keys: bool = False,
     ) -> None:
         self.llm, self.layers, self.statistics = llm, list(layers), options.statistics
         self.settings: LocateSettings = settings_of(options)
         self.solve = solver(self.settings)
-        self.key_a_context = key_a_context
-        self.near = self.settings.neighbours if spares_neighbours and self.settings.neighbour_weight else 0
+        self.by_all_keys = by_all_keys
+        self.near = self.settings.neighbours if by_all_keys and self.settings.neighbour_weight else 0
         self.weight_names = [name for layer in layers for name in llm.blocks[layer].weight_names("down")]
         self.state = dict(earlier or {})
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """At each layer in turn: search the values, gather the keys, solve, and change the weight in place."""
-        moments = self.moments(runtime)
-        located = self.located(requests)
+        moments, located = self.moments(runtime), self.located(requests)
+        owners = [owner(request) for request in requests]
         for layer in self.layers:
-            columns = self._taken_out(
-                layer
-            )  # values are found without those of other updates, and solved with them
+            columns = self._taken_out(layer)  # values are found without other updates', and solved with them
             values = self.find(self.search(layer, len(requests)), located, runtime, kept=f"values-{layer}")
-            keys_GCI = self.keys(KeyReading(self.llm, layer), requests, runtime)
-            columns = columns.asked([owner(request) for request in requests], keys_GCI, torch.stack(values))
+            keys_GCI = self.keys(layer, requests, runtime)
+            columns = columns.without(owners).and_asked(owners, keys_GCI, torch.stack(values))
             self._put_in(layer, columns, [*earlier, *requests], moments[layer], runtime)
 
     def leave_out(self, requests: Sequence[EditRequest], runtime: Runtime, left: Sequence[EditRequest]) -> None:
@@ -131,15 +129,15 @@ class LocateThenEdit:
 
     def moments(self, runtime: Runtime) -> dict[int, Tensor]:
         """The second moment of ordinary text's keys, by layer."""
-        names = {layer: next(iter(self.llm.blocks[layer].down)) for layer in self.layers}
-        found = key_moments(self.llm, list(names.values()), self.statistics, runtime)
-        return {layer: found[name] for layer, name in names.items()}
+        names = [next(iter(self.llm.blocks[layer].down)) for layer in self.layers]
+        found = key_moments(self.llm, names, self.statistics, runtime)
+        return {layer: found[name] for layer, name in zip(self.layers, names, strict=True)}
 
     def _taken_out(self, layer: int) -> Columns:
         """What a layer was asked for before, its solution being taken out of the weight."""
         (down,) = self.llm.blocks[layer].down.values()
         columns = Columns.of_state(self.state, layer, down)
-        _change(down, -columns.solved_OI)
+        add(down.weight, as_stored(down, -columns.solved_OI))
         return columns
 
     def _put_in(
@@ -149,9 +147,9 @@ class LocateThenEdit:
         (down,) = self.llm.blocks[layer].down.values()
         solved_OI = torch.zeros_like(columns.solved_OI)
         if columns.owner_n.numel():
-            (kept_II,) = self.kept(KeyReading(self.llm, layer), [held], text_II, runtime)
+            (kept_II,) = self.kept(layer, [held], text_II, runtime)
             solved_OI = self.solve(columns.key_In, columns.change_On, kept_II.to(down.weight.device)).float()
-        _change(down, solved_OI)
+        add(down.weight, as_stored(down, solved_OI))
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
 
     def located(self, requests: Sequence[EditRequest]) -> list[Located]:
@@ -159,11 +157,11 @@ class LocateThenEdit:
         templates = CONTEXTS[: self.settings.contexts] + ASSOCIATIONS[: self.settings.associations]
         return [locate(self.llm, request, templates) for request in requests]
 
-    def search(self, layer: int, together: int, climbs: bool = False) -> ValueSearch:
+    def search(self, layer: int, together: int) -> ValueSearch:
         """The search for values at a layer, for so many requests that are to get along."""
         bound, steps = (2.0, 40) if together <= FEW else (1.6, 22)
         own = self.settings
-        return ValueSearch(self.llm, layer, own.steps or steps, own.step, own.bound or bound, climbs)
+        return ValueSearch(self.llm, layer, own.steps or steps, own.step, own.bound or bound)
 
     def find(
         self, search: ValueSearch, located: Sequence[Located], runtime: Runtime, kept: str | None = None
@@ -172,18 +170,16 @@ class LocateThenEdit:
         sizes = (Located.tokens, self.settings.batch_size, SEARCHED_TOGETHER)
         return run(search, located, runtime, *sizes, kept=kept, in_step=True, logger=runtime.logger)
 
-    def keys(self, reading: KeyReading, requests: Sequence[EditRequest], runtime: Runtime) -> Tensor:
+    def keys(self, layer: int, requests: Sequence[EditRequest], runtime: Runtime) -> Tensor:
         """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""
         templates = CONTEXTS[: self.settings.key_contexts]
         placed = [in_context(template, r) for r in requests for template in templates]
-        lasts = [self.llm.tokens.place(text, end) for text, end in placed]
-        rows = self._rows([text for text, _ in placed], lasts, lasts)
-        key_RI = torch.cat(run(reading, rows, runtime, _tokens, READ_TOGETHER))
+        key_RI = torch.cat(self._read(layer, placed, False, runtime))
         keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])
-        return keys_GCI if self.key_a_context else keys_GCI.mean(1, keepdim=True)
+        return keys_GCI if self.by_all_keys else keys_GCI.mean(1, keepdim=True)
 
     def kept(
-        self, reading: KeyReading, groups: Sequence[Sequence[EditRequest]], text_II: Tensor, runtime: Runtime
+        self, layer: int, groups: Sequence[Sequence[EditRequest]], text_II: Tensor, runtime: Runtime
     ) -> Iterator[Tensor]:
         """By group, the second moment of the keys whose output is to stay: of text and of requests' neighbours.
 
@@ -193,54 +189,36 @@ class LocateThenEdit:
             yield from repeat(text_II, len(groups))
             return
         texts = [neighbours(group, self.near, MOST_NEIGHBOURS, runtime.seed) for group in groups]
-        flat = [placed for some in texts for placed in some]
-        firsts = [self.llm.tokens.place(text, end) for text, end in flat]
-        rows = self._rows([text for text, _ in flat], firsts)
-        keys = iter(run(reading, rows, runtime, _tokens, READ_TOGETHER))
+        keys = iter(self._read(layer, [placed for some in texts for placed in some], True, runtime))
         for some in texts:
             key_NI = torch.cat(list(islice(keys, len(some))))
             near_II = key_NI.T @ key_NI / len(key_NI)
             yield text_II / text_II.trace() + self.settings.neighbour_weight * near_II / near_II.trace()
 
-    def _rows(self, texts: Sequence[str], firsts: Sequence[int], lasts: Sequence[int] | None = None) -> list[Row]:
-        """Texts whose keys are wanted from one place to another, or to the end."""
-        all_ids = self.llm.tokens.prompts(texts)
-        lasts = lasts or [len(ids) - 1 for ids in all_ids]
-        places = zip(firsts, lasts, strict=True)
-        return [Row(ids, len(ids), place, n) for n, (ids, place) in enumerate(zip(all_ids, places, strict=True))]
+    def _read(
+        self, layer: int, placed: Sequence[tuple[str, int]], to_the_end: bool, runtime: Runtime
+    ) -> list[Tensor]:
+        """Of texts, the keys (places, I) of the token at which a name in it ends, and maybe of all after it."""
+        (down,) = self.llm.blocks[layer].down
+        rows = []
+        for (text, end), ids in zip(placed, self.llm.tokens.prompts([text for text, _ in placed]), strict=True):
+            first = self.llm.tokens.place(text, end)
+            rows.append(Row(ids, len(ids), (first, len(ids) - 1 if to_the_end else first)))
+        keys = run(Entering(self.llm, layer, down), rows, runtime, Row.length, READ_TOGETHER)
+        return [key_TI.float() for key_TI in keys]
 
 
-def _tokens(row: Row) -> int:
-    return len(row.token_ids)
+def _register(name: str, solver: Callable[[LocateSettings], Solver], **own: Any) -> None:
+    make = partial(LocateThenEdit, solver=solver, **own)
+    stacked = {  # where one layer is to hold batch after batch: small values, so that many get along
+        **{"key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
+        **{"step": 0.13, "bound": 1.3, "strength": 20.0},
+    }
+    about = {"needs_subject": True, "trial": "values", "solves_anew": True, "stacked": stacked}
+    register(name, make, LocateSettings, **about)
 
 
-def _change(down: Projection, change_OI: Tensor) -> None:
-    stored = change_OI if isinstance(down, torch.nn.Linear) else change_OI.T  # Conv1D stores (I, O)
-    add(down.weight, stored)
-
-
-def _register(name: str, solver: Callable[[LocateSettings], Solver], **about: Any) -> None:
-    register(
-        name,
-        partial(LocateThenEdit, solver=solver, **about),
-        LocateSettings,
-        needs_subject=True,
-        trial="values",
-        solves_anew=True,
-        # where one layer is to hold batch after batch: small values, so that many get along
-        stacked={
-            **{"key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
-            **{"step": 0.13, "bound": 1.3, "strength": 20.0},
-        },
-    )
-
-
-_register(
-    "memit",
-    lambda settings: partial(solvers.memit, strength=settings.strength),
-    key_a_context=True,
-    spares_neighbours=True,
-)
+_register("memit", lambda own: partial(solvers.memit, strength=own.strength), by_all_keys=True)
 _register("emmet", lambda _: solvers.emmet)
 _register("rome", lambda _: solvers.rome)
-_register("alphaedit", lambda settings: partial(solvers.alphaedit, threshold=settings.threshold))
+_register("alphaedit", lambda own: partial(solvers.alphaedit, threshold=own.threshold))

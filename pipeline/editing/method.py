@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipeline.errors import UserError, check_choice
-from pipeline.options.base import Options, check_expert, kinds_of
+from pipeline.options.base import Options, read_expert
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
@@ -36,11 +36,6 @@ class EditMethod(Protocol):
         ...
 
 
-@dataclass(kw_only=True)
-class NoSettings(Options):
-    """Of a kind of edit that has none."""
-
-
 @dataclass(frozen=True)
 class Method:
     """A kind of edit as it is registered.
@@ -56,7 +51,7 @@ class Method:
     """
 
     make: Callable[..., EditMethod]
-    settings: type = NoSettings
+    settings: type = Options
     needs_subject: bool = False
     trial: str | None = None
     solves_anew: bool = False
@@ -66,7 +61,7 @@ class Method:
 METHODS: dict[str, Method] = {}  # filled by each kind's own file; `pipeline.editing.editor` imports them all
 
 
-def register(name: str, make: Callable[..., EditMethod], settings: type = NoSettings, **about: Any) -> None:
+def register(name: str, make: Callable[..., EditMethod], settings: type = Options, **about: Any) -> None:
     """Enter a kind of edit; `about` is what else `Method` has.
 
     Raises:
@@ -86,8 +81,8 @@ def settings_of(options: EditOptions) -> Any:
     check_choice("method", options.method, METHODS)
     method = METHODS[options.method]
     try:
-        check_expert(options.expert, kinds_of(method.settings), options.method)
-        return method.settings(**{**(method.stacked if options.stacked else {}), **options.expert})
+        given = read_expert(options.expert, method.settings, options.method)
+        return method.settings(**{**(method.stacked if options.stacked else {}), **given})
     except UserError as error:
         line = str(error)
         raise UserError(f"edit.{line if line.startswith('expert') else f'expert.{line}'}") from None

@@ -17,22 +17,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.editing.method import register, settings_of
 from pipeline.errors import UserError
 from pipeline.model.activations import Activations, target_losses
-from pipeline.model.blocks import Projection
+from pipeline.model.blocks import Projection, as_stored
 from pipeline.model.llm import LLM
 from pipeline.options.base import Options, Positive, one_of
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Batch, Row, collate
 from pipeline.requests.schema import EditRequest
-from pipeline.running.processes import world_size
-from pipeline.running.sharding import add, is_sharded
+from pipeline.running.sharding import add
 from pipeline.running.stage import Stage, run
 from pipeline.running.trainer import Runtime
 
@@ -47,14 +46,6 @@ class OnePassSettings(Options):
     """How far a token's output is moved, in units of the projection's output norm."""
     ridge: Positive = 0.01
     """Weight of a small change against the requests, in units of the mean squared norm of the inputs."""
-
-
-class Captured(NamedTuple):
-    """What one projection saw at the edited tokens, and the gradient of the loss at its output."""
-
-    input_NI: Tensor
-    output_NO: Tensor
-    gradient_NO: Tensor
 
 
 class OnePass:
@@ -87,79 +78,49 @@ class OnePass:
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Capture, merge the statistics, solve, and change the weights in place."""
         rows = self.llm.tokens.answered(requests, [request.new_answer for request in requests])
-        if is_sharded(self.llm.model) and len(rows) < world_size():
-            raise UserError(
-                f"trainer: {len(rows)} requests for {world_size()} devices that share a model's weights"
-            )
-        seen = run(
-            Capturing(self.llm, list(self.projections)), rows, runtime, lambda row: len(row.token_ids), in_step=True
-        )
+        seen = run(Capturing(self.llm, list(self.projections)), rows, runtime, Row.length, in_step=True)
         for name, projection in self.projections.items():
             parts = zip(*(of_row[name] for of_row in seen), strict=True)
-            self._change(name, projection, Captured(*(torch.cat(part).double() for part in parts)))
+            change_OI = self._solved(name, *(torch.cat(part).double() for part in parts))
+            add(projection.weight, as_stored(projection, change_OI))
 
-    def _change(self, name: str, projection: Projection, captured: Captured) -> None:
-        """v = −η ‖h‖² g of normalised h and g, then the ridge solution.
+    def _solved(self, name: str, input_NI: Tensor, output_NO: Tensor, gradient_NO: Tensor) -> Tensor:
+        """ΔW (O, I) for v = −η ‖h‖² g of normalised h and g, by the ridge solution.
 
         Normalised h and g have mean squared norms near I and O, so with this η all v together have `rate` times
         the norm of the outputs, in whatever units a model's projection works.
         """
-        inputs, outputs, gradients = (
-            self._statistics(f"one_pass.{name}.{kind}", vectors)
-            for kind, vectors in zip(("input", "output", "gradient"), captured, strict=True)
-        )
-        input_NI, gradient_NO = inputs.normalise(captured.input_NI), gradients.normalise(captured.gradient_NO)
-        eta = self.settings.rate * outputs.norm() / (input_NI.shape[1] * gradient_NO.shape[1] ** 0.5)
-        value_NO = -eta * input_NI.square().sum(1, keepdim=True) * gradient_NO
-        change_OI = ridge_solution(captured.input_NI, value_NO, self.settings.ridge)
-        stored = change_OI if isinstance(projection, nn.Linear) else change_OI.T  # Conv1D stores (I, O)
-        add(projection.weight, stored)
+        h_NI = normalised(input_NI, self._sums(f"one_pass.{name}.input", input_NI))
+        g_NO = normalised(gradient_NO, self._sums(f"one_pass.{name}.gradient", gradient_NO))
+        outputs_3O = self._sums(f"one_pass.{name}.output", output_NO)
+        norm = (outputs_3O[2] / outputs_3O[0]).sum().sqrt()
+        eta = self.settings.rate * norm / (h_NI.shape[1] * g_NO.shape[1] ** 0.5)
+        value_NO = -eta * h_NI.square().sum(1, keepdim=True) * g_NO
+        return ridge_solution(input_NI, value_NO, self.settings.ridge)
 
-    def _statistics(self, name: str, vectors_ND: Tensor) -> RunningStatistics:
-        """The statistics of one kind of vector with those of this update merged in; kept in `state`."""
-        merged = RunningStatistics.of(vectors_ND)
-        if f"{name}.count" in self.state:
-            before = {part: self.state[f"{name}.{part}"].to(vectors_ND) for part in vars(merged)}
-            merged = RunningStatistics(**before).merge(merged)
-        self.state |= {f"{name}.{part}": value.cpu() for part, value in vars(merged).items()}
-        return merged
+    def _sums(self, name: str, vectors_ND: Tensor) -> Tensor:
+        """The sums of one kind of vector, those of earlier updates among them; kept in `state`."""
+        sums_3D = sums(vectors_ND)
+        if name in self.state:
+            sums_3D = sums_3D + self.state[name].to(sums_3D)
+        self.state[name] = sums_3D.cpu()
+        return sums_3D
 
 
-@dataclass(frozen=True)
-class RunningStatistics:
-    """Count, mean and sum of squared deviations of vectors, feature by feature, in float64."""
+def sums(vectors_ND: Tensor) -> Tensor:
+    """How many vectors there are, their sum, and that of their squares, feature by feature, (3, D) in float64."""
+    x_ND = vectors_ND.double()
+    return torch.stack([torch.ones_like(x_ND), x_ND, x_ND.square()]).sum(1)
 
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
 
-    @classmethod
-    def of(cls, vectors_ND: Tensor) -> RunningStatistics:
-        """The statistics of N vectors."""
-        mean_D = vectors_ND.mean(0)
-        return cls(vectors_ND.new_tensor(len(vectors_ND)), mean_D, (vectors_ND - mean_D).square().sum(0))
+def normalised(vectors_ND: Tensor, sums_3D: Tensor) -> Tensor:
+    """Vectors less the mean of those that were summed, each feature in units of its standard deviation.
 
-    def merge(self, other: RunningStatistics) -> RunningStatistics:
-        """The statistics of the vectors of both (Chan, Golub and LeVeque, 1979)."""
-        count, apart_D = self.count + other.count, other.mean - self.mean
-        return RunningStatistics(
-            count,
-            self.mean + apart_D * (other.count / count),
-            self.m2 + other.m2 + apart_D.square() * (self.count * other.count / count),
-        )
-
-    def normalise(self, vectors_ND: Tensor) -> Tensor:
-        """Vectors less their mean, each feature in units of its standard deviation.
-
-        One zero vector counts along: of a single token, something is left that has its direction.
-        """
-        known = self.merge(RunningStatistics.of(torch.zeros_like(vectors_ND[:1])))
-        deviation_D = (known.m2 / known.count).sqrt()
-        return (vectors_ND - known.mean) / deviation_D.clamp(min=1e-6 * deviation_D.max().item() or 1.0)
-
-    def norm(self) -> Tensor:
-        """Root of the mean squared norm of the vectors."""
-        return (self.m2 / self.count + self.mean.square()).sum().sqrt()
+    One zero vector counts along: of a single token, something is left that has its direction.
+    """
+    mean_D, square_D = sums_3D[1:] / (sums_3D[0] + 1)
+    deviation_D = (square_D - mean_D.square()).clamp(min=0).sqrt()
+    return (vectors_ND - mean_D) / deviation_D.clamp(min=1e-6 * deviation_D.max().item() or 1.0)
 
 
 def ridge_solution(input_NI: Tensor, value_NO: Tensor, ridge: float) -> Tensor:
@@ -176,7 +137,11 @@ def _ridged(gram: Tensor, count: int, ridge: float) -> Tensor:
 
 
 class Capturing(Stage):
-    """Runs requests of a frozen model forward and backward; of each, what projections saw at its edited tokens."""
+    """Runs requests of a frozen model forward and backward.
+
+    Outputs are, by projection, what it saw at a request's edited tokens: (N, I) inputs, (N, O) outputs, and (N, O)
+    gradients of the loss at its outputs.
+    """
 
     title, gradients = "One pass", True
 
@@ -187,19 +152,22 @@ class Capturing(Stage):
     def collate(self, items: list[Row]) -> Batch:
         return collate(items, self.activations.llm.pad_token_id)
 
-    def step(self, batch: Batch) -> list[dict[str, Captured]]:
+    def step(self, batch: Batch) -> list[dict[str, list[Tensor]]]:
         with self.capturing(len(batch.texts)) as seen:
             losses_B = target_losses(self.model, batch)
         if not losses_B.isfinite().all():
             ids = ", ".join(str(row.tag) for row in batch.texts)
             raise UserError(f"edit: the loss is not a number in the batch of requests {ids}")
         gradients = torch.autograd.grad(losses_B.sum(), [output for _, output in seen.values()])
-        found: list[dict[str, Captured]] = [{} for _ in batch.texts]
-        for (name, pair), gradient in zip(seen.items(), gradients, strict=True):
-            kept = [vectors.detach()[batch.row_N, batch.position_N].cpu() for vectors in (*pair, gradient)]
-            for number, of_text in enumerate(found):
-                of_text[name] = Captured(*(vectors[(batch.text_N == number).cpu()] for vectors in kept))
-        return found
+        kept = {
+            name: [vectors.detach()[batch.row_N, batch.position_N].cpu() for vectors in (*pair, gradient)]
+            for (name, pair), gradient in zip(seen.items(), gradients, strict=True)
+        }
+        text_N = batch.text_N.cpu()
+        return [
+            {name: [vectors[text_N == number] for vectors in three] for name, three in kept.items()}
+            for number in range(len(batch.texts))
+        ]
 
     @contextmanager
     def capturing(self, rows: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
@@ -210,8 +178,6 @@ class Capturing(Stage):
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
         def keep(name: str, input_BTI: Tensor, output_BTO: Tensor) -> Tensor:
-            if name in seen:
-                raise UserError(f"model: {name} runs twice in one pass; one_pass expects once")
             seen[name] = input_BTI, output_BTO if output_BTO.requires_grad else output_BTO.requires_grad_(True)
             return output_BTO.clone()
 

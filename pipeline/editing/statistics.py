@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensors_to_bytes
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, distributed
 
-from pipeline.editing.ordinary_text import digest, windows
+from pipeline.editing.ordinary_text import lines, own_text, windows
 from pipeline.errors import UserError
-from pipeline.files import cache_folder, write_shared
+from pipeline.files import cache_folder, digest, write_shared
 from pipeline.model.activations import Activations
 from pipeline.model.blocks import sizes
 from pipeline.model.llm import LLM
@@ -31,7 +31,7 @@ def key_moments(
     """C = E[k kᵀ] of the keys that enter projections over ordinary text, each (I, I), float32, by name.
 
     What is found is kept in the user's cache folder. A file is named by the model's fingerprint, the projection and
-    the text, so that nothing of another model can be taken for it.
+    the text, so that nothing of another model can be taken for it; one that is damaged is written anew.
 
     Args:
         llm: the model.
@@ -42,42 +42,43 @@ def key_moments(
     Raises:
         UserError: when the text cannot be read or is too short for the keys' dimension.
     """
-    text, runtime = options.text, runtime or Runtime()
-    if text and not Path(text).is_file():  # before what is kept is looked up by its content
-        raise UserError(f"statistics.text: {text}: no such file; expected plain UTF-8 text")
-    source = Path(text).read_bytes() if text else b"the model's own text"
-    folder = cache_folder(None)
-    files = {name: folder / f"moment-{digest(llm, name, options.tokens, source)}.safetensors" for name in names}
-    lacking = of_all([name for name in names if not files[name].is_file()])
-    missing = [name for name in names if any(name in each for each in lacking)]
-    found = {name: _read(file, llm, name) for name, file in files.items() if name not in missing}
-    if not missing:
-        return found
-    moments = _find(llm, missing, options, runtime)
-    for name, moment in moments.items():
-        _write(files[name], {"moment": moment}, {"fingerprint": llm.fingerprint, "projection": name})
-    return found | moments
+    runtime, text = runtime or Runtime(), lines(Path(options.text)) if options.text else None
+    about = llm.fingerprint, options.tokens, text or "the model's own text"
+    files = {name: cache_folder(None) / f"moment-{digest(name, *about)}.safetensors" for name in names}
+    found = {name: moment for name, file in files.items() if (moment := _read(file)) is not None}
+    missing = sorted({name for lacking in of_all(files.keys() - found.keys()) for name in lacking})
+    if missing:
+        read = windows(llm, own_text(llm, options.tokens, runtime) if text is None else text, options.tokens)
+        _check_size(llm, missing, sum(map(len, read)), options)
+        stage = KeyMoments(llm, missing)
+        with llm.frozen():
+            run(stage, read, runtime, batch_size=READ_TOGETHER)
+        for name, moment in stage.moments().items():
+            found[name] = moment
+            _write(files[name], moment)
+    return found
 
 
-def _find(llm: LLM, names: Sequence[str], options: StatisticsOptions, runtime: Runtime) -> dict[str, Tensor]:
-    """The moments, read now."""
-    stage = KeyMoments(llm, names)
-    needed = 2 * max(sizes(llm.model.get_submodule(name))[0] for name in names)  # type: ignore[arg-type]
-    if options.tokens < needed:
+def _check_size(llm: LLM, names: Sequence[str], tokens: int, options: StatisticsOptions) -> None:
+    """Raise UserError for fewer tokens than twice a key's dimension."""
+    inputs = max(sizes(llm.model.get_submodule(name))[0] for name in names)  # type: ignore[arg-type]
+    if tokens < 2 * inputs:
         raise UserError(
-            f"statistics.tokens: {options.tokens} is too few; statistics of {needed // 2} inputs need at least "
-            f"{needed}"
+            f"statistics.tokens: {options.tokens} of {options.text or 'the text that the model writes'} come to "
+            f"{tokens} tokens; statistics of {inputs} inputs need at least {2 * inputs}"
         )
-    text = windows(llm, options, runtime)
-    tokens = sum(len(window) for window in text)
-    if tokens < needed:
-        raise UserError(
-            f"statistics.text: {options.text or 'the model itself'} gives {tokens} tokens; statistics of "
-            f"{needed // 2} inputs need at least {needed}"
-        )
-    with llm.frozen():
-        run(stage, text, runtime, batch_size=READ_TOGETHER)
-    return stage.moments()
+
+
+def _read(file: Path) -> Tensor | None:
+    try:
+        return load_file(file)["moment"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None
+
+
+@rank_zero_only
+def _write(file: Path, moment: Tensor) -> None:
+    write_shared(file, lambda partial: partial.write_bytes(save({"moment": moment})))
 
 
 class KeyMoments(Stage):
@@ -119,19 +120,3 @@ class KeyMoments(Stage):
                 distributed.all_reduce(total_II)
             found[name] = (total_II / count).float().cpu()
         return found
-
-
-@rank_zero_only
-def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    write_shared(file, lambda partial: partial.write_bytes(tensors_to_bytes(tensors, about)))
-
-
-def _read(file: Path, llm: LLM, name: str) -> Tensor:
-    try:
-        with safe_open(file, "pt") as opened:
-            about = opened.metadata()
-            if (about["fingerprint"], about["projection"]) == (llm.fingerprint, name):
-                return opened.get_tensor("moment")
-    except (SafetensorError, KeyError, TypeError):
-        pass
-    raise UserError(f"statistics: {file}: damaged, or of another model or layer; delete it")

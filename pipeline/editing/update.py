@@ -24,6 +24,7 @@ from pipeline.running.sharding import put
 from pipeline.shipped import program
 
 ADAPTER_PREFIX = "lora."  # of an adapter's tensors in an update's state
+PLAIN_FIELDS = ("model", "fingerprint", "method", "layers", "options", "adapter", "chat")  # in `update.json`
 UPDATE_FILE, TENSORS_FILE, STATE_FILE = "update.json", "update.safetensors", "state.safetensors"
 
 
@@ -96,30 +97,18 @@ class WeightUpdate:
         Raises:
             UserError: when the disk has no room for it.
         """
-        contents = {TENSORS_FILE: self.tensors, STATE_FILE: self.state}
+        contents = {TENSORS_FILE: self.tensors} | ({STATE_FILE: self.state} if self.state else {})
         require_room(folder, sum(tensor.nbytes for tensors in contents.values() for tensor in tensors.values()))
         if self.adapter:
             self.save_adapter(folder / "adapter")
-        digests = {
-            name: write_tensors(folder / name, tensors)
-            for name, tensors in contents.items()
-            if tensors or name == TENSORS_FILE
+        digests = {name: write_tensors(folder / name, tensors) for name, tensors in contents.items()}
+        described = {
+            **{name: getattr(self, name) for name in PLAIN_FIELDS},
+            "tensors": {name: list(tensor.shape) for name, tensor in self.tensors.items()},
+            "sha256": digests,
+            "requests": [request.model_dump(exclude_defaults=True) for request in self.requests],
         }
-        write_json(
-            folder / UPDATE_FILE,
-            {
-                "model": self.model,
-                "fingerprint": self.fingerprint,
-                "method": self.method,
-                "layers": self.layers,
-                "options": self.options,
-                "adapter": self.adapter,
-                "chat": self.chat,
-                "tensors": {name: list(tensor.shape) for name, tensor in self.tensors.items()},
-                "sha256": digests,
-                "requests": [request.model_dump(exclude_defaults=True) for request in self.requests],
-            },
-        )
+        write_json(folder / UPDATE_FILE, described)
 
     @rank_zero_only
     def save_adapter(self, folder: Path) -> None:
@@ -128,20 +117,15 @@ class WeightUpdate:
         Raises:
             UserError: when it is not a LoRA adapter's.
         """
-        from peft import LoraConfig
-
         if not self.adapter:
             raise UserError(f"update: made by {self.method}; only a change by LoRA alone can be had as an adapter")
-        folder.mkdir(parents=True, exist_ok=True)
         prefix = ADAPTER_PREFIX
         tensors = {
             name.removeprefix(prefix): tensor
             for name, tensor in self.state.items()
             if name.startswith(prefix) and tensor.dim()
         }
-        write_tensors(folder / "adapter_model.safetensors", tensors)
-        config = LoraConfig(**self.adapter, inference_mode=True, base_model_name_or_path=self.model)
-        config.save_pretrained(str(folder))
+        write_adapter(folder, tensors, self.adapter, self.model)
 
     @classmethod
     def load(cls, folder: str | Path) -> WeightUpdate:
@@ -162,16 +146,10 @@ class WeightUpdate:
                 if not (folder / name).is_file() or file_digest(folder / name) != digest:
                     raise UserError(f"update: {folder / name}: changed since it was written (SHA-256 differs)")
             return cls(
-                model=described["model"],
-                fingerprint=described["fingerprint"],
-                method=described["method"],
-                layers=described["layers"],
+                **{name: described[name] for name in PLAIN_FIELDS if name in described},
                 tensors=load_file(folder / TENSORS_FILE),
                 requests=[EditRequest.model_validate(request) for request in described["requests"]],
-                options=described["options"],
                 state=load_file(folder / STATE_FILE) if STATE_FILE in described["sha256"] else {},
-                adapter=described["adapter"],
-                chat=described.get("chat", False),
             )
         except UserError:
             raise
@@ -180,10 +158,16 @@ class WeightUpdate:
             raise UserError(f"update: {folder}: damaged: {type(error).__name__}: {reason}") from None
 
 
-def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write tensors, whole or not at all; the file's SHA-256."""
-    return file_digest(write_whole(path, lambda partial: partial.write_bytes(tensors_to_bytes(_portable(tensors)))))
+    content = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    return file_digest(write_whole(path, lambda partial: partial.write_bytes(content)))
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], model: str) -> None:
+    """Write an adapter in PEFT's layout: its tensors by PEFT's names, and LoraConfig's arguments."""
+    from peft import LoraConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    LoraConfig(**config, inference_mode=True, base_model_name_or_path=model).save_pretrained(str(folder))

@@ -43,21 +43,21 @@ class WhitenedAdam(torch.optim.Adam):
         super().__init__(groups)
         self.whiteners = whiteners
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a closure runs first, as Lightning's does forward and backward in it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            before = {}
-            for weight in self.whiteners:
-                if weight.grad is not None:
-                    before[weight] = weight.clone()
-                    weight.grad = self._whitened(weight.grad, weight)
-            super().step()
-            for weight, old in before.items():
-                weight.copy_(old + self._whitened(weight - old, weight))
+        before = {}
+        for weight in self.whiteners:
+            if weight.grad is not None:
+                before[weight] = weight.clone()
+                weight.grad = self._whitened(weight.grad, weight)
+        super().step()
+        for weight, old in before.items():
+            weight.copy_(old + self._whitened(weight - old, weight))
         return loss
 
     def _whitened(self, tensor: Tensor, weight: nn.Parameter) -> Tensor:

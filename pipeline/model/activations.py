@@ -1,8 +1,8 @@
 """Running parts of a decoder, keeping what passes through them, and changing it.
 
 While weights of block l and above alone change, what enters block l does not: it is read once, and every further
-pass runs blocks l…L. The model's own forward does it, block by block, so that masks, rotary tables and whatever else
-a family chooses by a block's index stay each block's own.
+pass runs blocks l…L. The model's own forward does it, block by block, so that masks, rotary tables and whatever
+else a family chooses by a block's index stay each block's own.
 
 Shapes: B rows, T tokens, D hidden size, N positions that are read, V vocabulary.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,16 +63,13 @@ class Activations:
         """What enters modules (blocks, projections), as the last pass had it."""
         seen: Seen = {}
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-                seen[name] = args[0] if args else kwargs["hidden_states"]
-
-            return hook
+        def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            seen[name] = args[0] if args else kwargs["hidden_states"]
 
         with ExitStack() as hooks:
             for name in names:
                 module = self.model.get_submodule(name)
-                hooks.callback(module.register_forward_pre_hook(keep(name), with_kwargs=True).remove)
+                hooks.callback(module.register_forward_pre_hook(partial(keep, name), with_kwargs=True).remove)
             yield seen
 
     @contextmanager
@@ -79,15 +77,12 @@ class Activations:
         """What leaves modules, as the last pass had it; of a block, the hidden state."""
         seen: Seen = {}
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-                seen[name] = output[0] if isinstance(output, tuple) else output
-
-            return hook
+        def keep(name: str, _: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
 
         with ExitStack() as hooks:
             for name in names:
-                hooks.callback(self.model.get_submodule(name).register_forward_hook(keep(name)).remove)
+                hooks.callback(self.model.get_submodule(name).register_forward_hook(partial(keep, name)).remove)
             yield seen
 
     @contextmanager

@@ -64,6 +64,11 @@ def sizes(projection: Projection) -> tuple[int, int]:
     return (rows, columns) if isinstance(projection, Conv1D) else (columns, rows)
 
 
+def as_stored(projection: Projection, matrix_OI: Tensor) -> Tensor:
+    """A matrix (O, I) as a linear map stores its weight; or such a weight as (O, I)."""
+    return matrix_OI.T if isinstance(projection, Conv1D) else matrix_OI
+
+
 def by_row(vectors: Tensor, rows: int) -> Tensor:
     """What enters or leaves a projection as (rows, T, D): OPT hands its MLP all rows' tokens as one list."""
     return vectors.reshape(rows, -1, vectors.shape[-1])

@@ -27,8 +27,8 @@ class Question(NamedTuple):
     Attributes:
         token_ids: its tokens.
         limit: how many tokens may follow.
-        inner_ends: stop at the end of a statement, after so many ends that the answer looked for holds itself; None:
-            go on up to the limit.
+        inner_ends: stop at the end of a statement, after so many ends that the answer looked for holds itself;
+            None: go on up to the limit.
     """
 
     token_ids: list[int]
@@ -78,7 +78,7 @@ class Saying(Stage):
     def step(self, batch: QuestionBatch) -> list[str]:
         model, own = self.llm.model, self.llm.model.generation_config
         end = own.eos_token_id if own else None
-        # generate() fills what it is not told from the model's own settings (repetition penalties, ...): set them aside
+        # generate() fills what it is not told from the model's own settings (repetition penalties, ...): not here
         model.generation_config = GenerationConfig(
             eos_token_id=self.llm.tokenizer.eos_token_id if end is None else end
         )
@@ -90,6 +90,7 @@ class Saying(Stage):
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=self.llm.pad_token_id,
+                synced_gpus=False,  # devices that share weights keep step by KeepStep
                 stopping_criteria=StoppingCriteriaList([SaidEnough(self.llm, batch)]),
             )
         finally:
@@ -107,7 +108,7 @@ class SaidEnough(StoppingCriteria):
         self.llm, self.questions, self.width = llm, batch.questions, batch.input_ids_BT.shape[1]
         self.over = [False] * len(batch.questions)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         said_BS = input_ids[:, self.width :]
         for row, said in enumerate(decode(self.llm, said_BS.tolist())):
             self.over[row] = self.over[row] or self.questions[row].is_over(said, said_BS.shape[1])
@@ -116,13 +117,15 @@ class SaidEnough(StoppingCriteria):
 
 def decode(llm: LLM, token_ids: Sequence[Sequence[int]]) -> list[str]:
     """Tokens as texts."""
-    return [str(text) for text in llm.tokenizer.batch_decode(list(token_ids), skip_special_tokens=True)]
+    return [
+        str(text) for text in llm.tokenizer.batch_decode([list(row) for row in token_ids], skip_special_tokens=True)
+    ]
 
 
 def questions(
     llm: LLM, prompts: Sequence[str], max_new_tokens: int, joining: Joining | None = None
 ) -> list[Question]:
-    """Prompts as questions without an end before the model's own; UserError when one leaves no room in the context."""
+    """Prompts as questions without an end of their own; UserError when one leaves no room in the context."""
     found = []
     for prompt, ids in zip(prompts, llm.tokens.prompts(prompts, joining), strict=True):
         if not ids or not prompt.strip():

@@ -129,9 +129,7 @@ def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrain
     """
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise _contradiction(repr(name), str(error)) from error
-    except CONTRADICTIONS as error:
+    except (ValueError, KeyError, RuntimeError, *CONTRADICTIONS) as error:
         raise _contradiction(repr(name), f"{type(error).__name__}: {error}") from error
     return model
 

@@ -5,37 +5,23 @@ class, and a command's options are the stages' classes joined. What only experts
 `expert`, and from Python by its own name.
 """
 
-# ruff: noqa: F401  (names for outsiders)
+from pipeline.offered import offered
 
-from pipeline.options.attribution import AttributionOptions
-from pipeline.options.commands import (
-    AttributeCommand,
-    DemoCommand,
-    EditCommand,
-    EvaluateCommand,
-    ExportCommand,
-    GenerateCommand,
-    PlanCommand,
-    RequestsCommand,
-    RunCommand,
-    StudyCommand,
-)
-from pipeline.options.editing import EditOptions, StatisticsOptions
-from pipeline.options.evaluation import EvaluationOptions
-from pipeline.options.shared import ComputeOptions, ModelOptions, OutputOptions, RequestOptions, TrainerOptions
-from pipeline.options.updates import (
-    DiffCommand,
-    GateOptions,
-    HistoryCommand,
-    ProvingOptions,
-    RetractCommand,
-    RollbackCommand,
-    ScheduleCommand,
-    ShowCommand,
-    StoreOptions,
-    SubmitCommand,
-    UpdateCommand,
-    VerifyCommand,
-    seconds,
-    time_of,
+__getattr__, __all__ = offered(
+    __name__,
+    {
+        "attribution": ("AttributionOptions",),
+        "commands": (
+            "DemoCommand",
+            "EvaluateCommand",
+            "PlanCommand",
+            "RequestsCommand",
+            "RunCommand",
+            "StudyCommand",
+        ),
+        "editing": ("EditOptions", "StatisticsOptions"),
+        "evaluation": ("EvaluationOptions",),
+        "shared": ("TrainerOptions",),
+        "updates": ("GateOptions", "ProvingOptions", "RetractCommand", "UpdateCommand"),
+    },
 )

@@ -4,21 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pipeline.errors import UserError
-from pipeline.options.base import (
-    NO_FLAG,
-    Count,
-    Options,
-    Positive,
-    Weight,
-    at_least,
-    check_expert,
-    kinds_of,
-    one_of,
-)
-
-SCOPES = ("mlp", "down", "attention", "block")
-OLD_ANSWERS = ("dataset", "model")
-ORDERS = ("signed", "magnitude")
+from pipeline.options.base import NO_FLAG, Count, Options, Positive, Weight, at_least, one_of, read_expert
 
 
 @dataclass(kw_only=True)
@@ -30,11 +16,11 @@ class AttributionOptions(Options):
     token; causal_tracing: ROME's; middle: the middle block; fixed: the one that --layer names."""
     layer: Annotated[int | None, at_least(0)] = None
     """fixed: the block, counted from 0."""
-    scope: Annotated[str, one_of(*SCOPES)] = "mlp"
+    scope: Annotated[str, one_of("mlp", "down", "attention", "block")] = "mlp"
     """Whose weights are scored: mlp, down (the MLP's down-projection), attention or block (both)."""
-    old_answers: Annotated[str, one_of(*OLD_ANSWERS)] = "dataset"
+    old_answers: Annotated[str, one_of("dataset", "model")] = "dataset"
     """dataset: the requests' old answers (the model's greedy answer where one is missing); model: always that."""
-    order: Annotated[str, one_of(*ORDERS)] = "signed"
+    order: Annotated[str, one_of("signed", "magnitude")] = "signed"
     """signed: the paper's ranking, by score; magnitude: by absolute score, for facts the model knows well."""
     top_k: Count = 1
     """How many golden layers to name."""
@@ -50,8 +36,7 @@ class AttributionOptions(Options):
     """causal_tracing: the corruption's size, in standard deviations of the embeddings."""
 
     def __post_init__(self) -> None:
-        check_expert(self.expert, kinds_of(AttributionOptions, only=NO_FLAG), "attribution")
-        vars(self).update(self.expert)
+        vars(self).update(read_expert(self.expert, AttributionOptions, "attribution", only=NO_FLAG))
         super().__post_init__()
 
     def check(self) -> None:

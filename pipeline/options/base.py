@@ -1,4 +1,4 @@
-"""What options have in common: bounds that stand beside a field, and the flags that a class comes to.
+"""What options have in common: bounds that stand beside a field, the flags that a class comes to, values of a type.
 
     epochs: Annotated[int, at_least(1)] = 11
     batch_size: Annotated[int, NO_FLAG, at_least(1)] = 8  # for Python and `expert` only
@@ -7,15 +7,18 @@
 A field's docstring is its help text. A flag's name is the path to its field (`--edit.statistics.tokens`).
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from math import isfinite
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
+import yaml
 from docstring_parser import parse_from_object
 
-from pipeline.errors import UserError, check_above, check_at_least, check_at_most, check_choice, did_you_mean
+from pipeline.errors import UserError, check_at_least, check_choice, did_you_mean
 
 NO_FLAG = object()  # beside a field: it is no flag
 KINDS = {  # types as a user would name them
@@ -29,6 +32,15 @@ KINDS = {  # types as a user would name them
 }
 
 Bound = Callable[[str, Any], None]
+
+
+class Yaml(yaml.SafeLoader):
+    """YAML, and 1e-3 is a number in it."""
+
+
+Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+)
 
 
 class Flag(NamedTuple):
@@ -51,12 +63,17 @@ def at_least(least: float) -> Bound:
 
 def at_most(most: float) -> Bound:
     """A bound: the value is this, or less."""
-    return lambda name, value: check_at_most(name, value, most)
+    return _bound(lambda value: value <= most, f"is too large; the most is {most}")
 
 
 def above(bound: float) -> Bound:
     """A bound: the value is more than this."""
-    return lambda name, value: check_above(name, value, bound)
+    return _bound(lambda value: value > bound, f"is not above {bound}")
+
+
+def between(low: float, high: float) -> Bound:
+    """A bound: the value is more than one number and less than another."""
+    return _bound(lambda value: low < value < high, f"is not between {low} and {high}")
 
 
 def one_of(*choices: str) -> Bound:
@@ -64,11 +81,23 @@ def one_of(*choices: str) -> Bound:
     return lambda name, value: check_choice(name, value, choices)
 
 
+def _bound(holds: Callable[[Any], bool], wrong: str) -> Bound:
+    def check(name: str, value: Any) -> None:
+        if not holds(value):
+            raise UserError(f"{name}: {value} {wrong}")
+
+    return check
+
+
 Count = Annotated[int, at_least(1)]
 FromZero = Annotated[int, at_least(0)]
 Most = Annotated[int | None, at_least(1)]
 Weight = Annotated[float, at_least(0)]
 Positive = Annotated[float, above(0)]
+Names = Annotated[
+    list[str],
+    _bound(lambda value: value and len({*value}) == len(value), "is no list of at least one, and each once"),
+]
 
 
 @dataclass(kw_only=True)
@@ -76,7 +105,8 @@ class Options:
     """Options that are checked as they are made: every field's bounds, then the `check` of every class joined."""
 
     def __post_init__(self) -> None:
-        for one, _, notes in declared(type(self)):
+        own: Any = type(self)
+        for one, _, notes in declared(own):
             value = getattr(self, one.name)
             name = f"expert.{one.name}" if one.name in getattr(self, "expert", ()) else one.name
             for bound in notes:
@@ -87,6 +117,7 @@ class Options:
                 vars(base)["check"](self)
 
 
+@cache
 def declared(options: Any) -> list[tuple[Field[Any], Any, tuple[Any, ...]]]:
     """A class's fields, each with its type and the notes beside it."""
     hints = get_type_hints(options, include_extras=True)
@@ -141,6 +172,22 @@ def described(kind: Any) -> str:
     return next((KINDS[one] for one in (kind, *get_args(kind)) if one in KINDS), "a value")
 
 
+def read(name: str, value: Any, kind: Any) -> Any:
+    """What an option that a user gives comes to: a text is read as YAML where its type is no text.
+
+    Raises:
+        UserError: when it is not of the type.
+    """
+    given = value
+    if isinstance(value, str) and kind is not str:
+        with suppress(yaml.YAMLError):
+            value = yaml.load(value, Yaml)
+    for one in (value, given):
+        if fits(one, kind):
+            return float(one) if type(one) is int and not fits("", kind) and fits(0.5, kind) else one
+    raise UserError(f"{name}: expected {described(kind)}, found {'nothing' if given is None else given}")
+
+
 def fits(value: object, kind: Any) -> bool:
     """Whether a value is of a type; a whole number is a number too, and what is not finite is none."""
     if get_origin(kind) is list:
@@ -154,16 +201,15 @@ def fits(value: object, kind: Any) -> bool:
     return kind is Any or type(value) is kind
 
 
-def check_expert(given: Mapping[str, Any], kinds: Mapping[str, Any], method: str) -> None:
-    """Raise UserError unless the settings that an expert has given are a method's, and of their types."""
-    for name, value in given.items():
+def read_expert(given: Mapping[str, Any], options: type, of: str, only: object = None) -> dict[str, Any]:
+    """The settings that an expert has given, of the types of a class's fields (of those with a note alone).
+
+    Raises:
+        UserError: for a setting that is none of `of`, or of another type.
+    """
+    kinds = {one.name: kind for one, kind, notes in declared(options) if only is None or only in notes}
+    for name in given:
         if name not in kinds:
             there = f"there is {', '.join(sorted(kinds))}" if kinds else "it has none"
-            raise UserError(f"expert: {name!r} is no setting of {method}{did_you_mean(str(name), kinds)}; {there}")
-        if not fits(value, kinds[name]):
-            raise UserError(f"expert.{name}: {value} is not {described(kinds[name])}")
-
-
-def kinds_of(options: type, only: object = None) -> dict[str, Any]:
-    """The types of a class's fields, by name; of those only that have a note, where one is named."""
-    return {one.name: kind for one, kind, notes in declared(options) if only is None or only in notes}
+            raise UserError(f"expert: {name!r} is no setting of {of}{did_you_mean(str(name), kinds)}; {there}")
+    return {name: read(f"expert.{name}", value, kinds[name]) for name, value in given.items()}

@@ -10,9 +10,11 @@ from pipeline.options.base import (
     Count,
     FromZero,
     Most,
+    Names,
     above,
     at_least,
     at_most,
+    between,
     group,
     one_of,
 )
@@ -29,7 +31,6 @@ from pipeline.options.shared import (
     TrainerOptions,
 )
 
-EXPORTS = ("merged", "update", "adapter")
 ONE_HOST = ("num_nodes", "activation_checkpointing")  # no flags where little is done
 
 
@@ -37,7 +38,7 @@ ONE_HOST = ("num_nodes", "activation_checkpointing")  # no flags where little is
 class RunCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions):
     """Find the golden layer with one part of the requests, edit the other part there, and prove it."""
 
-    proxy_fraction: float = 0.5
+    proxy_fraction: Annotated[float, between(0, 1)] = 0.5
     """Share of the requests that finds the golden layer; the others are edited."""
     profile: str | None = None
     """A golden profile made before: stage one is left out, and every request is edited."""
@@ -45,24 +46,12 @@ class RunCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOption
     edit: EditOptions = group(EditOptions)
     evaluation: EvaluationOptions = group(EvaluationOptions)
 
-    def check(self) -> None:
-        """Raise UserError for a share that leaves a part empty, or a sweep of a model in slices."""
-        if not 0 < self.proxy_fraction < 1:
-            raise UserError(f"proxy_fraction: {self.proxy_fraction} is not between 0 and 1")
-        if self.attribution.method == "sweep":
-            self.trainer.check_whole("--attribution.method sweep")
-
 
 @dataclass(kw_only=True)
 class AttributeCommand(
     AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions, AttributionOptions
 ):
     """Find the golden layer of a model from a set of edit requests, and keep it as a profile."""
-
-    def check(self) -> None:
-        """Raise UserError for a sweep of a model in slices."""
-        if self.method == "sweep":
-            self.trainer.check_whole("--method sweep")
 
 
 @dataclass(kw_only=True)
@@ -126,7 +115,7 @@ class ExportCommand(ModelOptions, OutputOptions):
     """In place of --update: a store, of which --version is exported."""
     version: int | None = None
     """With --store: which version; default: the current one."""
-    kind: Annotated[str, one_of(*EXPORTS)] = "merged"
+    kind: Annotated[str, one_of("merged", "update", "adapter")] = "merged"
     """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: a
     LoRA adapter for PEFT, that of `edit --method lora` or one that comes to the same change."""
 
@@ -171,7 +160,7 @@ class StudyCommand(AskedModelOptions, ResumeOptions, ComputeOptions, SeedOptions
     """Edit requests alone at every block, and compare the golden layer, every request's own best, and selectors."""
 
     trainer: TrainerOptions = group(TrainerOptions, without=("num_nodes",))
-    requests: list[str] = field(default_factory=lambda: ["demo"])
+    requests: Names = field(default_factory=lambda: ["demo"])
     """Request sets: files of edit requests, hf:NAME[:SPLIT], or `demo`."""
     limit: Annotated[int, at_least(2)] = 32
     """Requests of each set that are edited alone at every block."""
@@ -181,9 +170,9 @@ class StudyCommand(AskedModelOptions, ResumeOptions, ComputeOptions, SeedOptions
     """Leave out this many records from each file's start."""
     skip_bad: bool = False
     """Leave bad records out, and say how many, where else the first of them ends the command."""
-    methods: list[str] = field(default_factory=lambda: ["memit"])
+    methods: Names = field(default_factory=lambda: ["memit"])
     """Ways to edit: memit, emmet, rome, alphaedit or lora."""
-    selectors: list[str] = field(default_factory=lambda: ["lga", "gradient_norm", "causal_tracing", "middle"])
+    selectors: Names = field(default_factory=lambda: ["lga", "gradient_norm", "causal_tracing", "middle"])
     """Ways to choose a block; the first one's choice is the golden layer. Those that --method of `attribute` takes,
     but fixed; under research: lga_past_first, lga_subject, lga_cosine, lga_cosine_past_first, lga_cosine_last,
     gradient_norm; sweep: each proxy request edited alone at every block by the first of --methods."""
@@ -195,12 +184,8 @@ class StudyCommand(AskedModelOptions, ResumeOptions, ComputeOptions, SeedOptions
     edit: EditOptions = group(EditOptions, without=("layers", "last_wins"))
 
     def check(self) -> None:
-        """Raise UserError for lists that name nothing, or the same twice, and a model in slices."""
+        """Raise UserError for a model in slices."""
         self.trainer.check_whole("study")
-        for name in ("requests", "methods", "selectors"):
-            given = getattr(self, name)
-            if not given or len(set(given)) < len(given):
-                raise UserError(f"{name}: {', '.join(given) or 'none'}; expected at least one, and each once")
 
 
 @dataclass(kw_only=True)
@@ -217,7 +202,7 @@ class PlanCommand(ModelOptions, OutputOptions):
     """Requests in a batch, in every stage; default: each stage's own batch size."""
     layer: FromZero = 0
     """The golden layer; an edit of block 0 takes the most."""
-    method: list[str] = field(default_factory=lambda: ["finetune", "lora", "memit", "one_pass"])
+    method: Names = field(default_factory=lambda: ["finetune", "lora", "memit", "one_pass"])
     """Ways to edit, as --method of `edit` names them."""
     trainer: TrainerOptions = group(TrainerOptions, without=("num_nodes",))
     attribution: AttributionOptions = group(
@@ -226,16 +211,11 @@ class PlanCommand(ModelOptions, OutputOptions):
     edit: EditOptions = group(EditOptions, without=("layers", "last_wins", "statistics"))
     evaluation: Annotated[EvaluationOptions, NO_FLAG] = group(EvaluationOptions)
 
-    def check(self) -> None:
-        """Raise UserError for a method that is named twice."""
-        if len(set(self.method)) < len(self.method):
-            raise UserError(f"method: {', '.join(self.method)}; expected each once")
-
     @property
     def all_devices(self) -> int:
         """How many devices share the work."""
         if self.devices is not None:
             return self.devices
         named = str(self.trainer.devices)
-        on_a_host = int(named) if named.isdigit() else len([one for one in named.split(",") if one.isdigit()])
-        return max(1, on_a_host) * self.trainer.num_nodes
+        on_a_host = int(named) if named.isdigit() else named.count(",") + 1
+        return on_a_host * self.trainer.num_nodes

@@ -5,14 +5,12 @@ from typing import Annotated
 
 from pipeline.options.base import Count, FromZero, Options, one_of
 
-GENERATIONS = ("all", "prompts", "none")
-
 
 @dataclass(kw_only=True)
 class EvaluationOptions(Options):
     """How an edit is measured."""
 
-    generation: Annotated[str, one_of(*GENERATIONS)] = "all"
+    generation: Annotated[str, one_of("all", "prompts", "none")] = "all"
     """Whose answers the model is left to give by itself: all (prompts, rephrases, portability probes, and prompts
     after a distracting sentence), prompts, or none."""
     max_new_tokens: Count = 16

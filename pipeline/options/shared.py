@@ -7,8 +7,6 @@ from pipeline.errors import UserError
 from pipeline.options.base import NO_FLAG, Count, FromZero, Most, Options, at_least, at_most, group, one_of
 
 SHARDED = ("fsdp", "fsdp2")  # strategies that spread a model's weights over the devices
-STRATEGIES = ("auto", "ddp", *SHARDED)
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 
 @dataclass(kw_only=True)
@@ -21,10 +19,10 @@ class TrainerOptions(Options):
     """How many devices, or which (`0,2`)."""
     num_nodes: Count = 1
     """How many hosts."""
-    strategy: Annotated[str, one_of(*STRATEGIES)] = "auto"
+    strategy: Annotated[str, one_of("auto", "ddp", *SHARDED)] = "auto"
     """ddp: the whole model on every device; fsdp or fsdp2 (the same): its blocks' weights spread over the devices,
     for models that one device does not hold; auto: ddp where there are several devices."""
-    precision: Annotated[str, one_of(*PRECISIONS)] = "32-true"
+    precision: Annotated[str, one_of("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")] = "32-true"
     """32-true, 64-true, bf16-mixed, bf16-true or 16-mixed."""
     micro_batch: Annotated[Most, NO_FLAG] = None
     """The most requests that a device trains on at once; the rest of its part of a batch follows before the step,

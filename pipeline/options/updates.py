@@ -1,21 +1,13 @@
 """Knowledge updates over time: the store, the queue, the gates, the schedule."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.base import (
-    NO_FLAG,
-    Count,
-    Options,
-    above,
-    at_least,
-    at_most,
-    group,
-)
+from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group
 from pipeline.options.editing import EditOptions
 from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import CommandOptions, ComputeOptions, SeedOptions, TrainerOptions
@@ -31,6 +23,14 @@ class StoreOptions(CommandOptions):
 
     store: str
     """The store's folder: queue, versions, history."""
+
+
+@dataclass(kw_only=True)
+class NewStoreOptions(StoreOptions):
+    """Which store, which is made where there is none."""
+
+    model: str | None = None
+    """The base model; a new store needs it, an old one knows it."""
 
 
 @dataclass(kw_only=True)
@@ -54,13 +54,11 @@ class GateOptions(Options):
 
 
 @dataclass(kw_only=True)
-class SubmitCommand(StoreOptions):
+class SubmitCommand(NewStoreOptions):
     """Put the requests of a file into a store's queue."""
 
     file: str
     """A file of edit requests (JSONL, JSON or CSV, gzipped or not), or `demo`."""
-    model: str | None = None
-    """The base model; a new store needs it, an old one knows it."""
     source: str | None = None
     """Where the requests come from, in place of what the file says."""
     not_before: str | None = None
@@ -70,29 +68,22 @@ class SubmitCommand(StoreOptions):
 
     def check(self) -> None:
         """Raise UserError for a date that is none."""
-        time_of(self.not_before)
+        try:
+            self.not_before_seconds  # noqa: B018
+        except (ValueError, OverflowError, OSError):
+            given = self.not_before
+            raise UserError(f"not_before: {given!r} is no date; expected such as 2026-12-24T03:00") from None
 
-
-def time_of(not_before: str | None) -> float:
-    """Seconds since 1970 of a date; 0 for none.
-
-    Raises:
-        UserError: when it is no date.
-    """
-    if not_before is None:
-        return 0.0
-    try:
-        return datetime.fromisoformat(not_before).timestamp()
-    except (ValueError, OverflowError, OSError):
-        raise UserError(f"not_before: {not_before!r} is no date; expected such as 2026-12-24T03:00") from None
+    @property
+    def not_before_seconds(self) -> float:
+        """The date in seconds since 1970; 0 for none."""
+        return datetime.fromisoformat(self.not_before).timestamp() if self.not_before else 0.0
 
 
 @dataclass(kw_only=True)
-class ProvingOptions(StoreOptions, ComputeOptions, SeedOptions):
+class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
     """What every command that makes a version has in common."""
 
-    model: str | None = None
-    """The base model; a new store needs it, an old one knows it."""
     trainer: TrainerOptions = group(TrainerOptions, without=("devices", "num_nodes", "strategy"))
     edit: EditOptions = group(EditOptions, without=("last_wins",))
     attribution: AttributionOptions = group(AttributionOptions, without=("layer", "top_k"))
@@ -100,12 +91,8 @@ class ProvingOptions(StoreOptions, ComputeOptions, SeedOptions):
     gates: GateOptions = group(GateOptions)
 
     def check(self) -> None:
-        self.edit.stacked = True  # a store's updates build on each other
-
-    @property
-    def one_device(self) -> TrainerOptions:
-        """The trainer's options: a store is worked on by one device."""
-        return replace(self.trainer, devices=1)
+        """See to it that updates can build on each other, and that one device works on a store."""
+        self.edit.stacked, self.trainer.devices = True, 1
 
 
 @dataclass(kw_only=True)

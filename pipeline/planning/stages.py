@@ -140,7 +140,7 @@ def locating(case: Case, method: LocateThenEdit, together: int) -> int:
     """Values of requests that are searched for together; then the solution."""
     (down,) = case.shape.blocks[case.layer].down.values()
     inputs, outputs = sizes(down)
-    columns = together * (method.settings.key_contexts if method.key_a_context else 1)
+    columns = together * (method.settings.key_contexts if method.by_all_keys else 1)
     search = method.search(case.layer, together)
     search.steps = 1
     searched = case.peak(search, [_located(case, method)] * together)
@@ -163,6 +163,6 @@ def _located(case: Case, method: LocateThenEdit) -> Located:
     """A request whose prompt is as long as it may be; its subject alone stands in the other texts."""
     middle = (OPENING // 2,) * 2
     association = Row([0] * (OPENING + ANSWER), OPENING, middle)
-    plain = Row([0] * (OPENING // 2), OPENING // 2, (OPENING // 2 - 1,) * 2)
+    plain = Row([0] * (OPENING // 2 + 1), OPENING // 2, (OPENING // 2 - 1,) * 2)
     rows = [case.row] * method.settings.contexts + [association] * method.settings.associations
     return Located("request", [*rows, plain])

@@ -6,8 +6,6 @@ scored: the first that is not empty is taken, as EasyEdit does.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import UserError
@@ -27,11 +25,8 @@ def from_easyedit(record: Record) -> Record:
 
 
 def from_wikibio(record: Record) -> Record:
-    """KnowEdit's WikiBio: a passage and the sentence that is to follow; its concept is written in lower case."""
-    fields = _renamed(record, prompt="text", subject="concept", new_answer="labels")
-    if str(fields["subject"]) not in str(fields["prompt"]):
-        fields["subject"] = None
-    return fields | {"source": "wikibio"}
+    """KnowEdit's WikiBio: a passage, and the sentence that is to follow."""
+    return _renamed(record, prompt="text", subject="concept", new_answer="labels") | {"source": "wikibio"}
 
 
 def from_zsre(record: Record) -> Record:
@@ -47,9 +42,9 @@ def _renamed(record: Record, **names: str) -> Record:
     """The request fields of a record that holds each in a field of its own; names are those that differ."""
     texts = ("id", "prompt", "subject", "new_answer", "old_answer")
     fields = {name: _first(record.get(names.get(name, name))) for name in texts}
+    rephrase = record.get("rephrase_prompt", record.get("rephrase"))
     return fields | {
-        "subject": _as_written(fields["subject"], fields["prompt"]),
-        "rephrases": _rephrases(record.get("rephrase_prompt", record.get("rephrase"))),
+        "rephrases": [] if rephrase is None else [_first(rephrase)],
         "locality": _by_axis(record, "locality"),
         "portability": _by_axis(record, "portability"),
     }
@@ -58,19 +53,15 @@ def _renamed(record: Record, **names: str) -> Record:
 def from_counterfact(record: Record) -> Record:
     """CounterFact as published: neighbours share the rewrite's true answer."""
     rewrite = _object(record, "requested_rewrite")
-    subject, prompt = _first(rewrite.get("subject")), _first(rewrite.get("prompt"))
-    if isinstance(subject, str) and isinstance(prompt, str):
-        prompt = prompt.replace("{}", subject)
-    old = _answer(rewrite.get("target_true"))
+    fields = _renamed(record | rewrite, id="case_id", new_answer="target_new", old_answer="target_true")
+    if isinstance(fields["subject"], str) and isinstance(fields["prompt"], str):
+        fields["prompt"] = fields["prompt"].replace("{}", fields["subject"])
     neighbours = _list(record, "neighborhood_prompts")
-    return {
-        "id": record.get("case_id"),
-        "prompt": prompt,
-        "subject": subject,
-        "new_answer": _answer(rewrite.get("target_new")),
-        "old_answer": old,
+    return fields | {
         "rephrases": _list(record, "paraphrase_prompts"),
-        "locality": [{"prompt": text, "answer": old, "axis": "neighborhood"} for text in neighbours],
+        "locality": [
+            {"prompt": text, "answer": fields["old_answer"], "axis": "neighborhood"} for text in neighbours
+        ],
         "source": "counterfact",
     }
 
@@ -81,23 +72,15 @@ def is_blank(value: Any) -> bool:
 
 
 def _first(value: Any) -> Any:
-    """The value itself, or the first of a list, however deep, that is not empty; None where there is none."""
+    """The value itself, or the first of a list, however deep, that is not empty; None where there is none.
+
+    Of CounterFact's `{"str": text, "id": …}` the text.
+    """
     if isinstance(value, list):
         return next((found for found in map(_first, value) if found is not None), None)
+    if isinstance(value, dict):
+        value = value.get("str", value)
     return None if is_blank(value) else value
-
-
-def _answer(value: Any) -> Any:
-    """The text of `{"str": text, "id": …}`, or of a plain answer."""
-    return _first(value.get("str") if isinstance(value, dict) else value)
-
-
-def _as_written(subject: Any, prompt: Any) -> Any:
-    """A subject as the prompt spells it, where they differ in case alone."""
-    if not isinstance(subject, str) or not isinstance(prompt, str) or subject in prompt:
-        return subject
-    found = re.search(re.escape(subject.strip()), prompt, re.IGNORECASE)
-    return found[0] if found else subject
 
 
 def _object(record: Record, name: str) -> Record:
@@ -113,11 +96,6 @@ def _list(record: Record, name: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _rephrases(value: Any) -> list[Any]:
-    """One rephrase, the first of a list; blank where the record leaves it so, none where it has no such field."""
-    return [] if value is None else [_first(value)]
-
-
 def _one_probe(prompt: Any, answer: Any, axis: str) -> list[Record]:
     """A probe from fields of their own; none where the record has neither."""
     probe = {"prompt": _first(prompt), "answer": _first(answer), "axis": axis}
@@ -125,30 +103,15 @@ def _one_probe(prompt: Any, answer: Any, axis: str) -> list[Record]:
 
 
 def _by_axis(record: Record, kind: str) -> list[Record]:
-    """KnowEdit's probes of a kind: an object of axes, each a list of probes or lists of prompts and answers."""
+    """KnowEdit's probes of a kind: an object of axes, each a list of probes."""
     axes = _object(record, kind)
     if "New Question" in axes:  # one probe about a further relation, as zsRE and CounterFact were extended
         return _one_probe(axes["New Question"], axes.get("New Answer"), "reasoning")
+    for axis, probes in axes.items():
+        if not isinstance(probes or [], list) or not all(isinstance(probe, dict) for probe in probes or []):
+            raise UserError(f"field {f'{kind}.{axis}'!r}: expected a list of probes, each an object")
     return [
-        {"prompt": _first(prompt), "answer": _first(answer), "axis": axis}
+        {"prompt": _first(probe.get("prompt")), "answer": _first(probe.get("ground_truth")), "axis": axis}
         for axis, probes in axes.items()
-        for prompt, answer in _pairs(probes, f"{kind}.{axis}")
+        for probe in probes or []
     ]
-
-
-def _pairs(probes: Any, name: str) -> Iterator[tuple[Any, Any]]:
-    """Prompt and answers of each probe of an axis."""
-    if isinstance(probes, dict):  # lists of prompts and of answers, side by side
-        prompts, answers = probes.get("prompt"), probes.get("ground_truth")
-        if not isinstance(prompts, list):
-            prompts, answers = [prompts], [answers]
-        if not isinstance(answers, list) or len(answers) != len(prompts):
-            raise UserError(f"field {name!r}: expected as many answers as prompts")
-        yield from zip(prompts, answers, strict=True)
-        return
-    if probes is not None and not isinstance(probes, list):
-        raise UserError(f"field {name!r}: expected a list of probes, found {type(probes).__name__}")
-    for probe in probes or []:
-        if not isinstance(probe, dict):
-            raise UserError(f"field {name!r}: expected probes as objects, found {type(probe).__name__}")
-        yield probe.get("prompt"), probe.get("ground_truth")

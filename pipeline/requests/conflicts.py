@@ -11,34 +11,18 @@ NAMED = 3  # contradictions that a message spells out
 
 
 def settle(requests: Sequence[EditRequest], last_wins: bool = False) -> list[EditRequest]:
-    """The requests without contradictions, in their order.
-
-    Args:
-        requests: one batch.
-        last_wins: of requests that contradict each other, keep the last alone.
-
-    Raises:
-        UserError: when requests contradict each other and the last may not win.
-    """
-    last: dict[tuple[str, str], EditRequest] = {}
-    losers: dict[str, EditRequest] = {}  # id → who contradicts it
-    for request in requests:
-        earlier = last.get(fact(request))
-        if earlier and earlier.new_answer != request.new_answer:
-            losers[earlier.id] = request
-        last[fact(request)] = request
-    if losers and not last_wins:
-        named = [
-            f"{request.id} ({request.new_answer!r}) and {losers[request.id].id} ({losers[request.id].new_answer!r})"
-            for request in requests
-            if request.id in losers
-        ]
+    """A batch without contradictions: the last of such requests stays; UserError when it may not win."""
+    last = {fact(request): request for request in requests}
+    pairs = [(request, last[fact(request)]) for request in requests]
+    lost = [(one, other) for one, other in pairs if one.new_answer != other.new_answer]
+    if lost and not last_wins:
+        named = [f"{one.id} ({one.new_answer!r}) and {other.id} ({other.new_answer!r})" for one, other in lost]
         more = f", and {len(named) - NAMED} more pairs" if len(named) > NAMED else ""
         raise UserError(
             f"requests: contradict each other, same subject and prompt: {'; '.join(named[:NAMED])}{more}; "
             "correct them, or keep the last of each with --last_wins (`run`: --edit.last_wins)"
         )
-    return [request for request in requests if not losers or request.new_answer == last[fact(request)].new_answer]
+    return [one for one, other in pairs if one.new_answer == other.new_answer]
 
 
 def fact(request: EditRequest) -> tuple[str, str]:

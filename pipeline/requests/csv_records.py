@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, TextIO
+from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.requests.layouts import without_empty
-from pipeline.requests.lines import NOT_UTF8, bounded_lines
+from pipeline.requests.layouts import is_blank, without_empty
 
 SUFFIXES = (".csv", ".tsv")
 DELIMITERS = ",;\t"
@@ -25,46 +24,38 @@ REPEATED = ("rephrase", *PROBES)
 NUMBERED = re.compile(rf"({'|'.join(REPEATED)})(?:_(\d{{1,9}}))?")
 
 
-def row_records(file: TextIO) -> Iterator[tuple[str, Any]]:
-    """The rows of a CSV file; commas, semicolons or tabs, whichever the first line holds most of.
-
-    Raises:
-        UserError: where the table is malformed, or a column's name is unknown or stands twice.
-    """
-    lines = (line for _, line in bounded_lines(file))
+def row_records(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """The rows of a CSV file; commas, semicolons or tabs, whichever the first line holds most of."""
     first = next(lines, "")
-    rows = csv.reader(chain([first], lines), delimiter=max(DELIMITERS, key=first.count), strict=True)
+    delimiter = max(DELIMITERS, key=first.count)
+    rows = csv.DictReader(chain([first], lines), restval="", delimiter=delimiter, strict=True)
     try:
-        header = [name.strip() for name in next(rows, [])]
+        header = [name.strip() for name in rows.fieldnames or ()]
         _check_header(header)
-        line = rows.line_num + 1
+        rows.fieldnames = header
         for row in rows:
-            if any(cell.strip() for cell in row):
-                yield f"line {line}", _record(header, row)
-            line = rows.line_num + 1
+            if not all(map(is_blank, row.values())):
+                yield f"line {rows.line_num}", _record(row, header)
     except csv.Error as error:
-        raise UserError(f"line {rows.line_num}: malformed CSV: {error}") from None
+        raise UserError(f"line {rows.reader.line_num}: malformed CSV: {error}") from None
 
 
-def _check_header(header: list[str]) -> None:
+def _check_header(header: Sequence[str]) -> None:
     own = "new_answer" in header  # else a benchmark's columns; what is missing is told with the first record
     for name in filter(None, header):
         if header.count(name) > 1:
             raise UserError(f"column {name!r} stands twice")
         if own and name not in COLUMNS and not NUMBERED.fullmatch(name):
             known = ", ".join((*COLUMNS, *REPEATED))
-            numbered = f"the last {len(REPEATED)} also numbered"
-            raise UserError(f"column {name!r} does not exist; there is {known}, {numbered}")
+            raise UserError(f"column {name!r} does not exist; there is {known}, from rephrase on also numbered")
 
 
-def _record(header: list[str], row: list[str]) -> dict[str, Any] | UserError:
+def _record(row: dict[Any, Any], header: Sequence[str]) -> dict[str, Any] | UserError:
     """A row as a record of the layout that its columns name; what is wrong where it is none."""
-    if len(row) > len(header):
-        return UserError(f"{len(row)} cells; the first line names {len(header)} columns")
-    if NOT_UTF8.search("".join(row)):
-        return UserError("not UTF-8 text")
-    row = row + [""] * (len(header) - len(row))
-    cells = without_empty({name: cell for name, cell in zip(header, row, strict=True) if name})
+    if more := row.pop(None, None):
+        return UserError(f"{len(header) + len(more)} cells; the first line names {len(header)} columns")
+    row.pop("", None)
+    cells = without_empty(row)
     return _nested(cells) if "new_answer" in header else cells
 
 

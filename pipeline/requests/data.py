@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -23,13 +24,12 @@ class EditRequests(LightningDataModule):
     """Requests in batches of tokens.
 
     For `fit`, a batch holds prompts with their new answers, in an order that is drawn anew every epoch. For
-    `predict` (and `validate`) it holds P requests' rows with their old answers, then the same with the new ones: what
+    `predict` it holds P requests' rows with their old answers, then the same with the new ones: what
     `GradientAttribution` watches.
 
     Args:
         source: a file (JSONL, JSON or CSV), `hf:NAME`, `demo`, or requests that are loaded already.
         tokenizer: the model's.
-        batch_size: requests in a batch.
         chat: put prompts into the tokenizer's chat template.
 
     Raises:
@@ -62,16 +62,14 @@ class EditRequests(LightningDataModule):
             self.requests = load_requests(given) if isinstance(given, str | Path) else list(given)
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of prompts with their new answers."""
-        rows = self.tokens.answered(self.requests, [request.new_answer for request in self.requests])
-        pad = partial(collate, pad_token_id=self.tokens.pad_token_id)
-        return DataLoader(rows, batch_size=self.batch_size, shuffle=True, collate_fn=pad)  # type: ignore[arg-type]
+        return self._batches(self.tokens.answered(self.requests), collate, shuffle=True)
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of both answers, side by side: the old ones' rows first."""
-        sides = both_answers(self.tokens, self.requests)
-        pad = partial(collate_sides, pad_token_id=self.tokens.pad_token_id)
-        return DataLoader(sides, batch_size=self.batch_size, collate_fn=pad)  # type: ignore[arg-type]
+        return self._batches(both_answers(self.tokens, self.requests), collate_sides)
+
+    def _batches(self, items: list[Any], collate: Callable[..., Batch], shuffle: bool = False) -> DataLoader:
+        pad = partial(collate, pad_token_id=self.tokens.pad_token_id)
+        return DataLoader(items, self.batch_size, shuffle, collate_fn=pad)  # type: ignore[arg-type]  # a list will do
 
     def val_dataloader(self) -> DataLoader:
         """As for `predict`."""
@@ -79,17 +77,12 @@ class EditRequests(LightningDataModule):
 
 
 def both_answers(tokens: Tokens, requests: Sequence[EditRequest]) -> list[Sides]:
-    """Every request's prompt with its old and with its new answer.
-
-    Raises:
-        UserError: when a request has no old answer.
-    """
+    """Every request's prompt with its old and with its new answer; UserError when one has no old answer."""
     lacking = [request.id for request in requests if request.old_answer is None]
     if lacking:
         raise UserError(f"requests: {len(lacking)} have no old answer, such as {lacking[0]}; give old_answer")
     old = tokens.answered(requests, [request.old_answer or "" for request in requests])
-    new = tokens.answered(requests, [request.new_answer for request in requests])
-    return list(zip(old, new, strict=True))
+    return list(zip(old, tokens.answered(requests), strict=True))
 
 
 def collate_sides(items: Sequence[tuple[Row, ...]], pad_token_id: int = 0) -> Batch:

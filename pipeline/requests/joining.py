@@ -2,9 +2,8 @@
 
 Plain, the answer follows the prompt after one space. As a chat, the prompt is a user's message in the tokenizer's
 own chat template, with the opening of the assistant's turn behind it; the answer is what the assistant says there.
-What stands between the two is the template's own choice: whatever white space it puts between that opening and a
-message of the assistant's. SmolLM2's opening ends in a line break, and the answer follows at once; Mistral's in
-`[/INST]`, and the answer follows after a space.
+Between the two stands what white space the template puts there: none after SmolLM2's opening, which ends in a line
+break, and a space after Mistral's `[/INST]`.
 """
 
 from __future__ import annotations
@@ -49,9 +48,7 @@ def chat_joining(tokenizer: PreTrainedTokenizerBase, name: str) -> Joining:
     """The joining of a tokenizer's chat template, read off what it makes of one exchange.
 
     Templates that can let the model think first are asked not to: the answer itself is what is edited and measured.
-
-    Raises:
-        UserError: when there is no chat template, or it does not put a prompt into the text as it is.
+    UserError when there is no chat template, or it does not put a prompt into the text as it is.
     """
     if not tokenizer.chat_template:
         raise UserError(f"chat: the tokenizer of {name} has no chat template; leave --chat out")

@@ -13,14 +13,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
-from pipeline.requests.benchmark_layouts import (
-    Record,
-    from_counterfact,
-    from_easyedit,
-    from_wikibio,
-    from_zsre,
-    is_blank,
-)
+from pipeline.requests import benchmark_layouts as of
+from pipeline.requests.benchmark_layouts import Record, is_blank
 from pipeline.requests.schema import EditRequest, Probe
 
 
@@ -35,20 +29,16 @@ class Layout(NamedTuple):
 OWN = Layout("golden-layers", frozenset({"prompt", "new_answer"}), dict)
 
 LAYOUTS = (
-    Layout("CounterFact", frozenset({"requested_rewrite"}), from_counterfact),
-    Layout("zsRE (MEND)", frozenset({"src", "alt"}), from_zsre),
-    Layout("KnowEdit WikiBio", frozenset({"text", "labels", "concept"}), from_wikibio),
-    Layout("EasyEdit", frozenset({"prompt", "target_new"}), from_easyedit),
+    Layout("CounterFact", frozenset({"requested_rewrite"}), of.from_counterfact),
+    Layout("zsRE (MEND)", frozenset({"src", "alt"}), of.from_zsre),
+    Layout("KnowEdit WikiBio", frozenset({"text", "labels", "concept"}), of.from_wikibio),
+    Layout("EasyEdit", frozenset({"prompt", "target_new"}), of.from_easyedit),
     OWN,
 )
 
 
 def find_layout(record: Any) -> Layout:
-    """The layout that a record's fields give away.
-
-    Raises:
-        UserError: without the record's place: what was found, and which fields were expected.
-    """
+    """The layout that a record's fields give away; UserError, without the record's place, where none does."""
     if not isinstance(record, dict):
         raise UserError(f"expected an object, found {type(record).__name__}")
     for layout in LAYOUTS:
@@ -61,17 +51,11 @@ def find_layout(record: Any) -> Layout:
 def to_request(record: Record, layout: Layout, number: int) -> tuple[EditRequest, int]:
     """A record as a request, and how many of its probes and rephrases were left out because a text is empty.
 
-    Args:
-        record: what the layout fits.
-        layout: the record's layout.
-        number: the record's number in its source: the request's id where the record has none.
-
-    Raises:
-        UserError: without the record's place: which field is wrong, and why.
+    `number` is the id of a record without one. UserError, without the record's place, for a wrong field.
     """
     fields = layout.read(record)
     left_out = 0 if layout is OWN else _leave_out_empty(fields)
-    fields["id"] = str(number) if fields.get("id") is None else str(fields["id"])
+    fields["id"] = str(number if fields.get("id") is None else fields["id"])
     try:
         return EditRequest.model_validate(fields), left_out
     except ValidationError as error:
@@ -100,7 +84,9 @@ def _wrong_field(error: ErrorDetails) -> str:
     """Which field is wrong, in what, and what there is instead."""
     name = ".".join(str(part) for part in error["loc"])
     message = "expected a text, found none" if error["input"] is None else error["msg"]
-    if error["type"] == "tuple_type":
+    if error["type"] == "string_unicode":
+        message = "not UTF-8 text"
+    elif error["type"] == "tuple_type":
         message = f"expected a list of {'texts' if name == 'rephrases' else 'probes'}"
     elif error["type"] == "extra_forbidden":
         model = EditRequest if len(error["loc"]) == 1 else Probe

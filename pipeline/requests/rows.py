@@ -34,6 +34,10 @@ class Row(NamedTuple):
         """The target tokens."""
         return self.token_ids[self.target_start :]
 
+    def length(self) -> int:
+        """How many tokens it has."""
+        return len(self.token_ids)
+
 
 @dataclass  # Lightning moves batches to the device by setting their fields
 class Batch:
@@ -68,7 +72,7 @@ class Batch:
     def to(self, device: Any, **_: Any) -> Batch:
         """On a device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def means(self, values_N: Tensor) -> Tensor:
         """Mean of a value over each text's target tokens, one a text."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
+from operator import eq
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,13 +22,10 @@ class Tokens:
 
     Args:
         tokenizer: of any model.
-        chat: put prompts into its chat template.
+        chat: put prompts into its chat template; UserError when it has none.
         name: what the user calls the model, for messages.
         vocabulary: how many tokens the model embeds; None: as many as there are.
         context_length: the longest text in tokens; None: any.
-
-    Raises:
-        UserError: when a chat is asked for without a chat template.
     """
 
     def __init__(
@@ -53,15 +52,10 @@ class Tokens:
     def rows(
         self, pairs: Sequence[tuple[str, str]], tags: Sequence[Any] | None = None, what: str = "requests"
     ) -> list[Row]:
-        """Join prompts and answers (see `pipeline.requests.joining`) and find the answers' tokens.
+        """Join (prompt, answer) texts and find the answers' tokens; `what` the texts are is for messages.
 
         The target begins where the joined text's tokens leave the prompt's own, so it is right with and without a
         BOS token, and for tokenizers that keep the space with the word or apart from it.
-
-        Args:
-            pairs: (prompt, answer) texts.
-            tags: one a pair, kept in the rows.
-            what: for messages: what the pairs are.
 
         Raises:
             UserError: when an answer becomes no token or unknown ones alone, or a text is longer than the context.
@@ -69,22 +63,23 @@ class Tokens:
         before = self.prompts([prompt for prompt, _ in pairs])
         joined = self._ids([self.joining.whole(*pair) for pair in pairs], self.joining.special)
         rows = []
-        for index, ((prompt, answer), ids) in enumerate(zip(pairs, joined, strict=True)):
-            if not before[index] or not prompt.strip():
+        for (prompt, answer), tag, asked, ids in zip(
+            pairs, tags or [None] * len(pairs), before, joined, strict=True
+        ):
+            if not asked or not prompt.strip():
                 raise UserError(f"{what}: prompt {prompt!r} becomes no token")
-            start = max(1, _shared(before[index], ids))
+            start = max(1, _shared(asked, ids))
             if not answer.strip() or start >= len(ids):
                 raise UserError(f"{what}: answer {answer!r} to {prompt!r} becomes no token")
             if self._is_unknown(ids[start:]):
-                raise UserError(
-                    f"{what}: answer {answer!r} to {prompt!r} is unknown to the tokenizer of {self.name}"
-                )
+                raise UserError(f"{what}: answer {answer!r} to {prompt!r} is unknown to {self.name}'s tokenizer")
             self.check_length(len(ids), f"{what}: {prompt[:60]!r}")
-            rows.append(Row(ids, start, tag=tags[index] if tags is not None else None))
+            rows.append(Row(ids, start, tag=tag))
         return rows
 
-    def answered(self, requests: Sequence[EditRequest], answers: Sequence[str]) -> list[Row]:
-        """Requests' prompts with these answers; where a prompt holds its subject, with the subject's places."""
+    def answered(self, requests: Sequence[EditRequest], answers: Sequence[str] | None = None) -> list[Row]:
+        """Requests' prompts with these answers, or the new ones; and the places of their subjects."""
+        answers = answers or [request.new_answer for request in requests]
         rows = self.rows([(request.prompt, answer) for request, answer in zip(requests, answers, strict=True)])
         return [
             row._replace(tag=request.id, subject=self.subject(request, row, answer))
@@ -113,20 +108,16 @@ class Tokens:
         return self._ids([joining.prompt(prompt) for prompt in prompts], joining.special)
 
     def place(self, prompt: str, end: int, answer: str = "") -> int:
-        """Place, among a prompt's tokens (with an answer's behind them), of the one that holds the prompt's `end`.
+        """Place of the token that holds the character before `end` of a prompt, given plain, whatever the template.
 
-        Args:
-            prompt: as the user gives it; its place in a chat template is known here.
-            end: a place between two characters of the prompt, such as where its subject ends.
-            answer: what follows, where the tokens of both are meant.
+        It is the place among the prompt's tokens, or among those of the prompt with the answer.
         """
         joining = self.joining
         text = joining.whole(prompt, answer) if answer else joining.prompt(prompt)
         end = min(len(joining.head) + end, len(text))
         if self.tokenizer.is_fast:
-            spans = self.tokenizer(
-                text, add_special_tokens=joining.special, return_offsets_mapping=True
-            ).offset_mapping
+            found = self.tokenizer(text, add_special_tokens=joining.special, return_offsets_mapping=True)
+            spans = found.offset_mapping
             return max((place for place, (first, last) in enumerate(spans) if first < min(end, last)), default=0)
         upto, ids = self._ids([text[:end], text], joining.special)
         shared = _shared(upto, ids)
@@ -158,6 +149,4 @@ class Tokens:
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two texts begin with in common."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+    return len(list(takewhile(bool, map(eq, first, second))))

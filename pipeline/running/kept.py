@@ -40,7 +40,7 @@ class Kept(BasePredictionWriter):
         found: dict[int, Any] = {}
         for file in sorted(self.folder.glob("*.pt")):
             try:
-                if ZipFile(file).testzip():  # its checksums, which torch does not look at
+                if not is_whole(file):
                     raise BadZipFile
                 found |= torch.load(file, weights_only=True)
             except BROKEN:
@@ -63,3 +63,12 @@ class Kept(BasePredictionWriter):
     def remove(self) -> None:
         """What was kept is kept elsewhere now."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file that torch wrote is there and undamaged, by its checksums, which torch does not look at."""
+    try:
+        with ZipFile(file) as archive:
+            return bool(archive.namelist()) and archive.testzip() is None
+    except (*BROKEN, NotImplementedError):
+        return False

@@ -1,8 +1,8 @@
 """A command on several devices of a host: started and watched by torchrun's own agent.
 
 The agent runs in the process that the user started, which runs no part of the command itself. When any of the
-command's processes fails or dies, the agent ends the others, and one line says why. On several hosts the user starts
-`torchrun` (or `srun`) on each, whose agents do the same. What is imported here brings no torch.
+command's processes fails or dies, the agent ends the others, and one line says why. On several hosts the user
+starts `torchrun` (or `srun`) on each, whose agents do the same. What is imported here brings no torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from datetime import datetime
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.output import STARTED
 
+STARTED = "GOLDEN_LAYERS_STARTED"  # the environment variable that tells a command's processes when it began
 SUPERVISED = "GOLDEN_LAYERS_SUPERVISED"  # the environment variable of processes whose failures the agent tells
 ENDING_SECONDS = 60  # that a process has to end the batch at work after a signal
 IN_ITS_WAKE = "another process of this command has ended"
@@ -28,19 +28,16 @@ def is_one_of_several() -> bool:
     return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
-def devices_to_start(options: Any) -> int:
-    """How many processes of this host a command's options ask for and nobody has started.
+def started() -> str:
+    """When this command began, as its default output folder says it; its processes say the same."""
+    return os.environ.setdefault(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}")
 
-    Raises:
-        UserError: when the accelerator or devices do not exist here.
-    """
+
+def may_start_others(options: Any) -> bool:
+    """Whether a command's options may ask for several processes of this host, which nobody has started."""
     trainer = options.trainer
     alone = str(trainer.devices) == "1" or (trainer.accelerator == "cpu" and trainer.devices == "auto")
-    if alone or is_one_of_several() or not getattr(options, "model", True):
-        return 1
-    from pipeline.running.trainer import build_trainer
-
-    return build_trainer(trainer, "").num_devices
+    return not alone and not is_one_of_several() and bool(getattr(options, "model", True))
 
 
 def supervise(words: Sequence[str], devices: int, options: Any) -> int:
@@ -58,7 +55,7 @@ def supervise(words: Sequence[str], devices: int, options: Any) -> int:
             f"trainer.num_nodes: {options.trainer.num_nodes} hosts: start the command on each, by torchrun or srun"
         )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    own = {SUPERVISED: "1", STARTED: f"{datetime.now():%Y%m%d-%H%M%S}"}
+    own = {SUPERVISED: "1", STARTED: started()}
     os.environ |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))} | own | os.environ
     config = LaunchConfig(
         min_nodes=1,

@@ -7,20 +7,35 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
 from pipeline.errors import UserError
 from pipeline.options.shared import SHARDED, TrainerOptions
-from pipeline.output import STARTED
-from pipeline.running.launch import is_one_of_several
+from pipeline.running.launch import STARTED, is_one_of_several, started
+
+
+@contextmanager
+def trainer_errors() -> Iterator[None]:
+    """What Lightning says of an accelerator, devices or a strategy that do not exist here, as a UserError."""
+    try:
+        yield
+    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def devices_here(options: TrainerOptions) -> int:
+    """How many devices of this host the options ask for; UserError when they do not exist."""
+    with trainer_errors():
+        return Trainer(accelerator=options.accelerator, devices=options.devices_asked, logger=False).num_devices
 
 
 def join(options: TrainerOptions) -> torch.device:
@@ -32,7 +47,7 @@ def join(options: TrainerOptions) -> torch.device:
     Raises:
         UserError: when the accelerator, devices or hosts do not exist here.
     """
-    try:
+    with trainer_errors():
         fabric = Fabric(
             accelerator=options.accelerator,
             devices=options.devices_asked if is_one_of_several() else 1,
@@ -42,10 +57,8 @@ def join(options: TrainerOptions) -> torch.device:
         if distributed.is_initialized():
             return fabric.device
         fabric.launch()
-    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     rank_zero_only.rank = fabric.global_rank  # type: ignore[attr-defined]
-    os.environ[STARTED] = from_first(os.environ.get(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}"))
+    os.environ[STARTED] = from_first(started())
     return fabric.device
 
 

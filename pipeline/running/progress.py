@@ -2,108 +2,73 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import timedelta
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from tqdm import tqdm
 
-WIDEST = 24  # columns of a bar
-BESIDE = 53  # columns that all else may take
+MOVING = "{desc} {n_fmt}/{total_fmt} left {remaining}{postfix} {bar:24}"  # a narrow terminal cuts the end
+PLAIN = "{desc}: {n_fmt}/{total_fmt} after {elapsed}, left {remaining}{postfix}"
 EVERY = 20.0  # seconds between a log's lines at first; later a tenth of the time gone
 
 _IN_ONE = ContextVar("in one bar", default=False)
 
 
-class Bar:
-    """A bar that moves, on a terminal; without the bar itself where the terminal is too narrow.
+class Lines:
+    """A file that does not move, in which each state of a bar is a line of its own.
+
+    Args:
+        file: the file.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file, self.last = file, ""
+
+    def write(self, state: str) -> None:
+        """A state, if it says anything new."""
+        if (line := state.strip()) not in ("", self.last):
+            print(line, file=self.file, flush=True)
+            self.last = line
+
+    def flush(self) -> None:
+        """Nothing waits to be written."""
+
+
+class Shown(tqdm):
+    """Progress on the error stream, as fits what that is.
 
     Args:
         title: what is counted.
         total: up to what.
-        console: the terminal.
     """
 
-    def __init__(self, title: str, total: float, console: Console) -> None:
-        one_line = Column(no_wrap=True)
-        room = min(WIDEST, console.width - BESIDE)
-        self._progress = Progress(
-            TextColumn("{task.description}", table_column=one_line),
-            *([BarColumn(bar_width=room)] if room > 4 else []),
-            MofNCompleteColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True, table_column=one_line),
-            TextColumn("{task.fields[note]}", table_column=one_line),
-            console=console,
-            redirect_stdout=sys.stdout.isatty(),  # what is printed goes beside the bar only where that is the terminal
+    monitor_interval = 0  # no thread watches the bars
+
+    def __init__(self, title: str, total: float) -> None:
+        self.moves = sys.stderr.isatty()
+        super().__init__(
+            total=total,
+            desc=title,
+            file=sys.stderr if self.moves else Lines(sys.stderr),
+            bar_format=MOVING if self.moves else PLAIN,
+            mininterval=0.1 if self.moves else EVERY,
+            miniters=1,
+            dynamic_ncols=self.moves,
         )
-        self._task = self._progress.add_task(escape(title), total=total, note="")
-        self._progress.start()
 
     def advance(self, more: int = 1, note: str = "") -> None:
         """So many more are done."""
-        self._progress.update(self._task, advance=more, note=escape(note))
-
-    def stop(self, finished: bool) -> None:
-        """No more follow; an early stop is an end too."""
-        if finished:
-            self._progress.update(self._task, total=self._progress.tasks[0].completed)
-        self._progress.stop()
-
-
-class Lines:
-    """Plain lines, in a log file or on a terminal that cannot move: now and then, and at the end.
-
-    Args: as `Bar`'s.
-    """
-
-    def __init__(self, title: str, total: float, console: Console) -> None:
-        self.title, self.total, self.file = title, total, console.file
-        self.done = 0
-        self.started = self._last = time.monotonic()
-
-    def advance(self, more: int = 1, note: str = "") -> None:
-        """So many more are done."""
-        self.done += more
-        now = time.monotonic()
-        gone = now - self.started
-        if now - self._last < max(EVERY, gone / 10) or self.done >= self.total:
-            return
-        self._last = now
-        left = f", left {clock(gone * (self.total - self.done) / self.done)}" if math.isfinite(self.total) else ""
-        self._say(f"{self.done}/{self.total} after {clock(gone)}{left}{note and ', '}{note}")
-
-    def stop(self, finished: bool) -> None:
-        """No more follow; an early stop is an end too."""
-        gone = clock(time.monotonic() - self.started)
-        how = f"{self.done} in {gone}" if finished else f"{self.total} when it stopped, after {gone}"
-        self._say(f"{self.done}/{how}")
-
-    def _say(self, what: str) -> None:
-        print(f"{self.title}: {what}", file=self.file, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """A length of time as hours, minutes and seconds."""
-    return str(timedelta(seconds=round(seconds)))
-
-
-def shown(title: str, total: float) -> Bar | Lines:
-    """Progress on the error stream, as fits what that is."""
-    console = Console(file=sys.stderr)
-    moves = console.is_terminal and not console.is_dumb_terminal
-    return (Bar if moves else Lines)(title, total, console)
+        if note:
+            self.set_postfix_str(note, refresh=False)
+        if not self.moves:
+            self.mininterval = max(EVERY, self.format_dict["elapsed"] / 10)
+        self.update(more)
 
 
 @contextmanager
@@ -117,15 +82,14 @@ def one_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     Yields:
         a function that takes how many more are done, and a note.
     """
-    progress = shown(title, total) if getattr(rank_zero_only, "rank", 0) == 0 else None
-    token, finished = _IN_ONE.set(True), False
+    shown = Shown(title, total) if getattr(rank_zero_only, "rank", 0) == 0 else None
+    token = _IN_ONE.set(True)
     try:
-        yield progress.advance if progress else lambda more, note: None
-        finished = True
+        yield shown.advance if shown else lambda more, note: None
     finally:
         _IN_ONE.reset(token)
-        if progress:
-            progress.stop(finished)
+        if shown:
+            shown.close()
 
 
 class StageProgressBar(ProgressBar):
@@ -138,7 +102,7 @@ class StageProgressBar(ProgressBar):
     def __init__(self, title: str) -> None:
         super().__init__()
         self.title, self.enabled = title, True
-        self.shown: Bar | Lines | None = None
+        self.shown: Shown | None = None
 
     def disable(self) -> None:
         """Called by Lightning on all ranks but zero."""
@@ -147,13 +111,15 @@ class StageProgressBar(ProgressBar):
     def start(self, total: float) -> None:
         """A stage of so many batches begins."""
         if self.enabled and not _IN_ONE.get():
-            self.shown = shown(self.title, total)
+            self.shown = Shown(self.title, total)
 
-    def stop(self, finished: bool = True) -> None:
+    def stop(self, *_: Any) -> None:
         """It has ended."""
         if self.shown:
-            self.shown.stop(finished)
+            self.shown.close()
         self.shown = None
+
+    on_predict_end = on_train_end = on_exception = stop  # type: ignore[assignment]
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start(sum(trainer.num_predict_batches))
@@ -169,12 +135,3 @@ class StageProgressBar(ProgressBar):
         loss = trainer.progress_bar_metrics.get("loss")
         if self.shown:
             self.shown.advance(note=f"loss {loss:.3f}" if loss is not None else "")
-
-    def on_predict_end(self, *_: Any) -> None:
-        self.stop()
-
-    def on_train_end(self, *_: Any) -> None:
-        self.stop()
-
-    def on_exception(self, *_: Any) -> None:
-        self.stop(finished=False)

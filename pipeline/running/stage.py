@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Stage(LightningModule):
         outputs: dict[int, Any] = {}
         left = batch.parts(self.at_once or len(batch))
         while left:
-            suffices, found = attempt(lambda part=left[0]: self._run(part))
+            suffices, found = attempt(partial(self._run, left[0]))
             if suffices:
                 outputs |= found
                 left.pop(0)
@@ -171,7 +172,7 @@ def run(
             most = min(batch_size, max(1, len(left) // trainer.world_size))  # an item for each device, if possible
             batches = in_batches(left, tokens, most, most_tokens)
             outputs = trainer.predict(stage, datamodule=Batches(batches, in_step)) or []
-        for part in of_all(ChainMap(*outputs)):  # type: ignore[arg-type]
+        for part in of_all(ChainMap(*outputs)):
             done |= part
     return [done[number] for number in range(len(items))]
 

@@ -30,9 +30,10 @@ class StopBetweenBatches(Callback):
     def _stop(self, *_: Any) -> None:
         interrupts.raise_if_noted()
 
-    on_train_start = on_predict_start = _listen
-    on_train_batch_start = on_predict_batch_start = _stop  # what keeps the results of the batch before was there
-    on_train_end = on_predict_end = _stop
+    on_train_start = on_predict_start = _listen  # type: ignore[assignment]
+    # what keeps the results of the batch before was there
+    on_train_batch_start = on_predict_batch_start = _stop  # type: ignore[assignment]
+    on_train_end = on_predict_end = _stop  # type: ignore[assignment]
 
     def teardown(self, *_: Any, **__: Any) -> None:
         interrupts.raise_if_noted()

@@ -16,12 +16,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pipeline.errors import UserError
 from pipeline.options.shared import SHARDED, TrainerOptions
 from pipeline.running.interrupts import interrupts
-from pipeline.running.processes import world_size
+from pipeline.running.processes import trainer_errors, world_size
 from pipeline.running.progress import StageProgressBar
 from pipeline.running.sharding import KeepStep
 from pipeline.running.stopping import StopBetweenBatches
@@ -92,14 +90,15 @@ def trainer_of(
 @contextmanager
 def _lent(trainer: Trainer, callbacks: Sequence[Callback]) -> Iterator[None]:
     """A user's Trainer with a stage's callbacks; after the `with` as it was."""
-    own, parts = list(trainer.callbacks), trainer.accumulate_grad_batches
+    callbacks_now: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    own, parts = list(callbacks_now), trainer.accumulate_grad_batches
     inference_mode, trainer.predict_loop.inference_mode = trainer.predict_loop.inference_mode, False
-    trainer.callbacks += [KeepStep(), *callbacks]
+    callbacks_now += [KeepStep(), *callbacks]
     begin_anew(trainer)
     try:
         yield
     finally:
-        trainer.callbacks[:], trainer.accumulate_grad_batches = own, parts
+        callbacks_now[:], trainer.accumulate_grad_batches = own, parts
         trainer.predict_loop.inference_mode = inference_mode
 
 
@@ -128,7 +127,7 @@ def build_trainer(
         strategy = ShardedStrategy(world_size())
         if options.precision == "64-true":  # which Lightning takes of a model-parallel strategy as a plugin only
             precision, plugins = {}, [*plugins, DoublePrecision()]
-    try:
+    with trainer_errors():
         return Trainer(
             accelerator=options.accelerator,
             devices=options.devices_asked,
@@ -141,8 +140,6 @@ def build_trainer(
             use_distributed_sampler=False,  # the data modules deal batches out
             **{"enable_checkpointing": False, "logger": False, **precision, **settings},
         )
-    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def hush(verbose: bool) -> None:

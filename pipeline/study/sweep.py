@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ class Sweep:
             UserError: for a method that cannot be tried so, or requests that it cannot take.
         """
         check_trial(method, self.options, requests)
-        options = replace(self.options, method=method)
+        options = self.options.by(method)
         kept = {block: Kept(self.folder / self._about(options, block)) for block in sorted(blocks)}
         found: dict[int, dict[int, Result]] = from_first({block: one.read() for block, one in kept.items()})
         keyed = {key(request): request for request in requests}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from peft import get_peft_model_state_dict
@@ -19,15 +19,14 @@ from torch import Tensor
 
 from pipeline.editing.editor import METHODS
 from pipeline.editing.finetune import FineTune
-from pipeline.editing.lessons import Lessons, collate_lessons, read_lessons, teaching_loss
+from pipeline.editing.lessons import Lessons, collate_lessons, teaching_loss
 from pipeline.editing.locate import LocateThenEdit
-from pipeline.editing.values import KeyReading
+from pipeline.editing.method import EditMethod
 from pipeline.editing.whitening import WhitenedAdam
 from pipeline.errors import UserError
 from pipeline.model.activations import Activations, target_logits
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
-from pipeline.requests.rows import Batch
 from pipeline.requests.schema import EditRequest
 from pipeline.running.stage import Stage, run
 from pipeline.running.trainer import Runtime
@@ -35,15 +34,9 @@ from pipeline.running.trainer import Runtime
 LowRank = tuple[Tensor, Tensor]  # of each request: left (B, O, k), right (B, k, I)
 
 
-class Trials(Protocol):
-    """Requests that are edited side by side, at one block after the other."""
-
-    def at(self, layer: int) -> dict[str, LowRank]:
-        """Every request's change of each projection at a block, no lower one than in the call before."""
-        ...
-
-
-def side_by_side(llm: LLM, requests: Sequence[EditRequest], options: EditOptions, runtime: Runtime) -> Trials:
+def side_by_side(
+    llm: LLM, requests: Sequence[EditRequest], options: EditOptions, runtime: Runtime
+) -> ValueTrials | AdapterTrials:
     """Edits of each request alone.
 
     Args:
@@ -69,31 +62,32 @@ def changed_rows(llm: LLM, changes: dict[str, LowRank]) -> Iterator[None]:
         yield
 
 
-class ValueTrials:
+@dataclass
+class Trials:
+    """Requests that are edited side by side, by a method that is made for one block after the other."""
+
+    llm: LLM
+    requests: Sequence[EditRequest]
+    options: EditOptions
+    runtime: Runtime
+
+    def method(self, layer: int) -> EditMethod:
+        """The method for a block."""
+        return METHODS[self.options.method].make(self.llm, [layer], self.options)
+
+
+class ValueTrials(Trials):
     """Locate-then-edit: rank one, for all of a request's columns ask for the same change."""
-
-    def __init__(self, llm: LLM, requests: Sequence[EditRequest], options: EditOptions, runtime: Runtime) -> None:
-        self.llm, self.requests, self.options, self.runtime = llm, requests, options, runtime
-        method = self._method(0)
-        self.located = method.located(requests)
-        self.search = method.search(0, 1, climbs=True)
-        self.own, self.near = KeyReading(llm, 0, climbs=True), KeyReading(llm, 0, climbs=True)
-
-    def _method(self, layer: int) -> LocateThenEdit:
-        method = METHODS[self.options.method].make(self.llm, [layer], self.options)
-        assert isinstance(method, LocateThenEdit)
-        return method
 
     def at(self, layer: int) -> dict[str, LowRank]:
         """Every request's value times the direction of inputs that the solver gives it."""
-        method = self._method(layer)
+        method = self.method(layer)
+        assert isinstance(method, LocateThenEdit)
         ((name, down),) = self.llm.blocks[layer].down.items()
         text_II = method.moments(self.runtime)[layer]
-        self.search.climb(layer)
-        values = method.find(self.search, self.located, self.runtime)
-        self.own.layer = self.near.layer = layer
-        keys_GCI = method.keys(self.own, self.requests, self.runtime)
-        kept = method.kept(self.near, [[request] for request in self.requests], text_II, self.runtime)
+        values = method.find(method.search(layer, 1), method.located(self.requests), self.runtime)
+        keys_GCI = method.keys(layer, self.requests, self.runtime)
+        kept = method.kept(layer, [[request] for request in self.requests], text_II, self.runtime)
         directions = []
         for key_CI, kept_II in zip(keys_GCI, kept, strict=True):
             key_In, kept_II = key_CI.T.to(down.weight.device), kept_II.to(down.weight.device)
@@ -102,21 +96,15 @@ class ValueTrials:
         return {name: (torch.stack(values).to(right_BkI)[..., None], right_BkI)}
 
 
-class AdapterTrials:
+class AdapterTrials(Trials):
     """LoRA: the same steps on the same rows as it takes for each request alone."""
-
-    def __init__(self, llm: LLM, requests: Sequence[EditRequest], options: EditOptions, runtime: Runtime) -> None:
-        self.llm, self.requests, self.options, self.runtime = llm, requests, options, runtime
 
     def at(self, layer: int) -> dict[str, LowRank]:
         """Every request's adapter."""
-        method = METHODS[self.options.method].make(self.llm, [layer], self.options)
+        method = self.method(layer)
         assert isinstance(method, FineTune) and method.lora
         method.find_whiteners(self.runtime)
-        each = [[request] for request in self.requests]
-        lessons = read_lessons(
-            self.llm, layer, each, method.settings.contexts, method.settings.kl > 0, self.runtime
-        )
+        lessons = method.lessons([[request] for request in self.requests], self.runtime)
         stage = AdaptersAlone(method, self.runtime.seed)
         found = run(stage, lessons, self.runtime, batch_size=len(lessons))
         return {
@@ -147,10 +135,9 @@ class AdaptersAlone(Stage):
         self.layer, self.scaling = method.layers[0], method.lora.scaling
         with method.lora.attached(seed, method.whiteners) as adapted:
             begun = get_peft_model_state_dict(adapted)
-        names = self.llm.blocks[self.layer].projections(self.settings.scope)
         self.start = {  # B and A of each projection
             name: [begun[f"base_model.model.{name}.lora_{factor}.weight"].clone() for factor in "BA"]
-            for name in names
+            for name in self.llm.blocks[self.layer].projections(self.settings.scope)
         }
 
     def collate(self, items: list[Lessons]) -> list[Lessons]:
@@ -158,19 +145,19 @@ class AdaptersAlone(Stage):
 
     def step(self, batch: list[Lessons]) -> list[dict[str, LowRank]]:
         """Train until each request is learnt or the settings' epochs are over; one that is leaves the batch."""
+        settings = self.settings
         trained = {
             name: [factor.to(self.device).expand(len(batch), -1, -1).clone().requires_grad_() for factor in factors]
             for name, factors in self.start.items()
         }
         adam = WhitenedAdam(
-            [{"params": [f for pair in trained.values() for f in pair], "lr": self.settings.learning_rate}],
+            [{"params": [f for pair in trained.values() for f in pair], "lr": settings.learning_rate}],
             {trained[name][1]: (P.to(self.device), 1) for name, P in self.whiteners.items()},
         )
-        epochs = self.settings.epochs
-        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, self.settings.last_step, total_iters=epochs)
+        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, settings.last_step, total_iters=settings.epochs)
         found: dict[int, dict[str, LowRank]] = {}
         running = list(range(len(batch)))
-        for epoch in range(epochs):
+        for epoch in range(settings.epochs):
             adam.zero_grad()
             unlearnt = self._differentiate(trained, running, batch, epoch)
             adam.step()
@@ -188,9 +175,8 @@ class AdaptersAlone(Stage):
         """Add the gradient of every running request's loss to its factors; whether its row is unlearnt yet."""
         rows = [batch[n].of_epoch(0, epoch) for n in running]
         others = [batch[n].other(0, epoch) for n in running if batch[n].others]
-        weights = [1.0] * (len(rows) + len(others))
-        lesson: Batch = collate_lessons(rows, others, weights, self.llm.pad_token_id).to(self.device)
-        own = torch.tensor([*running, *running][: len(weights)], device=self.device)
+        lesson = collate_lessons(rows, others, (1.0, 1.0), self.llm.pad_token_id).to(self.device)
+        own = torch.tensor([*running, *running][: len(rows) + len(others)], device=self.device)
         changes = {name: (self.scaling * B[own], A[own]) for name, (B, A) in trained.items()}
         with Activations(self.llm).from_block(self.layer, lesson.enter_BTD), changed_rows(self.llm, changes):
             logits_NV = target_logits(self.llm.model, lesson)

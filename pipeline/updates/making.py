@@ -146,10 +146,10 @@ def _without(
 ) -> WeightUpdate:
     """The version in force without a request."""
     if can_leave_out(held, [request], options.edit.method):
-        return leave_out(llm, held, [request], options.edit, options.one_device, options.seed)
-    (answered,) = with_old_answers(llm, [request], Runtime(options.one_device))
+        return leave_out(llm, held, [request], options.edit, options.trainer, options.seed)
+    (answered,) = with_old_answers(llm, [request], Runtime(options.trainer))
     back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
-    return edit(llm, [back], profile, options.edit, options.one_device, seed=options.seed, after=held)
+    return edit(llm, [back], profile, options.edit, options.trainer, seed=options.seed, after=held)
 
 
 def _golden_profile(
@@ -161,6 +161,6 @@ def _golden_profile(
         profile = GoldenProfile.load(given or store.folder)
     else:
         answered = [request for request in requests if request.old_answer] or list(requests)
-        profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.one_device, "the queue")
+        profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.trainer, "the queue")
     choose_layers(llm, profile, options.edit)
     return profile

@@ -90,7 +90,7 @@ class Trial:
         self.whole: WeightUpdate | None = None  # with all of the batch in it
         self.accepted: list[int] = []  # places in the batch
         self.held: list[HeldBack] = []
-        self.evaluator = Evaluator(llm, batch, options.evaluation, options.one_device)
+        self.evaluator = Evaluator(llm, batch, options.evaluation, options.trainer)
         self.earlier = self._earlier_facts()
         with self.timed("evaluation"):
             text = self.evaluator.only((), ("text",)).measure("Measuring base")
@@ -111,7 +111,7 @@ class Trial:
         most = min(self.options.gates.earlier_sample, len(held))
         chosen = random.Random(self.options.seed + self.parent).sample(held, most)
         bare = [one.model_copy(update={"rephrases": (), "locality": (), "portability": ()}) for one in chosen]
-        return Evaluator(self.llm, bare, self.options.evaluation, self.options.one_device, ("probes",))
+        return Evaluator(self.llm, bare, self.options.evaluation, self.options.trainer, ("probes",))
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -159,7 +159,7 @@ class Trial:
 
     def _edited(self, part: Sequence[int], profile: GoldenProfile) -> WeightUpdate:
         """The version in force with the accepted requests and a part of the others."""
-        options, device, seed = self.options.edit, self.options.one_device, self.options.seed
+        options, device, seed = self.options.edit, self.options.trainer, self.options.seed
         rest = [one for place, one in enumerate(self.batch) if place not in {*self.accepted, *part}]
         earlier = {fact(request) for request in self.facts}
         renewed = any(fact(request) in earlier for request in rest)  # it took the place of earlier facts
