@@ -149,7 +149,7 @@ def _wrong(scene: Scene, files: int) -> Figures:
     least = scene.each * sum(_acknowledged(file).exists() for file in scene.files[:files])
     try:
         with scene.open() as store:
-            broken = any(problem for _, problem in verify(store, lambda _: scene.llm))
+            broken = any(problem for _, problem in verify(store))
             by_state = counts(store)
             held, applied = len(in_force(store, store.current)), _applied(store)
     except UserError:

@@ -15,7 +15,7 @@ from pipeline import LiveModel, find_golden_layer
 from pipeline.evaluation import Evaluator
 from pipeline.options import UpdateCommand
 from pipeline.requests.readers import write_requests
-from pipeline.updates import Store, check_number, counts, load_version, rollback, submit, update, versions
+from pipeline.updates import Store, counts, load_version, rollback, submit, update, versions
 
 WEEKS, EACH = 20, 25
 KILLS, FEW = 50, 4  # how often the store is killed, and how many requests are submitted each time
@@ -76,7 +76,7 @@ def held(bench: Bench, store: Store, requests: int) -> Figures:
     """The last version, over all requests."""
     evaluator = Evaluator(bench.llm, bench.records[:requests], trainer=bench.trainer, kinds=("probes", "text"))
     base = evaluator.measure("Measuring base").metrics
-    last = load_version(store.folder, store.current, check_number(store, store.current))
+    last = load_version(store, store.current)
     assert last
     with last.applied(bench.llm):
         figures = {name: found.mean for name, found in evaluator.measure("Measuring edited").metrics.items()}
@@ -89,7 +89,7 @@ def went_back(bench: Bench, store: Store) -> float:
     differ = 0
     for number, live in _followed(bench, store, [row["number"] for row in versions(store, WEEKS + 1)]):
         live.follow()
-        made = load_version(store.folder, number, check_number(store, number))
+        made = load_version(store, number)
         for name, tensor in (made.tensors if made else base).items():
             differ += not torch.equal(bench.llm.model.get_parameter(name).detach().cpu(), tensor.cpu())
     return float(differ)

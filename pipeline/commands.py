@@ -26,8 +26,7 @@ from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study
 from pipeline.study.sweep import RESULTS
-from pipeline.updates.folders import load_version
-from pipeline.updates.lineage import check_number
+from pipeline.updates.history import load_version
 from pipeline.updates.live import LiveModel
 from pipeline.updates.schedule import Stopping
 from pipeline.updates.store import Store
@@ -179,7 +178,7 @@ def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
     assert options.store is not None
     with Store(options.store) as store:
         number = store.current if options.version is None else options.version
-        found = load_version(store.folder, number, check_number(store, number))
+        found = load_version(store, number)
         if found is None:
             raise UserError(f"export: version {number} of {store.folder} is the base model {store.model} as it is")
         return found, _model_of(store, options)

@@ -59,11 +59,9 @@ def show(llm: LLM, options: DemoCommand, log: RunLog) -> None:
     compare([*prompts, *reworded], {"before": before, "after": after})
 
     step(5, "What else moved")
-    near = [probe.prompt for fact in facts for probe in fact.locality]
-    moved = [prompt for prompt in dict.fromkeys(near) if before[prompt] != after[prompt]]
-    say(
-        f"Of {len(set(near))} prompts about other things of the same kind, {len(moved)} are answered otherwise now."
-    )
+    near = before.keys() - {*prompts, *reworded}
+    moved = [prompt for prompt in before if prompt in near and before[prompt] != after[prompt]]
+    say(f"Of {len(near)} prompts about other things of the same kind, {len(moved)} are answered otherwise now.")
     if moved:
         compare(moved[:4], {"before": before, "after": after})
     with log.keeping(update):
@@ -89,8 +87,8 @@ def step(number: int, title: str) -> None:
 
 def ask(llm: LLM, options: DemoCommand, facts: Sequence[EditRequest]) -> Said:
     """What the model says to every prompt of the facts, also in other words, and to their neighbours."""
-    near = [probe.prompt for fact in facts for probe in fact.locality]
-    prompts = list(dict.fromkeys([text for fact in facts for text in (fact.prompt, fact.rephrases[0])] + near))
+    asked = [(fact.prompt, fact.rephrases[0], *(probe.prompt for probe in fact.locality)) for fact in facts]
+    prompts = list(dict.fromkeys(prompt for one in asked for prompt in one))
     said = generate(llm, prompts, max_new_tokens=8, trainer=options.trainer, title="Asking")
     return dict(zip(prompts, map(first_statement, said), strict=True))
 

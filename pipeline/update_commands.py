@@ -12,7 +12,7 @@ from pipeline.editing.method import settings_of
 from pipeline.errors import UserError
 from pipeline.options import updates as of
 from pipeline.reporting import stores as shown
-from pipeline.reporting.board import show_on_board
+from pipeline.reporting.dashboards import show_on_board
 from pipeline.reporting.terminal import say
 from pipeline.requests.readers import stream_requests
 from pipeline.shipped import program
@@ -110,7 +110,7 @@ def verify(options: of.VerifyCommand) -> None:
     prepare(options)
     with Store(options.store) as store:
         wrong = 0
-        for number, problem in past.verify(store, partial(load, options), options.model):
+        for number, problem in past.verify(store):
             say(f"version {number}: {problem or 'as it was written, and loads'}")
             wrong += bool(problem)
         if wrong:

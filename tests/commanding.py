@@ -56,7 +56,6 @@ PROFILE_FILES = {
     "scores.safetensors",
     "scores.png",
     "stability.png",
-    "agreement.png",
     "options.yaml",
     "events",
 }

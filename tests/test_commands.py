@@ -59,7 +59,7 @@ def test_attribute_shows_its_scores_in_tensorboard(made: SimpleNamespace) -> Non
     assert [point.step for point in board.Scalars("attribution/score_by_block")] == [0, 1, 2, 3]
     assert [point.value for point in board.Scalars("attribution/score_by_block")] == pytest.approx(scores, rel=1e-6)
     assert board.Images("attribution/1_scores")[0].encoded_image_string.startswith(PNG)
-    assert board.Tags()["images"] == ["attribution/1_scores", "attribution/2_stability", "attribution/3_agreement"]
+    assert board.Tags()["images"] == ["attribution/1_scores", "attribution/2_stability"]
 
 
 def test_edit_writes_update_metrics_and_report(made: SimpleNamespace, tiny_folder: Path) -> None:

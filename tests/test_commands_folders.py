@@ -23,7 +23,7 @@ from pipeline import commands
 from pipeline.attribution import GoldenProfile
 from pipeline.cli import main
 from pipeline.editing import FineTune, WeightUpdate
-from pipeline.reporting import RunLog
+from pipeline.reporting.run_log import RunLog
 from pipeline.running.interrupts import Interrupted
 
 pytestmark = pytest.mark.usefixtures("elsewhere")

@@ -27,7 +27,7 @@ def test_a_study_shows_nothing_that_was_not_measured(tmp_path: Path) -> None:
         for place, name in enumerate(("score", "rewrite", "rephrase"), 1)
     ]
     assert all(np.isfinite(point.value) for tag in tags for point in board.Scalars(tag))
-    assert len(board.Tags()["images"]) == 3
+    assert len(board.Tags()["images"]) == 2
     assert "| golden layer |" in board.Tensors("study/report/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
@@ -47,8 +47,8 @@ def test_a_resumed_command_shows_its_profile_once(in_progress: bool, tmp_path: P
         log.keep_profile(again)
     board = board_of(out)
     assert [point.step for point in board.Scalars("attribution/score_by_block")] == [0, 1, 2, 3]
-    assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1, 1]
-    assert (out / "agreement.png").is_file()
+    assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1]
+    assert (out / "stability.png").is_file()
 
 
 def test_a_study_that_grows_is_shown_once(tmp_path: Path) -> None:
@@ -59,4 +59,4 @@ def test_a_study_that_grows_is_shown_once(tmp_path: Path) -> None:
             log.keep_study(study(3, 2, "demo"))
     board = board_of(out)
     assert [point.step for point in board.Scalars("study_demo_memit/1_score_by_block")] == [0, 1, 2]
-    assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1, 1]
+    assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1]

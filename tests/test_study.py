@@ -228,7 +228,7 @@ def test_a_study_answers_its_questions(
     report = (out / "study.md").read_text()
     assert "| golden layer |" in report and "own best" in report
     assert {file.name for file in out.glob("*.png")} == {
-        f"{kind}-demo-memit.png" for kind in ("sweep", "squares", "selectors")
+        f"{kind}-demo-memit.png" for kind in ("sweep", "selectors")
     }
 
     seconds = study["sweeps"]["demo"]["memit"]["seconds"]

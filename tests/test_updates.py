@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.editing import WeightUpdate
 from pipeline.model import LLM
-from pipeline.reporting import show_on_board
+from pipeline.reporting.dashboards import show_on_board
 from pipeline.requests import EditRequest
 from pipeline.updates import (
     BusyError,
@@ -157,7 +157,7 @@ def test_one_update_at_a_time(team: Team, requests: list[EditRequest]) -> None:
 
 def test_a_dead_updates_requests_are_taken_again(team: Team, requests: list[EditRequest]) -> None:
     team.submit(requests[:2])
-    assert take(team.store, 10)
+    assert len(take(team.store, 10)[0]) == 2
     assert team.states() == ["taken"] * 2
     (version_folder(team.store.folder, 1)).mkdir()
     assert team.update()[0].version == 1
@@ -195,8 +195,6 @@ def test_months_at_a_glance_in_tensorboard(team: Team, requests: list[EditReques
     tables = board.Tensors("version/figures/text_summary")
     assert [table.step for table in tables] == [1, 2, 3]
     assert "| rewrite |" in tables[-1].tensor_proto.string_val[0].decode()
-    assert [image.step for image in board.Images("version/over_time")] == [3]
-    assert (team.store.folder / "tensorboard" / "months.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_interrupt_right_after_publishing_undoes_nothing(
@@ -213,8 +211,6 @@ def test_an_interrupt_right_after_publishing_undoes_nothing(
     monkeypatch.undo()
     assert team.store.current == 1
     assert team.states() == ["applied"] * 2
-    (row,) = team.store.database.execute("SELECT outcome, version FROM batches").fetchall()
-    assert tuple(row) == ("published", 1)
     with Store(team.store.folder):
         assert (team.store.folder / "current").readlink().name == "0001", "mended when the store is opened"
     assert team.update() == []

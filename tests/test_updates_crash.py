@@ -91,7 +91,7 @@ def full_disk(scene: Scene, sizes: Sequence[int]) -> dict[str, float]:
     for size in sizes:
         found["silent"] += ended(forked(partial(update_within, size))) != REFUSED
         with scene.open() as store:
-            wrong = any(problem for _, problem in verify(store, lambda _: scene.llm))
+            wrong = any(problem for _, problem in verify(store))
             found["moved"] += store.current != before or wrong
     with scene.open() as store:
         scene.update(store)

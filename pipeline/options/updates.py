@@ -175,9 +175,6 @@ class DiffCommand(StoreOptions):
 class VerifyCommand(StoreOptions):
     """Check every file of a store against its SHA-256, and that every version loads."""
 
-    model: str | None = None
-    """The base model, where it is no longer found under the name that the store knows."""
-
 
 @dataclass(kw_only=True)
 class RetractCommand(ProvingOptions):

@@ -1,4 +1,4 @@
-"""TensorBoard as every command uses it: tags in the order of reading, and a row of HPARAMS a run.
+"""TensorBoard: tags in the order of reading, a row of HPARAMS a run; of a store one run, a step a version.
 
 TensorBoard sorts by name: numbers in tags put stages, groups and figures in the order that people want them in.
 """
@@ -14,8 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
 from pipeline.reporting.groups import GROUPS
+from pipeline.reporting.tables import markdown_table, version_line, version_table
+from pipeline.updates.folders import read_metrics
+from pipeline.updates.store import Store
 
-CHIEF = ("rewrite", "rephrase", "locality")
+BOARD = "tensorboard"  # the folder of a store's run
+COUNTS = ("applied", "held_back", "retracted", "facts")
 
 
 def tag(name: str, stage: str = "evaluation") -> str:
@@ -25,12 +29,6 @@ def tag(name: str, stage: str = "evaluation") -> str:
         if kind in members:
             return f"{stage}_{number}_{group.replace(' ', '_')}/{list(members).index(kind) + 1}_{name}"
     raise KeyError(name)
-
-
-def study_tag(name: str, method: str, metric: str) -> str:
-    """The tag of a figure by block."""
-    place = ("score", *CHIEF).index(metric) + 1 if metric in ("score", *CHIEF) else 5
-    return f"study_{name}_{method}/{place}_{metric.replace('/', '_')}_by_block"
 
 
 def hparams_row(
@@ -73,3 +71,36 @@ class EventsLogger(TensorBoardLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Without the epoch, which Lightning puts beside every figure."""
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+
+def show_on_board(store: Store) -> None:
+    """Write what TensorBoard does not have yet of a store's versions, whichever process published them."""
+    rows = store.database.execute("SELECT number FROM versions WHERE shown = 0 ORDER BY number").fetchall()
+    if not rows:
+        return
+    logger = EventsLogger(store.folder, name=BOARD, version="", default_hp_metric=False)
+    for (number,) in rows:
+        figures = read_metrics(store.folder, number)
+        for name, value in scalars(figures).items():
+            logger.experiment.add_scalar(name, value, number)
+        logger.experiment.add_text("version/figures", version_text(number, figures), number)
+        logger.experiment.flush()
+        store.database.execute("UPDATE versions SET shown = 1 WHERE number = ?", (number,))
+    logger.finalize("success")
+
+
+def scalars(figures: dict[str, Any]) -> dict[str, float]:
+    """A version's figures by their tags in TensorBoard, as measured with it in force."""
+    after = figures["after"]
+    found = {f"version_0_requests/{place}_{name}": float(figures[name]) for place, name in enumerate(COUNTS, 1)}
+    found |= {tag(name, "version"): one["mean"] for name, one in after["metrics"].items() if name != "perplexity"}
+    found |= {f"version_4_damage/{name}": after[name] for name in ("perplexity_ratio", "drift")}
+    if after["earlier"] is not None:
+        found["version_2_teacher-forced/5_earlier_facts"] = after["earlier"]
+    return found | {f"version_5_seconds/{name}": float(value) for name, value in figures["seconds"].items()}
+
+
+def version_text(number: int, figures: dict[str, Any]) -> str:
+    """What a version took in, what it came to and what was asked of it, in Markdown."""
+    counts = ", ".join(f"{figures[name]} {name.replace('_', ' ')}" for name in COUNTS)
+    return f"**Version {number}**: {counts}; {version_line(figures)}\n\n{markdown_table(*version_table(figures))}"

@@ -73,16 +73,10 @@ def label(name: str) -> str:
     return name.replace("_", " ").replace("rome score", "ROME's score").replace(" kl", " KL")
 
 
-def with_interval(mean: float, low: float, high: float, digits: int = 3) -> str:
-    """A mean with its interval, in few characters."""
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def figure_text(name: str, estimate: Estimate | None, interval: bool = True) -> str:
     """A metric's mean, with or without its interval; nothing where there is none."""
     if estimate is None:
         return ""
     digits = 2 if name in ("perplexity", "fluency") else 3
-    if not interval:
-        return f"{estimate.mean:.{digits}f}"
-    return with_interval(estimate.mean, estimate.low, estimate.high, digits)
+    mean = f"{estimate.mean:.{digits}f}"
+    return f"{mean} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]" if interval else mean

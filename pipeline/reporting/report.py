@@ -12,12 +12,12 @@ from pipeline.evaluation.evaluator import Evaluation
 from pipeline.reporting.tables import markdown_table, metric_table, metrics_of, sides_of, study_table
 from pipeline.requests.schema import EditRequest
 from pipeline.shipped import program
-from pipeline.study.grid import Row
 
 if TYPE_CHECKING:
+    from pipeline.study.grid import Row
     from pipeline.study.study import Study
 
-EXAMPLES = 8
+EXAMPLES = 8  # answers that are shown
 OUTCOME = {
     "generation_exact_match": "by itself the model answers {:.0%} of them with the new answer and nothing more",
     "generation_containment": "it names the new answer in {:.0%}",
@@ -31,12 +31,12 @@ def metrics_table(evaluation: Evaluation) -> str:
     return markdown_table(*metric_table(metrics_of(evaluation), meanings=True))
 
 
-def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation, most: int = EXAMPLES) -> str:
-    """Prompts with what the model generates, before and after, as a Markdown table."""
+def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
+    """The first prompts with what the model generates, before and after, as a Markdown table."""
     sides = sides_of(evaluation)
     rows = [
         [request.prompt, request.new_answer, *(measured.answers[place] for measured in sides.values())]
-        for place, request in enumerate(requests[:most])
+        for place, request in enumerate(requests[:EXAMPLES])
     ]
     return markdown_table(["prompt", "wanted", *sides], rows)
 
@@ -84,7 +84,7 @@ def _why(profile: GoldenProfile, folder: Path) -> list[str]:
     aside = ", ".join(map(str, profile.excluded)) or "none"
     fenced = f"Set aside by Tukey's fences: {aside}. Best of the rest" if profile.fences else "Best"
     sure = f" How sure that is: {profile.certainty}." if profile.certainty else ""
-    kinds = [kind for kind in ("scores", "stability", "agreement") if (folder / f"{kind}.png").is_file()]
+    kinds = [kind for kind in ("scores", "stability") if (folder / f"{kind}.png").is_file()]
     return [
         "## Why this layer\n",
         f"`{profile.method}` scored all {len(profile.scores)} blocks on {profile.requests} proxy "
@@ -120,7 +120,7 @@ def study_report(study: Study) -> str:
                 _table(study.against_optimal[name][method]),
                 "### Who finds it\n",
                 _table(study.selectors[name][method]),
-                *(f"![{kind}]({kind}-{name}-{method}.png)\n" for kind in ("sweep", "squares", "selectors")),
+                *(f"![{kind}]({kind}-{name}-{method}.png)\n" for kind in ("sweep", "selectors")),
             ]
     for method in next(iter(study.grids.values())):
         parts += [f"## From proxy to test requests, and from set to set: {method}\n", _table(study.carried[method])]

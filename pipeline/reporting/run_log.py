@@ -18,17 +18,14 @@ from pipeline.attribution.scores import SCORES_FILE, Scores
 from pipeline.editing.update import UPDATE_FILE, WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.files import write_json, write_text
+from pipeline.files import write_json, write_text, write_whole
 from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
-from pipeline.reporting.dashboards import EventsLogger, hparams_row, study_tag, tag
-from pipeline.reporting.figures.look import save
-from pipeline.reporting.figures.outcomes import metrics_figure
-from pipeline.reporting.figures.scores import agreement_figure, score_figure, stability_figure
-from pipeline.reporting.figures.sweeps import selectors_figure, squares_figure, sweep_figure
+from pipeline.reporting.dashboards import EventsLogger, hparams_row, tag
+from pipeline.reporting.figures.outcomes import metrics_figure, selectors_figure, sweep_figure
+from pipeline.reporting.figures.scores import score_figure, stability_figure
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
-from pipeline.reporting.tables import metrics_of, sides_of
+from pipeline.reporting.tables import metrics_of, sides_of, values_csv
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
-from pipeline.reporting.values import values_csv
 from pipeline.requests.schema import EditRequest
 from pipeline.study.grid import mean_of
 
@@ -36,9 +33,7 @@ if TYPE_CHECKING:
     from pipeline.study.study import Study
 
 PICTURE = re.compile(r"!\[\w+\]\([^)]*\.png\)\n*")
-PROFILE_FIGURES = ("scores.png", "stability.png", "agreement.png")
-STUDY_FIGURES = {"sweep": sweep_figure, "squares": squares_figure, "selectors": selectors_figure}
-SHOWN_ANSWERS = 30
+STUDY_FIGURES = {"sweep": sweep_figure, "selectors": selectors_figure}
 
 
 @contextmanager
@@ -99,9 +94,9 @@ class RunLog:
         if scores:
             scores.save(self.folder)
         profile.save(self.folder)  # last: a resumed command that finds it finds the scores, too
-        self.output.finished |= {PROFILE_FILE, SCORES_FILE, *PROFILE_FIGURES}
+        self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png"}
         if not shown:
-            self._profile_figures(profile, scores or (Scores.load(self.folder) if self._has(SCORES_FILE) else None))
+            self._profile_figures(profile)
             self.tensorboard.experiment.flush()
         show_profile(profile)
 
@@ -156,7 +151,7 @@ class RunLog:
             self._text("report", report)
         else:
             self._text("evaluation/metrics", metrics_table(evaluation))
-            self._text("evaluation/answers", answers_table(requests, evaluation, most=SHOWN_ANSWERS))
+            self._text("evaluation/answers", answers_table(requests, evaluation))
         show_metrics(evaluation)
 
     def _compare(self, evaluation: Evaluation, row: dict[str, str | float]) -> None:
@@ -188,20 +183,19 @@ class RunLog:
         self._text("study/report", report)
         for name, grids in study.grids.items():
             for method, grid in grids.items():
-                for metric, values in {**grid.values, "score": grid.scores}.items():
-                    self._curve(study_tag(name, method, metric), grid.blocks, mean_of(values))
+                for place, (metric, values) in enumerate({"score": grid.scores, **grid.values}.items(), start=1):
+                    curve = f"study_{name}_{method}/{place}_{metric.replace('/', '_')}_by_block"
+                    self._curve(curve, grid.blocks, mean_of(values))
                 for number, (kind, draw) in enumerate(STUDY_FIGURES.items(), start=1):
                     shown = draw(study, name, method)
                     self._figure(f"study/{name}_{method}_{number}_{kind}", f"{kind}-{name}-{method}.png", shown)
         show_study(study)
 
-    def _profile_figures(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
+    def _profile_figures(self, profile: GoldenProfile) -> None:
         self._curve("attribution/score_by_block", range(len(profile.scores)), profile.scores)
         self._figure("attribution/1_scores", "scores.png", score_figure(profile))
         if profile.stability:
             self._figure("attribution/2_stability", "stability.png", stability_figure(profile))
-        if profile.stability and scores:
-            self._figure("attribution/3_agreement", "agreement.png", agreement_figure(profile, scores))
 
     def _curve(self, tag: str, blocks: Sequence[int], values: Iterable[float]) -> None:
         """A figure by block; a block where it was not measured has none."""
@@ -214,5 +208,5 @@ class RunLog:
         self.tensorboard.experiment.add_text(tag, PICTURE.sub("", text))
 
     def _figure(self, tag: str, file: str, figure: Figure) -> None:
-        save(figure, self.folder / file)
+        write_whole(self.folder / file, lambda partial: figure.savefig(partial, format="png"))
         self.tensorboard.experiment.add_figure(tag, figure, close=False)

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.reporting.tables import version_line, version_table
 from pipeline.reporting.terminal import say, show_table
-from pipeline.updates import (
-    Store,
-    Submitted,
-    check_number,
-    counts,
-    events,
-    in_force,
-    read_metrics,
-    request_row,
-    story,
-    version_folder,
-    versions,
-)
+from pipeline.updates.folders import read_metrics, version_folder
+from pipeline.updates.history import NAMED, counts, events, request_row, story, versions
+from pipeline.updates.lineage import in_force
+from pipeline.updates.store import Store
 
 if TYPE_CHECKING:
     from pipeline.updates.proving import BatchResult
-
-NAMED = 5  # requests that a message spells out
+    from pipeline.updates.queue import Submitted
 
 
 def show_submitted(store: Store, done: Submitted) -> None:
@@ -46,13 +36,12 @@ def show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     say(f"{head}: {len(done.applied)} applied, {len(done.held)} held back")
     if done.gates:
         say(f"  gates: {', '.join(map(str, done.gates))}")
-    for number, reason, _ in done.held[:NAMED]:
+    for number, reason in done.held[:NAMED]:
         say(f"  held back: request {number}: {reason}")
     _show_superseded(store, done.superseded)
 
 
-def _show_superseded(store: Store, pairs: Iterable[tuple[int, int]]) -> None:
-    pairs = list(pairs)
+def _show_superseded(store: Store, pairs: Sequence[tuple[int, int]]) -> None:
     for older, newer in pairs[:NAMED]:
         old, new = request_row(store, older), request_row(store, newer)
         say(
@@ -86,7 +75,6 @@ def show_story(store: Store, number: int) -> None:
 
 def show_version(store: Store, version: int) -> None:
     """A version's figures, gates and facts."""
-    check_number(store, version)
     held, folder = in_force(store, version), version_folder(store.folder, version)
     say(f"version {version}{', the current one' if version == store.current else ''}: {len(held)} facts; {folder}")
     if version:

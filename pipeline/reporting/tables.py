@@ -5,16 +5,20 @@ A row of one cell is a heading over those below it.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.metrics import Estimate
-from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label, meaning, with_interval
-from pipeline.updates.gates import Gate
+from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label, meaning
 
 if TYPE_CHECKING:
     from pipeline.evaluation.evaluator import Evaluation, Measurement
+    from pipeline.requests.schema import EditRequest
     from pipeline.study.questions import Row
+
+BY_WINDOW = ("perplexity", "text_kl")  # values of ordinary text, not of requests
 
 Table = tuple[list[str], list[list[str]]]  # columns, and rows
 
@@ -62,13 +66,10 @@ def version_table(figures: Mapping[str, Any]) -> Table:
 
 def version_line(figures: Mapping[str, Any]) -> str:
     """What made a version, what it cost the rest of the model, and its gates."""
-    gates = [
-        Gate(**{name: gate[name] for name in ("name", "value", "bound", "least")}) for gate in figures["gates"]
-    ]
     after, layers = figures["after"], ", ".join(map(str, figures["layers"]))
     return (
         f"{figures['method']} in block {layers}; perplexity x {after['perplexity_ratio']:.3f}, drift "
-        f"{after['drift']:.3f}; gates: {', '.join(map(str, gates)) or 'none'}"
+        f"{after['drift']:.3f}; gates: {', '.join(gate['text'] for gate in figures['gates']) or 'none'}"
     )
 
 
@@ -83,7 +84,7 @@ def _cell(row: Row, name: str) -> str:
     if not isinstance(value, float):
         return "" if value is None else str(value)
     if name == "score" and "low" in row:
-        return with_interval(value, float(row["low"] or 0), float(row["high"] or 0))
+        return figure_text(name, Estimate(value, 0, float(row["low"] or 0), float(row["high"] or 0)))
     digits = {"times faster than the sweep": 0, "seconds": 1}.get(name, 3)
     return f"{value:.{digits}f}"
 
@@ -96,3 +97,28 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
         cells = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def values_csv(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
+    """Each request's value of every metric, and what the model said, before and after, as CSV.
+
+    A metric that a request has no text for is empty; several answers of a kind stand in one cell, ` | ` between.
+    """
+    rows = [_row(number, request, evaluation) for number, request in enumerate(requests)]
+    written = StringIO()
+    table = csv.DictWriter(written, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return written.getvalue()
+
+
+def _row(number: int, request: EditRequest, evaluation: Evaluation) -> dict[str, str]:
+    """A request's cells by column; the columns are every request's."""
+    row = {name: getattr(request, name) or "" for name in ("id", "prompt", "new_answer", "old_answer")}
+    for side, measured in sides_of(evaluation).items():
+        for name, column in measured.values.items():
+            if name not in BY_WINDOW:
+                row[f"{name} {side}"] = f"{column.values[number]:.6g}" if number in column.values else ""
+        for kind, texts in measured.said.items():
+            row[f"{kind} answer {side}"] = " | ".join(" ".join(text.split()) for text in texts[number])
+    return row

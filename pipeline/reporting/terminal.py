@@ -45,13 +45,10 @@ def say(text: str) -> None:
 
 @rank_zero_only
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, boxed: bool = False) -> None:
-    """A table.
+    """A table; a row of one cell is a heading over those below it.
 
-    Args:
-        columns: headings.
-        rows: cells, shown as they are; one alone is a heading over those below it.
-        left: how many columns, from the first on, hold words; the others' numbers are set to the right.
-        boxed: whether lines stand between cells, which may be long.
+    The first columns, as many as `left` says, hold words, the others numbers, which are set to the right. `boxed`
+    puts lines between cells, which may be long.
     """
     table = Table(box=HEAVY_HEAD if boxed else None, pad_edge=boxed, show_lines=boxed, header_style="bold")
     for place, column in enumerate(columns):

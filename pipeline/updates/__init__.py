@@ -5,14 +5,14 @@ from pipeline.offered import offered
 __getattr__, __all__ = offered(
     __name__,
     {
-        "history": ("counts", "events", "find", "request_row", "story", "verify", "versions"),
-        "lineage": ("check_number", "difference", "in_force", "rollback"),
+        "history": ("counts", "find", "load_version", "story", "verify", "versions"),
+        "lineage": ("difference", "in_force", "rollback"),
         "live": ("LiveModel",),
         "making": ("retract", "update"),
         "proving": ("BatchResult",),
         "queue": ("Submitted", "submit"),
         "schedule": ("Stopping", "run_schedule", "trigger"),
         "store": ("BusyError", "Store"),
-        "folders": ("load_version", "read_metrics", "version_folder"),
+        "folders": ("read_metrics", "version_folder"),
     },
 )

@@ -16,7 +16,7 @@ DATABASE = "store.db"
 APPLICATION = 0x474C5550  # "GLUP" in the file's header: a store of golden layers' updates
 PATIENCE = 120  # seconds that a writer waits for another
 
-LAYOUT = 1  # of the tables below
+LAYOUT = 2  # of the tables below
 SCHEMA = """
     CREATE TABLE about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 
@@ -24,23 +24,9 @@ SCHEMA = """
         number INTEGER PRIMARY KEY,
         parent INTEGER REFERENCES versions,
         made REAL NOT NULL,
-        manifest TEXT NOT NULL,              -- SHA-256 of the version's manifest
+        files TEXT NOT NULL,                 -- JSON: the SHA-256 of each of its files, by name
+        held_back INTEGER NOT NULL DEFAULT 0,
         shown INTEGER NOT NULL DEFAULT 0     -- whether TensorBoard has it
-    );
-
-    CREATE TABLE batches (
-        number INTEGER PRIMARY KEY,
-        started REAL NOT NULL,
-        parent INTEGER NOT NULL REFERENCES versions,
-        outcome TEXT NOT NULL DEFAULT 'open'
-            CHECK (outcome IN ('open', 'published', 'held back', 'given back')),
-        version INTEGER REFERENCES versions
-    );
-
-    CREATE TABLE submissions (
-        number INTEGER PRIMARY KEY,
-        at REAL NOT NULL,
-        file TEXT NOT NULL
     );
 
     CREATE TABLE requests (
@@ -50,17 +36,12 @@ SCHEMA = """
         content TEXT NOT NULL,               -- JSON, as in our JSONL, without id and source
         digest BLOB NOT NULL UNIQUE,         -- of the content
         fact INTEGER NOT NULL,               -- what it is about: subject and prompt
-        submission INTEGER NOT NULL REFERENCES submissions,
+        submission INTEGER NOT NULL REFERENCES events,
         not_before REAL NOT NULL DEFAULT 0,
         effective REAL NOT NULL,             -- from when it counts: of requests about one fact the newest wins,
         position INTEGER NOT NULL,           -- by these two; positions never go back, whatever the clock does
         state TEXT NOT NULL DEFAULT 'queued'
-            CHECK (state IN ('queued', 'taken', 'applied', 'held back', 'superseded', 'retracted')),
-        batch INTEGER REFERENCES batches,
-        version INTEGER REFERENCES versions, -- applied in
-        successor INTEGER REFERENCES requests,
-        reason TEXT,
-        figures TEXT                         -- JSON: those it was held back with
+            CHECK (state IN ('queued', 'taken', 'applied', 'held back', 'superseded', 'retracted'))
     );
     CREATE INDEX requests_due ON requests (state, not_before, position);
     CREATE INDEX requests_fact ON requests (fact, state);
@@ -77,10 +58,7 @@ SCHEMA = """
         number INTEGER PRIMARY KEY,
         at REAL NOT NULL,
         what TEXT NOT NULL,
-        request INTEGER REFERENCES requests,
-        batch INTEGER REFERENCES batches,
-        version INTEGER REFERENCES versions,
-        detail TEXT
+        request INTEGER REFERENCES requests
     );
     CREATE INDEX events_request ON events (request);
 """
@@ -90,7 +68,7 @@ def connect(file: Path) -> sqlite3.Connection:
     """Open the database; its tables are made where it is new.
 
     Raises:
-        UserError: when the file is no store's database, damaged, or of a newer layout than this program knows.
+        UserError: when the file is no store's database, damaged, or of another layout than this program's.
     """
     try:
         database = sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)
@@ -106,10 +84,8 @@ def connect(file: Path) -> sqlite3.Connection:
             database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {header} COMMIT;")
         elif application != APPLICATION:
             raise UserError(f"store: {file}: a database of another program")
-        elif layout > LAYOUT:
-            raise UserError(
-                f"store: {file}: of layout {layout}; this program knows up to {LAYOUT}: use a newer one"
-            )
+        elif layout != LAYOUT:
+            raise UserError(f"store: {file}: of layout {layout}; this program knows layout {LAYOUT}")
     except sqlite3.DatabaseError as error:
         raise UserError(f"store: {file}: cannot be read as a store's database ({error})") from None
     return database

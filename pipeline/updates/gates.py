@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from pipeline.editing.update import WeightUpdate
 from pipeline.evaluation.metrics import Estimate
-from pipeline.model.llm import LLM
 from pipeline.options import GateOptions
-from pipeline.running.sharding import whole
 
 OF_BATCH = ("rewrite", "rephrase", "locality")
 OF_MODEL = ("earlier", "perplexity", "drift")  # whatever the batch
@@ -38,19 +33,12 @@ class Gate:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one state of the model.
+    """What was measured of one state of the model."""
 
-    Attributes:
-        metrics: of the batch, and perplexity.
-        earlier: rewrite of earlier facts; None where there are none.
-        perplexity_ratio: as a multiple of the base model's.
-        drift: the largest change of an edited weight from the base, as a share of its norm.
-    """
-
-    metrics: Mapping[str, Estimate]
-    earlier: float | None
-    perplexity_ratio: float
-    drift: float
+    metrics: Mapping[str, Estimate]  # of the batch, and perplexity
+    earlier: float | None  # rewrite of earlier facts; None where there are none
+    perplexity_ratio: float  # as a multiple of the base model's
+    drift: float  # the largest change of an edited weight from the base, as a share of its norm
 
     def gates(self, options: GateOptions, names: Sequence[str] = OF_BATCH + OF_MODEL) -> list[Gate]:
         """Those gates of the options that this can be held against."""
@@ -58,22 +46,11 @@ class Figures:
         values |= {"perplexity": self.perplexity_ratio, "drift": self.drift}
         if self.earlier is not None:
             values["earlier"] = self.earlier
-        bounds = {name: getattr(options, name) for name in names if name in values}
         return [
-            Gate(name, values[name], bound, least=name in (*OF_BATCH, "earlier"))
-            for name, bound in bounds.items()
-            if bound  # 0 and null: not asked for
+            Gate(name, values[name], bound, least=name not in ("perplexity", "drift"))
+            for name in names
+            if name in values and (bound := getattr(options, name))  # 0 and null: not asked for
         ]
-
-
-@torch.no_grad()
-def drift(llm: LLM, update: WeightUpdate | None) -> float:
-    """The largest ‖W' − W‖ / ‖W‖ (Frobenius) over the weights that an update changes; 0 for none."""
-    shares = [0.0]
-    for name, tensor in (update.tensors if update else {}).items():
-        base = whole(llm.model.get_parameter(name)).float().cpu()
-        shares.append(((tensor.float() - base).norm() / base.norm()).item())
-    return max(shares)
 
 
 def missed(gates: Sequence[Gate]) -> str:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.model.llm import LLM
-from pipeline.updates.folders import load_version
+from pipeline.updates.folders import BASE, digests_of, version_folder
 from pipeline.updates.store import CURRENT, Store
 
 NAMED = 5  # requests that a message spells out
 
 
 def find(store: Store, name: str) -> tuple[int, str]:
-    """Number and state of a request, by its number in the store or its own id.
-
-    Raises:
-        UserError: when there is none, or several have the id.
-    """
+    """Number and state of a request, by its number or its own id; UserError when there is none, or several."""
     rows = store.database.execute(
         "SELECT number, state, CAST(number AS TEXT) = :name AS by_number FROM requests "
         "WHERE by_number OR id = :name ORDER BY by_number DESC, number",
@@ -43,12 +38,11 @@ def counts(store: Store) -> dict[str, int]:
 def versions(store: Store, limit: int) -> list[dict[str, Any]]:
     """The latest versions, newest first."""
     rows = store.database.execute(
-        "SELECT number, parent, made, (SELECT count(*) FROM changes WHERE version = number AND what = 'applied') "
-        "AS applied, (SELECT count(*) FROM requests r JOIN batches b ON r.batch = b.number WHERE b.version = "
-        "versions.number AND r.state = 'held back') AS held_back FROM versions ORDER BY number DESC LIMIT ?",
+        "SELECT number, parent, made, held_back, (SELECT count(*) FROM changes WHERE version = number "
+        "AND what = 'applied') AS applied FROM versions ORDER BY number DESC LIMIT ?",
         (limit,),
     )
-    return [dict(row) | {"made": day(row["made"])} for row in rows]
+    return [dict(row) | {"made": _day(row["made"])} for row in rows]
 
 
 def request_row(store: Store, number: int) -> dict[str, Any]:
@@ -59,61 +53,70 @@ def request_row(store: Store, number: int) -> dict[str, Any]:
 
 def story(store: Store, number: int) -> list[tuple[str, str]]:
     """When and what happened to a request, from its submission on."""
-    at, file = store.database.execute(
-        "SELECT at, file FROM submissions WHERE number = (SELECT submission FROM requests WHERE number = ?)",
-        (number,),
-    ).fetchone()
-    rows = store.database.execute("SELECT * FROM events WHERE request = ? ORDER BY number", (number,))
-    return [(day(at), f"submitted in {file}"), *map(_told, rows)]
+    submission = request_row(store, number)["submission"]
+    return _events(store, "request = ? OR number = ? ORDER BY number", number, submission)
 
 
 def events(store: Store, limit: int) -> list[tuple[str, str]]:
     """When and what happened of late, newest first: what is not of one request alone."""
-    rows = store.database.execute(
-        "SELECT * FROM events WHERE request IS NULL ORDER BY number DESC LIMIT ?", (limit,)
-    )
-    return [_told(row) for row in rows]
+    return _events(store, "request IS NULL ORDER BY number DESC LIMIT ?", limit)
 
 
-def _told(row: sqlite3.Row) -> tuple[str, str]:
-    """When and what happened, in words."""
-    detail, words = json.loads(row["detail"] or "{}"), [row["what"]]
-    if row["version"] is not None:
-        words.append(f"{'version' if row['request'] is None else 'in version'} {row['version']}")
-    if "by" in detail:
-        words.append(f"by request {detail['by']}")
-    if "reason" in detail:
-        words.append(f"({detail['reason']})")
-    if "file" in detail:
-        words.append(f"({detail['file']}: {detail['queued']} new)")
-    return day(row["at"]), " ".join(words)
+def _events(store: Store, which: str, *values: int) -> list[tuple[str, str]]:
+    rows = store.database.execute(f"SELECT at, what FROM events WHERE {which}", values)
+    return [(_day(at), what) for at, what in rows]
 
 
-def day(at: float) -> str:
+def _day(at: float) -> str:
     """A time in words, in the machine's own zone."""
     return f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}"
 
 
-def verify(store: Store, load: Callable[[str], LLM], model: str | None = None) -> Iterator[tuple[int, str]]:
-    """Each version's number, and what is wrong with it: with its files, or with applying it; empty when nothing is.
+def check_number(store: Store, version: int) -> dict[str, str]:
+    """The SHA-256 of each of a version's files, by name; UserError when there is no such version."""
+    row = store.database.execute("SELECT files FROM versions WHERE number = ?", (version,)).fetchone()
+    if row is None:
+        raise UserError(f"version: {version} does not exist; there is 0 (the base model) to {store.newest}")
+    return dict(json.loads(row["files"]))
+
+
+def check_version(store: Store, version: int) -> None:
+    """See that all of a version's files are as they were written.
+
+    UserError names the first file that is missing, changed or in excess, or says that there is no such version.
+    """
+    known, folder = check_number(store, version), version_folder(store.folder, version)
+    there = digests_of(folder)
+    for name in sorted(known.keys() | there.keys()):
+        if name not in there:
+            raise UserError(f"version: {folder / name}: missing")
+        if name not in known:
+            raise UserError(f"version: {folder / name}: not of this version")
+        if known[name] != there[name]:
+            raise UserError(f"version: {folder / name}: changed since it was written (SHA-256 differs)")
+
+
+def load_version(store: Store, version: int) -> WeightUpdate | None:
+    """A version, checked (see `check_version`), as the update of the base model that it is; None for the base."""
+    check_version(store, version)
+    return WeightUpdate.load(version_folder(store.folder, version)) if version != BASE else None
+
+
+def verify(store: Store) -> Iterator[tuple[int, str]]:
+    """Each version's number, and what is wrong with its files; empty when nothing is.
 
     Raises:
-        UserError: when the database is damaged, the link `current` is wrong, or the model is not the store's.
+        UserError: when the database is damaged, or the link `current` is wrong.
     """
-    for pragma in ("integrity_check", "foreign_key_check"):
-        for problem, *more in store.database.execute(f"PRAGMA {pragma}").fetchall():
-            if problem != "ok":
-                raise UserError(f"store: {store.folder}: the database is damaged: {problem} {more or ''}")
+    for (problem,) in store.database.execute("PRAGMA integrity_check").fetchall():
+        if problem != "ok":
+            raise UserError(f"store: {store.folder}: the database is damaged: {problem}")
     if not (store.folder / CURRENT).is_dir():
         raise UserError(f"store: {store.folder / CURRENT}: leads nowhere")
-    llm = store.load_base(load, model) if store.newest else None
-    made = store.database.execute("SELECT number, manifest FROM versions ORDER BY number").fetchall()
-    for number, digest in made:
+    for number in range(store.newest + 1):
         problem = ""
         try:
-            update = load_version(store.folder, number, digest)
-            if update and llm:
-                update.apply(llm).apply(llm)  # and back
-        except (UserError, KeyError, RuntimeError, OSError) as error:
-            problem = " ".join(str(error).split())
+            load_version(store, number)
+        except (UserError, OSError) as error:
+            problem = str(error)
         yield number, problem

@@ -9,16 +9,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.attribution.profile import GoldenProfile
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.updates.database import transaction
-from pipeline.updates.folders import Manifest, check_version, remove_unfinished, write_version
-from pipeline.updates.queue import Contradiction, number_of
+from pipeline.updates.folders import METRICS, remove_unfinished, write_version
+from pipeline.updates.history import check_number, check_version
+from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
 
 if TYPE_CHECKING:
     from pipeline.updates.proving import BatchResult, HeldBack
+
+SAME_FACT = (  # what is applied about the same fact as a request
+    "SELECT o.number FROM requests n JOIN requests o USING (fact) WHERE n.number = ? AND o.state = 'applied'"
+)
 
 
 class Change(NamedTuple):
@@ -26,101 +30,80 @@ class Change(NamedTuple):
 
     what: str
     version: int
-    successor: int | None
+    successor: int | None = None
 
 
-def publish(
-    store: Store,
-    batch: int,
-    parent: int,
-    result: BatchResult,
-    profile: GoldenProfile | None,
-    retracted: Sequence[int] = (),
-) -> None:
+def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) -> None:
     """Write a version and make it the current one: files first, then one transaction that moves everything at once.
 
-    Args:
-        store: the store.
-        batch: the number of the batch that it ends.
-        parent: the version that was edited on top of.
-        result: what came of the batch; its `version` and `superseded` are set.
-        profile: where it was edited.
-        retracted: numbers of requests that go.
+    The result's `version` and `superseded` are set; `retracted` are numbers of requests that go.
 
     Raises:
-        UserError: when the current version is no longer `parent`; nothing is published, as always when it fails.
+        UserError: when the result's `parent` is no longer the current version; nothing is published then.
         OSError: when the disk has no room.
     """
-    update, number = result.update, store.newest + 1
-    assert update
+    update, profile, version = result.update, result.profile, store.newest + 1
+    assert update and profile
 
     def fill(partial: Path) -> None:
         update.save(partial)
-        if profile:
-            profile.save(partial)
-        write_json(partial / "metrics.json", _metrics(result, len(retracted)))
+        profile.save(partial)
+        write_json(partial / METRICS, _metrics(result, len(retracted)))
 
-    manifest = Manifest(version=number, parent=parent, model=update.model, fingerprint=update.fingerprint)
-    digest = write_version(store.folder, manifest, fill)
+    profile.save(store.folder)  # for later batches
+    files = json.dumps(write_version(store.folder, version, fill))
     try:
-        with transaction(store.database):
-            _make_current(store, manifest, digest, batch, result, retracted)
+        with transaction(store.database) as database:
+            if store.current != result.parent:
+                raise UserError(
+                    f"store: {store.folder}: another version became current meanwhile; nothing was published"
+                )
+            database.execute(
+                "INSERT INTO versions (number, parent, made, files, held_back) VALUES (?, ?, ?, ?, ?)",
+                (version, result.parent, store.clock(), files, len(result.held)),
+            )
+            _move_requests(store, version, result, retracted)
+            store.set_about("current", version)
+            store.note(f"published version {version}")
     finally:
         remove_unfinished(store.folder, store.newest)  # not where an interrupt falls behind the commit
     store.point()
+    result.version = version
 
 
-def _make_current(
-    store: Store, manifest: Manifest, digest: str, batch: int, result: BatchResult, retracted: Sequence[int]
-) -> None:
-    """Inside a transaction: the version is the current one, its batch is over, and every request knows."""
-    version, parent = manifest.version, manifest.parent
-    if store.current != parent:
-        raise UserError(f"store: {store.folder}: another version became current meanwhile; nothing was published")
-    store.database.execute(
-        "INSERT INTO versions (number, parent, made, manifest) VALUES (?, ?, ?, ?)",
-        (version, parent, store.clock(), digest),
-    )
-    superseded = [pair for request in result.applied for pair in _apply(store, version, number_of(request))]
+def _move_requests(store: Store, version: int, result: BatchResult, retracted: Sequence[int]) -> None:
+    """Inside a transaction: requests come into a version, and others go or are held back."""
+    for request in map(number_of, result.applied):
+        for (older,) in store.database.execute(SAME_FACT, (request,)).fetchall():
+            _change(store, older, Change("superseded", version, request))
+            result.superseded.append((older, request))
+        _change(store, request, Change("applied", version))
     for request in retracted:
-        _change(store, version, request, "retracted")
+        _change(store, request, Change("retracted", version))
     hold_back(store, result.held)
-    store.end_batch(batch, "published", version)
-    store.set_about("current", version)
-    store.note_event("published", batch=batch, version=version, parent=parent)
-    result.version, result.superseded = version, superseded
 
 
-def _apply(store: Store, version: int, request: int) -> list[Contradiction]:
-    """A request comes in force, and applied ones of the same fact give way."""
-    older = store.database.execute(
-        "SELECT o.number FROM requests n JOIN requests o USING (fact) WHERE n.number = ? AND o.state = 'applied'",
-        (request,),
-    ).fetchall()
-    for (number,) in older:
-        _change(store, version, number, "superseded", successor=request)
-    _change(store, version, request, "applied")
-    return [(number, request) for (number,) in older]
-
-
-def _change(store: Store, version: int, request: int, what: str, successor: int | None = None) -> None:
+def _change(store: Store, request: int, change: Change) -> None:
     store.database.execute(
-        "INSERT INTO changes (version, request, what, successor) VALUES (?, ?, ?, ?)",
-        (version, request, what, successor),
+        "INSERT INTO changes (request, what, version, successor) VALUES (?, ?, ?, ?)", (request, *change)
     )
-    _take_over(store, request, Change(what, version, successor))
+    _take_over(store, request, change)
 
 
 def _take_over(store: Store, request: int, change: Change) -> None:
     """Inside a transaction: a request is in the state that a version gave it."""
-    home = change.version if change.what == "applied" else None
-    store.set_state(request, change.what, version=home, successor=change.successor)
+    told = {
+        "applied": f"applied in version {change.version}",
+        "superseded": f"superseded by request {change.successor}",
+        "retracted": "retracted",
+    }
+    store.set_state(request, change.what, told[change.what])
 
 
 def hold_back(store: Store, held: Sequence[HeldBack]) -> None:
-    """Inside a transaction: what a batch had taken and is not to be applied."""
-    for number, reason, figures in held:
-        store.set_state(number, "held back", only=["taken"], reason=reason, figures=json.dumps(figures))
+    """Inside a transaction: what is not to be applied."""
+    for number, reason in held:
+        store.set_state(number, "held back", f"held back ({reason})")
 
 
 def _metrics(result: BatchResult, retracted: int) -> dict[str, Any]:
@@ -136,21 +119,9 @@ def _metrics(result: BatchResult, retracted: int) -> dict[str, Any]:
         "facts": len(result.update.requests),
         "before": asdict(result.before),
         "after": asdict(result.after),
-        "gates": [asdict(gate) | {"passed": gate.passed} for gate in result.gates],
+        "gates": [asdict(gate) | {"passed": gate.passed, "text": str(gate)} for gate in result.gates],
         "seconds": result.seconds,
     }
-
-
-def check_number(store: Store, version: int) -> str:
-    """The SHA-256 of a version's manifest.
-
-    Raises:
-        UserError: when there is no such version.
-    """
-    row = store.database.execute("SELECT manifest FROM versions WHERE number = ?", (version,)).fetchone()
-    if row is None:
-        raise UserError(f"version: {version} does not exist; there is 0 (the base model) to {store.newest}")
-    return str(row[0])
 
 
 def last_changes(store: Store, version: int) -> dict[int, Change]:
@@ -165,7 +136,8 @@ def last_changes(store: Store, version: int) -> dict[int, Change]:
 
 
 def in_force(store: Store, version: int) -> set[int]:
-    """Numbers of the requests that a version holds."""
+    """Numbers of the requests that a version holds; UserError when there is no such version."""
+    check_number(store, version)
     return {request for request, last in last_changes(store, version).items() if last.what == "applied"}
 
 
@@ -175,8 +147,6 @@ def difference(store: Store, older: int, newer: int) -> tuple[list[int], list[in
     Raises:
         UserError: when one does not exist.
     """
-    for version in (older, newer):
-        check_number(store, version)
     before, after = in_force(store, older), in_force(store, newer)
     return sorted(after - before), sorted(before - after)
 
@@ -193,17 +163,20 @@ def rollback(store: Store, version: int) -> tuple[list[int], list[int]]:
     Raises:
         UserError: when there is no such version, or its files were changed.
     """
-    check_version(store.folder, version, check_number(store, version))
-    with transaction(store.database):
+    check_version(store, version)
+    with transaction(store.database) as database:
         before = store.current
         was, shall_be = last_changes(store, before), last_changes(store, version)
         for request, change in shall_be.items():
             if change != was.get(request):
                 _take_over(store, request, change)
-        for request in was.keys() - shall_be.keys():
-            reason = f"version {was[request].version} was rolled back"
-            store.set_state(request, "held back", only=["applied", "superseded", "retracted"], reason=reason)
+        settled = database.execute(  # not what was queued anew meanwhile
+            "SELECT number FROM requests WHERE state IN ('applied', 'superseded', 'retracted')"
+        ).fetchall()
+        for request in (was.keys() - shall_be.keys()) & {number for (number,) in settled}:
+            told = f"held back (version {was[request].version} was rolled back)"
+            store.set_state(request, "held back", told)
         store.set_about("current", version)
-        store.note_event("rolled back", version=version, left=before)
+        store.note(f"rolled back to version {version}")
     store.point()
     return difference(store, before, version)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.editing.update import WeightUpdate
@@ -13,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.options import TrainerOptions
-from pipeline.updates.folders import BASE, VERSIONS, load_weights, version_folder
+from pipeline.updates.folders import BASE, VERSIONS, version_folder
 from pipeline.updates.store import CURRENT
 
 LINK = re.compile(rf"{VERSIONS}/(\d{{4,9}})")
@@ -58,9 +57,9 @@ class LiveModel:
             UserError: when the version is not one of this base model, or damaged.
         """
         while (version := self._current()) != self.version:  # again, where it moved on meanwhile
-            update = load_weights(self.store, version)
+            folder = version_folder(self.store, version)
+            update = WeightUpdate.load(folder) if version != BASE else None
             if update:
-                folder = version_folder(self.store, version)
                 self.llm.check_made_for(f"version: {folder}", update.model, update.fingerprint)
             with self._swapping:
                 if self._undo:
@@ -69,26 +68,19 @@ class LiveModel:
                 self.version = version
         return version
 
-    @contextmanager
-    def reading(self) -> Iterator[LLM]:
-        """The model at the current version, which stays the same inside the `with`."""
-        with self._swapping:
-            self.follow()
-            yield self.llm
-
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 16,
         trainer: TrainerOptions | None = None,
     ) -> tuple[list[str], int]:  # fmt: skip
         """Greedy answers to prompts, and the one version that gave all of them."""
-        with self.reading() as llm:
-            return generate(llm, prompts, max_new_tokens, batch_size, trainer), self.version
+        with self._swapping:
+            self.follow()
+            return generate(self.llm, prompts, max_new_tokens, batch_size, trainer), self.version
 
     def _current(self) -> int:
         link = self.store / CURRENT
-        if not link.is_symlink():
-            raise UserError(f"store: {self.store}: no store: holds no link {CURRENT}")
-        found = LINK.fullmatch(str(link.readlink()))
+        target = str(link.readlink()) if link.is_symlink() else "nothing"
+        found = LINK.fullmatch(target)
         if not found:
-            raise UserError(f"store: {link}: leads to {link.readlink()}; expected a version of this store")
+            raise UserError(f"store: {link}: leads to {target}; expected a version of this store")
         return int(found[1])

@@ -21,11 +21,10 @@ from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.updates.database import transaction
-from pipeline.updates.folders import load_version
 from pipeline.updates.gates import OF_MODEL, missed
-from pipeline.updates.history import find
-from pipeline.updates.lineage import check_number, hold_back, publish
-from pipeline.updates.proving import BaseVersion, BatchResult, Trial, split_by_fit
+from pipeline.updates.history import find, load_version
+from pipeline.updates.lineage import hold_back, publish
+from pipeline.updates.proving import BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
 
@@ -42,8 +41,6 @@ def update(
     """Work through everything that is due, a version a batch.
 
     Args:
-        store: the store.
-        options: how.
         load: loads the base model by its name; not called when nothing is due.
         report: called with what came of each batch.
         stopping: asked before each batch.
@@ -56,24 +53,23 @@ def update(
         return _rehearse(store, options, load, report)
     llm, results = None, []
     with store.updating():
-        while not stopping() and (batch := take(store, options.batch)):
+        while not stopping():
+            requests, superseded = take(store, options.batch)
+            if not requests:
+                break
             try:
                 llm = llm or store.load_base(load, options.model)
-                base = base_version(store)
-                result, profile = _edit_and_prove(store, llm, base, batch.requests, options)
-                if profile:
-                    profile.save(store.folder)
+                result = _edit_and_prove(store, llm, requests, options)
                 if result.update:
-                    publish(store, batch.number, base.number, result, profile)
+                    publish(store, result)
                 else:
                     with transaction(store.database):
                         hold_back(store, result.held)
-                        store.end_batch(batch.number, "held back")
             except BaseException as error:
                 with transaction(store.database):
-                    store.give_back(batch.number, " ".join(str(error).split()) or type(error).__name__)
+                    store.give_back(" ".join(str(error).split()) or type(error).__name__)
                 raise
-            result.superseded = [*batch.superseded, *result.superseded]
+            result.superseded = superseded + result.superseded
             results.append(result)
             report(result)
     return results
@@ -83,26 +79,25 @@ def _rehearse(
     store: Store, options: UpdateCommand, load: Callable[[str], LLM], report: Callable[[BatchResult], Any]
 ) -> list[BatchResult]:
     """The next batch as it would be, without a change to the store."""
-    batch = peek(store, options.batch)
-    if not batch:
+    requests = peek(store, options.batch)
+    if not requests:
         return []
-    llm = store.load_base(load, options.model)
-    result, _ = _edit_and_prove(store, llm, base_version(store), batch, options)
+    result = _edit_and_prove(store, store.load_base(load, options.model), requests, options)
     report(result)
     return [result]
 
 
-def _edit_and_prove(
-    store: Store, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions
-) -> tuple[BatchResult, GoldenProfile | None]:
-    """What comes of a batch, and where it was edited: None when nothing in it can be."""
+def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions) -> BatchResult:
+    """What comes of a batch on top of the version in force."""
+    parent = store.current
+    base = load_version(store, parent)
     fitting, held = split_by_fit(llm, batch, options)
     if not fitting:
-        return BatchResult(held=held), None
-    profile = golden_profile(store, llm, fitting, options)
-    result = Trial(llm, base, fitting, options).edit_and_prove(profile)
-    result.held = [*held, *result.held]
-    return result, profile
+        return BatchResult(parent, held=held)
+    profile = _golden_profile(store, llm, fitting, options)
+    result = Trial(llm, parent, base, fitting, options).edit_and_prove(profile)
+    result.held = held + result.held
+    return result
 
 
 def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -> BatchResult:
@@ -130,20 +125,19 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
 
 
 def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> BatchResult:
-    base = base_version(store)
-    assert base.update
-    request = next(one for one in base.update.requests if number_of(one) == number)
-    trial, profile = Trial(llm, base, [request], options), golden_profile(store, llm, [request], options)
+    parent = store.current
+    base = load_version(store, parent)
+    assert base
+    request = next(one for one in base.requests if number_of(one) == number)
+    trial, profile = Trial(llm, parent, base, [request], options), _golden_profile(store, llm, [request], options)
     with trial.timed("edit"):
-        without = _without(llm, base.update, request, profile, options)
-    after = trial.measure(without, [0], KINDS)
-    gates = after.gates(options.gates, OF_MODEL)
-    if problem := missed(gates):
+        without = _without(llm, base, request, profile, options)
+    result = BatchResult(parent, update=without, before=trial.before, profile=profile, seconds=trial.seconds)
+    result.after = trial.measure(without, [0], KINDS)
+    result.gates = result.after.gates(options.gates, OF_MODEL)
+    if problem := missed(result.gates):
         raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
-    result = BatchResult(update=without, before=trial.before, after=after, gates=gates, seconds=trial.seconds)
-    with transaction(store.database):
-        batch = store.open_batch(base.number)
-    publish(store, batch, base.number, result, profile, retracted=[number])
+    publish(store, result, retracted=[number])
     return result
 
 
@@ -158,20 +152,10 @@ def _without(
     return edit(llm, [back], profile, options.edit, options.trainer, seed=options.seed, after=held)
 
 
-def base_version(store: Store) -> BaseVersion:
-    """The version in force, its files checked."""
-    version = store.current
-    return BaseVersion(version, load_version(store.folder, version, check_number(store, version)))
-
-
-def golden_profile(
+def _golden_profile(
     store: Store, llm: LLM, requests: Sequence[EditRequest], options: ProvingOptions
 ) -> GoldenProfile:
-    """Where to edit: the profile of the options, else the store's, else one found with these requests.
-
-    Raises:
-        UserError: when it is another model's.
-    """
+    """Where to edit: the profile of the options, else the store's, else one found with these requests."""
     given = getattr(options, "profile", None)
     if given or (store.folder / PROFILE_FILE).is_file():
         profile = GoldenProfile.load(given or store.folder)

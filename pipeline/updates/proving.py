@@ -14,62 +14,40 @@ from pipeline.editing.editor import accept, edit
 from pipeline.editing.leave_out import can_leave_out, leave_out
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.evaluator import Evaluator, relative_changes
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions
 from pipeline.requests.conflicts import fact
 from pipeline.requests.schema import EditRequest
-from pipeline.updates.gates import OF_MODEL, Figures, Gate, drift, missed
+from pipeline.updates.gates import OF_MODEL, Figures, Gate, missed
 from pipeline.updates.queue import Contradiction, number_of
 
 FOR_GATES = ("probes", "text")  # the kinds of measurement that gates need
 
 
-class BaseVersion(NamedTuple):
-    """The version in force, which a batch is edited on top of; its update is None for the base model itself."""
-
-    number: int
-    update: WeightUpdate | None
-
-    @property
-    def requests(self) -> list[EditRequest]:
-        """The facts that it holds."""
-        return self.update.requests if self.update else []
-
-
 class HeldBack(NamedTuple):
-    """A request that is not applied: its number, why, and the figures that it reached alone."""
+    """A request that is not applied: its number, and why, with the figures that it reached alone."""
 
     number: int
     reason: str
-    figures: dict[str, float]
 
 
 @dataclass
 class BatchResult:
-    """What came of a batch.
+    """What came of a batch, or of a retraction; what there is nothing of is None."""
 
-    Attributes:
-        applied: what was accepted.
-        held: what was not.
-        update: the version in force with what was accepted in it, or without what was retracted; None: as it was.
-        before, after: the figures on those requests; None where there are none.
-        gates: those of `after`.
-        seconds: of editing and of measuring.
-        version: what was published; None when nothing was.
-        superseded: which requests gave way to newer ones.
-    """
-
-    applied: list[EditRequest] = field(default_factory=list)
-    held: list[HeldBack] = field(default_factory=list)
-    update: WeightUpdate | None = None
-    before: Figures | None = None
+    parent: int = 0  # the version that was edited on top of
+    applied: list[EditRequest] = field(default_factory=list)  # what was accepted
+    held: list[HeldBack] = field(default_factory=list)  # what was not
+    update: WeightUpdate | None = None  # the version in force with what was accepted, or without what was retracted
+    before: Figures | None = None  # on those requests
     after: Figures | None = None
-    gates: list[Gate] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    version: int | None = None
-    superseded: list[Contradiction] = field(default_factory=list)
+    profile: GoldenProfile | None = None  # where it was edited
+    gates: list[Gate] = field(default_factory=list)  # those of `after`
+    seconds: dict[str, float] = field(default_factory=dict)  # of editing and of measuring
+    version: int | None = None  # what was published
+    superseded: list[Contradiction] = field(default_factory=list)  # which requests gave way to newer ones
 
 
 def split_by_fit(
@@ -82,7 +60,7 @@ def split_by_fit(
             Evaluator(llm, accept([request], options.edit), options.evaluation, kinds=("probes", "generation"))
             fitting.append(request)
         except UserError as error:
-            held.append(HeldBack(number_of(request), str(error), {}))
+            held.append(HeldBack(number_of(request), str(error)))
     return fitting, held
 
 
@@ -94,22 +72,21 @@ class Trial:
 
     Args:
         llm: the base model, which it is again after every edit and measurement.
-        base: the version in force.
+        parent, base: the number of the version in force, and its update; None for the base model itself.
         batch: the requests; all of them can be edited.
         options: how to edit and measure, and the gates.
-
-    Attributes:
-        before: the figures of the version in force, which locality is measured against.
-        seconds: how long was edited and measured.
 
     Raises:
         UserError: when texts do not fit the model, or the version in force itself misses a gate.
     """
 
-    def __init__(self, llm: LLM, base: BaseVersion, batch: Sequence[EditRequest], options: ProvingOptions) -> None:
-        self.llm, self.base, self.batch, self.options = llm, base, batch, options
+    def __init__(
+        self, llm: LLM, parent: int, base: WeightUpdate | None, batch: list[EditRequest], options: ProvingOptions
+    ) -> None:
+        self.llm, self.parent, self.base, self.batch, self.options = llm, parent, base, batch, options
+        self.facts = base.requests if base else []  # that are in force
         self.seconds = {"edit": 0.0, "evaluation": 0.0}
-        self.update = base.update  # with what was accepted of the batch in it
+        self.update = base  # with what was accepted of the batch in it
         self.whole: WeightUpdate | None = None  # with all of the batch in it
         self.accepted: list[int] = []  # places in the batch
         self.held: list[HeldBack] = []
@@ -118,32 +95,30 @@ class Trial:
         with self.timed("evaluation"):
             text = self.evaluator.only((), ("text",)).measure("Measuring base")
         self.base_perplexity = text.metrics["perplexity"].mean
-        self.before = self._figures(base.update, self.evaluator)
+        self.before = self.measure(base, range(len(batch)), KINDS)  # which locality is measured against
         if problem := missed(self.before.gates(options.gates, OF_MODEL)):
             raise UserError(
-                f"update: version {base.number}, which is in force, misses gates itself: {problem}; "
+                f"update: version {parent}, which is in force, misses gates itself: {problem}; "
                 "roll back, retract what is not needed, or change --gates"
             )
 
     def _earlier_facts(self) -> Evaluator | None:
         """Measures a sample of the facts that the batch leaves in force, prompts and new answers alone."""
         renewed = {fact(request) for request in self.batch}
-        held = [request for request in self.base.requests if fact(request) not in renewed]
-        most = min(self.options.gates.earlier_sample, len(held))
-        chosen = random.Random(self.options.seed + self.base.number).sample(held, most)
-        bare = [one.model_copy(update={"rephrases": (), "locality": (), "portability": ()}) for one in chosen]
-        if not bare:
+        held = [request for request in self.facts if fact(request) not in renewed]
+        if not held:
             return None
+        most = min(self.options.gates.earlier_sample, len(held))
+        chosen = random.Random(self.options.seed + self.parent).sample(held, most)
+        bare = [one.model_copy(update={"rephrases": (), "locality": (), "portability": ()}) for one in chosen]
         return Evaluator(self.llm, bare, self.options.evaluation, self.options.trainer, ("probes",))
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Count the seconds inside the `with`."""
         started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - started
+        yield
+        self.seconds[what] += time.perf_counter() - started
 
     def edit_and_prove(self, profile: GoldenProfile) -> BatchResult:
         """Edit the batch at the golden layer and hold it against the gates.
@@ -151,32 +126,24 @@ class Trial:
         It is tried whole, and in halves where that misses a gate, each on top of the parts that passed; what misses
         one alone is held back.
         """
+        result = BatchResult(self.parent, held=self.held, profile=profile, seconds=self.seconds)
         after = self._try_part(range(len(self.batch)), profile)
-        if not self.accepted:
-            return BatchResult(held=self.held, seconds=self.seconds)
-        before = self.before
-        if after is None:  # it was halved
-            before = self.measure(self.base.update, self.accepted, KINDS)
-            after = self.measure(self.update, self.accepted, KINDS)
-        return BatchResult(
-            applied=[self.batch[place] for place in self.accepted],
-            held=self.held,
-            update=self.update,
-            before=before,
-            after=after,
-            gates=after.gates(self.options.gates),
-            seconds=self.seconds,
-        )
+        if self.accepted:
+            result.applied = [self.batch[place] for place in self.accepted]
+            result.update, result.before, result.after = self.update, self.before, after
+            if after is None:  # it was halved
+                result.before = self.measure(self.base, self.accepted, KINDS)
+                result.after = after = self.measure(self.update, self.accepted, KINDS)
+            result.gates = after.gates(self.options.gates)
+        return result
 
     def _try_part(self, part: Sequence[int], profile: GoldenProfile) -> Figures | None:
         """Accept a part of the batch and give its figures, or halve it, or hold a single request back."""
-        everything = len(part) == len(self.batch)  # mostly passes: measured in full, so that once is enough
-        gates: list[Gate] = []
+        kinds = KINDS if len(part) == len(self.batch) else FOR_GATES  # the whole mostly passes: once is enough
         try:
             update = self._edited(part, profile)
-            figures = self.measure(update, part, KINDS if everything else FOR_GATES, self.accepted)
-            gates = figures.gates(self.options.gates)
-            reason = missed(gates)
+            figures = self.measure(update, part, kinds, self.accepted)
+            reason = missed(figures.gates(self.options.gates))
         except UserError as error:
             reason = str(error)
         if not reason:
@@ -184,8 +151,7 @@ class Trial:
             self.update = update
             return figures
         if len(part) == 1:
-            reached = {gate.name: gate.value for gate in gates}
-            self.held.append(HeldBack(number_of(self.batch[part[0]]), reason, reached))
+            self.held.append(HeldBack(number_of(self.batch[part[0]]), reason))
             return None
         for half in (part[: len(part) // 2], part[len(part) // 2 :]):
             self._try_part(half, profile)
@@ -195,8 +161,10 @@ class Trial:
         """The version in force with the accepted requests and a part of the others."""
         options, device, seed = self.options.edit, self.options.trainer, self.options.seed
         rest = [one for place, one in enumerate(self.batch) if place not in {*self.accepted, *part}]
+        earlier = {fact(request) for request in self.facts}
+        renewed = any(fact(request) in earlier for request in rest)  # it took the place of earlier facts
         with self.timed("edit"):
-            if self.whole and self._can_leave_out(rest):
+            if self.whole and not renewed and can_leave_out(self.whole, rest, options.method):
                 return leave_out(self.llm, self.whole, rest, options, device, seed)
             requests = [self.batch[place] for place in part]
             update = edit(self.llm, requests, profile, options, device, seed=seed, after=self.update)
@@ -204,42 +172,28 @@ class Trial:
             self.whole = update
         return update
 
-    def _can_leave_out(self, rest: Sequence[EditRequest]) -> bool:
-        """Whether the rest has columns of its own, and did not take the place of earlier facts."""
-        assert self.whole
-        earlier = {fact(request) for request in self.base.requests}
-        renewed = any(fact(request) in earlier for request in rest)
-        return not renewed and can_leave_out(self.whole, rest, self.options.edit.method)
-
     def measure(
         self,
         update: WeightUpdate | None,
         places: Collection[int],
-        kinds: Sequence[str] = FOR_GATES,
+        kinds: Sequence[str],
         accepted: Collection[int] = (),
     ) -> Figures:
-        """Figures of the model with an update.
+        """Figures of the model with an update, None being the base, on requests of the batch.
 
-        Args:
-            update: what to measure; None is the base.
-            places: of requests in the batch: which to measure on.
-            kinds: what to measure.
-            accepted: of requests in the batch that count as earlier facts.
+        Requests are named by their places in the batch; those that are accepted count as earlier facts.
         """
-        also = [self.evaluator.only(accepted, ("probes",))] if accepted else []
-        return self._figures(update, self.evaluator.only(places, kinds), also)
-
-    def _figures(
-        self, update: WeightUpdate | None, evaluator: Evaluator, also: Sequence[Evaluator] = ()
-    ) -> Figures:
-        earlier = [*([self.earlier] if self.earlier else []), *also]
+        earlier = [self.earlier] if self.earlier else []
+        if accepted:
+            earlier.append(self.evaluator.only(accepted, ("probes",)))
         with self.timed("evaluation"), update.applied(self.llm) if update else nullcontext():
-            metrics = evaluator.measure("Measuring the batch").metrics
+            metrics = self.evaluator.only(places, kinds).measure("Measuring the batch").metrics
             rewrites = [one.measure("Earlier facts").metrics["rewrite"] for one in earlier]
         count = sum(rewrite.count for rewrite in rewrites)
+        changes = relative_changes(self.llm, update) if update else {}
         return Figures(
             metrics=metrics,
             earlier=sum(rewrite.mean * rewrite.count for rewrite in rewrites) / count if count else None,
             perplexity_ratio=metrics["perplexity"].mean / self.base_perplexity,
-            drift=drift(self.llm, update),
+            drift=max(changes.values(), default=0.0),
         )

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.editing.columns import owner
 from pipeline.requests.readers import stream_requests
@@ -28,30 +27,13 @@ INCOMING = """
 
 @dataclass(frozen=True)
 class Submitted:
-    """What came of a submission.
+    """What came of a submission, in numbers of requests."""
 
-    Attributes:
-        queued: how many requests are new.
-        again: how many were queued anew.
-        known: how many were in the store already, and stay as they are.
-        left: how many of those are out of it: held back, superseded or retracted.
-        superseded: which queued requests gave way.
-    """
-
-    queued: int
-    again: int
-    known: int
-    left: int
-    superseded: list[Contradiction]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Requests taken from the queue, their ids beginning with their numbers, and which due ones gave way."""
-
-    number: int
-    requests: list[EditRequest]
-    superseded: list[Contradiction]
+    queued: int  # new ones
+    again: int  # queued anew
+    known: int  # in the store already; they stay as they are
+    left: int  # of those, what is held back, superseded or retracted
+    superseded: list[Contradiction]  # which queued ones gave way
 
 
 def submit(
@@ -62,7 +44,6 @@ def submit(
     A request is known by what it asks for: the same one twice adds nothing, whatever file, id or source it has.
 
     Args:
-        store: the store.
         file: as for `load_requests`.
         source: where they come from, in place of what the file says.
         not_before: seconds since 1970 before which they stay in the queue.
@@ -90,23 +71,24 @@ def _rows(file: str | Path, source: str | None) -> Iterator[tuple[str, str | Non
 def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitted:
     """Inside a transaction: move what came in into the queue."""
     database, now, first = store.database, store.clock(), int(store.about("next"))
-    when: dict[str, Any] = {"not_before": not_before, "effective": max(now, not_before)}
+    (count,) = database.execute("SELECT count(*) FROM temp.incoming").fetchone()
+    store.set_about("next", first + count)
+    place = {"first": first, "not_before": not_before, "effective": max(now, not_before)}
     left = _left(store)
-    submission = database.execute("INSERT INTO submissions (at, file) VALUES (?, ?)", (now, file)).lastrowid
     queued = database.execute(
         "INSERT INTO requests (id, source, content, digest, fact, submission, not_before, effective, position) "
         "SELECT id, source, content, digest, fact, :submission, :not_before, :effective, :first + place - 1 "
         "FROM temp.incoming i WHERE NOT EXISTS (SELECT 1 FROM requests r WHERE r.digest = i.digest) ORDER BY place",
-        {"submission": submission, "first": first, **when},
+        place | {"submission": store.note(f"submitted in {file}: {count} requests")},
     ).rowcount
     requeued = left if again else []
-    for number, place in requeued:
-        store.set_state(
-            number, "queued", event="queued again", reason=file, batch=None, position=first + place - 1, **when
+    for number, line in requeued:
+        store.set_state(number, "queued", f"queued again ({file})")
+        database.execute(
+            "UPDATE requests SET not_before = :not_before, effective = :effective, position = :first + :line - 1 "
+            "WHERE number = :number",
+            place | {"number": number, "line": line},
         )
-    (count,) = database.execute("SELECT count(*) FROM temp.incoming").fetchone()
-    store.set_about("next", first + count)
-    store.note_event("submitted", file=file, queued=queued, again=len(requeued))
     return Submitted(
         queued=queued,
         again=len(requeued),
@@ -137,26 +119,26 @@ def _settle(store: Store, rows: Sequence[sqlite3.Row]) -> list[Contradiction]:
     """Inside a transaction: of rows that are due, those give way that a newer request is about the same fact as."""
     pairs = [(row["number"], newer) for row in rows if (newer := _newer(store, row))]
     for older, newer in pairs:
-        store.set_state(older, "superseded", successor=newer)
+        store.set_state(older, "superseded", f"superseded by request {newer}")
     return pairs
 
 
-def take(store: Store, most: int) -> Batch | None:
-    """Take the next batch of what is due; None when nothing is.
+def take(store: Store, most: int) -> tuple[list[EditRequest], list[Contradiction]]:
+    """Take the next batch of what is due; empty when nothing is.
 
     Of due requests about one fact the newest is taken and the others are superseded, as is a due one that is older
     than what is applied.
+
+    Returns:
+        the requests, their ids beginning with their numbers, and which others gave way.
     """
     superseded: list[Contradiction] = []
     with transaction(store.database):
-        while (rows := due(store, most)) and (given_way := _settle(store, rows)):
+        while given_way := _settle(store, rows := due(store, most)):
             superseded += given_way
-        if not rows:
-            return None
-        batch = store.open_batch(store.current)
         for row in rows:
-            store.set_state(row["number"], "taken", batch=batch)
-    return Batch(batch, [_request(row) for row in rows], superseded)
+            store.set_state(row["number"], "taken")
+    return [_request(row) for row in rows], superseded
 
 
 def peek(store: Store, most: int) -> list[EditRequest]:

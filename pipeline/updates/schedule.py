@@ -48,11 +48,7 @@ class Stopping:
 
 
 def trigger(cron: str | None, every: str | None) -> BaseTrigger:
-    """When updates start.
-
-    Raises:
-        UserError: when the cron line is none.
-    """
+    """When updates start; UserError when the cron line is none."""
     if cron is None:
         assert every is not None
         return IntervalTrigger(seconds=seconds(every))
@@ -72,34 +68,25 @@ def run_schedule(
 ) -> None:
     """Call `work` at every time of a trigger until the process is asked to end.
 
-    Times during a call are left out; one that the machine slept through is made up for when it wakes.
+    Times during a call are left out; one that the machine slept through is made up for when it wakes. What `work`
+    raises is said, and the schedule goes on. The first call is now where `at_once` says so.
 
-    Args:
-        work: an update; what it raises is reported, and the schedule goes on.
-        when: the times.
-        say: tells one line.
-        stopping: asked between calls.
-        at_once: whether the first call is now.
+    Raises:
+        UserError: when the trigger has no time to come.
     """
     if at_once:
         say("updating now, and as asked")
         _attempt(work, say)
     while not stopping():
-        due = _next(when)
+        due: datetime | None = when.get_next_fire_time(None, datetime.now().astimezone())
+        if due is None:
+            raise UserError("cron: names a time that never comes")
         say(f"next update at {due:%Y-%m-%d %H:%M:%S}")
         while datetime.now(due.tzinfo) < due and not stopping.asked.wait(LOOKING):
             pass
         if not stopping():
             _attempt(work, say)
     say("asked to end: ended between two batches")
-
-
-def _next(when: BaseTrigger) -> datetime:
-    """The next time of a trigger that is still to come."""
-    due: datetime | None = when.get_next_fire_time(None, datetime.now().astimezone())
-    if due is None:
-        raise UserError("cron: names a time that never comes")
-    return due
 
 
 def _attempt(work: Callable[[], Any], say: Callable[[str], Any]) -> None:

@@ -7,11 +7,9 @@ until the store is opened next.
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.shipped import program
 from pipeline.updates.database import DATABASE, connect, transaction
-from pipeline.updates.folders import BASE, VERSIONS, Manifest, remove_unfinished, version_folder, write_version
+from pipeline.updates.folders import BASE, VERSIONS, remove_unfinished, version_folder
 
 CURRENT, OPENING_LOCK, UPDATE_LOCK = "current", "opening.lock", "update.lock"
 BUNDLED = "smollm2"
@@ -31,20 +29,11 @@ class BusyError(UserError):
     """Another process is at work on the store."""
 
 
-class Store:
-    """A store, opened.
-
-    Args:
-        folder: where it is, or will be.
-        model: the base model's name; needed where the store is new.
-        make: whether it may be made.
-
-    Attributes:
-        folder: where it is.
-        database: its SQLite database.
+class Store(AbstractContextManager["Store"]):
+    """A store, opened; where it is new, it is made if `make` says so, for the base model that is named.
 
     Raises:
-        UserError: when there is none, it is no store, of a newer layout, or made for a model of another name.
+        UserError: when there is none, it is no store, of another layout, or new and no model is named.
     """
 
     def __init__(self, folder: str | Path, model: str | None = None, make: bool = False) -> None:
@@ -76,30 +65,20 @@ class Store:
     def _begin(self, name: str | None) -> None:
         """Make version 0, the base model as it is, and say whose store this is."""
         self._check_named(name)
-        model, folder = _absolute(name or ""), version_folder(self.folder, BASE)
-        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed here
-        digest = write_version(self.folder, Manifest(version=BASE, parent=None, model=model, fingerprint=""))
+        version_folder(self.folder, BASE).mkdir(parents=True, exist_ok=True)
         with transaction(self.database) as database:
-            database.executemany(
-                "INSERT INTO about VALUES (?, ?)",
-                [("model", model), ("fingerprint", ""), ("current", BASE), ("next", 1)],
-            )
+            about = {"model": _absolute(name or ""), "fingerprint": "", "current": BASE, "next": 1}
+            database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             database.execute(
-                "INSERT INTO versions (number, made, manifest, shown) VALUES (?, ?, ?, 1)",
-                (BASE, time.time(), digest),
+                "INSERT INTO versions (number, made, files, shown) VALUES (?, ?, '{}', 1)", (BASE, time.time())
             )
 
     def close(self) -> None:
         """Let go of the database."""
         self.database.close()
 
-    def __enter__(self) -> Store:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # what it is for
 
     def about(self, name: str) -> Any:
         """One thing that the store knows of itself."""
@@ -121,12 +100,8 @@ class Store:
             raise UserError(f"store: {self.folder}: made for model {self.model!r}, not for {name!r}")
 
     def load_base(self, load: Callable[[str], LLM], name: str | None = None) -> LLM:
-        """Load the base model, by the store's name for it or another; the first one loaded is it from then on.
-
-        Raises:
-            UserError: when it is not the store's.
-        """
-        name, known = name or self.model, self.about("fingerprint")
+        """Load the base model, by the store's name for it or another; UserError when it is not the store's."""
+        name, known = name or self.model, self.about("fingerprint")  # which the first one loaded gives the store
         if not known:
             self.check_model(name)
         llm = load(name)
@@ -134,13 +109,8 @@ class Store:
             with transaction(self.database):
                 self.set_about("fingerprint", llm.fingerprint)
         elif known != llm.fingerprint:
-            raise UserError(
-                f"store: {self.folder}: made for model {self.model!r} ({known}), "
-                f"not for {name!r} ({llm.fingerprint})"
-            )
+            raise UserError(f"store: {self.folder}: made for model {self.model!r} ({known}), not for {name!r}")
         return llm
-
-    # the version in force
 
     @property
     def current(self) -> int:
@@ -163,11 +133,9 @@ class Store:
             partial.symlink_to(target, target_is_directory=True)
             partial.replace(link)
 
-    # one update at a time
-
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Be the one that makes versions; what a dead update left is put right first.
+        """Be the one that makes versions; what a dead update had taken is queued, what it half wrote is removed.
 
         Raises:
             BusyError: when another process is that one.
@@ -177,75 +145,30 @@ class Store:
         except Timeout:
             raise BusyError(f"store: {self.folder}: another update is at work on it") from None
         with held:
-            self._recover()
+            with transaction(self.database):
+                self.give_back("the update ended before it was done")
+            remove_unfinished(self.folder, self.newest)
+            self.point()
             yield
-
-    def _recover(self) -> None:
-        """Requests that a dead update had taken go back to the queue; what it had half written goes."""
-        with transaction(self.database) as database:
-            for (batch,) in database.execute("SELECT number FROM batches WHERE outcome = 'open'").fetchall():
-                self.give_back(batch, "the update ended before it was done")
-        remove_unfinished(self.folder, self.newest)
-        self.point()
 
     # inside a transaction
 
-    def open_batch(self, parent: int) -> int:
-        """A new batch on top of a version; returns its number."""
-        made = self.database.execute("INSERT INTO batches (started, parent) VALUES (?, ?)", (self.clock(), parent))
+    def give_back(self, reason: str) -> None:
+        """What an update had taken and not finished is in the queue again, where it was."""
+        for (number,) in self.database.execute("SELECT number FROM requests WHERE state = 'taken'").fetchall():
+            self.set_state(number, "queued", f"given back ({reason})")
+
+    def set_state(self, request: int, state: str, told: str | None = None) -> None:
+        """Give a request a state, and note that for `history`, in other words where they are given."""
+        self.database.execute("UPDATE requests SET state = ? WHERE number = ?", (state, request))
+        self.note(told or state, request)
+
+    def note(self, what: str, request: int | None = None) -> int:
+        """Note what happened, to a request or to the store, for `history`; returns the event's number."""
+        made = self.database.execute(
+            "INSERT INTO events (at, what, request) VALUES (?, ?, ?)", (self.clock(), what, request)
+        )
         return int(made.lastrowid or 0)
-
-    def end_batch(self, batch: int, outcome: str, version: int | None = None) -> None:
-        """Note what came of a batch; one that has ended stays as it ended."""
-        self.database.execute(
-            "UPDATE batches SET outcome = ?, version = ? WHERE number = ? AND outcome = 'open'",
-            (outcome, version, batch),
-        )
-
-    def give_back(self, batch: int, reason: str) -> None:
-        """What a batch had taken and not finished is in the queue again, where it was."""
-        rows = self.database.execute("SELECT number FROM requests WHERE batch = ? AND state = 'taken'", (batch,))
-        for (number,) in rows.fetchall():
-            self.set_state(number, "queued", event="given back", batch=None, reason=reason)
-        self.end_batch(batch, "given back")
-
-    def set_state(
-        self, request: int, state: str, only: Collection[str] = (), event: str | None = None, **columns: Any
-    ) -> None:
-        """Give a request a state, and note it as an event.
-
-        Args:
-            request: its number.
-            state: the new state.
-            only: nothing is done unless it is in one of these; none: any.
-            event: the event's name where it is not the state's.
-            columns: others to be set; version, successor, reason and figures are empty unless they are given.
-        """
-        columns = dict.fromkeys(("version", "successor", "reason", "figures")) | {"state": state} | columns
-        changed = self.database.execute(
-            f"UPDATE requests SET {', '.join(f'{name} = ?' for name in columns)} WHERE number = ?"
-            + (f" AND state IN ({', '.join('?' * len(only))})" if only else ""),
-            (*columns.values(), request, *only),
-        ).rowcount
-        if changed:
-            batch, version = columns.get("batch"), columns["version"]
-            detail = {"by": columns["successor"], "reason": columns["reason"]}
-            self.note_event(event or state, request=request, batch=batch, version=version, **detail)
-
-    def note_event(
-        self,
-        what: str,
-        request: int | None = None,
-        batch: int | None = None,
-        version: int | None = None,
-        **detail: str | int | None,
-    ) -> None:
-        """Note what happened, for `history`; details that are None are left out."""
-        known = {name: value for name, value in detail.items() if value is not None}
-        self.database.execute(
-            "INSERT INTO events (at, what, request, batch, version, detail) VALUES (?, ?, ?, ?, ?, ?)",
-            (self.clock(), what, request, batch, version, json.dumps(known, ensure_ascii=False) if known else None),
-        )
 
     def clock(self) -> float:
         """Seconds since 1970, never less than at the last event, even when the machine's clock goes back."""

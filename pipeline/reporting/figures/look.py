@@ -5,11 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -17,72 +15,51 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.files import write_whole
-
 GOLD, BLUE, INK, WHITE = "#E69F00", "#0072B2", "#333333", "#FFFFFF"  # the first two of Okabe and Ito's palette
 WIDTH = 5.8  # inches; TensorBoard's cards are some 400 pixels wide, where 10 points of this are still read
-NAME = 42  # characters of a name that may be a path
 
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are names, whatever signs they hold
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
     "axes.prop_cycle": cycler(color=[BLUE, INK, INK, GOLD], linestyle=["-", "--", ":", "-."], marker=list("os^D")),
-    "image.aspect": "auto",
-    "image.cmap": "cividis",  # from dark to bright for everyone
-    "image.interpolation": "nearest",
     "legend.columnspacing": 1.0,
     "legend.fontsize": 9,
     "legend.frameon": False,
     "legend.handlelength": 2.2,
-    "lines.linewidth": 1.2,
     "lines.markersize": 4.5,
     "patch.edgecolor": INK,
     "patch.force_edgecolor": True,
-    "patch.linewidth": 0.6,
 }
 
 
 @contextmanager
-def look(height: float, title: str, caption: str, width: float = WIDTH) -> Iterator[Figure]:
-    """A figure in the project's look; made without pyplot, so that it needs no display.
+def look(height: float, title: str, caption: str) -> Iterator[Figure]:
+    """A figure in the project's look, made without pyplot, so that it needs no display.
 
-    Args:
-        height: in inches, without the heading.
-        title: what is seen, in a few words.
-        caption: how to read it, in a sentence or two, under the title.
-        width: in inches.
+    Its height is in inches, without title and caption, which tells in a sentence or two how to read it.
     """
-    titles, lines = textwrap.wrap(title, int(width * 10)), textwrap.wrap(caption, int(width * 14.5))
+    titles, lines = textwrap.wrap(title, int(WIDTH * 10)), textwrap.wrap(caption, int(WIDTH * 14.5))
     below = 0.09 + 0.19 * len(titles)  # inches from the top to the caption
     heading = below + 0.02 + 0.17 * len(lines)
     tall = height + heading
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - heading / tall))
-        figure = Figure(figsize=(width, tall), dpi=140, layout=layout)
+        figure = Figure(figsize=(WIDTH, tall), dpi=140, layout=layout)
         figure.text(0.012, 1 - 0.05 / tall, "\n".join(titles), va="top", weight="bold", fontsize=11.5)
         figure.text(0.012, 1 - below / tall, "\n".join(lines), va="top", fontsize=9)
         yield figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    write_whole(path, lambda partial: figure.savefig(partial, format="png"))
-
-
-def short(name: str, most: int = NAME) -> str:
+def short(name: str, most: int = 42) -> str:
     """A name that is not too long for a figure: its end, which tells paths apart."""
     name = " ".join(name.split())
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
-def whole_numbers(axis: Axis, names: Sequence[object] | None = None) -> None:
-    """Ticks at whole numbers alone, as many as can be read; with `names`, places 0, 1, 2 … are named by them."""
+def whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers alone, as many as can be read."""
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if names is not None:
-        axis.set_major_formatter(lambda place, _: str(names[int(place)]) if 0 <= place < len(names) else "")
 
 
 def bar_per_block(
@@ -99,28 +76,3 @@ def bar_per_block(
     axes.set_xlim(-0.7, len(values) - 0.3)
     axes.set_xlabel(f"block of {short(model)}")
     whole_numbers(axes.xaxis)
-
-
-def squares(
-    figure: Figure, values_NL: np.ndarray, blocks: Sequence[int], golden: int, model: str, label: str, **colors: Any
-) -> Axes:
-    """Requests by blocks of a model, a square each; a triangle above the golden layer's column.
-
-    Args:
-        figure: an empty one.
-        values_NL: a value a square.
-        blocks: the columns' numbers.
-        golden: the golden layer's.
-        model: its name.
-        label: what the colours stand for.
-        colors: imshow's cmap, vmin and vmax.
-    """
-    axes = figure.subplots()
-    image = axes.imshow(values_NL, **colors)
-    axes.plot(blocks.index(golden), -0.5, "v", markersize=9, color=GOLD, markeredgecolor=INK, clip_on=False)
-    axes.set_xlabel(f"block of {short(model)}")
-    axes.set_ylabel("request")
-    whole_numbers(axes.xaxis, blocks)
-    whole_numbers(axes.yaxis)
-    figure.colorbar(image, ax=axes, label=label)
-    return axes

@@ -1,18 +1,21 @@
-"""What came of it: an edit, before and after, and a store over its versions."""
+"""What edits come to: one before and after; a study's at every block, and how near selectors come to the best."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.reporting.figures.look import BLUE, GOLD, INK, WHITE, look, short, whole_numbers
+from pipeline.reporting.figures.scores import selector_name
 from pipeline.reporting.groups import IN_SHORT, SHARES, grouped, label
 from pipeline.reporting.tables import sides_of
+from pipeline.study.grid import JUDGED_BY, mean_of
+
+if TYPE_CHECKING:
+    from pipeline.study.study import Study
 
 MARKS = {"before": ("o", WHITE, 0.13), "after": ("D", BLUE, -0.13)}  # shape, filling, place beside the row
 
@@ -47,52 +50,41 @@ def metrics_figure(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def months_figure(model: str, versions: Mapping[int, Mapping[str, Any]]) -> Figure:
-    """Quality, cost to the rest, and facts, version by version.
-
-    Args:
-        model: the store's.
-        versions: by number, ascending, its metrics.json.
-    """
-    figures = list(versions.values())
-    title = f"Updates of {short(model)}: {len(figures)}, facts: {figures[-1]['facts']}"
+def sweep_figure(study: Study, name: str, method: str) -> Figure:
+    """What single edits come to, block by block: the mean of every figure, and of the score made of them."""
+    grid, golden = study.grids[name][method], study.golden[name]
     caption = (
-        "Each version's figures on the requests it took in, before it was published; earlier facts: rewrite of a "
-        "sample of those that stood already."
+        f"Means of {len(grid.scores)} requests, each edited alone at each block. Score: mean of the others. The "
+        "golden layer was chosen from other requests without a trial."
     )
-    with look(3.6, title, caption, width=7.2) as figure:
-        panels = figure.subplot_mosaic([["quality", "perplexity"], ["quality", "requests"]], width_ratios=(6, 5))
-        after = [each["after"] for each in figures]
-        for name in ("rewrite", "rephrase", "locality"):
-            _curve(panels["quality"], [each["metrics"].get(name, {}).get("mean") for each in after], name)
-        _curve(panels["quality"], [each["earlier"] for each in after], "earlier facts")
-        panels["quality"].set_ylim(-0.03, 1.06)
-        panels["quality"].set_ylabel("share")
-        panels["perplexity"].plot([each["perplexity_ratio"] for each in after])
-        panels["perplexity"].set_title("perplexity, × the base's")
-        panels["perplexity"].ticklabel_format(axis="y", useOffset=False)
-        _requests(panels["requests"], figures)
-        for axes in panels.values():
-            axes.set_xlim(-0.6, len(figures) - 0.4)
-            axes.set_xlabel("version")
-            whole_numbers(axes.xaxis, list(versions))
-        figure.legend(loc="outside lower left", ncols=4)
+    with look(3.4, f"Which block edits best? {short(name)}, {method}", caption) as figure:
+        axes = figure.subplots()
+        for metric in JUDGED_BY:
+            if metric in grid.values and not np.isnan(grid.values[metric]).all():
+                axes.plot(grid.blocks, mean_of(grid.values[metric]), label=metric)
+        axes.plot(grid.blocks, grid.means, color=INK, linewidth=2.4, linestyle="-", marker="", label="score")
+        axes.axvline(golden, color=GOLD, linewidth=6, alpha=0.6, label=f"golden layer: {golden}")
+        axes.axvline(grid.best, color=INK, linestyle="-.", label=f"best fixed block: {grid.best}")
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel(f"block of {short(study.model)}")
+        axes.set_ylabel("share, teacher-forced")
+        whole_numbers(axes.xaxis)
+        figure.legend(loc="outside lower left", ncols=3)
     return figure
 
 
-def _curve(axes: Axes, values: list[float | None], name: str) -> None:
-    """One figure over the versions; a gap where it was not measured, nothing where it never was."""
-    shown = np.array(values, dtype=float)
-    if np.isfinite(shown).any():
-        axes.plot(shown, label=name)
-
-
-def _requests(axes: Axes, figures: list[Mapping[str, Any]]) -> None:
-    """What came in, what was held back, what was taken out, one on another."""
-    floor = np.zeros(len(figures))
-    for name, color in {"applied": BLUE, "held_back": WHITE, "retracted": GOLD}.items():
-        counts = np.array([each[name] for each in figures])
-        axes.bar(range(len(figures)), counts, 0.8, floor, color=color, label=name.replace("_", " "))
-        floor += counts
-    axes.set_title("requests")
-    whole_numbers(axes.yaxis)
+def selectors_figure(study: Study, name: str, method: str) -> Figure:
+    """Regret of every selector, the best at the top."""
+    rows = sorted(study.selectors[name][method], key=lambda row: -float(row["regret"] or 0))
+    regrets = [float(row["regret"] or 0) for row in rows]
+    colors = [GOLD if row["selector"] == next(iter(study.profiles[name])) else BLUE for row in rows]
+    caption = "Regret: what the chosen block falls short of the best fixed block's score."
+    with look(0.7 + 0.3 * len(rows), f"Who finds the best block? {short(name)}, {method}", caption) as figure:
+        axes = figure.subplots()
+        bars = axes.barh(range(len(rows)), regrets, 0.75, color=colors)
+        axes.bar_label(bars, [f"{row['regret']:.3f}, block {row['block']}" for row in rows], padding=2, fontsize=8)
+        names = [short(selector_name(str(row["selector"])), 32) for row in rows]
+        axes.set_yticks(range(len(rows)), names, fontsize=9)
+        axes.set_xlim(0, 1.5 * max(0.02, *regrets))
+        axes.set_xlabel("regret")
+    return figure

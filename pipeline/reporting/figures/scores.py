@@ -1,4 +1,4 @@
-"""Where to edit: each block's score, how sure the choice is, and whether the requests agree."""
+"""Where to edit: each block's score, and how sure the choice is."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.attribution.scores import Scores
-from pipeline.reporting.figures.look import INK, bar_per_block, look, short, squares
+from pipeline.reporting.figures.look import INK, bar_per_block, look, short
 
 
 def selector_name(method: str) -> str:
@@ -69,23 +68,4 @@ def stability_figure(profile: GoldenProfile) -> Figure:
         bar_per_block(axes, stability.chosen, profile.model, [golden])
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("share of draws")
-    return figure
-
-
-def agreement_figure(profile: GoldenProfile, scores: Scores) -> Figure:
-    """Requests by blocks: each request's own order of the blocks, which no outlier hides."""
-    kept, golden = profile.ranking, profile.golden_layers[0]
-    values_NK = scores.values[:, kept]
-    values_NK = np.abs(values_NK) if profile.order == "magnitude" else values_NK
-    places_NK = 1 + (-values_NK).argsort(axis=1, kind="stable").argsort(axis=1)  # 1: a request's best
-    shown_NL = np.full(scores.values.shape, np.nan)
-    shown_NL[:, kept] = places_NK
-    rows_N = np.nanargmin(shown_NL, axis=1).argsort(kind="stable")
-    caption = (
-        "Each row is a request's own ranking of the blocks, sorted by its best; blank: set aside. Block "
-        f"{golden}, below the triangle, is the best for {(shown_NL[:, golden] == 1).sum()} of {len(rows_N)} alone."
-    )
-    with look(3.0, f"Do the requests agree on block {golden}?", caption) as figure:
-        squares(figure, shown_NL[rows_N], range(len(profile.scores)), golden, profile.model,
-                "place in the request's ranking", cmap="cividis_r", vmin=1, vmax=max(2, len(kept)))  # fmt: skip
     return figure
