@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from pipeline.errors import UserError
 from pipeline.options.shared import ComputeOptions
+from pipeline.output import is_one_of_several
 from pipeline.parsing import DEFAULT_COMMAND, parse
 from pipeline.running import launch
 from pipeline.running.interrupts import Interrupted, interrupts
-from pipeline.running.launch import is_one_of_several
 from pipeline.shipped import about, program, shipped_configs
 from pipeline.table import COMMANDS
 

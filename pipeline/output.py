@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,20 @@ from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own
 
 from pipeline.errors import UserError
 from pipeline.files import write_text
-from pipeline.running.launch import started
 
 OPTIONS_FILE = "options.yaml"  # written first into every output folder: it marks the folder as ours
+STARTED = "GOLDEN_LAYERS_STARTED"  # the environment variable that tells a command's processes when it began
 NOT_RESUMED = {"output", "overwrite", "resume", "verbose"}  # options that a resumed command may change
+
+
+def is_one_of_several() -> bool:
+    """Whether this command's own agent, torchrun or SLURM has started this process beside others."""
+    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def started() -> str:
+    """When this command began, as its default output folder says it; its processes say the same."""
+    return os.environ.setdefault(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def default_output(command: str) -> Path:

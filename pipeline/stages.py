@@ -21,11 +21,11 @@ from pipeline.options.base import as_config
 from pipeline.options.commands import AttributeCommand, EditCommand, RunCommand
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import SHARDED, CommandOptions, ComputeOptions, RequestOptions
+from pipeline.output import is_one_of_several
 from pipeline.reporting.run_log import RunLog, run_log
 from pipeline.reporting.terminal import say
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
-from pipeline.running.launch import is_one_of_several
 from pipeline.running.processes import check_alike, join
 from pipeline.running.trainer import hush, weights_dtype
 

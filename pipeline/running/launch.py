@@ -12,25 +12,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.output import STARTED, is_one_of_several, started
 
-STARTED = "GOLDEN_LAYERS_STARTED"  # the environment variable that tells a command's processes when it began
 SUPERVISED = "GOLDEN_LAYERS_SUPERVISED"  # the environment variable of processes whose failures the agent tells
 ENDING_SECONDS = 60  # that a process has to end the batch at work after a signal
 IN_ITS_WAKE = "another process of this command has ended"
-
-
-def is_one_of_several() -> bool:
-    """Whether this command's own agent, torchrun or SLURM has started this process beside others."""
-    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-
-
-def started() -> str:
-    """When this command began, as its default output folder says it; its processes say the same."""
-    return os.environ.setdefault(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def may_start_others(options: Any) -> bool:

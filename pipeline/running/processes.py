@@ -20,7 +20,7 @@ from torch import distributed
 
 from pipeline.errors import UserError
 from pipeline.options.shared import SHARDED, TrainerOptions
-from pipeline.running.launch import STARTED, is_one_of_several, started
+from pipeline.output import STARTED, is_one_of_several, started
 
 
 @contextmanager
