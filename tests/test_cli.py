@@ -63,7 +63,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The options that commands were called with, in place of their work."""
     calls: list[Any] = []
     monkeypatch.setattr(Command, "call", lambda _, options: calls.append(options))
-    monkeypatch.setattr(launch, "devices_to_start", lambda _: 1)
+    monkeypatch.setattr(launch, "may_start_others", lambda _: False)
     return calls
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from io import TextIOWrapper
@@ -64,20 +65,25 @@ def _line_records(lines: TextIO) -> Iterator[tuple[str, Any]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            record = UserError(f"malformed JSON: {getattr(error, 'msg', error)}")
+            record = _why(line, error)
         yield f"line {number}", record
 
 
 def _list_records(file: TextIO) -> Iterator[tuple[str, Any]]:
     """The records of a JSON file that holds one list."""
+    text = file.read()
     try:
-        records = json.load(file)
-    except json.JSONDecodeError as error:
-        raise UserError(f"line {error.lineno}: malformed JSON: {error.msg}") from None
+        records = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"malformed JSON: {error}") from None
+        raise UserError(f"line {getattr(error, 'lineno', 1)}: {_why(text, error)}") from None
     for number, record in enumerate(records):
         yield f"record {number}", record
+
+
+def _why(text: str, error: Exception) -> UserError:
+    """Why a text is no JSON."""
+    strange = re.search("[\udc80-\udcff]", text)  # what bytes become that are not UTF-8
+    return UserError("not UTF-8 text" if strange else f"malformed JSON: {getattr(error, 'msg', error)}")
 
 
 def _opened(path: Path) -> TextIO:
