@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing.method import settings_of
-from pipeline.errors import UserError
+from pipeline.editing.method import METHODS, settings_of
+from pipeline.errors import UserError, check_choice
 from pipeline.options import updates as of
 from pipeline.reporting import stores as shown
 from pipeline.reporting.dashboards import show_on_board
@@ -138,6 +138,7 @@ def _check(options: of.ProvingOptions) -> None:
     Raises:
         UserError: for an unknown method, a missing or damaged profile, or a text that is no file.
     """
+    check_choice("edit.method", options.edit.method, METHODS)
     settings_of(options.edit)
     check_selector([], options.attribution)
     if profile := getattr(options, "profile", None):

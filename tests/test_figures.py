@@ -54,7 +54,7 @@ def found(blocks: int, requests: int, model: str = "tiny", **options: Any) -> tu
         model=model, fingerprint="", method="lga", scope="mlp", order=order, scores=values.mean(0).tolist(),
         fences=(chosen.low, chosen.high), excluded=chosen.excluded, ranking=chosen.ranking,
         raw_ranking=chosen.raw_ranking, golden_layers=chosen.ranking[:1], request_set=model, requests=requests,
-        seconds=1.0, stability=judge(values, chosen.ranking[0], AttributionOptions().fences, order),
+        seconds=1.0, stability=judge(values, AttributionOptions().fences, order),
     )  # fmt: skip
     return profile, Scores("lga", [str(number) for number in range(requests)], values)
 

@@ -77,7 +77,8 @@ def test_trial_edits_without_subjects_name_a_method_that_can_be_tried(
     tiny_folder: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     file = tmp_path / "plain.jsonl"
-    file.write_text('{"prompt": "The capital of Spain is", "new_answer": "Lima", "old_answer": "Madrid"}\n')
-    words = ["--model", str(tiny_folder), "--requests", str(file), "--method", "sweep", "--output", "out"]
-    line = refused("attribute", *words)
+    line = '{"prompt": "The capital of %s is", "new_answer": "Lima", "old_answer": "Madrid"}\n'
+    file.write_text("".join(line % country for country in ("Spain", "France", "Peru")))
+    words = ["--model", str(tiny_folder), "--requests", str(file), "--limit", "2", "--output", "out"]
+    line = refused("study", *words)
     assert "memit needs each request's subject" in line and "the method lora does without" in line

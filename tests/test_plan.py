@@ -134,7 +134,7 @@ def test_what_is_planned_is_what_is_measured(medium: LLM, editing: EditOptions, 
 @pytest.mark.real_model
 def test_the_bundled_model_takes_what_was_planned(smollm2: LLM) -> None:
     requests = long_requests(smollm2, 2)
-    options = PlanCommand(length=tokens(smollm2, requests), batch=2, method=[], trainer=CPU)
+    options = PlanCommand(length=tokens(smollm2, requests), batch=2, method=["one_pass"], trainer=CPU)
     need = plan_memory(options).stages[0]
     assert need.stage == "attribution"
     measured = most_alive(lambda: score_requests(smollm2, requests, AttributionOptions(batch_size=2), CPU))
@@ -202,8 +202,10 @@ def test_the_longest_batch_just_fits() -> None:
 
 
 def test_attribution_stops_where_it_would_take_too_much(tmp_path: Path) -> None:
-    asked = PlanCommand(model=in_folder(tmp_path, 500), memory=1, length=100, batch=1000, method=[], trainer=CPU)
-    attribution, evaluation = plan_memory(asked).stages
+    asked = PlanCommand(
+        model=in_folder(tmp_path, 500), memory=1, length=100, batch=1000, method=["one_pass"], trainer=CPU
+    )
+    attribution, *_, evaluation = plan_memory(asked).stages
     for need in (attribution, evaluation):
         assert 1 < need.batch < 20
         assert need.longest_batch is None

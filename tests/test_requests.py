@@ -180,7 +180,7 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
     "cut line": (f'{GOOD}\n{{"prompt": "Two', ["line 2", "malformed JSON"]),
     "malformed list": (f"[\n{GOOD},\n{{oh}}\n]", ["line 3", "malformed JSON"]),
     "cut list": (f"[\n{GOOD},\n", ["line 3", "malformed JSON"]),
-    "not UTF-8": (GOOD.encode() + b"\n\xff", ["line 2", "malformed JSON"]),
+    "not UTF-8": (GOOD.encode() + b"\n\xff", ["line 2", "not UTF-8"]),
     "list not UTF-8": (b'[{"prompt": "\xe9", "new_answer": "x"}]', ["record 0", "not UTF-8"]),
     "no prompt": (f'{GOOD}\n{{"new_answer": "five"}}', ["line 2", "no prompt", "expected the fields"]),
     "no new answer": (f'[{GOOD}, {{"prompt": "Two"}}]', ["record 1", "new answer", "expected the fields"]),

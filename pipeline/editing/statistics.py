@@ -104,11 +104,12 @@ class KeyMoments(Stage):
     def step(self, batch: Tensor) -> list[None]:
         with self.activations.up_to_block(self.above), self.activations.entering(*self.names) as seen:
             self.activations.run(batch)
+        counts = 0 if self.again else 1
         for name, key_BTI in seen.items():  # summed when the pass is over: one that fails counts nothing
             key_NI = key_BTI.flatten(0, -2).to(torch.promote_types(key_BTI.dtype, torch.float32))
-            total_II = (key_NI.T @ key_NI).double()
+            total_II = counts * (key_NI.T @ key_NI).double()
             self.sums[name] = self.sums[name] + total_II if name in self.sums else total_II
-        self.count += batch.numel()
+        self.count += counts * batch.numel()
         return [None] * len(batch)
 
     def moments(self) -> dict[str, Tensor]:

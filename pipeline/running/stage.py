@@ -31,10 +31,11 @@ SHARED = "devices that share a model's weights cannot repeat a step alone; give 
 
 
 class Items:
-    """Some of a stage's items with their numbers: what one predict step is given."""
+    """Some of a stage's items with their numbers: what one predict step is given; `again` where another device
+    runs them as well, and they count there."""
 
-    def __init__(self, numbers: Sequence[int], items: Sequence[Any]) -> None:
-        self.numbers, self.items = list(numbers), list(items)
+    def __init__(self, numbers: Sequence[int], items: Sequence[Any], again: bool = False) -> None:
+        self.numbers, self.items, self.again = list(numbers), list(items), again
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -42,7 +43,7 @@ class Items:
     def parts(self, size: int) -> list[Items]:
         """The same in parts of at most `size` items."""
         starts = range(0, len(self), size)
-        return [Items(self.numbers[at : at + size], self.items[at : at + size]) for at in starts]
+        return [Items(self.numbers[at : at + size], self.items[at : at + size], self.again) for at in starts]
 
 
 class Stage(LightningModule):
@@ -61,6 +62,7 @@ class Stage(LightningModule):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.again = False  # whether the batch at work counts elsewhere: a step that sums leaves it out
         self.at_once: int | None = None  # the most items that the memory suffices for, once that is known
 
     def collate(self, items: list[Any]) -> Any:
@@ -74,6 +76,7 @@ class Stage(LightningModule):
     def predict_step(self, batch: Items) -> dict[int, Any]:
         """Outputs by the items' numbers."""
         outputs: dict[int, Any] = {}
+        self.again = batch.again
         left = batch.parts(self.at_once or len(batch))
         while left:
             suffices, found = attempt(partial(self._run, left[0]))
@@ -113,16 +116,18 @@ class Batches(LightningDataModule):
         """Batches one by one."""
         rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         dealt = Dealt(self.batches, rank, devices, self.in_step)
-        return DataLoader(self.batches, sampler=dealt, collate_fn=lambda one: one[0])  # type: ignore[arg-type]
+        last = self.batches[-1]
+        batches = [*self.batches, Items(last.numbers, last.items, again=True)]
+        return DataLoader(batches, sampler=dealt, collate_fn=lambda one: one[0])  # type: ignore[arg-type]
 
 
 class Dealt(DistributedSampler):
-    """Every batch once, the devices taking turns; each has one at least, for Lightning takes no fewer."""
+    """Every batch once, the devices taking turns, then one more: each has one at least, as Lightning asks."""
 
     def __init__(self, batches: Sequence[Items], rank: int, devices: int, in_step: bool) -> None:
         super().__init__(batches, num_replicas=devices, rank=rank, shuffle=False)  # type: ignore[arg-type]
         short = -len(batches) % devices if in_step else max(0, devices - len(batches))
-        self.own = [*range(len(batches)), *[len(batches) - 1] * short][rank::devices]
+        self.own = [*range(len(batches)), *[len(batches)] * short][rank::devices]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.own)
