@@ -47,7 +47,9 @@ def _run(words: list[str]) -> int:
         options = parse(name, rest)
         if isinstance(options, ComputeOptions) and launch.may_start_others(options):
             from pipeline.running.processes import devices_here
+            from pipeline.running.trainer import hush
 
+            hush(options.verbose)  # type: ignore[attr-defined]
             devices = devices_here(options.trainer)
             if devices > 1:
                 return launch.supervise([name, *rest], devices, options)
