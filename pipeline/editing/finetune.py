@@ -161,7 +161,7 @@ class FineTune(LightningModule):
         if trainer.world_size > 1:
             raise UserError(
                 f"trainer: {failed}; devices that train together cannot repeat a step alone; give "
-                f"--trainer.micro_batch {largest // 2}"
+                f"--edit.expert.batch_size {largest // 2 * trainer.world_size} or less"
             )
         for name, weight in self.trained().items():
             put(weight, self.start[name])
