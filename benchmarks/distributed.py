@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
     on = TrainerOptions(accelerator="gpu", devices=1, precision="bf16-true")
     bench.measure(
         f"{FULL_SIZE}, attribution",
-        lambda: against_plain(llm, some, on) | planned(llm, "attribution", on),
+        lambda: against_plain(llm, some, on) | planned(llm, "attribution", on, some),
         most={"time": 2.5},
     )
     bench.measure(f"{FULL_SIZE}, fine-tuning", lambda: full_size_edit(llm, some[:64], on))
@@ -157,14 +157,15 @@ def full_size_edit(llm: LLM, requests: Sequence[EditRequest], on: TrainerOptions
     peak = peak_bytes(llm, lambda: edit(llm, requests, None, options, on), on)
     hook.remove()
     rate = EPOCHS * len(requests) / len(steps) * (len(steps) - 1) / (steps[-1] - steps[0])
-    return {"requests a second": rate, "peak memory in GB": peak / 1e9} | planned(llm, "finetune", on)
+    return {"requests a second": rate, "peak memory in GB": peak / 1e9} | planned(llm, "finetune", on, requests)
 
 
-def planned(llm: LLM, stage: str, on: TrainerOptions) -> Figures:
-    """What `run.py plan` says of the stage, in GB, for rows of its default length."""
+def planned(llm: LLM, stage: str, on: TrainerOptions, requests: Sequence[EditRequest]) -> Figures:
+    """What `run.py plan` says of the stage, in GB, for rows as long as the requests' longest."""
+    length = max(len(row.token_ids) for row in llm.tokens.answered(requests))
     with tempfile.TemporaryDirectory() as folder:
         llm.model.config.save_pretrained(folder)
-        plan = plan_memory(PlanCommand(model=folder, layer=LAYER, method=["finetune"], trainer=on))
+        plan = plan_memory(PlanCommand(model=folder, layer=LAYER, length=length, method=["finetune"], trainer=on))
     return {"planned memory in GB": next(need.total for need in plan.stages if need.stage == stage) / 1e9}
 
 

@@ -154,4 +154,4 @@ def test_a_model_of_llamas_shape(small: Callable[..., None], tiny_llm: LLM) -> N
     on = TrainerOptions(accelerator="cpu", precision="bf16-true")
     figures = distributed.full_size_edit(llm, load_requests("demo", limit=16), on)
     assert figures["requests a second"] > 0
-    assert 0.3 < figures["planned memory in GB"] / figures["peak memory in GB"] < 3
+    assert 0.5 < figures["planned memory in GB"] / figures["peak memory in GB"] < 1.2
