@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from pipeline.cli import main
 
 RUN = Path(__file__).parent.parent / "run.py"
+IN_TURN = Path(__file__).parent / "in_turn.py"
 CPU = ("--trainer.accelerator", "cpu")
 TIMEOUT = 180  # seconds: processes that wait for each other wait for ever
 
@@ -22,10 +24,14 @@ def processes(
     *words: str, strategy: str = "ddp", number: int = 2, cache: Path | None = None, program: Path = RUN
 ) -> subprocess.CompletedProcess[str]:
     """Run a command on several processes, of which none outlives it; in a `cache` of their own, if one is named."""
-    command = [sys.executable, str(program), *words, *CPU]
-    command += ["--trainer.devices", str(number), "--trainer.strategy", strategy]
+    on = [*CPU, "--trainer.devices", str(number), "--trainer.strategy", strategy]
+    return in_group(str(program), *words, *on, cache=cache)
+
+
+def in_group(*words: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words, and let nothing that it starts outlive it."""
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)}
         | ({"XDG_CACHE_HOME": str(cache)} if cache else {}),
@@ -34,7 +40,7 @@ def processes(
             told, failed = started.communicate(timeout=TIMEOUT)
         finally:
             end_group(started.pid)
-    return subprocess.CompletedProcess(command, started.returncode, told, failed)
+    return subprocess.CompletedProcess(words, started.returncode, told, failed)
 
 
 def end_group(group: int) -> None:
@@ -43,17 +49,42 @@ def end_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def in_both_ways(folder: Path, *words: str, strategy: str = "ddp", number: int = 2) -> tuple[Path, Path]:
-    """The output folders of a command that one process ran and that several ran."""
-    one, several = folder / "one", folder / "several"
-    if not one.exists():
-        assert main([*words, *CPU, "--output", str(one)]) == 0
+def in_both_ways(
+    folder: Path, commands: Mapping[str, Sequence[str]], strategies: Sequence[str] = ("ddp",), number: int = 2
+) -> dict[str, tuple[Path, Path]]:
+    """The output folders that one process wrote and that several wrote, which ran all commands in turn.
+
+    Args:
+        folder: takes all of them.
+        commands: their words, by a name of one's own, which is that of their folders.
+        strategies: of the several: each command is run under each.
+        number: how many they are.
+
+    Returns:
+        both folders, by command and strategy.
+    """
+    pairs = {
+        f"{name}, {strategy}": (folder / name / "one", folder / name / strategy)
+        for name in commands
+        for strategy in strategies
+    }
+    on = [*CPU, "--trainer.devices", str(number), "--trainer.strategy"]
+    several = [
+        [*words, *on, strategy, "--output", str(folder / name / strategy)]
+        for name, words in commands.items()
+        for strategy in strategies
+    ]
+    (folder / "commands.json").write_text(json.dumps(several))
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     cache = folder / "cache"  # its own: statistics of one process would hide what several make of them
-    told = processes(*words, "--output", str(several), strategy=strategy, number=number, cache=cache)
+    told = in_group(*agent, str(IN_TURN), str(folder / "commands.json"), cache=cache)
     assert told.returncode == 0, told.stderr
-    assert told.stdout.count("written to") == 1
-    assert kinds(several) == kinds(one)  # written once: no second events file, nothing of the other processes
-    return one, several
+    assert told.stdout.count("written to") == len(several)
+    for name, words in commands.items():
+        assert main([*words, *CPU, "--output", str(folder / name / "one")]) == 0
+    for expected, found in pairs.values():
+        assert kinds(found) == kinds(expected)  # written once: no second events file, nothing of other processes
+    return pairs
 
 
 def kinds(folder: Path) -> list[str]:

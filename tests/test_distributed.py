@@ -31,12 +31,22 @@ def text(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_attribution(asked: list[str], tmp_path: Path) -> None:
-    one, two = in_both_ways(tmp_path, "attribute", *asked, "--expert.batch_size", "2")
-    expected, found = GoldenProfile.load(one), GoldenProfile.load(two)
-    assert found.requests == 7
-    assert found.scores == pytest.approx(expected.scores, rel=1e-5)
-    assert (found.ranking, found.golden_layers) == (expected.ranking, expected.golden_layers)
+def test_attribution(asked: list[str], request_file: Path, tmp_path: Path) -> None:
+    """Also of one old answer that is to be found, and of fewer requests than processes."""
+    first, *others = [json.loads(line) for line in request_file.read_text().splitlines()]
+    del first["old_answer"]
+    lacking = tmp_path / "lacking.jsonl"
+    lacking.write_text("".join(json.dumps(record) + "\n" for record in [first, *others]))
+    commands = {
+        "all": ["attribute", *asked, "--expert.batch_size", "2"],
+        "lacking": ["attribute", *asked[:2], "--requests", str(lacking)],
+        "few": ["attribute", *asked, "--limit", "1"],
+    }
+    for name, (one, two) in in_both_ways(tmp_path, commands).items():
+        expected, found = GoldenProfile.load(one), GoldenProfile.load(two)
+        assert found.requests == (1 if name.startswith("few") else 7)
+        assert found.scores == pytest.approx(expected.scores, rel=1e-5)
+        assert (found.ranking, found.golden_layers) == (expected.ranking, expected.golden_layers)
 
 
 def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:
@@ -45,13 +55,11 @@ def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:
     steps = ["--expert.epochs", "40", "--expert.learning_rate", "0.1"]
     editing = ["--method", "finetune", "--layers", "1", *alone, *steps, *CPU]
     assert main(["edit", *asked, *editing, "--evaluation.text", text, "--output", str(update)]) == 0
-    words = ["--update", str(update), "--text", text, "--fluency", "3"]
-    one, two = in_both_ways(tmp_path, "evaluate", *asked, *words)
-    assert metrics(one)["after"]["rewrite"]["mean"] > 0.5  # a figure that could go wrong
-    agree(one, two)
-    told = processes("evaluate", *asked, *words, "--output", str(tmp_path / "taken"))  # the base as one read it
-    assert told.returncode == 0, told.stderr
-    agree(one, tmp_path / "taken")
+    words = ["evaluate", *asked, "--update", str(update), "--text", text, "--fluency", "3"]
+    found = in_both_ways(tmp_path, {"new": words, "again": words})  # again: with the base's figures that are kept
+    assert metrics(found["new, ddp"][0])["after"]["rewrite"]["mean"] > 0.5  # a figure that could go wrong
+    for one, two in found.values():
+        agree(one, two)
 
 
 def agree(one: Path, two: Path) -> None:
@@ -67,30 +75,15 @@ def agree(one: Path, two: Path) -> None:
             assert found == expected or float(found) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
 
 
-EDITING = (
-    "--layers",
-    "1",
-    "--method",
-    "finetune",
-    "--expert.whiten",
-    "0",
-    "--expert.epochs",
-    "2",
-    "--expert.learnt",
-    "0",
-)
-
-
-@pytest.mark.parametrize("batch_size", ["4", "1"])
-def test_an_edit_keeps_its_global_batch(
-    batch_size: str, asked: list[str], text: str, tiny_folder: Path, tmp_path: Path
-) -> None:
-    words = [*EDITING, "--expert.batch_size", batch_size, "--evaluation.text", text]
-    one, two = in_both_ways(tmp_path, "edit", *asked, *words)
-    expected, found = load_file(one / "update.safetensors"), load_file(two / "update.safetensors")
-    assert set(found) == set(expected)
-    assert apart(expected, found, tiny_folder) < 1e-4
-    assert json.loads((two / "update.json").read_text())["requests"][6]["id"] == "capital-6"
+def test_an_edit_keeps_its_global_batch(asked: list[str], text: str, tiny_folder: Path, tmp_path: Path) -> None:
+    words = ["edit", *asked, "--layers", "1", "--method", "finetune", "--expert.whiten", "0"]
+    words += ["--expert.epochs", "2", "--expert.learnt", "0", "--evaluation.text", text]
+    commands = {f"batches of {size}": [*words, "--expert.batch_size", size] for size in ("4", "1")}
+    for one, two in in_both_ways(tmp_path, commands).values():
+        expected, found = load_file(one / "update.safetensors"), load_file(two / "update.safetensors")
+        assert set(found) == set(expected)
+        assert apart(expected, found, tiny_folder) < 1e-4
+        assert json.loads((two / "update.json").read_text())["requests"][6]["id"] == "capital-6"
 
 
 def apart(expected: dict[str, Tensor], found: dict[str, Tensor], base: Path) -> float:
@@ -98,19 +91,6 @@ def apart(expected: dict[str, Tensor], found: dict[str, Tensor], base: Path) -> 
     weights = load_file(base / "model.safetensors")
     shares = [(found[n] - tensor).norm() / (tensor - weights[n]).norm() for n, tensor in expected.items()]
     return max(share.item() for share in shares)
-
-
-def test_one_old_answer_to_be_found(asked: list[str], request_file: Path, tmp_path: Path) -> None:
-    first, *others = [json.loads(line) for line in request_file.read_text().splitlines()]
-    del first["old_answer"]
-    request_file.write_text("".join(json.dumps(record) + "\n" for record in [first, *others]))
-    one, two = in_both_ways(tmp_path, "attribute", *asked)
-    assert GoldenProfile.load(two).scores == pytest.approx(GoldenProfile.load(one).scores, rel=1e-5)
-
-
-def test_fewer_requests_than_devices(asked: list[str], tmp_path: Path) -> None:
-    one, two = in_both_ways(tmp_path, "attribute", *asked, "--limit", "1")
-    assert GoldenProfile.load(two).scores == pytest.approx(GoldenProfile.load(one).scores, rel=1e-5)
 
 
 def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_path: Path) -> None:
@@ -133,7 +113,7 @@ def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-STRATEGIES = ["ddp", "fsdp2"]
+STRATEGIES = ("ddp", "fsdp2")
 METHODS = {
     "finetune": ["--edit.expert.batch_size", "4", "--edit.expert.epochs", "3", "--edit.expert.learnt", "0"],
     "lora": ["--edit.expert.batch_size", "4", "--edit.expert.epochs", "3", "--edit.expert.learnt", "0"],
@@ -151,56 +131,35 @@ def gpt2(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_edit(
-    method: str, strategy: str, request_file: Path, text: str, gpt2: Path, tmp_path: Path
-) -> None:
-    """The main job: scores, the change of the golden layer, and every teacher-forced figure."""
-    words = [
-        "run",
-        "--model",
-        str(gpt2),
-        "--requests",
-        str(request_file),
-        *LOGIC,
-        "--proxy_fraction",
-        "0.4",
-        "--edit.method",
-        method,
-        *METHODS[method],
-    ]
-    words += ["--edit.statistics.text", text, "--edit.statistics.tokens", "256"]
-    one, several = in_both_ways(tmp_path, *words, "--evaluation.text", text, strategy=strategy)
+def test_the_same_edit(request_file: Path, text: str, gpt2: Path, tmp_path: Path) -> None:
+    """The main job by each method: scores, the change of the golden layer, and every teacher-forced figure."""
+    words = ["run", "--model", str(gpt2), "--requests", str(request_file), *LOGIC, "--proxy_fraction", "0.4"]
+    words += ["--edit.statistics.text", text, "--edit.statistics.tokens", "256", "--evaluation.text", text]
+    commands = {method: [*words, "--edit.method", method, *own] for method, own in METHODS.items()}
+    for method, (one, several) in in_both_ways(tmp_path, commands, STRATEGIES).items():
+        the_same(one, several, gpt2)
+        for side in ("before", "after"):
+            for name in ("rewrite", "rephrase", "locality", "portability"):
+                assert metrics(several)[side][name] == metrics(one)[side][name], (method, side, name)
+
+
+def the_same(one: Path, several: Path, base: Path) -> None:
+    """Scores, golden layers and the edit itself, but for float64's rounding."""
     expected, found = GoldenProfile.load(one), GoldenProfile.load(several)
     assert found.scores == pytest.approx(expected.scores, rel=1e-9)
     assert found.golden_layers == expected.golden_layers
-    weights = [load_file(folder / "update.safetensors") for folder in (one, several)]
-    assert apart(*weights, gpt2) < 1e-7
-    for side in ("before", "after"):
-        for name in ("rewrite", "rephrase", "locality", "portability"):
-            assert metrics(several)[side][name] == metrics(one)[side][name], (side, name)
+    assert apart(*[load_file(folder / "update.safetensors") for folder in (one, several)], base) < 1e-7
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_three_processes_and_checkpointed_blocks(
-    strategy: str, request_file: Path, text: str, gpt2: Path, tmp_path: Path
-) -> None:
+def test_three_processes_and_checkpointed_blocks(request_file: Path, text: str, gpt2: Path, tmp_path: Path) -> None:
     """Three divide neither the batches nor two windows of text; old answers are found; blocks run twice."""
     words = ["run", "--model", str(gpt2), "--requests", str(request_file), *LOGIC, "--proxy_fraction", "0.6"]
-    words += ["--attribution.old_answers", "model"]
+    words += ["--attribution.old_answers", "model", "--trainer.activation_checkpointing", "true"]
     words += [*METHODS["finetune"], "--attribution.expert.batch_size", "2", "--evaluation.text", text]
     words += ["--edit.method", "finetune", "--edit.statistics.text", text, "--edit.statistics.tokens", "256"]
     words += ["--edit.expert.batch_size", "2"]
-    one, _ = tmp_path / "one", main([*words, *CPU, "--output", str(tmp_path / "one")])
-    again = ["--trainer.activation_checkpointing", "true"]
-    words += [*again, "--output", str(tmp_path / "three")]
-    told = processes(*words, strategy=strategy, number=3, cache=tmp_path / "cache")
-    assert told.returncode == 0, told.stderr
-    scores = [GoldenProfile.load(folder).scores for folder in (one, tmp_path / "three")]
-    assert scores[1] == pytest.approx(scores[0], rel=1e-9)
-    weights = [load_file(folder / "update.safetensors") for folder in (one, tmp_path / "three")]
-    assert apart(*weights, gpt2) < 1e-7
+    for one, three in in_both_ways(tmp_path, {"run": words}, STRATEGIES, number=3).values():
+        the_same(one, three, gpt2)
 
 
 @pytest.mark.parametrize("method", ["finetune", "lora"])
