@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pipeline.attribution.find import find_golden_layer
 from pipeline.editing import edit
-from pipeline.evaluation import evaluate
+from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM, fingerprint
 from pipeline.options import AttributionOptions, DemoCommand, EditOptions, StatisticsOptions

@@ -19,7 +19,7 @@ from benchmarks.bench import most_alive
 from pipeline.attribution.find import score_requests
 from pipeline.cli import main
 from pipeline.editing.editor import METHODS
-from pipeline.evaluation import evaluate
+from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.llm import LLM
 from pipeline.options import (
     AttributionOptions,
@@ -29,8 +29,8 @@ from pipeline.options import (
     StatisticsOptions,
     TrainerOptions,
 )
-from pipeline.planning import Need, plan_memory, stages
-from pipeline.planning.plan import longest_batch, weight_bytes
+from pipeline.planning import stages
+from pipeline.planning.plan import Need, longest_batch, plan_memory, weight_bytes
 from pipeline.planning.shape import Case, shape_of
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.editing import WeightUpdate
 from pipeline.model import LLM
 from pipeline.reporting.dashboards import show_on_board
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 from pipeline.updates import (
     BusyError,
     Store,

@@ -13,8 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
-from pipeline.reporting.groups import GROUPS
-from pipeline.reporting.tables import markdown_table, version_line, version_table
+from pipeline.reporting.tables import GROUPS, markdown_table, version_line, version_table
 from pipeline.updates.folders import read_metrics
 from pipeline.updates.store import Store
 

@@ -21,8 +21,13 @@ from pipeline.evaluation.evaluator import Evaluation
 from pipeline.files import write_json, write_text, write_whole
 from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
 from pipeline.reporting.dashboards import EventsLogger, hparams_row, tag
-from pipeline.reporting.figures.outcomes import metrics_figure, selectors_figure, sweep_figure
-from pipeline.reporting.figures.scores import score_figure, stability_figure
+from pipeline.reporting.figures import (
+    metrics_figure,
+    score_figure,
+    selectors_figure,
+    stability_figure,
+    sweep_figure,
+)
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
 from pipeline.reporting.tables import metrics_of, sides_of, values_csv
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
