@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pipeline import demo as guided
 from pipeline.attribution.find import check_selector
@@ -137,11 +139,11 @@ def generate(options: of.GenerateCommand) -> None:
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
         note_chat(llm, "update", update.chat)
-    how = (llm, prompts, options.max_new_tokens, options.batch_size, options.trainer)
-    answers = {"base": answer(*how, title="Base model")}
+    how: Any = {"max_new_tokens": options.max_new_tokens, "trainer": options.trainer}
+    answers = {"base": answer(llm, prompts, title="Base model", **how)}
     if update:
         with update.applied(llm):
-            answers["edited"] = answer(*how, title="Edited model")
+            answers["edited"] = answer(llm, prompts, title="Edited model", **how)
     show_answers(prompts, answers)
 
 
@@ -166,7 +168,7 @@ def plan(options: of.PlanCommand) -> None:
     show_plan(planned)
     if options.output:
         with working(options, "plan") as log:
-            write_json(log.folder / "plan.json", planned.to_dict())
+            write_json(log.folder / "plan.json", asdict(planned))
 
 
 def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
@@ -190,19 +192,19 @@ def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
     with Store(options.store) as store:
         name = _model_of(store, options)
     llm = load(options, name)
-    how = (prompts, options.max_new_tokens, options.batch_size, options.trainer)
-    answers = {"base": answer(llm, *how)}
+    how: Any = {"max_new_tokens": options.max_new_tokens, "trainer": options.trainer}
+    answers = {"base": answer(llm, prompts, **how)}
     live, stopping, shown = LiveModel(options.store, llm), Stopping(), None
     with stopping.listening():
-        while not stopping():
+        while not stopping.is_set():
             if shown != live.follow():
-                texts, shown = live.generate(*how)
+                texts, shown = live.generate(prompts, **how)
                 answers[f"version {shown}"] = texts
                 show_answers(prompts, answers)
                 answers = {f"version {shown}": texts}  # the next one stands beside it
             if not options.follow:
                 return
-            stopping.asked.wait(FOLLOWING)
+            stopping.wait(FOLLOWING)
 
 
 def _model_of(store: Store, options: of.ExportCommand | of.GenerateCommand) -> str:

@@ -46,14 +46,14 @@ def _check_target(path: Path, overwrite: bool) -> None:
 
 def _show_known(options: RequestsCommand) -> None:
     """Which answers of the requests a model gives by itself, and which requests it cannot take."""
-    from pipeline.evaluation.known import find_known
+    from pipeline.evaluation.reading import find_known
     from pipeline.reporting.terminal import say
     from pipeline.stages import load, prepare
 
     prepare(options)
     read = load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=lambda _: None)
     llm = load(options)
-    known = find_known(llm, read, options.batch_size, options.trainer)
+    known = find_known(llm, read, trainer=options.trainer)
     say(f"{llm.name} gives {len(known.old)} of {known.asked} old answers, and {len(known.new)} new answers already")
     for reason in known.unusable[:NAMED]:
         say(f"bad: {reason}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.cli import main
-from pipeline.evaluation.known import find_known
+from pipeline.evaluation.reading import find_known
 from pipeline.model import LLM, generate
 from pipeline.requests.check import check_requests
 from pipeline.requests.readers import load_requests

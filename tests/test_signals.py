@@ -141,7 +141,7 @@ def test_a_store_lets_the_batch_finish(
     stopping = Stopping()
     with interrupts.heeding(), stopping.listening():
         edit(tiny_llm, requests, options=quick_edit())
-    assert len(steps) == 3 and stopping()
+    assert len(steps) == 3 and stopping.is_set()
 
 
 def test_slurm_is_not_left_to_lightning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from pipeline.model.llm import fingerprint
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import LiveModel, Store, load_version, rollback, verify, version_folder
 from pipeline.updates import live as live_module
-from pipeline.updates.database import DATABASE, LAYOUT, connect
+from pipeline.updates.disk import DATABASE, LAYOUT, connect
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,7 @@ from pipeline.evaluation.reading import Readings, TextReading, read
 from pipeline.evaluation.values import Values, figures, values_of
 from pipeline.files import cache_folder
 from pipeline.model.llm import LLM, fingerprint
-from pipeline.options.evaluation import EvaluationOptions
-from pipeline.options.shared import TrainerOptions
+from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import whole
 from pipeline.running.trainer import Runtime
@@ -76,13 +75,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure the base model and, with an update, the edited one; the model is the base again afterwards.
 
-    Args:
-        llm: the base model.
-        requests: what to measure on.
-        update: what to measure the effect of.
-        options: how to measure.
-        trainer: what it runs on.
-        work: a folder for work in progress; what is found there of the same measurement is not read again.
+    What `work`, a folder for work in progress, holds of the same measurement is not read again.
 
     Raises:
         UserError: for no requests, an update of another model, texts that do not fit the context, a text file
@@ -138,10 +131,6 @@ class Evaluator:
         perplexity (its count in tokens), locality_kl, text_kl, fluency: `damage_values`.
 
     Args:
-        llm: the model.
-        requests: what to measure on.
-        options: how to measure.
-        trainer: what it runs on.
         kinds: what to measure, of KINDS.
         work: a folder that takes readings batch by batch, and those of an interrupted measurement.
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.files import digest
 from pipeline.model.generation import Question, questions
 from pipeline.model.llm import LLM
-from pipeline.options.evaluation import EvaluationOptions
+from pipeline.options.shared import EvaluationOptions
 from pipeline.requests.answers import inner_ends
 from pipeline.requests.rows import Row, pack
 from pipeline.requests.schema import EditRequest
@@ -60,13 +60,7 @@ class Prompt(NamedTuple):
 
 
 class Plan:
-    """All that is put to a model to measure it on requests.
-
-    Args:
-        llm: the model, for its tokens.
-        requests: what to measure on.
-        options: how to measure.
-        kinds: what to measure, of KINDS.
+    """All that is put to a model to measure it on requests, of some KINDS.
 
     Attributes:
         texts: what is read, each tagged with the `Text` that it stands for.
@@ -90,18 +84,15 @@ class Plan:
             self.texts += probe_rows(llm, requests, "probability" in kinds)
         if "text" in kinds:
             self.texts += ordinary_windows(llm, options.text)
-        self.compared = self._compared() if "divergence" in kinds else set()
+        own = [row.tag for row in self.texts if not row.tag.rival and "divergence" in kinds]
+        probes = evenly([text for text in own if text.kind == "locality"], MOST_COMPARED)
+        self.compared = {*probes, *(text for text in own if text.kind == "text")}
         asks = "generation" in kinds and options.generation != "none"
         self.prompts = list(free_prompts(requests, options.generation)) if asks else []
         self.questions = self._questions(llm, options.max_new_tokens)
         chosen = evenly(range(len(requests)), options.fluency) if "fluency" in kinds else []
         prompts = [requests[number].prompt for number in chosen]
         self.long = dict(zip(chosen, questions(llm, prompts, FLUENCY_TOKENS), strict=True))
-
-    def _compared(self) -> set[Text]:
-        own = [row.tag for row in self.texts if not row.tag.rival]
-        probes = [text for text in own if text.kind == "locality"]
-        return {*evenly(probes, MOST_COMPARED), *(text for text in own if text.kind == "text")}
 
     def _questions(self, llm: LLM, most: int) -> dict[str, Question]:
         """Each different prompt is one question, with room for every answer that is looked for."""
@@ -142,8 +133,7 @@ class Plan:
 
     def digest(self, *depends: object) -> str:
         """A name for what is read of all this, given what it depends on besides."""
-        content = (*depends, self.texts, sorted(map(repr, self.compared)), self.questions, self.long)
-        return hashlib.sha256(repr(content).encode()).hexdigest()[:24]
+        return digest(*depends, self.texts, sorted(map(repr, self.compared)), self.questions, self.long)
 
 
 def probe_texts(request: EditRequest) -> dict[str, list[tuple[str, str, str | None]]]:
@@ -212,6 +202,5 @@ def ordinary_windows(llm: LLM, file: str | None) -> list[Row]:
 
 def evenly(items: Sequence[T], most: int) -> list[T]:
     """At most so many of the items, spread over all of them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[place * len(items) // most] for place in range(most)]
+    count = min(most, len(items))
+    return [items[place * len(items) // count] for place in range(count)]

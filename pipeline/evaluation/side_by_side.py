@@ -29,10 +29,7 @@ Changes = dict[str, tuple[Tensor, Tensor]]  # by projection, left (B, O, k) and 
 class SideBySideEvaluator(Reading):
     """Teacher-forced figures of each request under its own change of one block, as `evaluate` gives them alone.
 
-    Args:
-        llm: the model, frozen by the caller.
-        requests: what to measure on, as many as are to be measured at once.
-        runtime: what it runs on.
+    The model is frozen by the caller, and all requests are measured at once.
     """
 
     def __init__(self, llm: LLM, requests: Sequence[EditRequest], runtime: Runtime | None = None) -> None:

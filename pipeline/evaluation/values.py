@@ -50,13 +50,7 @@ Values = dict[str, Column]
 
 
 def values_of(plan: Plan, readings: Readings, base: TextReadings) -> Values:
-    """Every metric's values, the headline first.
-
-    Args:
-        plan: what was read.
-        readings: of the model as it is.
-        base: what was read first of the same texts.
-    """
+    """Every metric's values, the headline first; `base` is what was read first of the same texts."""
     return (
         generation_values(plan.prompts, readings.answers)
         | teacher_forced_values(plan.texts, readings.texts, base)
@@ -84,11 +78,6 @@ def teacher_forced_values(texts: Sequence[Row], now: TextReadings, base: TextRea
 
     As EasyEdit computes them: rewrite, rephrase and portability against the answer's own tokens, locality against
     the base model's first choices; a mean over a request's texts, then over requests.
-
-    Args:
-        texts: what was read.
-        now: of the model as it is.
-        base: of the base model.
     """
     pairs: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in texts:

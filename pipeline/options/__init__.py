@@ -20,8 +20,7 @@ __getattr__, __all__ = offered(
             "StudyCommand",
         ),
         "editing": ("EditOptions", "StatisticsOptions"),
-        "evaluation": ("EvaluationOptions",),
-        "shared": ("TrainerOptions",),
+        "shared": ("EvaluationOptions", "TrainerOptions"),
         "updates": ("GateOptions", "ProvingOptions", "RetractCommand", "UpdateCommand"),
     },
 )

@@ -19,10 +19,10 @@ from pipeline.options.base import (
     one_of,
 )
 from pipeline.options.editing import EditOptions
-from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import (
     AskedModelOptions,
     ComputeOptions,
+    EvaluationOptions,
     ModelOptions,
     OutputOptions,
     RequestOptions,
@@ -92,8 +92,6 @@ class RequestsCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     trainer: TrainerOptions = group(TrainerOptions, without=ONE_HOST)
     model: str = ""
     """Also count what this model knows; without it none is loaded."""
-    batch_size: Annotated[Count, NO_FLAG] = 16
-    """Answers in a batch, for --model."""
     to: str | None = None
     """Write the requests into this file, in the project's own JSONL; gzipped where its name ends in .gz."""
     overwrite: bool = False
@@ -142,8 +140,6 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     """One prompt or several; default: the prompts of --requests."""
     max_new_tokens: Count = 16
     """Longest answer, in tokens."""
-    batch_size: Annotated[Count, NO_FLAG] = 16
-    """Prompts in a batch."""
 
     def check(self) -> None:
         """Raise UserError unless the options name one model to ask."""
@@ -209,7 +205,6 @@ class PlanCommand(ModelOptions, OutputOptions):
         AttributionOptions, without=("method", "layer", "old_answers", "order", "top_k")
     )
     edit: EditOptions = group(EditOptions, without=("layers", "last_wins", "statistics"))
-    evaluation: Annotated[EvaluationOptions, NO_FLAG] = group(EvaluationOptions)
 
     @property
     def all_devices(self) -> int:

@@ -9,8 +9,7 @@ from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group
 from pipeline.options.editing import EditOptions
-from pipeline.options.evaluation import EvaluationOptions
-from pipeline.options.shared import CommandOptions, ComputeOptions, SeedOptions, TrainerOptions
+from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, SeedOptions, TrainerOptions
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

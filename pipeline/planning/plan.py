@@ -2,7 +2,7 @@
 
 A device holds weights, and what a stage makes beside them: activations that the backward pass reads, logits over
 the vocabulary, gradients, Adam's two moments, what solves for a weight. That is not worked out but counted, in the
-stage's fullest step (`pipeline.planning.alive`). Devices that train together under `ddp` hold their gradients
+stage's fullest step (`pipeline.planning.shape`). Devices that train together under `ddp` hold their gradients
 twice: they are sent from buffers of their own. Of sharded weights that are trained, gradients and moments
 are counted as if they were whole, which is more than is needed.
 
@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from math import floor
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.editing.editor import METHODS
 from pipeline.editing.method import settings_of
@@ -73,10 +71,6 @@ class MemoryPlan:
     devices: int
     memory: int
     stages: list[Need]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plan.json has it."""
-        return asdict(self)
 
 
 def plan_memory(options: PlanCommand) -> MemoryPlan:
@@ -150,10 +144,10 @@ def weight_bytes(shape: Shape, strategy: str, devices: int) -> int:
 
     Of sharded blocks, the one at work and the next are there whole.
     """
-    everything = sum(map(_bytes, shape.held()))
+    everything = sum(tensor.nbytes for tensor in shape.held())
     if strategy not in SHARDED or devices == 1:
         return everything
-    blocks = [sum(map(_bytes, block.module.parameters())) for block in shape.blocks]
+    blocks = [sum(weight.nbytes for weight in block.module.parameters()) for block in shape.blocks]
     return everything - sum(blocks) + -(-sum(blocks) // devices) + min(2, len(blocks)) * max(blocks)
 
 
@@ -162,8 +156,6 @@ def longest_batch(beside: Callable[[int], int], batch: int, room: int, most: int
 
     Args:
         beside: bytes by requests: a constant and a share for each.
-        batch: what was asked for.
-        room: bytes.
         most: where more would not run at once, how many do.
     """
     if most is not None and beside(most) <= room:
@@ -172,10 +164,6 @@ def longest_batch(beside: Callable[[int], int], batch: int, room: int, most: int
     other = min(most or FURTHER * batch, FURTHER * batch) if left >= 0 else 1
     apart = beside(other) - beside(batch)
     return max(0, batch + floor(left * (other - batch) / apart)) if apart else 0
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def present_memory(accelerator: str) -> int:

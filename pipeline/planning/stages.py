@@ -89,7 +89,7 @@ def trained_bytes(case: Case, options: EditOptions) -> int:
     if not isinstance(made, FineTune):
         return 0
     with _ready(case, made):
-        return sum(weight.numel() * weight.element_size() for weight in made.trained().values())
+        return sum(weight.nbytes for weight in made.trained().values())
 
 
 def searched_together(case: Case, options: EditOptions) -> int | None:

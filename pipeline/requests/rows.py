@@ -84,7 +84,7 @@ class Batch:
 
 
 def means_by(values_N: Tensor, owner_N: Tensor, owners: int) -> Tensor:
-    """Mean of the values of each of so many owners, where `owner_N` says whose a value is."""
+    """Mean of each owner's values; `owner_N` says whose a value is."""
     sums = values_N.new_zeros(owners).index_add(0, owner_N, values_N)
     return sums / torch.bincount(owner_N, minlength=owners)
 

@@ -1,8 +1,7 @@
 """The records of a source of requests, one after another, whatever kind of source it is.
 
-In CSV a row is a record, and the first line names the columns: beside `id`, `prompt`, `subject`, `new_answer`,
-`old_answer` and `source` there are `rephrase`, `locality_prompt`, `locality_answer` and `locality_axis`, and the same
-of `portability`, each also with a number (`rephrase_2`). A file without `new_answer` has a benchmark's column names.
+In CSV a row is a record, and the first line names the columns. Those of rephrases and probes can come again with a
+number (`rephrase_2`, `locality_prompt_2`). A file without `new_answer` has a benchmark's column names.
 """
 
 from __future__ import annotations

@@ -24,14 +24,10 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """What became of the signals that ask this process to end.
-
-    Attributes:
-        noted: the last of them; None: none came.
-    """
+    """What became of the signals that ask this process to end."""
 
     def __init__(self) -> None:
-        self.noted: int | None = None
+        self.noted: int | None = None  # the last of them
         self._heeding = False
         self._postponing = 0
         self._raised = False

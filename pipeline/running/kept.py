@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
@@ -59,10 +58,6 @@ class Kept(BasePredictionWriter):
         if prediction:
             with suppress(OSError, RuntimeError):  # a full disk costs the next command time, and this one nothing
                 self.write(prediction)
-
-    def remove(self) -> None:
-        """What was kept is kept elsewhere now."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def is_whole(file: Path) -> bool:

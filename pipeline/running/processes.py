@@ -39,10 +39,7 @@ def devices_here(options: TrainerOptions) -> int:
 
 
 def join(options: TrainerOptions) -> torch.device:
-    """Join the other processes, if there are any; all name the same default output folder from then on.
-
-    Returns:
-        this process's device.
+    """Join the other processes, if there are any, and give this one's device; all name the same output folder then.
 
     Raises:
         UserError: when the accelerator, devices or hosts do not exist here.
@@ -85,12 +82,7 @@ def of_all(value: Any) -> list[Any]:
 
 
 def check_alike(what: str, content: Sequence[object]) -> None:
-    """Raise UserError, in all processes, unless all were given the same.
-
-    Args:
-        what: what is compared, for the message.
-        content: whose texts are compared.
-    """
+    """Raise UserError, in all processes, unless the texts of the content, which `what` names, are alike in all."""
     if world_size() == 1:
         return
     own = hashlib.sha256(repr(content).encode()).hexdigest()

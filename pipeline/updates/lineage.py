@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.updates.database import transaction
-from pipeline.updates.folders import METRICS, remove_unfinished, write_version
+from pipeline.updates.disk import METRICS, remove_unfinished, transaction, write_version
 from pipeline.updates.history import check_number, check_version
 from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.options import TrainerOptions
-from pipeline.updates.folders import BASE, VERSIONS, version_folder
+from pipeline.updates.disk import BASE, VERSIONS, version_folder
 from pipeline.updates.store import CURRENT
 
 LINK = re.compile(rf"{VERSIONS}/(\d{{4,9}})")
@@ -48,10 +48,9 @@ class LiveModel:
         self.follow()
 
     def follow(self) -> int:
-        """Swap to the current version, if it is another; returns its number.
+        """Swap to the current version, if it is another, between two generations; returns its number.
 
-        What is to come is read and checked first, and put in between two generations. When it cannot be used, the
-        model stays as it was.
+        When it cannot be used, the model stays as it was.
 
         Raises:
             UserError: when the version is not one of this base model, or damaged.

@@ -20,7 +20,7 @@ from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
-from pipeline.updates.database import transaction
+from pipeline.updates.disk import transaction
 from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find, load_version
 from pipeline.updates.lineage import hold_back, publish
@@ -49,9 +49,12 @@ def update(
         BusyError: when another update is at work on the store.
         UserError: when a batch could not be worked through; its requests are in the queue again.
     """
-    if options.dry_run:
-        return _rehearse(store, options, load, report)
     llm, results = None, []
+    if options.dry_run and (requests := peek(store, options.batch)):
+        results.append(_edit_and_prove(store, store.load_base(load, options.model), requests, options))
+        report(results[0])
+    if options.dry_run:
+        return results
     with store.updating():
         while not stopping():
             requests, superseded = take(store, options.batch)
@@ -73,18 +76,6 @@ def update(
             results.append(result)
             report(result)
     return results
-
-
-def _rehearse(
-    store: Store, options: UpdateCommand, load: Callable[[str], LLM], report: Callable[[BatchResult], Any]
-) -> list[BatchResult]:
-    """The next batch as it would be, without a change to the store."""
-    requests = peek(store, options.batch)
-    if not requests:
-        return []
-    result = _edit_and_prove(store, store.load_base(load, options.model), requests, options)
-    report(result)
-    return [result]
 
 
 def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions) -> BatchResult:

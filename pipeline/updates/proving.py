@@ -74,7 +74,6 @@ class Trial:
         llm: the base model, which it is again after every edit and measurement.
         parent, base: the number of the version in force, and its update; None for the base model itself.
         batch: the requests; all of them can be edited.
-        options: how to edit and measure, and the gates.
 
     Raises:
         UserError: when texts do not fit the model, or the version in force itself misses a gate.

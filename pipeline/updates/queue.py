@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.editing.columns import owner
 from pipeline.requests.readers import stream_requests
 from pipeline.requests.schema import EditRequest
-from pipeline.updates.database import transaction
+from pipeline.updates.disk import transaction
 from pipeline.updates.store import Store
 
 Contradiction = tuple[int, int]  # two requests about one fact: the older's number, and the newer's, which wins
