@@ -23,7 +23,7 @@ from pipeline.options import commands as of
 from pipeline.planning.plan import plan_memory
 from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_requests
-from pipeline.requests.split import split_by_subject
+from pipeline.requests.sets import split_by_subject
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study

@@ -18,7 +18,7 @@ from pipeline.reporting.terminal import say, show_answers
 from pipeline.requests.answers import first_statement
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
-from pipeline.requests.split import split_by_subject
+from pipeline.requests.sets import split_by_subject
 from pipeline.shipped import program
 
 Said = dict[str, str]  # what a model says, by prompt

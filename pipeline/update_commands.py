@@ -10,9 +10,10 @@ from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.errors import UserError, check_choice
+from pipeline.evaluation.metrics import Estimate
 from pipeline.options import updates as of
 from pipeline.reporting.dashboards import show_on_board
-from pipeline.reporting.tables import version_line, version_table
+from pipeline.reporting.tables import metric_table
 from pipeline.reporting.terminal import say, show_table
 from pipeline.requests.readers import stream_requests
 from pipeline.shipped import program
@@ -131,8 +132,16 @@ def show(options: of.ShowCommand) -> None:
         say(f"version {version}{current}: {len(held)} facts; {version_folder(store.folder, version)}")
         if version:
             figures = read_metrics(store.folder, version)
-            say(f"  {version_line(figures)}")
-            show_table(*version_table(figures))
+            after, layers = figures["after"], ", ".join(map(str, figures["layers"]))
+            say(
+                f"  {figures['method']} in block {layers}; perplexity x {after['perplexity_ratio']:.3f}, drift "
+                f"{after['drift']:.3f}; gates: {', '.join(gate['text'] for gate in figures['gates']) or 'none'}"
+            )
+            sides = {
+                f"{side} [95%]": {name: Estimate(**one) for name, one in figures[side]["metrics"].items()}
+                for side in ("before", "after")
+            }
+            show_table(*metric_table(sides, short=True))
         _show_facts(store, sorted(held), " ")
 
 

@@ -11,7 +11,7 @@ from conftest import SHARED, refusal
 
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest, Probe
-from pipeline.requests.split import split_by_subject
+from pipeline.requests.sets import split_by_subject
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
 

@@ -74,7 +74,8 @@ def test_sigterm_while_loading(tiny_folder: Path, request_file: Path, tmp_path: 
 
 def test_a_second_signal_does_not_wait_for_the_batch() -> None:
     own = Interrupts()
-    with own.heeding(), own.postponed():
+    own.postponing = True
+    with own.heeding():
         os.kill(os.getpid(), signal.SIGTERM)
         assert own.noted == signal.SIGTERM
         with pytest.raises(Interrupted):

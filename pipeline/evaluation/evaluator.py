@@ -32,37 +32,24 @@ Metrics = dict[str, Estimate]
 
 @dataclass
 class Measurement:
-    """A model's figures, the values that they are means of, and what it said.
+    """A model's figures, the values that they are means of, and what it said."""
 
-    Attributes:
-        metrics: every figure with its count and interval.
-        answers: in the requests' order, what the model says to their prompts.
-        said: by kind of prompt, and request, all that it said.
-        values: by metric, each request's value (perplexity and text_kl: each text window's).
-        resampled: the figures of every resample, for differences.
-    """
-
-    metrics: Metrics
-    answers: list[str]
-    said: dict[str, list[list[str]]] = field(default_factory=dict)
+    metrics: Metrics  # every figure with its count and interval
+    answers: list[str]  # in the requests' order, what the model says to their prompts
+    said: dict[str, list[list[str]]] = field(default_factory=dict)  # by kind of prompt, and request, all of it
+    # by metric, each request's value (perplexity and text_kl: each text window's); and resamples, for differences
     values: Values = field(default_factory=dict, compare=False, repr=False)
     resampled: dict[str, Resampled] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass
 class Evaluation:
-    """What the base model and, where there was an update, the edited one does.
-
-    Attributes:
-        before, after: their figures and answers.
-        difference: after less before, of the same units, with a paired bootstrap interval.
-        weights: how much the update changed each tensor: ‖change‖ / ‖before‖, Frobenius norms.
-    """
+    """What the base model and, where there was an update, the edited one does."""
 
     before: Measurement
     after: Measurement | None = None
-    difference: Metrics = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
+    difference: Metrics = field(default_factory=dict)  # after less before, with a paired bootstrap interval
+    weights: dict[str, float] = field(default_factory=dict)  # of each tensor: ‖change‖ / ‖before‖, Frobenius norms
 
 
 def evaluate(
@@ -122,13 +109,8 @@ def relative_changes(llm: LLM, update: WeightUpdate) -> dict[str, float]:
 class Evaluator:
     """Measures a model on the same texts again and again; the first measurement is what others compare to.
 
-    What the base model says is kept on disk, and not read again for the same texts.
-
-    Metrics, each a mean over requests with its count and 95% interval:
-        generation_, rephrase_, portability_, distractor_exact_match and _containment: `generation_values`.
-        rewrite, rephrase, locality, portability, the latter two also by axis: `teacher_forced_values`.
-        efficacy_, paraphrase_, neighbourhood_success and _magnitude, rome_score: `probability_values`.
-        perplexity (its count in tokens), locality_kl, text_kl, fluency: `damage_values`.
+    What the base model says is kept on disk, and not read again for the same texts. What metrics mean:
+    `pipeline.evaluation.values`.
 
     Args:
         kinds: what to measure, of KINDS.

@@ -33,21 +33,13 @@ DISTRACTORS = (  # sentences about nothing that an edit request is about
 
 
 class Text(NamedTuple):
-    """What a text that is read stands for; it is the tag of the text's row, and tells it from all others.
+    """What a text that is read stands for; it is the tag of the text's row, and tells it from all others."""
 
-    Attributes:
-        kind: rewrite, rephrase, locality or portability, or text for a window of ordinary text.
-        request: the number of its request, or of its window.
-        place: its number among the request's texts of that kind.
-        rival: whether it is the answer that the kind's own is compared with by probability.
-        axis: the benchmark's name for this kind of probe, where it has several.
-    """
-
-    kind: str
-    request: int
-    place: int = 0
-    rival: bool = False
-    axis: str | None = None
+    kind: str  # rewrite, rephrase, locality or portability, or text for a window of ordinary text
+    request: int  # the number of its request, or of its window
+    place: int = 0  # its number among the request's texts of that kind
+    rival: bool = False  # whether it is the answer that the kind's own is compared with by probability
+    axis: str | None = None  # the benchmark's name for this kind of probe, where it has several
 
 
 class Prompt(NamedTuple):

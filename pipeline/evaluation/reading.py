@@ -36,19 +36,12 @@ K = TypeVar("K")
 
 
 class TextReading(NamedTuple):
-    """What a model makes of a text.
+    """What a model makes of a text; the last two where distributions are compared."""
 
-    Attributes:
-        choices: its first choices at the target tokens.
-        loss: mean −log p of these, in nats.
-        hidden_MD: where distributions are compared, and there is no base to compare with yet: what the head read.
-        divergence: where there is one: mean KL(base ‖ now) in nats.
-    """
-
-    choices: list[int]
-    loss: float
-    hidden_MD: Tensor | None = None
-    divergence: float | None = None
+    choices: list[int]  # its first choices at the target tokens
+    loss: float  # mean −log p of these, in nats
+    hidden_MD: Tensor | None = None  # where there is no base to compare with yet: what the head read
+    divergence: float | None = None  # where there is one: mean KL(base ‖ now) in nats
 
 
 TextReadings = Mapping[Text, TextReading]
@@ -181,19 +174,12 @@ def size(group: list[Row]) -> int:
 
 @dataclass
 class Known:
-    """Ids of requests by what the model gives.
+    """Ids of requests by what the model gives."""
 
-    Attributes:
-        asked: requests with an old answer.
-        old: those of them whose old answer the model gives.
-        new: requests whose new answer the model gives already.
-        unusable: what is wrong with requests that the model cannot take: an answer of no token, a text too long.
-    """
-
-    asked: int = 0
-    old: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
-    unusable: list[str] = field(default_factory=list)
+    asked: int = 0  # requests with an old answer
+    old: list[str] = field(default_factory=list)  # those of them whose old answer the model gives
+    new: list[str] = field(default_factory=list)  # requests whose new answer the model gives already
+    unusable: list[str] = field(default_factory=list)  # what is wrong with requests that the model cannot take
 
 
 def find_known(

@@ -140,7 +140,9 @@ def figures(values: Values) -> dict[str, Resampled]:
     """The mean of every column, perplexity from its losses, and ROME's score after what it is made of."""
     found: dict[str, Resampled] = {}
     for name, column in values.items():
-        found[name] = column.mean().then(np.exp) if name == "perplexity" else column.mean()
+        found[name] = column.mean()
+        if name == "perplexity":
+            found[name].values = np.exp(found[name].values)
         if name == "neighbourhood_magnitude" and all(part in found for part in IN_SCORE):
             found["rome_score"] = harmonic_mean([found[part] for part in IN_SCORE])
     return found
@@ -159,10 +161,9 @@ def ngram_entropy(text: str) -> float:
     Repetition lowers it. A text too short for any 2-gram has none: 0.
     """
     words = re.findall(r"\w+|[^\w\s]", text)
-    return sum(weight * _entropy(words, n) for n, weight in NGRAMS.items()) / len(NGRAMS)
-
-
-def _entropy(words: list[str], n: int) -> float:
-    counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
-    total = counts.total()
-    return -sum(count / total * math.log2(count / total) for count in counts.values())
+    entropy = 0.0
+    for n, weight in NGRAMS.items():
+        counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
+        shares = [count / counts.total() for count in counts.values()]
+        entropy -= weight * sum(share * math.log2(share) for share in shares)
+    return entropy / len(NGRAMS)

@@ -11,14 +11,7 @@ __getattr__, __all__ = offered(
     __name__,
     {
         "attribution": ("AttributionOptions",),
-        "commands": (
-            "DemoCommand",
-            "EvaluateCommand",
-            "PlanCommand",
-            "RequestsCommand",
-            "RunCommand",
-            "StudyCommand",
-        ),
+        "commands": ("DemoCommand", "PlanCommand", "RunCommand", "StudyCommand"),
         "editing": ("EditOptions", "StatisticsOptions"),
         "shared": ("EvaluationOptions", "TrainerOptions"),
         "updates": ("GateOptions", "ProvingOptions", "RetractCommand", "UpdateCommand"),

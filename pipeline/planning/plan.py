@@ -27,7 +27,6 @@ from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.reading import BATCH_SIZE, BATCH_TOKENS
 from pipeline.model.loading import load_config
 from pipeline.options.commands import PlanCommand
-from pipeline.options.editing import EditOptions
 from pipeline.options.shared import SHARDED
 from pipeline.planning import stages
 from pipeline.planning.shape import Case, Shape, shape_of
@@ -38,23 +37,17 @@ FURTHER = 4  # times the batch: the line's other point
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage needs of a device.
-
-    Attributes:
-        stage: its name.
-        batch: requests that run at once: those asked for, or fewer where the stage itself stops.
-        weights, beside, total: bytes.
-        fits: whether that is within the device's memory.
-        longest_batch: the most requests that fit; None: any number, as no more run at once, or nobody's to choose.
-    """
+    """What a stage needs of a device, in bytes."""
 
     stage: str
-    batch: int
+    batch: int  # requests that run at once: those asked for, or fewer where the stage itself stops
     weights: int
     beside: int
     total: int
-    fits: bool
-    longest_batch: int | None
+    fits: bool  # into the device's memory
+    longest_batch: (
+        int | None
+    )  # the most requests that fit; None: any, as no more run at once, or nobody's to choose
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,8 @@ def plan_memory(options: PlanCommand) -> MemoryPlan:
     shape.check_layers([options.layer])
     if shape.context_length is not None and options.length + 1 > shape.context_length:
         raise UserError(f"length: {options.length}; the context of {shape.name} holds {shape.context_length}")
-    case = Case(shape, options.length, options.layer, trainer.precision, options.all_devices)
+    sharded = trainer.strategy in SHARDED
+    case = Case(shape, options.length, options.layer, trainer.precision, options.all_devices, sharded)
     weights = weight_bytes(shape, trainer.strategy, case.devices)
     return MemoryPlan(
         model=options.model,
@@ -105,7 +99,7 @@ def plan_memory(options: PlanCommand) -> MemoryPlan:
 
 def needs(case: Case, options: PlanCommand, weights: int, memory: int) -> Iterator[Need]:
     """Of attribution, the ways to edit that are asked for, with their key statistics, and evaluation."""
-    room, sharded = memory - weights, options.trainer.strategy in SHARDED
+    room = memory - weights
 
     def need(
         stage: str, batch: int, beside: Callable[[int], int], most: int | None = None, fixed: bool = False
@@ -129,12 +123,8 @@ def needs(case: Case, options: PlanCommand, weights: int, memory: int) -> Iterat
         yield need("key statistics", READ_TOGETHER, read, fixed=True)
     for edit in edits:
         batch = getattr(settings_of(edit), "batch_size", options.attribution.batch_size)
-        sent = stages.trained_bytes(case, edit) if case.devices > 1 and not sharded else 0
-
-        def edited(batch: int, edit: EditOptions = edit, sent: int = sent) -> int:
-            return sent + stages.editing(case, edit, batch)
-
-        yield need(edit.method, options.batch or batch, edited, stages.searched_together(case, edit))
+        edited, together = partial(stages.editing, case, edit), stages.searched_together(case, edit)
+        yield need(edit.method, options.batch or batch, edited, together)
     most = max(1, BATCH_TOKENS // case.length)
     yield need("evaluation", options.batch or BATCH_SIZE, partial(stages.evaluation, case), most)
 

@@ -39,19 +39,12 @@ class Alive(TorchDispatchMode):
 
     Code that asks for a value is answered so that it goes on: a condition holds, a real number is 1, a whole one 0,
     and a mask takes all. What is made of real tensors alone, such as a batch's tokens or places in a text, is made
-    for real, since a model looks at it to choose what to do.
-
-    Args:
-        known: tensors that were there before, and do not count.
-
-    Attributes:
-        now: bytes alive.
-        peak: the most that were.
+    for real, since a model looks at it to choose what to do. Tensors that are `known` do not count.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = 0  # bytes alive, and the most that were
         self._seen = {id(tensor.untyped_storage()) for tensor in known}
 
     def __torch_dispatch__(
@@ -135,26 +128,14 @@ def shape_of(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """What a stage is asked to do.
-
-    Attributes:
-        shape: the model's.
-        length: tokens of a row, answer included.
-        layer: the golden layer.
-        precision: Lightning's name of it.
-        devices: how many share a step of training.
-    """
+    """What a stage is asked to do."""
 
     shape: Shape
-    length: int
-    layer: int = 0
-    precision: str = "32-true"
-    devices: int = 1
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weights'."""
-        return next(self.shape.model.parameters()).dtype
+    length: int  # tokens of a row, answer included
+    layer: int = 0  # the golden one
+    precision: str = "32-true"  # Lightning's name of it
+    devices: int = 1  # how many share a step of training
+    sharded: bool = False  # whether they share the weights, too
 
     @property
     def config(self) -> Any:

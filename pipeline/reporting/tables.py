@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Collection, Mapping, Sequence
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.evaluation.metrics import Estimate
 
@@ -110,13 +110,9 @@ def metrics_of(evaluation: Evaluation) -> dict[str, dict[str, Estimate]]:
 def metric_table(
     sides: Mapping[str, Mapping[str, Estimate]], short: bool = False, intervals: bool = True, meanings: bool = False
 ) -> Table:
-    """Metrics in their groups, a row a metric.
+    """Metrics in their groups, a row a metric: all, or in `short` the chief ones.
 
-    Args:
-        sides: by column its figures; the last one's counts are shown, and of a difference those of the one before.
-        short: the chief metrics alone.
-        intervals: whether the 95% intervals stand behind the means.
-        meanings: whether a column says what each metric counts.
+    `sides` are figures by column; the last one's counts are shown, and of a difference those of the one before.
     """
     final = [figures for name, figures in sides.items() if name != "difference"][-1]
     rows: list[list[str]] = []
@@ -126,24 +122,6 @@ def metric_table(
             figures = [figure_text(name, side.get(name), intervals) for side in sides.values()]
             rows.append([label(name), *([meaning(name)] if meanings else []), str(final[name].count), *figures])
     return ["metric", *(["what it is"] if meanings else []), "count", *sides], rows
-
-
-def version_table(figures: Mapping[str, Any]) -> Table:
-    """A version's chief metrics before and after, from its metrics.json."""
-    sides = {
-        f"{side} [95%]": {name: Estimate(**one) for name, one in figures[side]["metrics"].items()}
-        for side in ("before", "after")
-    }
-    return metric_table(sides, short=True)
-
-
-def version_line(figures: Mapping[str, Any]) -> str:
-    """What made a version, what it cost the rest of the model, and its gates."""
-    after, layers = figures["after"], ", ".join(map(str, figures["layers"]))
-    return (
-        f"{figures['method']} in block {layers}; perplexity x {after['perplexity_ratio']:.3f}, drift "
-        f"{after['drift']:.3f}; gates: {', '.join(gate['text'] for gate in figures['gates']) or 'none'}"
-    )
 
 
 def study_table(rows: Sequence[Row], only: Sequence[str] = ()) -> Table:

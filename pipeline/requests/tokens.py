@@ -26,18 +26,12 @@ TOGETHER = 1024  # texts that are tokenized at once: what a tokenizer says of ea
 
 @dataclass(frozen=True)
 class Joining:
-    """What stands before, between and after prompt and answer.
+    """What stands before, between and after prompt and answer."""
 
-    Attributes:
-        head, tail: around every prompt.
-        space: between prompt and answer.
-        special: whether the tokenizer adds its own opening tokens; a template holds them already.
-    """
-
-    head: str = ""
-    tail: str = ""
-    space: str = " "
-    special: bool = True
+    head: str = ""  # before every prompt
+    tail: str = ""  # behind it
+    space: str = " "  # between prompt and answer
+    special: bool = True  # whether the tokenizer adds its own opening tokens; a template holds them already
 
     def prompt(self, prompt: str) -> str:
         """The text that the model is to go on from."""

@@ -47,6 +47,7 @@ class Shown(tqdm):
             total=total,
             desc=title,
             file=sys.stderr if self.moves else Lines(sys.stderr),
+            disable=getattr(rank_zero_only, "rank", 0) != 0,
             bar_format=MOVING if self.moves else PLAIN,
             mininterval=0.1 if self.moves else EVERY,
             miniters=1,
@@ -68,14 +69,12 @@ def one_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
 
     Yields a function that takes how many more are done, and a note.
     """
-    shown = Shown(title, total) if getattr(rank_zero_only, "rank", 0) == 0 else None
     token = _IN_ONE.set(True)
     try:
-        yield shown.advance if shown else lambda more, note: None
+        with Shown(title, total) as shown:
+            yield shown.advance
     finally:
         _IN_ONE.reset(token)
-        if shown:
-            shown.close()
 
 
 class StageProgressBar(ProgressBar):
@@ -83,16 +82,15 @@ class StageProgressBar(ProgressBar):
 
     def __init__(self, title: str) -> None:
         super().__init__()
-        self.title, self.enabled = title, True
+        self.title = title
         self.shown: Shown | None = None
 
     def disable(self) -> None:
-        """Called by Lightning on all ranks but zero."""
-        self.enabled = False
+        """Called by Lightning on all ranks but zero, where bars do not show anyway."""
 
     def start(self, total: float) -> None:
         """A stage of so many batches begins."""
-        if self.enabled and not _IN_ONE.get():
+        if not _IN_ONE.get():
             self.shown = Shown(self.title, total)
 
     def stop(self, *_: Any) -> None:

@@ -72,21 +72,18 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
 
 def _move_requests(store: Store, version: int, result: BatchResult, retracted: Sequence[int]) -> None:
     """Inside a transaction: requests come into a version, and others go or are held back."""
+    changes = {request: Change("retracted", version) for request in retracted}
     for request in map(number_of, result.applied):
         for (older,) in store.database.execute(SAME_FACT, (request,)).fetchall():
-            _change(store, older, Change("superseded", version, request))
+            changes[older] = Change("superseded", version, request)
             result.superseded.append((older, request))
-        _change(store, request, Change("applied", version))
-    for request in retracted:
-        _change(store, request, Change("retracted", version))
+        changes[request] = Change("applied", version)
+    for request, change in changes.items():
+        store.database.execute(
+            "INSERT INTO changes (request, what, version, successor) VALUES (?, ?, ?, ?)", (request, *change)
+        )
+        _take_over(store, request, change)
     hold_back(store, result.held)
-
-
-def _change(store: Store, request: int, change: Change) -> None:
-    store.database.execute(
-        "INSERT INTO changes (request, what, version, successor) VALUES (?, ?, ?, ?)", (request, *change)
-    )
-    _take_over(store, request, change)
 
 
 def _take_over(store: Store, request: int, change: Change) -> None:

@@ -28,9 +28,6 @@ class LiveModel:
         store: the store's folder.
         llm: the base model, loaded; whoever else uses it sees the versions too.
 
-    Attributes:
-        version: the version that is in the model.
-
     Raises:
         UserError: when the store is for another base model, or a version's file was changed.
 
@@ -42,7 +39,7 @@ class LiveModel:
     def __init__(self, store: str | Path, llm: LLM) -> None:
         self.store = Path(store)
         self.llm = llm
-        self.version = BASE
+        self.version = BASE  # that is in the model
         self._undo: WeightUpdate | None = None  # back to the base model
         self._swapping = threading.RLock()
         self.follow()

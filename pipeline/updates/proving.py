@@ -18,8 +18,8 @@ from pipeline.evaluation.evaluator import Evaluator, relative_changes
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions
-from pipeline.requests.conflicts import fact
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import fact
 from pipeline.updates.gates import OF_MODEL, Figures, Gate, missed
 from pipeline.updates.queue import Contradiction, number_of
 

@@ -44,7 +44,6 @@ def submit(
     A request is known by what it asks for: the same one twice adds nothing, whatever file, id or source it has.
 
     Args:
-        file: as for `load_requests`.
         source: where they come from, in place of what the file says.
         not_before: seconds since 1970 before which they stay in the queue.
         again: queue those anew that are known and were held back, superseded or retracted.
@@ -94,7 +93,7 @@ def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitt
         again=len(requeued),
         known=count - queued - len(requeued),
         left=len(left) - len(requeued),
-        superseded=_settle(store, _due_with_incoming(store)),
+        superseded=_settle(store, due(store, which="AND fact IN (SELECT fact FROM temp.incoming)")),
     )
 
 
@@ -103,15 +102,6 @@ def _left(store: Store) -> list[tuple[int, int]]:
     return store.database.execute(
         "SELECT r.number, i.place FROM temp.incoming i JOIN requests r USING (digest) "
         "WHERE r.state IN ('held back', 'superseded', 'retracted') ORDER BY i.place"
-    ).fetchall()
-
-
-def _due_with_incoming(store: Store) -> list[sqlite3.Row]:
-    """The rows of due requests about the facts of what came in."""
-    return store.database.execute(
-        "SELECT number, fact, effective, position FROM requests WHERE state = 'queued' AND not_before <= ? "
-        "AND fact IN (SELECT fact FROM temp.incoming) ORDER BY number",
-        (time.time(),),
     ).fetchall()
 
 
@@ -146,10 +136,11 @@ def peek(store: Store, most: int) -> list[EditRequest]:
     return [_request(row) for row in due(store, most) if not _newer(store, row)]
 
 
-def due(store: Store, most: int) -> list[sqlite3.Row]:
+def due(store: Store, most: int = -1, which: str = "") -> list[sqlite3.Row]:
     """The rows of the next requests that are due, what has been due longest first."""
     return store.database.execute(
-        "SELECT * FROM requests WHERE state = 'queued' AND not_before <= ? ORDER BY not_before, position LIMIT ?",
+        f"SELECT * FROM requests WHERE state = 'queued' AND not_before <= ? {which} "
+        "ORDER BY not_before, position LIMIT ?",
         (time.time(), most),
     ).fetchall()
 
