@@ -174,8 +174,7 @@ def plan(options: of.PlanCommand) -> None:
 def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
     """The version that `export` is to write, and its base model's name.
 
-    Raises:
-        UserError: for the base itself, which needs no export, or a version that does not exist.
+    UserError for the base itself, which needs no export, or a version that does not exist.
     """
     assert options.store is not None
     with Store(options.store) as store:

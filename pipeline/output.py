@@ -31,11 +31,6 @@ def started() -> str:
     return os.environ.setdefault(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}")
 
 
-def default_output(command: str) -> Path:
-    """A new folder under runs/, named by command and time; processes started by this one name the same."""
-    return Path("runs") / f"{command}-{started()}"
-
-
 def check_resumed(folder: Path, options: dict[str, Any], may_change: Collection[str] = ()) -> None:
     """Raise UserError unless `folder` holds what a command left whose options differ in those named at most."""
     file = folder / OPTIONS_FILE
@@ -99,9 +94,7 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
 
     An interrupt leaves the work in progress as well. What an overwritten folder held comes back when the command
     fails, and goes when it succeeds.
-
-    Raises:
-        UserError: when the folder holds something and may not be overwritten, or is not what can be gone on with.
+    UserError when the folder holds something and may not be overwritten, or is not what can be gone on with.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield

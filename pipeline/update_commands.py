@@ -200,8 +200,7 @@ def retract(options: of.RetractCommand) -> None:
 def _check(options: of.ProvingOptions) -> None:
     """See that the options name what there is, before a store is made or a request is held back for their sake.
 
-    Raises:
-        UserError: for an unknown method, a missing or damaged profile, or a text that is no file.
+    UserError for an unknown method, a missing or damaged profile, or a text that is no file.
     """
     check_choice("edit.method", options.edit.method, METHODS)
     settings_of(options.edit)

@@ -112,12 +112,8 @@ class Evaluator:
     What the base model says is kept on disk, and not read again for the same texts. What metrics mean:
     `pipeline.evaluation.values`.
 
-    Args:
-        kinds: what to measure, of KINDS.
-        work: a folder that takes readings batch by batch, and those of an interrupted measurement.
-
-    Raises:
-        UserError: for no requests, or texts that cannot be measured.
+    `kinds` are what to measure, of KINDS; the folder `work` takes readings batch by batch, for an interrupted
+    measurement to go on from. UserError for no requests, or texts that cannot be measured.
     """
 
     def __init__(

@@ -54,15 +54,7 @@ class Prompt(NamedTuple):
 class Plan:
     """All that is put to a model to measure it on requests, of some KINDS.
 
-    Attributes:
-        texts: what is read, each tagged with the `Text` that it stands for.
-        compared: those of them whose next-token distributions are compared with the base's.
-        prompts: what is answered freely.
-        questions: their prompts, each once, as questions.
-        long: by request, questions that the model goes on from at length.
-
-    Raises:
-        UserError: for no requests, or texts that cannot be measured.
+    UserError for no requests, or texts that cannot be measured.
     """
 
     def __init__(
@@ -71,19 +63,20 @@ class Plan:
         if not requests:
             raise UserError("requests: none to measure")
         self.requests = list(requests)
-        self.texts: list[Row] = []
+        self.texts: list[Row] = []  # what is read, each tagged with the `Text` that it stands for
         if "probes" in kinds:
             self.texts += probe_rows(llm, requests, "probability" in kinds)
         if "text" in kinds:
             self.texts += ordinary_windows(llm, options.text)
         own = [row.tag for row in self.texts if not row.tag.rival and "divergence" in kinds]
         probes = evenly([text for text in own if text.kind == "locality"], MOST_COMPARED)
-        self.compared = {*probes, *(text for text in own if text.kind == "text")}
+        self.compared = {*probes, *(text for text in own if text.kind == "text")}  # with the base's distributions
         asks = "generation" in kinds and options.generation != "none"
         self.prompts = list(free_prompts(requests, options.generation)) if asks else []
         self.questions = self._questions(llm, options.max_new_tokens)
         chosen = evenly(range(len(requests)), options.fluency) if "fluency" in kinds else []
         prompts = [requests[number].prompt for number in chosen]
+        # by request, what the model goes on from at length
         self.long = dict(zip(chosen, questions(llm, prompts, FLUENCY_TOKENS), strict=True))
 
     def _questions(self, llm: LLM, most: int) -> dict[str, Question]:
@@ -140,9 +133,7 @@ def probe_texts(request: EditRequest) -> dict[str, list[tuple[str, str, str | No
 
 def probe_rows(llm: LLM, requests: Sequence[EditRequest], with_rivals: bool) -> list[Row]:
     """Every probe's answer and, where probabilities are compared and a request has both answers, its rival.
-
-    Raises:
-        UserError: when an answer becomes no token, or a text is longer than the model's context.
+    UserError when an answer becomes no token, or a text is longer than the model's context.
     """
     tags: list[Text] = []
     pairs: list[tuple[str, str]] = []
@@ -176,8 +167,7 @@ def free_prompts(requests: Sequence[EditRequest], generation: str) -> Iterator[P
 def ordinary_windows(llm: LLM, file: str | None) -> list[Row]:
     """Ordinary text as windows in which all tokens but the first are to be predicted.
 
-    Raises:
-        UserError: when there is no such file, or it holds fewer than two tokens.
+    UserError when there is no such file, or it holds fewer than two tokens.
     """
     path = Path(file) if file else ORDINARY_TEXT
     try:

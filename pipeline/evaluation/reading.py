@@ -59,9 +59,7 @@ class Readings:
 class Reading(Stage):
     """Reads groups of texts that share a row (see `pack`): an output is what is read of each text of a group.
 
-    Args:
-        compared: texts whose next-token distributions are compared.
-        base: of those that were read before, what the base's head read, (M, D).
+    Distributions of `compared` texts are compared; `base` is what the base's head read of them before, (M, D).
     """
 
     def __init__(
@@ -132,11 +130,9 @@ def _choices(batch: Batch, logits_NV: Tensor) -> list[tuple[list[int], float]]:
 
 
 def read(llm: LLM, plan: Plan, base: TextReadings, runtime: Runtime, title: str, kept: Path | None) -> Readings:
-    """What the model says to all of a plan.
+    """What the model says to all of a plan; `base` is what was read of these texts before.
 
-    Args:
-        base: what was read of these texts before.
-        kept: a folder whose name stands for all of this: what is found there is not read again.
+    What is found in `kept`, a folder whose name stands for all of this, is not read again.
     """
     hidden = {text: reading.hidden_MD for text, reading in base.items() if reading.hidden_MD is not None}
 

@@ -43,12 +43,7 @@ class SideBySideEvaluator(Reading):
         self.entered: dict[tuple[Text, int], tuple[int, Tensor]] = {}  # by batch: a block, and what enters it
 
     def measure(self, layer: int, changes: Changes) -> list[dict[str, float]]:
-        """Every request's figures by metric, in the requests' order.
-
-        Args:
-            layer: the block that is changed; no lower one than in the call before.
-            changes: of its projections, a row a request.
-        """
+        """Every request's figures by metric, in the requests' order; blocks are changed from the lowest on."""
         self.unchanged = self.unchanged or read_groups(self, self.groups, self.runtime)
         self.layer, self.changes = layer, changes
         columns = teacher_forced_values(

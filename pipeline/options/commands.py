@@ -98,7 +98,6 @@ class RequestsCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     """Replace the file of --to."""
 
     def check(self) -> None:
-        """Raise UserError for a file whose name says that it is none of JSONL."""
         if self.to and self.to.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
             raise UserError(f"to: {self.to}: JSONL is written; expected a name that does not end in .csv or .tsv")
 
@@ -118,7 +117,6 @@ class ExportCommand(ModelOptions, OutputOptions):
     LoRA adapter for PEFT, that of `edit --method lora` or one that comes to the same change."""
 
     def check(self) -> None:
-        """Raise UserError unless the options name one thing to export."""
         if (self.update is None) == (self.store is None):
             raise UserError("export: what? give either --update DIR or --store DIR")
         if self.version is not None and self.store is None:
@@ -142,7 +140,6 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     """Longest answer, in tokens."""
 
     def check(self) -> None:
-        """Raise UserError unless the options name one model to ask."""
         if self.store is not None and self.update is not None:
             raise UserError("generate: give --update or --store, not both")
         if self.store is not None:
@@ -180,7 +177,6 @@ class StudyCommand(AskedModelOptions, ResumeOptions, ComputeOptions, SeedOptions
     edit: EditOptions = group(EditOptions, without=("layers", "last_wins"))
 
     def check(self) -> None:
-        """Raise UserError for a model in slices."""
         self.trainer.check_whole("study")
 
 

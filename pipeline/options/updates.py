@@ -66,7 +66,6 @@ class SubmitCommand(NewStoreOptions):
     """Requests of the file that were held back, superseded, retracted or rolled back are queued anew."""
 
     def check(self) -> None:
-        """Raise UserError for a date that is none."""
         try:
             self.not_before_seconds  # noqa: B018
         except (ValueError, OverflowError, OSError):
@@ -118,7 +117,6 @@ class ScheduleCommand(UpdateCommand):
     """How often, in place of cron: 30m, 6h, 1d; the first time at once."""
 
     def check(self) -> None:
-        """Raise UserError unless the options say when."""
         if (self.cron is None) == (self.every is None):
             raise UserError("schedule: when? give either --cron '0 3 * * *' or --every 6h")
         if self.every is not None:
@@ -126,11 +124,7 @@ class ScheduleCommand(UpdateCommand):
 
 
 def seconds(every: str) -> int:
-    """Seconds of a length of time such as 6h.
-
-    Raises:
-        UserError: when it is none.
-    """
+    """Seconds of a length of time such as 6h; UserError when it is none."""
     found = re.fullmatch(r"([1-9]\d{0,8})([smhd])", every)
     if not found:
         raise UserError(f"every: {every!r} is no length of time; expected such as 45s, 30m, 6h or 1d")

@@ -69,8 +69,7 @@ class MemoryPlan:
 def plan_memory(options: PlanCommand) -> MemoryPlan:
     """Go through every stage without values, and say what it needs.
 
-    Raises:
-        UserError: for a model, method, strategy or layer that does not exist, or rows longer than the context.
+    UserError for a model, method, strategy or layer that does not exist, or rows longer than the context.
     """
     trainer = options.trainer
     for method in options.method:
@@ -144,9 +143,7 @@ def weight_bytes(shape: Shape, strategy: str, devices: int) -> int:
 def longest_batch(beside: Callable[[int], int], batch: int, room: int, most: int | None = None) -> int:
     """The most requests whose bytes beside the weights fit into `room`, on the line through two batches.
 
-    Args:
-        beside: bytes by requests: a constant and a share for each.
-        most: where more would not run at once, how many do.
+    No more than `most` would run at once.
     """
     if most is not None and beside(most) <= room:
         return most
@@ -158,9 +155,7 @@ def longest_batch(beside: Callable[[int], int], batch: int, room: int, most: int
 
 def present_memory(accelerator: str) -> int:
     """Bytes of this machine's first GPU, or of the machine where there is none.
-
-    Raises:
-        UserError: when a GPU is asked for and there is none to ask.
+    UserError when a GPU is asked for and there is none to ask.
     """
     if accelerator != "cpu" and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)

@@ -115,9 +115,7 @@ class Shape(LLM):
 
 def shape_of(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> Shape:
     """A model of a config's shape, in eval mode and frozen.
-
-    Raises:
-        UserError: for one that the pipeline does not support.
+    UserError for one that the pipeline does not support.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:

@@ -19,7 +19,7 @@ from pipeline.editing.update import UPDATE_FILE, WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.files import write_json, write_text, write_whole
-from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
+from pipeline.output import OutputFolder, is_fresh, output_folder, started
 from pipeline.reporting.dashboards import EventsLogger, hparams_row, tag
 from pipeline.reporting.figures import (
     metrics_figure,
@@ -52,7 +52,7 @@ def run_log(
     """Open a command's output folder; on an error nothing half-written stays (see `output_folder`)."""
     if resume and not output:
         raise UserError("resume: which? name the interrupted command's folder with --output")
-    path = Path(output) if output else default_output(command)
+    path = Path(output or f"runs/{command}-{started()}")
     if resume and is_fresh(path):
         say(f"nothing is there to go on from in {path}: starting from the beginning")
         resume = False

@@ -36,9 +36,7 @@ def raw_records(source: str | Path) -> Iterator[tuple[str, Any]]:
     """Each record's place in its source and what it holds, read as it is asked for; of a JSON list, all at once.
 
     A record that is broken, where those after it can be read, is the UserError that says what is wrong with it.
-
-    Raises:
-        UserError: when there is no such source, or it is broken where the next record would begin.
+    UserError when there is no such source, or it is broken where the next record would begin.
     """
     if str(source).startswith(PREFIX):
         yield from _hub_records(str(source))
@@ -146,7 +144,6 @@ def _nested(cells: dict[str, str]) -> dict[str, Any]:
 
 
 def _why(text: str, error: Exception) -> UserError:
-    """Why a text is no JSON."""
     strange = re.search("[\udc80-\udcff]", text)  # what bytes become that are not UTF-8
     return UserError("not UTF-8 text" if strange else f"malformed JSON: {getattr(error, 'msg', error)}")
 

@@ -48,20 +48,16 @@ PLAIN = Joining()
 class Tokens:
     """A tokenizer, and how prompts and answers become the texts that it is given.
 
-    Args:
-        chat: put prompts into the tokenizer's chat template; UserError when it has none.
-        name: what the user calls the model, for messages.
-        vocabulary: how many tokens the model embeds; None: as many as there are.
-        context_length: the longest text in tokens; None: any.
+    With `chat`, prompts are put into the tokenizer's chat template; UserError when it has none.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         chat: bool = False,
-        name: str = "the model",
-        vocabulary: int | None = None,
-        context_length: int | None = None,
+        name: str = "the model",  # for messages
+        vocabulary: int | None = None,  # how many tokens the model embeds; None: as many as there are
+        context_length: int | None = None,  # the longest text in tokens; None: any
     ) -> None:
         self.tokenizer, self.name = tokenizer, name
         self.vocabulary, self.context_length = vocabulary or len(tokenizer), context_length
@@ -83,9 +79,7 @@ class Tokens:
 
         The target begins where the joined text's tokens leave the prompt's own, so it is right with and without a
         BOS token, and for tokenizers that keep the space with the word or apart from it.
-
-        Raises:
-            UserError: when an answer becomes no token or unknown ones alone, or a text is longer than the context.
+        UserError when an answer becomes no token or unknown ones alone, or a text is longer than the context.
         """
         before = self.prompts([prompt for prompt, _ in pairs])
         joined = self._ids([self.joining.whole(*pair) for pair in pairs], self.joining.special)

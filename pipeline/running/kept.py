@@ -24,10 +24,7 @@ class Kept(BasePredictionWriter):
     """Keeps outputs by their items' numbers, batch by batch as a stage's predict steps give them.
 
     Any number of processes write side by side, and each reads what all have written. A file that is damaged counts
-    as not there: its items are run again.
-
-    Args:
-        folder: where the files lie; its name is to stand for all that the outputs depend on.
+    as not there: its items are run again. The folder's name is to stand for all that the outputs depend on.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -32,8 +32,7 @@ def may_start_others(options: Any) -> bool:
 def supervise(words: Sequence[str], devices: int, options: Any) -> int:
     """Run the command of these words on so many devices of this host, a process each; its exit code.
 
-    Raises:
-        UserError: for several hosts, on each of which the command must be started.
+    UserError for several hosts, on each of which the command must be started.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -41,8 +41,7 @@ def devices_here(options: TrainerOptions) -> int:
 def join(options: TrainerOptions) -> torch.device:
     """Join the other processes, if there are any, and give this one's device; all name the same output folder then.
 
-    Raises:
-        UserError: when the accelerator, devices or hosts do not exist here.
+    UserError when the accelerator, devices or hosts do not exist here.
     """
     with trainer_errors():
         fabric = Fabric(

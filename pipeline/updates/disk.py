@@ -79,8 +79,7 @@ SCHEMA = """
 def connect(file: Path) -> sqlite3.Connection:
     """Open the database; its tables are made where it is new.
 
-    Raises:
-        UserError: when the file is no store's database, damaged, or of another layout than this program's.
+    UserError when the file is no store's database, damaged, or of another layout than this program's.
     """
     try:
         database = sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)
@@ -107,8 +106,7 @@ def connect(file: Path) -> sqlite3.Connection:
 def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """All inside the `with` is written, or nothing; other writers wait from its start.
 
-    Raises:
-        UserError: when the disk is full, or another writer takes longer than `PATIENCE`.
+    UserError when the disk is full, or another writer takes longer than `PATIENCE`.
     """
     try:
         database.execute("BEGIN IMMEDIATE")

@@ -100,9 +100,7 @@ def load_version(store: Store, version: int) -> WeightUpdate | None:
 
 def verify(store: Store) -> Iterator[tuple[int, str]]:
     """Each version's number, and what is wrong with its files; empty when nothing is.
-
-    Raises:
-        UserError: when the database is damaged, or the link `current` is wrong.
+    UserError when the database is damaged, or the link `current` is wrong.
     """
     for (problem,) in store.database.execute("PRAGMA integrity_check").fetchall():
         if problem != "ok":

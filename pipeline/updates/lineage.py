@@ -35,11 +35,8 @@ class Change(NamedTuple):
 def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) -> None:
     """Write a version and make it the current one: files first, then one transaction that moves everything at once.
 
-    The result's `version` and `superseded` are set; `retracted` are numbers of requests that go.
-
-    Raises:
-        UserError: when the result's `parent` is no longer the current version; nothing is published then.
-        OSError: when the disk has no room.
+    The result's `version` and `superseded` are set; `retracted` are numbers of requests that go. UserError when the
+    result's `parent` is no longer the current version, OSError when the disk has no room: nothing is published then.
     """
     update, profile, version = result.update, result.profile, store.newest + 1
     assert update and profile
@@ -103,7 +100,6 @@ def hold_back(store: Store, held: Sequence[HeldBack]) -> None:
 
 
 def _metrics(result: BatchResult, retracted: int) -> dict[str, Any]:
-    """A version's metrics.json."""
     assert result.update and result.before and result.after
     return {
         "made": time.time(),
@@ -139,9 +135,7 @@ def in_force(store: Store, version: int) -> set[int]:
 
 def difference(store: Store, older: int, newer: int) -> tuple[list[int], list[int]]:
     """Numbers of the requests that are in force in the newer of two versions alone, and in the older alone.
-
-    Raises:
-        UserError: when one does not exist.
+    UserError when one does not exist.
     """
     before, after = in_force(store, older), in_force(store, newer)
     return sorted(after - before), sorted(before - after)
@@ -150,14 +144,8 @@ def difference(store: Store, older: int, newer: int) -> tuple[list[int], list[in
 def rollback(store: Store, version: int) -> tuple[list[int], list[int]]:
     """Make another version the current one; an update that is at work meanwhile will not publish over it.
 
-    Requests that are no longer in force are held back; those that are again, applied. `submit --again` queues the
-    former anew.
-
-    Returns:
-        numbers of the requests that are in force now and were not before, and the other way round.
-
-    Raises:
-        UserError: when there is no such version, or its files were changed.
+    Requests that are no longer in force are held back; those that are again, applied. Gives the numbers of the
+    latter and of the former. UserError when there is no such version, or its files were changed.
     """
     check_version(store, version)
     with transaction(store.database) as database:

@@ -24,12 +24,8 @@ class LiveModel:
     Only the store's link `current` and the version it names are read, so that a server needs no right to write.
     The weights that versions change are swapped in place between two generations; of each the base's own is kept.
 
-    Args:
-        store: the store's folder.
-        llm: the base model, loaded; whoever else uses it sees the versions too.
-
-    Raises:
-        UserError: when the store is for another base model, or a version's file was changed.
+    Whoever else uses the base model sees the versions too. UserError when the store is for another base model, or a
+    version's file was changed.
 
     Example:
         >>> live = LiveModel(store, llm)
@@ -48,9 +44,7 @@ class LiveModel:
         """Swap to the current version, if it is another, between two generations; returns its number.
 
         When it cannot be used, the model stays as it was.
-
-        Raises:
-            UserError: when the version is not one of this base model, or damaged.
+        UserError when the version is not one of this base model, or damaged.
         """
         while (version := self._current()) != self.version:  # again, where it moved on meanwhile
             folder = version_folder(self.store, version)

@@ -45,9 +45,8 @@ def update(
         report: called with what came of each batch.
         stopping: asked before each batch.
 
-    Raises:
-        BusyError: when another update is at work on the store.
-        UserError: when a batch could not be worked through; its requests are in the queue again.
+    BusyError when another update is at work on the store; UserError when a batch could not be worked through, whose
+    requests are in the queue again.
     """
     llm, results = None, []
     if options.dry_run and (requests := peek(store, options.batch)):
@@ -95,14 +94,10 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
     """Take a request out: out of the queue, or out of the version in force.
 
     Locate-then-edit leaves it out exactly: the layer is solved for anew without it. Other methods edit its prompt
-    back to the old answer.
+    back to the old answer. What is given is empty when the request was in the queue only.
 
-    Returns:
-        the version without it and its figures; nothing when the request was in the queue only.
-
-    Raises:
-        UserError: when there is no such request, it is neither in line nor in force, another update is at work, or
-            the version without it would miss a gate.
+    UserError when there is no such request, it is neither in line nor in force, another update is at work, or the
+    version without it would miss a gate.
     """
     with store.updating():
         with transaction(store.database):

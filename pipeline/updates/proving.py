@@ -70,13 +70,8 @@ class Trial:
     Locate-then-edit solves for all of a layer's requests at once: parts of the batch are had from the whole by
     leaving the others out, with no value searched for again.
 
-    Args:
-        llm: the base model, which it is again after every edit and measurement.
-        parent, base: the number of the version in force, and its update; None for the base model itself.
-        batch: the requests; all of them can be edited.
-
-    Raises:
-        UserError: when texts do not fit the model, or the version in force itself misses a gate.
+    The model is the base again after every edit and measurement. `parent` and `base` are the number of the version
+    in force, and its update. UserError when texts do not fit the model, or that version itself misses a gate.
     """
 
     def __init__(

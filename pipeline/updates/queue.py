@@ -43,13 +43,8 @@ def submit(
 
     A request is known by what it asks for: the same one twice adds nothing, whatever file, id or source it has.
 
-    Args:
-        source: where they come from, in place of what the file says.
-        not_before: seconds since 1970 before which they stay in the queue.
-        again: queue those anew that are known and were held back, superseded or retracted.
-
-    Raises:
-        UserError: when the file or one of its requests is wrong.
+    Those that are known and were held back, superseded or retracted are queued anew with `again`. `not_before`: in
+    seconds since 1970. UserError when the file or one of its requests is wrong.
     """
     store.database.executescript(INCOMING)
     store.database.executemany(
@@ -117,10 +112,7 @@ def take(store: Store, most: int) -> tuple[list[EditRequest], list[Contradiction
     """Take the next batch of what is due; empty when nothing is.
 
     Of due requests about one fact the newest is taken and the others are superseded, as is a due one that is older
-    than what is applied.
-
-    Returns:
-        the requests, their ids beginning with their numbers, and which others gave way.
+    than what is applied. Gives the requests, their ids beginning with their numbers, and which others gave way.
     """
     superseded: list[Contradiction] = []
     with transaction(store.database):

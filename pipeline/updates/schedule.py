@@ -64,9 +64,7 @@ def run_schedule(
 
     Times during a call are left out; one that the machine slept through is made up for when it wakes. What `work`
     raises is said, and the schedule goes on. The first call is now where `at_once` says so.
-
-    Raises:
-        UserError: when the trigger has no time to come.
+    UserError when the trigger has no time to come.
     """
     if at_once:
         say("updating now, and as asked")

@@ -31,8 +31,7 @@ class BusyError(UserError):
 class Store(AbstractContextManager["Store"]):
     """A store, opened; where it is new, it is made if `make` says so, for the base model that is named.
 
-    Raises:
-        UserError: when there is none, it is no store, of another layout, or new and no model is named.
+    UserError when there is none, it is no store, of another layout, or new and no model is named.
     """
 
     def __init__(self, folder: str | Path, model: str | None = None, make: bool = False) -> None:
@@ -132,8 +131,7 @@ class Store(AbstractContextManager["Store"]):
     def updating(self) -> Iterator[None]:
         """Be the one that makes versions; what a dead update had taken is queued, what it half wrote is removed.
 
-        Raises:
-            BusyError: when another process is that one.
+        BusyError when another process is that one.
         """
         try:
             held = FileLock(self.folder / UPDATE_LOCK).acquire(blocking=False)
