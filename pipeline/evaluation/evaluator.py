@@ -84,16 +84,12 @@ def evaluate(
     weights = relative_changes(llm, update)
     with update.applied(llm):
         after = evaluator.measure("Measuring edited")
-    return Evaluation(before, after, differences(before, after), weights)
-
-
-def differences(before: Measurement, after: Measurement) -> Metrics:
-    """After less before, for every figure that both have."""
-    return {
+    difference = {
         name: found.minus(before.resampled[name]).estimate()
         for name, found in after.resampled.items()
         if name in before.resampled
     }
+    return Evaluation(before, after, difference, weights)
 
 
 @torch.no_grad()

@@ -16,11 +16,8 @@ from pipeline.evaluation.reading import Readings, TextReadings
 from pipeline.requests.answers import contains_answer, is_exact_answer
 from pipeline.requests.rows import Row
 
-BY_PROBABILITY = {
-    "rewrite": "efficacy",
-    "rephrase": "paraphrase",
-    "locality": "neighbourhood",
-}  # as ROME calls them
+# as ROME calls them
+BY_PROBABILITY = {"rewrite": "efficacy", "rephrase": "paraphrase", "locality": "neighbourhood"}
 NGRAMS = {2: 2 / 3, 3: 4 / 3}  # weights of 2- and 3-grams of words
 IN_SCORE = tuple(f"{name}_success" for name in BY_PROBABILITY.values())
 

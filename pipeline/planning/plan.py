@@ -45,9 +45,7 @@ class Need:
     beside: int
     total: int
     fits: bool  # into the device's memory
-    longest_batch: (
-        int | None
-    )  # the most requests that fit; None: any, as no more run at once, or nobody's to choose
+    longest_batch: int | None  # the most requests that fit; None: any, as no more run at once, or none to choose
 
 
 @dataclass(frozen=True)

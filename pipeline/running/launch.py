@@ -74,7 +74,7 @@ def of_interrupt(number: int | None) -> str:
 
 
 def leave(code: int, line: str) -> int:
-    """Say why a command ends, and give its exit code; one of several processes ends at once, told by its agent."""
+    """Say why a command ends; its exit code. One of several processes ends at once, and its agent has the word."""
     if SUPERVISED in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

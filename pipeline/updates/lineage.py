@@ -35,8 +35,8 @@ class Change(NamedTuple):
 def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) -> None:
     """Write a version and make it the current one: files first, then one transaction that moves everything at once.
 
-    The result's `version` and `superseded` are set; `retracted` are numbers of requests that go. UserError when the
-    result's `parent` is no longer the current version, OSError when the disk has no room: nothing is published then.
+    The result's `version` and `superseded` are set; `retracted` are numbers of requests that go. UserError when its
+    `parent` is no longer the current version, OSError when the disk has no room: nothing is published then.
     """
     update, profile, version = result.update, result.profile, store.newest + 1
     assert update and profile

@@ -49,10 +49,10 @@ def update(
     requests are in the queue again.
     """
     llm, results = None, []
-    if options.dry_run and (requests := peek(store, options.batch)):
-        results.append(_edit_and_prove(store, store.load_base(load, options.model), requests, options))
-        report(results[0])
     if options.dry_run:
+        if requests := peek(store, options.batch):
+            results.append(_edit_and_prove(store, store.load_base(load, options.model), requests, options))
+            report(results[0])
         return results
     with store.updating():
         while not stopping():
