@@ -41,7 +41,8 @@ def devices_here(options: TrainerOptions) -> int:
 def join(options: TrainerOptions) -> torch.device:
     """Join the other processes, if there are any, and give this one's device.
 
-    All name the same default output folder from then on. UserError when the accelerator, devices or hosts do not exist here.
+    All name the same default output folder from then on. UserError when the accelerator, devices or hosts do not
+    exist here.
     """
     with trainer_errors():
         fabric = Fabric(
