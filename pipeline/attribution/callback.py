@@ -133,7 +133,7 @@ class GradientAttribution(Callback):
     def _detach(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self._pass.captured = None
+        self._pass.let_go()
 
     def _begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins where the first block does."""
@@ -174,6 +174,7 @@ class GradientAttribution(Callback):
                     products_QPL = torch.stack([p for p in seen.products if p is not None], dim=2)
                     self.last_scores = self.estimator.combine(products_QPL).cpu()
                     self._passes.append(self.last_scores)
+                    seen.let_go()
 
             output.register_hook(backward)
 
@@ -215,6 +216,10 @@ class Pass:
         self.awaited -= 1
         so_far = self.products[layer]
         self.products[layer] = products_QP if so_far is None else so_far + products_QP
+
+    def let_go(self) -> None:
+        """Forget what entered: its graph holds the hooks, and they this pass; no collector finds such a ring."""
+        self.captured = self.captured_of = None
 
     @property
     def is_done(self) -> bool:
