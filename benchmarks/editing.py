@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.bench import Bench, Figures, in_turns, plain_passes, run
 from pipeline import EditOptions, EditRequest, StatisticsOptions, WeightUpdate, edit, find_golden_layer
-from pipeline.evaluation import Evaluator
+from pipeline.evaluation.evaluator import Evaluator
 
 PROXY = slice(1000, 1128)  # records that name the golden layer
 BATCH, ALONE, MANY = 100, 20, 1000  # records

@@ -10,7 +10,8 @@ from unittest.mock import patch
 
 from benchmarks.bench import Bench, Figures, in_turns, plain_passes, run
 from pipeline import LLM, EditRequest, TrainerOptions
-from pipeline.evaluation import Evaluator, Measurement, reading
+from pipeline.evaluation import reading
+from pipeline.evaluation.evaluator import Evaluator, Measurement
 
 TOGETHER = 100  # records measured in batches and one text at a time
 WHOLE = 1000  # records whose cost is put beside plain forward passes

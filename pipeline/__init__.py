@@ -42,7 +42,7 @@ __getattr__, __all__ = offered(
         "requests.data": ("EditRequests",),
         "requests.readers": ("load_requests",),
         "requests.schema": ("EditRequest", "Probe"),
-        "requests.split": ("split_by_subject",),
+        "requests.sets": ("split_by_subject",),
         "updates.live": ("LiveModel",),
     },
 )

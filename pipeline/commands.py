@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pipeline import demo as guided
 from pipeline.attribution.find import check_selector
@@ -21,7 +23,7 @@ from pipeline.options import commands as of
 from pipeline.planning.plan import plan_memory
 from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_requests
-from pipeline.requests.split import split_by_subject
+from pipeline.requests.sets import split_by_subject
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study
@@ -137,11 +139,11 @@ def generate(options: of.GenerateCommand) -> None:
     if update:
         llm.check_made_for("update", update.model, update.fingerprint)
         note_chat(llm, "update", update.chat)
-    how = (llm, prompts, options.max_new_tokens, options.batch_size, options.trainer)
-    answers = {"base": answer(*how, title="Base model")}
+    how: Any = {"max_new_tokens": options.max_new_tokens, "trainer": options.trainer}
+    answers = {"base": answer(llm, prompts, title="Base model", **how)}
     if update:
         with update.applied(llm):
-            answers["edited"] = answer(*how, title="Edited model")
+            answers["edited"] = answer(llm, prompts, title="Edited model", **how)
     show_answers(prompts, answers)
 
 
@@ -166,14 +168,13 @@ def plan(options: of.PlanCommand) -> None:
     show_plan(planned)
     if options.output:
         with working(options, "plan") as log:
-            write_json(log.folder / "plan.json", planned.to_dict())
+            write_json(log.folder / "plan.json", asdict(planned))
 
 
 def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
     """The version that `export` is to write, and its base model's name.
 
-    Raises:
-        UserError: for the base itself, which needs no export, or a version that does not exist.
+    UserError for the base itself, which needs no export, or a version that does not exist.
     """
     assert options.store is not None
     with Store(options.store) as store:
@@ -190,19 +191,19 @@ def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
     with Store(options.store) as store:
         name = _model_of(store, options)
     llm = load(options, name)
-    how = (prompts, options.max_new_tokens, options.batch_size, options.trainer)
-    answers = {"base": answer(llm, *how)}
+    how: Any = {"max_new_tokens": options.max_new_tokens, "trainer": options.trainer}
+    answers = {"base": answer(llm, prompts, **how)}
     live, stopping, shown = LiveModel(options.store, llm), Stopping(), None
     with stopping.listening():
-        while not stopping():
+        while not stopping.is_set():
             if shown != live.follow():
-                texts, shown = live.generate(*how)
+                texts, shown = live.generate(prompts, **how)
                 answers[f"version {shown}"] = texts
                 show_answers(prompts, answers)
                 answers = {f"version {shown}": texts}  # the next one stands beside it
             if not options.follow:
                 return
-            stopping.asked.wait(FOLLOWING)
+            stopping.wait(FOLLOWING)
 
 
 def _model_of(store: Store, options: of.ExportCommand | of.GenerateCommand) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pipeline.attribution.find import find_golden_layer
 from pipeline.editing import edit
-from pipeline.evaluation import evaluate
+from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM, fingerprint
 from pipeline.options import AttributionOptions, DemoCommand, EditOptions, StatisticsOptions
@@ -18,7 +18,7 @@ from pipeline.reporting.terminal import say, show_answers
 from pipeline.requests.answers import first_statement
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
-from pipeline.requests.split import split_by_subject
+from pipeline.requests.sets import split_by_subject
 from pipeline.shipped import program
 
 Said = dict[str, str]  # what a model says, by prompt

@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,8 @@ def write_whole(path: Path, write: Callable[[Path], Any], mark: str = "") -> Pat
 
 
 def write_shared(path: Path, write: Callable[[Path], Any]) -> Path:
-    """As `write_whole`, where several commands may write the same file at once: the last one stays, whole.
-
-    What commands that were killed have left of such files goes after an hour.
-    """
+    """As `write_whole`, where several commands may write the same file at once: the last one stays, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.stem.partition('-')[0]}-*.partial"):
-        with suppress(OSError):  # another command may be done with it, or remove it too
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
     return write_whole(path, write, f".{os.getpid()}")
 
 

@@ -8,12 +8,7 @@ from typing import Any
 
 
 def offered(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], list[str]]:
-    """A package's `__getattr__` and `__all__`.
-
-    Args:
-        package: its full name.
-        homes: by module below it, the names that it offers of that module.
-    """
+    """A package's `__getattr__` and `__all__`; `homes` are the names that it offers, by the module below it."""
     home_of = {name: f"{package}.{home}" for home, names in homes.items() for name in names}
 
     def lookup(name: str) -> Any:

@@ -31,11 +31,6 @@ def started() -> str:
     return os.environ.setdefault(STARTED, f"{datetime.now():%Y%m%d-%H%M%S}")
 
 
-def default_output(command: str) -> Path:
-    """A new folder under runs/, named by command and time; processes started by this one name the same."""
-    return Path("runs") / f"{command}-{started()}"
-
-
 def check_resumed(folder: Path, options: dict[str, Any], may_change: Collection[str] = ()) -> None:
     """Raise UserError unless `folder` holds what a command left whose options differ in those named at most."""
     file = folder / OPTIONS_FILE
@@ -66,22 +61,14 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 class OutputFolder:
-    """A command's output folder while it works: its path, and what to do with it on an error.
-
-    Attributes:
-        path: the folder.
-        finished: files in it that are whole and worth more than a clean disk.
-        unfinished: a folder in it for work in progress, which an interrupted command leaves for `--resume`.
-        resumed: whether the command goes on with what one before it left.
-        may_change: options that a resumed command may be given anew.
-    """
+    """A command's output folder while it works: its path, and what to do with it on an error."""
 
     def __init__(self, path: Path, resumed: bool = False, may_change: Collection[str] = ()) -> None:
         self.path = path
-        self.may_change = may_change
-        self.finished: set[str] = set()
-        self.unfinished = path / "unfinished"
-        self.resumed = resumed
+        self.resumed = resumed  # whether the command goes on with what one before it left
+        self.may_change = may_change  # options that a resumed command may be given anew
+        self.finished: set[str] = set()  # files in it that are whole and worth more than a clean disk
+        self.unfinished = path / "unfinished"  # in progress, left by an interrupted command for `--resume`
 
     @rank_zero_only
     def drop_unfinished(self, stage: str = "") -> None:
@@ -107,14 +94,7 @@ def output_folder(output: OutputFolder, overwrite: bool, options: dict[str, Any]
 
     An interrupt leaves the work in progress as well. What an overwritten folder held comes back when the command
     fails, and goes when it succeeds.
-
-    Args:
-        output: the folder, to be made with its parents.
-        overwrite: whether what an earlier command wrote may be replaced.
-        options: the resolved options, saved first.
-
-    Raises:
-        UserError: when the folder holds something and may not be overwritten, or is not what can be gone on with.
+    UserError when the folder holds something and may not be overwritten, or is not what can be gone on with.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield

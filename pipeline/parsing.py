@@ -42,9 +42,8 @@ class Given(NamedTuple):
 def parse(name: str, words: Sequence[str]) -> object:
     """A command's options from its words on the command line.
 
-    Raises:
-        UserError: with what exists, for an unknown command, flag or key, or a bad value.
-        SystemExit: when only help or the config was asked for.
+    UserError, with what exists, for an unknown command, flag or key, or a bad value; SystemExit when only help or
+    the config was asked for.
     """
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
@@ -98,9 +97,7 @@ def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
 
     `--top-k` is `--top_k`, a bare switch `--overwrite` true, a list takes several words, and a bare word stands for
     a flag (`submit FILE`).
-
-    Raises:
-        UserError: for a word that is no flag and no value of one, or a flag without a value.
+    UserError for a word that is no flag and no value of one, or a flag without a value.
     """
     known, rest = flags_of(name), list(words)
     for word in COMMANDS[name].words:
@@ -128,11 +125,7 @@ def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
 
 
 def _from_file(file: str, known: Mapping[str, Flag]) -> Iterator[Given]:
-    """What a config gives, groups entered.
-
-    Raises:
-        UserError: when it is no YAML, or no mapping.
-    """
+    """What a config gives, groups entered; UserError when it is no YAML, or no mapping."""
     try:
         content = yaml.load(Path(file).read_text(encoding="utf-8"), Yaml)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -151,8 +144,7 @@ def _from_file(file: str, known: Mapping[str, Flag]) -> Iterator[Given]:
 def _enter(values: dict[str, Given], one: Given, known: Mapping[str, Flag]) -> None:
     """Enter a value that is given, by its flag; an entry of a flag's mapping goes into that.
 
-    Raises:
-        UserError: for a key that does not exist, or a value of another type.
+    UserError for a key that does not exist, or a value of another type.
     """
     path, groups, kind = one.path, _groups(known), _kind(one.path, known)
     above, _, name = path.rpartition(".")

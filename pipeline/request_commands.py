@@ -23,8 +23,12 @@ def requests(options: RequestsCommand) -> None:
 def _check(options: RequestsCommand) -> None:
     """Say what is in the requests, and write them when they are good."""
     to = Path(options.to) if options.to else None
-    if to:
-        _check_target(to, options.overwrite)
+    if to and to.is_dir():
+        raise UserError(f"to: {to}: a folder; expected a file's name")
+    if to and to.exists() and not options.overwrite:
+        raise UserError(f"to: {to}: exists already; name another file or pass --overwrite")
+    if to and not to.parent.is_dir():
+        raise UserError(f"to: {to}: there is no folder {to.parent}")
     found = check_requests(options.requests, options.limit, options.offset)
     print(summary(found))
     require_good(found, options.skip_bad)
@@ -34,26 +38,16 @@ def _check(options: RequestsCommand) -> None:
         print(f"written to {write_requests(to, good)}")
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
-    """Raise UserError when requests cannot be written there; touches nothing."""
-    if path.is_dir():
-        raise UserError(f"to: {path}: a folder; expected a file's name")
-    if path.exists() and not overwrite:
-        raise UserError(f"to: {path}: exists already; name another file or pass --overwrite")
-    if not path.parent.is_dir():
-        raise UserError(f"to: {path}: there is no folder {path.parent}")
-
-
 def _show_known(options: RequestsCommand) -> None:
     """Which answers of the requests a model gives by itself, and which requests it cannot take."""
-    from pipeline.evaluation.known import find_known
+    from pipeline.evaluation.reading import find_known
     from pipeline.reporting.terminal import say
     from pipeline.stages import load, prepare
 
     prepare(options)
     read = load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=lambda _: None)
     llm = load(options)
-    known = find_known(llm, read, options.batch_size, options.trainer)
+    known = find_known(llm, read, trainer=options.trainer)
     say(f"{llm.name} gives {len(known.old)} of {known.asked} old answers, and {len(known.new)} new answers already")
     for reason in known.unusable[:NAMED]:
         say(f"bad: {reason}")

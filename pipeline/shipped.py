@@ -36,9 +36,7 @@ def find_config(named: str) -> Path:
     """The file that `--config` names: one of the user's, else one that comes with the project.
 
     `memit`, `memit.yaml` and `configs/memit.yaml` all name the shipped one where no such file lies here.
-
-    Raises:
-        UserError: when it is neither, with the shipped ones' names.
+    UserError when it is neither, with the shipped ones' names.
     """
     path = Path(named)
     if path.is_file():

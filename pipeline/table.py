@@ -10,17 +10,11 @@ from pipeline.options import updates as store
 
 
 class Command(NamedTuple):
-    """A command.
+    """A command."""
 
-    Attributes:
-        function: where it stands, below `pipeline`.
-        options: what it takes.
-        words: the flags that bare words stand for.
-    """
-
-    function: str
-    options: type
-    words: tuple[str, ...] = ()
+    function: str  # where it stands, below `pipeline`
+    options: type  # what it takes
+    words: tuple[str, ...] = ()  # the flags that bare words stand for
 
     @property
     def help(self) -> str:

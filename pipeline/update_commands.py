@@ -1,8 +1,8 @@
-"""The commands that work on a store of knowledge updates: thin, as those in `commands.py`."""
+"""The commands that work on a store of knowledge updates, and what they say in the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,15 +10,18 @@ from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.errors import UserError, check_choice
+from pipeline.evaluation.metrics import Estimate
 from pipeline.options import updates as of
-from pipeline.reporting import stores as shown
 from pipeline.reporting.dashboards import show_on_board
-from pipeline.reporting.terminal import say
+from pipeline.reporting.tables import metric_table
+from pipeline.reporting.terminal import say, show_table
 from pipeline.requests.readers import stream_requests
 from pipeline.shipped import program
 from pipeline.stages import load, prepare
 from pipeline.updates import history as past
 from pipeline.updates import lineage, making, queue
+from pipeline.updates.disk import read_metrics, version_folder
+from pipeline.updates.proving import BatchResult
 from pipeline.updates.schedule import Stopping, run_schedule, trigger
 from pipeline.updates.store import BusyError, Store
 
@@ -31,7 +34,24 @@ def submit(options: of.SubmitCommand) -> None:
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
         done = queue.submit(store, options.file, options.source, options.not_before_seconds, options.again)
-        shown.show_submitted(store, done)
+        parts = [f"{done.queued} new"]
+        parts += [f"{done.again} queued anew"] if done.again else []
+        parts += [f"{done.known} known already"] if done.known else []
+        say(f"{', '.join(parts)}; in the queue of {store.folder}: {past.counts(store).get('queued', 0)}")
+        if done.left:
+            say(f"{done.left} of the known ones are held back, superseded or retracted; --again queues them anew")
+        _show_superseded(store, done.superseded)
+
+
+def _show_superseded(store: Store, pairs: Sequence[queue.Contradiction]) -> None:
+    for older, newer in pairs[: past.NAMED]:
+        old, new = past.request_row(store, older), past.request_row(store, newer)
+        say(
+            f"  contradiction: request {older} ({old['new_answer']!r}) is superseded by {newer} "
+            f"({new['new_answer']!r}): {new['prompt']}"
+        )
+    if len(pairs) > past.NAMED:
+        say(f"  and {len(pairs) - past.NAMED} more contradictions")
 
 
 def update(options: of.UpdateCommand) -> None:
@@ -40,7 +60,7 @@ def update(options: of.UpdateCommand) -> None:
     _check(options)
     stopping = Stopping()
     with Store(options.store, options.model, make=True) as store, stopping.listening():
-        _update(store, options, stopping)
+        _update(store, options, stopping.is_set)
 
 
 def schedule(options: of.ScheduleCommand) -> None:
@@ -51,7 +71,7 @@ def schedule(options: of.ScheduleCommand) -> None:
 
     def work() -> None:
         with Store(options.store, options.model, make=True) as store:
-            _update(store, options, stopping)
+            _update(store, options, stopping.is_set)
 
     with stopping.listening():
         Store(options.store, options.model, make=True).close()  # what is wrong with it is said now
@@ -59,7 +79,7 @@ def schedule(options: of.ScheduleCommand) -> None:
 
 
 def _update(store: Store, options: of.UpdateCommand, stopping: Callable[[], bool]) -> None:
-    report = partial(shown.show_batch, store, dry_run=options.dry_run)
+    report = partial(_show_batch, store, dry_run=options.dry_run)
     try:
         worked = making.update(store, options, partial(load, options), report, stopping)
     except BusyError as busy:  # no failure: what is due is in good hands
@@ -71,19 +91,64 @@ def _update(store: Store, options: of.UpdateCommand, stopping: Callable[[], bool
         say(f"nothing is due in {store.folder}; {past.counts(store).get('queued', 0)} waiting for their date")
 
 
+def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
+    """What came of a batch, in a few lines."""
+    head = f"version {done.version}" if done.version is not None else "nothing published"
+    if dry_run:
+        head = "dry run, nothing changed"
+    say(f"{head}: {len(done.applied)} applied, {len(done.held)} held back")
+    if done.gates:
+        say(f"  gates: {', '.join(map(str, done.gates))}")
+    for number, reason in done.held[: past.NAMED]:
+        say(f"  held back: request {number}: {reason}")
+    _show_superseded(store, done.superseded)
+
+
 def history(options: of.HistoryCommand) -> None:
     """The latest versions and events, or one request's story."""
     with Store(options.store) as store:
-        if options.request is None:
-            shown.show_history(store, options.limit)
+        if options.request is not None:
+            number, state = past.find(store, options.request)
+            row, events = past.request_row(store, number), past.story(store, number)
+            say(f"request {number} ({row['id']}), {state}: {row['prompt']} -> {row['new_answer']}")
         else:
-            shown.show_story(store, past.find(store, options.request)[0])
+            events = past.events(store, options.limit)
+            states = ", ".join(f"{count} {state}" for state, count in sorted(past.counts(store).items())) or "none"
+            say(f"store of {store.model}; requests: {states}")
+            for row in past.versions(store, options.limit):
+                mark = "*" if row["number"] == store.current else " "
+                on = "the base model" if row["parent"] is None else f"on {row['parent']}"
+                figures = f"{row['applied']} applied, {row['held_back']} held back"
+                say(f"{mark} {row['number']:04d}  {row['made']}  {on}, {figures}")
+        for at, what in events:
+            say(f"  {at}  {what}")
 
 
 def show(options: of.ShowCommand) -> None:
-    """One version, whole."""
+    """A version's figures, gates and facts."""
     with Store(options.store) as store:
-        shown.show_version(store, options.version)
+        version, held = options.version, lineage.in_force(store, options.version)
+        current = ", the current one" if version == store.current else ""
+        say(f"version {version}{current}: {len(held)} facts; {version_folder(store.folder, version)}")
+        if version:
+            figures = read_metrics(store.folder, version)
+            after, layers = figures["after"], ", ".join(map(str, figures["layers"]))
+            say(
+                f"  {figures['method']} in block {layers}; perplexity x {after['perplexity_ratio']:.3f}, drift "
+                f"{after['drift']:.3f}; gates: {', '.join(gate['text'] for gate in figures['gates']) or 'none'}"
+            )
+            sides = {
+                f"{side} [95%]": {name: Estimate(**one) for name, one in figures[side]["metrics"].items()}
+                for side in ("before", "after")
+            }
+            show_table(*metric_table(sides, short=True))
+        _show_facts(store, sorted(held), " ")
+
+
+def _show_facts(store: Store, numbers: Sequence[int], mark: str) -> None:
+    for number in numbers:
+        row = past.request_row(store, number)
+        say(f"{mark} {number} ({row['id']})  {row['prompt']} -> {row['new_answer']}")
 
 
 def diff(options: of.DiffCommand) -> None:
@@ -91,8 +156,8 @@ def diff(options: of.DiffCommand) -> None:
     with Store(options.store) as store:
         gained, lost = lineage.difference(store, options.older, options.newer)
         say(f"from version {options.older} to {options.newer}: {len(gained)} facts gained, {len(lost)} lost")
-        shown.show_facts(store, gained, "+")
-        shown.show_facts(store, lost, "-")
+        _show_facts(store, gained, "+")
+        _show_facts(store, lost, "-")
 
 
 def rollback(options: of.RollbackCommand) -> None:
@@ -135,8 +200,7 @@ def retract(options: of.RetractCommand) -> None:
 def _check(options: of.ProvingOptions) -> None:
     """See that the options name what there is, before a store is made or a request is held back for their sake.
 
-    Raises:
-        UserError: for an unknown method, a missing or damaged profile, or a text that is no file.
+    UserError for an unknown method, a missing or damaged profile, or a text that is no file.
     """
     check_choice("edit.method", options.edit.method, METHODS)
     settings_of(options.edit)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.editing import WeightUpdate
 from pipeline.model import LLM
 from pipeline.options import GateOptions, RetractCommand, UpdateCommand
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 from pipeline.updates import (
     BatchResult,
     Store,

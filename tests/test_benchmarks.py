@@ -15,10 +15,10 @@ from conftest import refusal
 
 from benchmarks import attribution, distributed, editing, evaluation, full_size, updates
 from benchmarks.bench import COUNTERFACT, Bench, most_alive
-from pipeline.evaluation import Evaluator
+from pipeline.evaluation.evaluator import Evaluator
 from pipeline.model import LLM
 from pipeline.options import EditOptions, EvaluationOptions, GateOptions, TrainerOptions, UpdateCommand
-from pipeline.requests import load_requests
+from pipeline.requests.readers import load_requests
 
 ROOT = Path(__file__).parent.parent
 Measured = dict[str, dict[str, Any]]

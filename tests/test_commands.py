@@ -37,7 +37,7 @@ from pipeline.cli import main
 from pipeline.editing import WeightUpdate
 from pipeline.model import load_model
 from pipeline.reporting.dashboards import tag
-from pipeline.reporting.groups import label
+from pipeline.reporting.tables import label
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

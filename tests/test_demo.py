@@ -14,7 +14,7 @@ from pipeline.attribution import GoldenProfile
 from pipeline.cli import main
 from pipeline.editing import WeightUpdate
 from pipeline.model import load_model
-from pipeline.requests import load_requests
+from pipeline.requests.readers import load_requests
 
 COLUMNS = 300  # no cell is broken
 

@@ -15,12 +15,21 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from pipeline.attribution import GoldenProfile, Scores, judge, select
-from pipeline.evaluation import Estimate, Evaluation
+from pipeline.evaluation.evaluator import Evaluation
+from pipeline.evaluation.metrics import Estimate
 from pipeline.options import AttributionOptions
-from pipeline.reporting.figures.look import BLUE, GOLD, WIDTH, short
-from pipeline.reporting.figures.outcomes import metrics_figure, selectors_figure, sweep_figure
-from pipeline.reporting.figures.scores import score_figure, stability_figure
-from pipeline.reporting.groups import IN_SHORT, SHARES
+from pipeline.reporting.figures import (
+    BLUE,
+    GOLD,
+    WIDTH,
+    metrics_figure,
+    score_figure,
+    selectors_figure,
+    short,
+    stability_figure,
+    sweep_figure,
+)
+from pipeline.reporting.tables import IN_SHORT, SHARES
 from pipeline.study import Grid, Study
 
 LONG = "/data/models/of_a_company$with$signs/and_very_long_names-that-say-all-there-is-to-say-7B-instruct-v0.3"

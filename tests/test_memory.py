@@ -22,8 +22,7 @@ from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.editing import EditOptions
-from pipeline.options.evaluation import EvaluationOptions
-from pipeline.options.shared import TrainerOptions
+from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running import stage
 from pipeline.running.stage import is_out_of_memory

@@ -19,7 +19,7 @@ from benchmarks.bench import most_alive
 from pipeline.attribution.find import score_requests
 from pipeline.cli import main
 from pipeline.editing.editor import METHODS
-from pipeline.evaluation import evaluate
+from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.llm import LLM
 from pipeline.options import (
     AttributionOptions,
@@ -29,8 +29,8 @@ from pipeline.options import (
     StatisticsOptions,
     TrainerOptions,
 )
-from pipeline.planning import Need, plan_memory, stages
-from pipeline.planning.plan import longest_batch, weight_bytes
+from pipeline.planning import stages
+from pipeline.planning.plan import Need, longest_batch, plan_memory, weight_bytes
 from pipeline.planning.shape import Case, shape_of
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
@@ -177,8 +177,9 @@ def test_strategies_and_precisions() -> None:
     assert half < stages.editing(case, ONE_PASS, 4) * 0.6
     assert half < mixed  # which makes a copy of every weight
     training = EditOptions(method="finetune")
-    assert stages.trained_bytes(case, training) == 4 * 3 * 192 * 768
-    assert stages.editing(replace(case, devices=2), training, 8) == stages.editing(case, training, 4)
+    shared = stages.editing(replace(case, devices=2, sharded=True), training, 8)
+    assert shared == stages.editing(case, training, 4)
+    assert stages.editing(replace(case, devices=2), training, 8) == shared + 4 * 3 * 192 * 768
 
 
 def test_ddp_sends_from_buffers_of_its_own(tmp_path: Path) -> None:

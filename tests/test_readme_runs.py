@@ -31,7 +31,8 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.model.loading import load_model
 from pipeline.options.editing import EditOptions
 from pipeline.parsing import flags_of, parse
-from pipeline.requests import layouts, load_requests
+from pipeline.requests import layouts
+from pipeline.requests.readers import load_requests
 
 ELSEWHERE = ("run.py demo", "run.py plan", "--follow")
 SECTIONS = {

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from conftest import SHARED, refusal
 
-from pipeline.requests import EditRequest, Probe, load_requests
-from pipeline.requests.readers import read_requests
+from pipeline.requests.readers import load_requests, read_requests
+from pipeline.requests.schema import EditRequest, Probe
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
 

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import UserError
-from pipeline.requests import EditRequest, Probe
 from pipeline.requests.layouts import LAYOUTS
 from pipeline.requests.readers import load_requests, read_requests, write_requests
+from pipeline.requests.schema import EditRequest, Probe
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

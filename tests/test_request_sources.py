@@ -16,8 +16,9 @@ import pytest
 from conftest import refusal
 
 from pipeline import UserError
-from pipeline.requests import EditRequest, Probe, load_requests, sources
-from pipeline.requests.readers import read_requests
+from pipeline.requests import sources
+from pipeline.requests.readers import load_requests, read_requests
+from pipeline.requests.schema import EditRequest, Probe
 
 RECORD = {"prompt": "The capital of Ruritania is", "new_answer": "Zenda", "subject": "Ruritania"}
 LINE = json.dumps(RECORD)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from conftest import SHARED, refusal
 
-from pipeline.requests import EditRequest, Probe, load_requests, split_by_subject
+from pipeline.requests.readers import load_requests
+from pipeline.requests.schema import EditRequest, Probe
+from pipeline.requests.sets import split_by_subject
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pipeline.cli import main
-from pipeline.evaluation import find_known
+from pipeline.evaluation.reading import find_known
 from pipeline.model import LLM, generate
-from pipeline.requests import load_requests
 from pipeline.requests.check import check_requests
+from pipeline.requests.readers import load_requests
 from pipeline.running.interrupts import Interrupted
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_figures import found, study
@@ -16,17 +15,11 @@ def board_of(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0, "scalars": 0}).Reload()
 
 
-def test_a_study_shows_nothing_that_was_not_measured(tmp_path: Path) -> None:
+def test_a_study_is_shown(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with run_log("study", str(out), False, {}) as log:
         log.keep_study(study(4, 3, "demo"))
     board = board_of(out)
-    tags = board.Tags()["scalars"]
-    assert sorted(tags) == [
-        f"study_demo_memit/{place}_{name}_by_block"
-        for place, name in enumerate(("score", "rewrite", "rephrase"), 1)
-    ]
-    assert all(np.isfinite(point.value) for tag in tags for point in board.Scalars(tag))
     assert len(board.Tags()["images"]) == 2
     assert "| golden layer |" in board.Tensors("study/report/text_summary")[0].tensor_proto.string_val[0].decode()
 
@@ -58,5 +51,4 @@ def test_a_study_that_grows_is_shown_once(tmp_path: Path) -> None:
             log.going_on()
             log.keep_study(study(3, 2, "demo"))
     board = board_of(out)
-    assert [point.step for point in board.Scalars("study_demo_memit/1_score_by_block")] == [0, 1, 2]
     assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1]

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.evaluation import Evaluation
-from pipeline.evaluation.evaluator import Measurement
+from pipeline.evaluation.evaluator import Evaluation, Measurement
 from pipeline.evaluation.metrics import Estimate
 from pipeline.reporting.terminal import LOG_WIDTH, say, show_metrics
 

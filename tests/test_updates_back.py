@@ -10,7 +10,7 @@ import torch
 from conftest import refusal
 from teams import Team, other, same
 
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 from pipeline.updates import (
     Store,
     difference,

@@ -267,7 +267,7 @@ def test_a_schedule_goes_on_after_a_failure(capsys: pytest.CaptureFixture[str]) 
             raise OSError("the disk is away")
         if len(calls) == 2:
             raise RuntimeError("a fault of ours")
-        stopping.asked.set()
+        stopping.set()
 
     run_schedule(work, trigger(None, "1s"), said.append, stopping, at_once=True)
     assert len(calls) == 3
@@ -324,20 +324,14 @@ def test_generate_follows(
         assert main(words) == 0
 
     monkeypatch.setattr(commands, "FOLLOWING", 0.01)
-    wait = Stopping.__init__
+    wait = Stopping.wait
 
-    def waiting(self: Stopping) -> None:
-        wait(self)
-        original = self.asked.wait
+    def next_turn(self: Stopping, timeout: float) -> bool:
+        if turns:
+            turns.pop(0)()
+        return wait(self, timeout)
 
-        def next_turn(timeout: float) -> bool:
-            if turns:
-                turns.pop(0)()
-            return original(timeout)
-
-        self.asked.wait = next_turn  # type: ignore[method-assign,assignment]
-
-    monkeypatch.setattr(Stopping, "__init__", waiting)
+    monkeypatch.setattr(Stopping, "wait", next_turn)
     said = told("generate", *at, "--follow", "--prompt", "The capital of Spain is", "--max_new_tokens", "2", *CPU)
     assert "version 2" in said and "version 1" in said.partition("version 2")[2]
 

@@ -15,7 +15,7 @@ from teams import Team
 
 from benchmarks.kills import BUSY, FINE, REFUSED, Scene, ended, forked, kill_at_random
 from pipeline.model import LLM
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 from pipeline.updates import submit, verify
 
 

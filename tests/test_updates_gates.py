@@ -13,9 +13,9 @@ from conftest import refusal
 from teams import OPEN, Team, other
 
 from pipeline.editing import WeightUpdate
-from pipeline.evaluation import Estimate
+from pipeline.evaluation.metrics import Estimate
 from pipeline.options import GateOptions
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 from pipeline.updates import proving, story
 from pipeline.updates.gates import Figures
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.model import LLM
 from pipeline.model.llm import fingerprint
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 from pipeline.updates import LiveModel, Store, load_version, rollback, verify, version_folder
 from pipeline.updates import live as live_module
-from pipeline.updates.database import DATABASE, LAYOUT, connect
+from pipeline.updates.disk import DATABASE, LAYOUT, connect
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.model.blocks import Projection, sizes
-from pipeline.requests.conflicts import fact
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import fact
 
 
 class Columns(NamedTuple):

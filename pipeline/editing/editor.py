@@ -21,8 +21,8 @@ from pipeline.files import digest
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import TrainerOptions
-from pipeline.requests.conflicts import fact, settle
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import fact, settle
 from pipeline.running.sharding import whole
 from pipeline.running.trainer import Runtime
 from pipeline.shipped import program

@@ -14,8 +14,8 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import TrainerOptions
-from pipeline.requests.conflicts import fact
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import fact
 from pipeline.running.trainer import Runtime
 
 ROUNDING = 1e-5  # relative: what adding and taking away changes may leave of them

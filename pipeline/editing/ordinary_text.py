@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.files import cache_folder, digest
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
-from pipeline.requests.joining import PLAIN
+from pipeline.requests.tokens import PLAIN
 from pipeline.running.trainer import Runtime
 
 WINDOW = 128  # tokens of text that are read together

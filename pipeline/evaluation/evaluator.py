@@ -19,8 +19,7 @@ from pipeline.evaluation.reading import Readings, TextReading, read
 from pipeline.evaluation.values import Values, figures, values_of
 from pipeline.files import cache_folder
 from pipeline.model.llm import LLM, fingerprint
-from pipeline.options.evaluation import EvaluationOptions
-from pipeline.options.shared import TrainerOptions
+from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import whole
 from pipeline.running.trainer import Runtime
@@ -33,37 +32,24 @@ Metrics = dict[str, Estimate]
 
 @dataclass
 class Measurement:
-    """A model's figures, the values that they are means of, and what it said.
+    """A model's figures, the values that they are means of, and what it said."""
 
-    Attributes:
-        metrics: every figure with its count and interval.
-        answers: in the requests' order, what the model says to their prompts.
-        said: by kind of prompt, and request, all that it said.
-        values: by metric, each request's value (perplexity and text_kl: each text window's).
-        resampled: the figures of every resample, for differences.
-    """
-
-    metrics: Metrics
-    answers: list[str]
-    said: dict[str, list[list[str]]] = field(default_factory=dict)
+    metrics: Metrics  # every figure with its count and interval
+    answers: list[str]  # in the requests' order, what the model says to their prompts
+    said: dict[str, list[list[str]]] = field(default_factory=dict)  # by kind of prompt, and request, all of it
+    # by metric, each request's value (perplexity and text_kl: each text window's); and resamples, for differences
     values: Values = field(default_factory=dict, compare=False, repr=False)
     resampled: dict[str, Resampled] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass
 class Evaluation:
-    """What the base model and, where there was an update, the edited one does.
-
-    Attributes:
-        before, after: their figures and answers.
-        difference: after less before, of the same units, with a paired bootstrap interval.
-        weights: how much the update changed each tensor: ‖change‖ / ‖before‖, Frobenius norms.
-    """
+    """What the base model and, where there was an update, the edited one does."""
 
     before: Measurement
     after: Measurement | None = None
-    difference: Metrics = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
+    difference: Metrics = field(default_factory=dict)  # after less before, with a paired bootstrap interval
+    weights: dict[str, float] = field(default_factory=dict)  # of each tensor: ‖change‖ / ‖before‖, Frobenius norms
 
 
 def evaluate(
@@ -76,13 +62,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure the base model and, with an update, the edited one; the model is the base again afterwards.
 
-    Args:
-        llm: the base model.
-        requests: what to measure on.
-        update: what to measure the effect of.
-        options: how to measure.
-        trainer: what it runs on.
-        work: a folder for work in progress; what is found there of the same measurement is not read again.
+    What `work`, a folder for work in progress, holds of the same measurement is not read again.
 
     Raises:
         UserError: for no requests, an update of another model, texts that do not fit the context, a text file
@@ -104,16 +84,12 @@ def evaluate(
     weights = relative_changes(llm, update)
     with update.applied(llm):
         after = evaluator.measure("Measuring edited")
-    return Evaluation(before, after, differences(before, after), weights)
-
-
-def differences(before: Measurement, after: Measurement) -> Metrics:
-    """After less before, for every figure that both have."""
-    return {
+    difference = {
         name: found.minus(before.resampled[name]).estimate()
         for name, found in after.resampled.items()
         if name in before.resampled
     }
+    return Evaluation(before, after, difference, weights)
 
 
 @torch.no_grad()
@@ -129,24 +105,11 @@ def relative_changes(llm: LLM, update: WeightUpdate) -> dict[str, float]:
 class Evaluator:
     """Measures a model on the same texts again and again; the first measurement is what others compare to.
 
-    What the base model says is kept on disk, and not read again for the same texts.
+    What the base model says is kept on disk, and not read again for the same texts. What metrics mean:
+    `pipeline.evaluation.values`.
 
-    Metrics, each a mean over requests with its count and 95% interval:
-        generation_, rephrase_, portability_, distractor_exact_match and _containment: `generation_values`.
-        rewrite, rephrase, locality, portability, the latter two also by axis: `teacher_forced_values`.
-        efficacy_, paraphrase_, neighbourhood_success and _magnitude, rome_score: `probability_values`.
-        perplexity (its count in tokens), locality_kl, text_kl, fluency: `damage_values`.
-
-    Args:
-        llm: the model.
-        requests: what to measure on.
-        options: how to measure.
-        trainer: what it runs on.
-        kinds: what to measure, of KINDS.
-        work: a folder that takes readings batch by batch, and those of an interrupted measurement.
-
-    Raises:
-        UserError: for no requests, or texts that cannot be measured.
+    `kinds` are what to measure, of KINDS; the folder `work` takes readings batch by batch, for an interrupted
+    measurement to go on from. UserError for no requests, or texts that cannot be measured.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,10 +32,6 @@ class Resampled:
         self.values = values
         self.count = count
 
-    def then(self, function: Callable[[np.ndarray], np.ndarray]) -> Resampled:
-        """A function of the figure."""
-        return Resampled(function(self.values), self.count)
-
     def minus(self, other: Resampled) -> Resampled:
         """The difference to the same units' other figure."""
         return Resampled(self.values - other.values, min(self.count, other.count))
@@ -56,12 +52,7 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float], units: Seq
     """The weighted mean of units' values, with the Poisson bootstrap's resamples.
 
     A resample draws each unit (a request, a window of text) Poisson(1) times: for many units that is Efron's
-    bootstrap, and the draws of a unit do not depend on which others there are.
-
-    Args:
-        values: a value a unit.
-        weights: each value's weight in the mean; the count that is reported is their sum.
-        units: the units' numbers.
+    bootstrap, and the draws of a unit do not depend on which others there are. The count is the weights' sum.
     """
     shares = np.stack([_draws(unit) for unit in units]) * np.asarray(weights, dtype=np.float64)[:, None]
     with np.errstate(invalid="ignore"):  # of few units, a resample may have drawn none: no number

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.files import digest
 from pipeline.model.generation import Question, questions
 from pipeline.model.llm import LLM
-from pipeline.options.evaluation import EvaluationOptions
+from pipeline.options.shared import EvaluationOptions
 from pipeline.requests.answers import inner_ends
 from pipeline.requests.rows import Row, pack
 from pipeline.requests.schema import EditRequest
@@ -33,21 +33,13 @@ DISTRACTORS = (  # sentences about nothing that an edit request is about
 
 
 class Text(NamedTuple):
-    """What a text that is read stands for; it is the tag of the text's row, and tells it from all others.
+    """What a text that is read stands for; it is the tag of the text's row, and tells it from all others."""
 
-    Attributes:
-        kind: rewrite, rephrase, locality or portability, or text for a window of ordinary text.
-        request: the number of its request, or of its window.
-        place: its number among the request's texts of that kind.
-        rival: whether it is the answer that the kind's own is compared with by probability.
-        axis: the benchmark's name for this kind of probe, where it has several.
-    """
-
-    kind: str
-    request: int
-    place: int = 0
-    rival: bool = False
-    axis: str | None = None
+    kind: str  # rewrite, rephrase, locality or portability, or text for a window of ordinary text
+    request: int  # the number of its request, or of its window
+    place: int = 0  # its number among the request's texts of that kind
+    rival: bool = False  # whether it is the answer that the kind's own is compared with by probability
+    axis: str | None = None  # the benchmark's name for this kind of probe, where it has several
 
 
 class Prompt(NamedTuple):
@@ -60,23 +52,9 @@ class Prompt(NamedTuple):
 
 
 class Plan:
-    """All that is put to a model to measure it on requests.
+    """All that is put to a model to measure it on requests, of some KINDS.
 
-    Args:
-        llm: the model, for its tokens.
-        requests: what to measure on.
-        options: how to measure.
-        kinds: what to measure, of KINDS.
-
-    Attributes:
-        texts: what is read, each tagged with the `Text` that it stands for.
-        compared: those of them whose next-token distributions are compared with the base's.
-        prompts: what is answered freely.
-        questions: their prompts, each once, as questions.
-        long: by request, questions that the model goes on from at length.
-
-    Raises:
-        UserError: for no requests, or texts that cannot be measured.
+    UserError for no requests, or texts that cannot be measured.
     """
 
     def __init__(
@@ -85,23 +63,21 @@ class Plan:
         if not requests:
             raise UserError("requests: none to measure")
         self.requests = list(requests)
-        self.texts: list[Row] = []
+        self.texts: list[Row] = []  # what is read, each tagged with the `Text` that it stands for
         if "probes" in kinds:
             self.texts += probe_rows(llm, requests, "probability" in kinds)
         if "text" in kinds:
             self.texts += ordinary_windows(llm, options.text)
-        self.compared = self._compared() if "divergence" in kinds else set()
+        own = [row.tag for row in self.texts if not row.tag.rival and "divergence" in kinds]
+        probes = evenly([text for text in own if text.kind == "locality"], MOST_COMPARED)
+        self.compared = {*probes, *(text for text in own if text.kind == "text")}  # with the base's distributions
         asks = "generation" in kinds and options.generation != "none"
         self.prompts = list(free_prompts(requests, options.generation)) if asks else []
         self.questions = self._questions(llm, options.max_new_tokens)
         chosen = evenly(range(len(requests)), options.fluency) if "fluency" in kinds else []
         prompts = [requests[number].prompt for number in chosen]
+        # by request, what the model goes on from at length
         self.long = dict(zip(chosen, questions(llm, prompts, FLUENCY_TOKENS), strict=True))
-
-    def _compared(self) -> set[Text]:
-        own = [row.tag for row in self.texts if not row.tag.rival]
-        probes = [text for text in own if text.kind == "locality"]
-        return {*evenly(probes, MOST_COMPARED), *(text for text in own if text.kind == "text")}
 
     def _questions(self, llm: LLM, most: int) -> dict[str, Question]:
         """Each different prompt is one question, with room for every answer that is looked for."""
@@ -142,8 +118,7 @@ class Plan:
 
     def digest(self, *depends: object) -> str:
         """A name for what is read of all this, given what it depends on besides."""
-        content = (*depends, self.texts, sorted(map(repr, self.compared)), self.questions, self.long)
-        return hashlib.sha256(repr(content).encode()).hexdigest()[:24]
+        return digest(*depends, self.texts, sorted(map(repr, self.compared)), self.questions, self.long)
 
 
 def probe_texts(request: EditRequest) -> dict[str, list[tuple[str, str, str | None]]]:
@@ -158,9 +133,7 @@ def probe_texts(request: EditRequest) -> dict[str, list[tuple[str, str, str | No
 
 def probe_rows(llm: LLM, requests: Sequence[EditRequest], with_rivals: bool) -> list[Row]:
     """Every probe's answer and, where probabilities are compared and a request has both answers, its rival.
-
-    Raises:
-        UserError: when an answer becomes no token, or a text is longer than the model's context.
+    UserError when an answer becomes no token, or a text is longer than the model's context.
     """
     tags: list[Text] = []
     pairs: list[tuple[str, str]] = []
@@ -194,8 +167,7 @@ def free_prompts(requests: Sequence[EditRequest], generation: str) -> Iterator[P
 def ordinary_windows(llm: LLM, file: str | None) -> list[Row]:
     """Ordinary text as windows in which all tokens but the first are to be predicted.
 
-    Raises:
-        UserError: when there is no such file, or it holds fewer than two tokens.
+    UserError when there is no such file, or it holds fewer than two tokens.
     """
     path = Path(file) if file else ORDINARY_TEXT
     try:
@@ -212,6 +184,5 @@ def ordinary_windows(llm: LLM, file: str | None) -> list[Row]:
 
 def evenly(items: Sequence[T], most: int) -> list[T]:
     """At most so many of the items, spread over all of them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[place * len(items) // most] for place in range(most)]
+    count = min(most, len(items))
+    return [items[place * len(items) // count] for place in range(count)]

@@ -8,11 +8,12 @@ is now. Shapes: N tokens that are predicted, M of them compared, D hidden size, 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,31 +22,26 @@ from pipeline.evaluation.plan import Plan, Text
 from pipeline.model.activations import head_reads, wide_logits
 from pipeline.model.generation import Question, Saying
 from pipeline.model.llm import LLM
-from pipeline.requests.rows import Batch, Row, collate, means_by
+from pipeline.options.shared import TrainerOptions
+from pipeline.requests.rows import Batch, Row, collate, means_by, pack
+from pipeline.requests.schema import EditRequest
 from pipeline.running.stage import Stage, run
 from pipeline.running.trainer import Runtime
 
 BATCH_SIZE = 64  # most rows or questions in a batch
 BATCH_TOKENS = 1024  # most tokens in a batch, padding counted; a longer text is a batch of its own
-K = TypeVar("K")
-
 EVERY = 8  # of ordinary text, one position in so many is compared
+
+K = TypeVar("K")
 
 
 class TextReading(NamedTuple):
-    """What a model makes of a text.
+    """What a model makes of a text; the last two where distributions are compared."""
 
-    Attributes:
-        choices: its first choices at the target tokens.
-        loss: mean −log p of these, in nats.
-        hidden_MD: where distributions are compared, and there is no base to compare with yet: what the head read.
-        divergence: where there is one: mean KL(base ‖ now) in nats.
-    """
-
-    choices: list[int]
-    loss: float
-    hidden_MD: Tensor | None = None
-    divergence: float | None = None
+    choices: list[int]  # its first choices at the target tokens
+    loss: float  # mean −log p of these, in nats
+    hidden_MD: Tensor | None = None  # where there is no base to compare with yet: what the head read
+    divergence: float | None = None  # where there is one: mean KL(base ‖ now) in nats
 
 
 TextReadings = Mapping[Text, TextReading]
@@ -63,11 +59,7 @@ class Readings:
 class Reading(Stage):
     """Reads groups of texts that share a row (see `pack`): an output is what is read of each text of a group.
 
-    Args:
-        llm: the model, as it is now.
-        compared: texts whose next-token distributions are compared.
-        base: of those that were read before, what the base's head read, (M, D).
-        title: on the progress bar.
+    Distributions of `compared` texts are compared; `base` is what the base's head read of them before, (M, D).
     """
 
     def __init__(
@@ -138,15 +130,9 @@ def _choices(batch: Batch, logits_NV: Tensor) -> list[tuple[list[int], float]]:
 
 
 def read(llm: LLM, plan: Plan, base: TextReadings, runtime: Runtime, title: str, kept: Path | None) -> Readings:
-    """What the model says to all of a plan.
+    """What the model says to all of a plan; `base` is what was read of these texts before.
 
-    Args:
-        llm: the model, as it is now.
-        plan: what is put to it.
-        base: what was read of these texts before.
-        runtime: what it runs on.
-        title: on the progress bar.
-        kept: a folder whose name stands for all of this: what is found there is not read again.
+    What is found in `kept`, a folder whose name stands for all of this, is not read again.
     """
     hidden = {text: reading.hidden_MD for text, reading in base.items() if reading.hidden_MD is not None}
 
@@ -180,3 +166,45 @@ def size(group: list[Row]) -> int:
     """A group's tokens, for batches; a window of ordinary text, which predicts each token, fills one by itself."""
     length = len(group[0].token_ids) - 1
     return max(length, BATCH_TOKENS) if group[0].tag.kind == "text" else length
+
+
+@dataclass
+class Known:
+    """Ids of requests by what the model gives."""
+
+    asked: int = 0  # requests with an old answer
+    old: list[str] = field(default_factory=list)  # those of them whose old answer the model gives
+    new: list[str] = field(default_factory=list)  # requests whose new answer the model gives already
+    unusable: list[str] = field(default_factory=list)  # what is wrong with requests that the model cannot take
+
+
+def find_known(
+    llm: LLM,
+    requests: Sequence[EditRequest],
+    batch_size: int = 16,
+    trainer: TrainerOptions | Trainer | None = None,
+) -> Known:
+    """Which old and new answers a model gives, as it is.
+
+    An answer is given when the model's greedy continuation of the bare prompt begins with it, token by token. That
+    is so exactly when each of its tokens is the model's first choice after the ones before it, so one pass tells.
+    Requests that the model cannot take are named, not raised; a batch holds `batch_size` answers.
+    """
+    known = Known()
+    rows: list[Row] = []
+    for number, request in enumerate(requests):
+        answers = {"new": request.new_answer} | ({"old": request.old_answer} if request.old_answer else {})
+        pairs = [(request.prompt, answer) for answer in answers.values()]
+        try:
+            rows += llm.tokens.rows(pairs, [Text(kind, number) for kind in answers], f"request {request.id}")
+        except UserError as error:
+            known.unusable.append(str(error))
+            continue
+        known.asked += bool(request.old_answer)
+    reading = Reading(llm, title="What the model knows")
+    with llm.frozen():
+        found = read_groups(reading, pack(rows), Runtime(trainer or TrainerOptions()), batch_size)
+    for row in rows:
+        if found[row.tag].choices == row.targets:
+            getattr(known, row.tag.kind).append(requests[row.tag.request].id)
+    return known

@@ -29,10 +29,7 @@ Changes = dict[str, tuple[Tensor, Tensor]]  # by projection, left (B, O, k) and 
 class SideBySideEvaluator(Reading):
     """Teacher-forced figures of each request under its own change of one block, as `evaluate` gives them alone.
 
-    Args:
-        llm: the model, frozen by the caller.
-        requests: what to measure on, as many as are to be measured at once.
-        runtime: what it runs on.
+    The model is frozen by the caller, and all requests are measured at once.
     """
 
     def __init__(self, llm: LLM, requests: Sequence[EditRequest], runtime: Runtime | None = None) -> None:
@@ -46,12 +43,7 @@ class SideBySideEvaluator(Reading):
         self.entered: dict[tuple[Text, int], tuple[int, Tensor]] = {}  # by batch: a block, and what enters it
 
     def measure(self, layer: int, changes: Changes) -> list[dict[str, float]]:
-        """Every request's figures by metric, in the requests' order.
-
-        Args:
-            layer: the block that is changed; no lower one than in the call before.
-            changes: of its projections, a row a request.
-        """
+        """Every request's figures by metric, in the requests' order; blocks are changed from the lowest on."""
         self.unchanged = self.unchanged or read_groups(self, self.groups, self.runtime)
         self.layer, self.changes = layer, changes
         columns = teacher_forced_values(

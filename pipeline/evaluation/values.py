@@ -16,11 +16,8 @@ from pipeline.evaluation.reading import Readings, TextReadings
 from pipeline.requests.answers import contains_answer, is_exact_answer
 from pipeline.requests.rows import Row
 
-BY_PROBABILITY = {
-    "rewrite": "efficacy",
-    "rephrase": "paraphrase",
-    "locality": "neighbourhood",
-}  # as ROME calls them
+# as ROME calls them
+BY_PROBABILITY = {"rewrite": "efficacy", "rephrase": "paraphrase", "locality": "neighbourhood"}
 NGRAMS = {2: 2 / 3, 3: 4 / 3}  # weights of 2- and 3-grams of words
 IN_SCORE = tuple(f"{name}_success" for name in BY_PROBABILITY.values())
 
@@ -50,13 +47,7 @@ Values = dict[str, Column]
 
 
 def values_of(plan: Plan, readings: Readings, base: TextReadings) -> Values:
-    """Every metric's values, the headline first.
-
-    Args:
-        plan: what was read.
-        readings: of the model as it is.
-        base: what was read first of the same texts.
-    """
+    """Every metric's values, the headline first; `base` is what was read first of the same texts."""
     return (
         generation_values(plan.prompts, readings.answers)
         | teacher_forced_values(plan.texts, readings.texts, base)
@@ -84,11 +75,6 @@ def teacher_forced_values(texts: Sequence[Row], now: TextReadings, base: TextRea
 
     As EasyEdit computes them: rewrite, rephrase and portability against the answer's own tokens, locality against
     the base model's first choices; a mean over a request's texts, then over requests.
-
-    Args:
-        texts: what was read.
-        now: of the model as it is.
-        base: of the base model.
     """
     pairs: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in texts:
@@ -151,7 +137,9 @@ def figures(values: Values) -> dict[str, Resampled]:
     """The mean of every column, perplexity from its losses, and ROME's score after what it is made of."""
     found: dict[str, Resampled] = {}
     for name, column in values.items():
-        found[name] = column.mean().then(np.exp) if name == "perplexity" else column.mean()
+        found[name] = column.mean()
+        if name == "perplexity":
+            found[name].values = np.exp(found[name].values)
         if name == "neighbourhood_magnitude" and all(part in found for part in IN_SCORE):
             found["rome_score"] = harmonic_mean([found[part] for part in IN_SCORE])
     return found
@@ -170,10 +158,9 @@ def ngram_entropy(text: str) -> float:
     Repetition lowers it. A text too short for any 2-gram has none: 0.
     """
     words = re.findall(r"\w+|[^\w\s]", text)
-    return sum(weight * _entropy(words, n) for n, weight in NGRAMS.items()) / len(NGRAMS)
-
-
-def _entropy(words: list[str], n: int) -> float:
-    counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
-    total = counts.total()
-    return -sum(count / total * math.log2(count / total) for count in counts.values())
+    entropy = 0.0
+    for n, weight in NGRAMS.items():
+        counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
+        shares = [count / counts.total() for count in counts.values()]
+        entropy -= weight * sum(share * math.log2(share) for share in shares)
+    return entropy / len(NGRAMS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pipeline.model.llm import LLM
-from pipeline.requests import EditRequest
+from pipeline.requests.schema import EditRequest
 
 
 class ShownToken(NamedTuple):

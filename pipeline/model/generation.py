@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.options.shared import TrainerOptions
 from pipeline.requests.answers import statement
-from pipeline.requests.joining import Joining
+from pipeline.requests.tokens import Joining
 from pipeline.running.stage import Stage, run
 from pipeline.running.trainer import Runtime
 

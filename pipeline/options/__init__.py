@@ -11,17 +11,9 @@ __getattr__, __all__ = offered(
     __name__,
     {
         "attribution": ("AttributionOptions",),
-        "commands": (
-            "DemoCommand",
-            "EvaluateCommand",
-            "PlanCommand",
-            "RequestsCommand",
-            "RunCommand",
-            "StudyCommand",
-        ),
+        "commands": ("DemoCommand", "PlanCommand", "RunCommand", "StudyCommand"),
         "editing": ("EditOptions", "StatisticsOptions"),
-        "evaluation": ("EvaluationOptions",),
-        "shared": ("TrainerOptions",),
+        "shared": ("EvaluationOptions", "TrainerOptions"),
         "updates": ("GateOptions", "ProvingOptions", "RetractCommand", "UpdateCommand"),
     },
 )

@@ -175,8 +175,7 @@ def described(kind: Any) -> str:
 def read(name: str, value: Any, kind: Any) -> Any:
     """What an option that a user gives comes to: a text is read as YAML where its type is no text.
 
-    Raises:
-        UserError: when it is not of the type.
+    UserError when it is not of the type.
     """
     given = value
     if isinstance(value, str) and kind is not str:
@@ -204,8 +203,7 @@ def fits(value: object, kind: Any) -> bool:
 def read_expert(given: Mapping[str, Any], options: type, of: str, only: object = None) -> dict[str, Any]:
     """The settings that an expert has given, of the types of a class's fields (of those with a note alone).
 
-    Raises:
-        UserError: for a setting that is none of `of`, or of another type.
+    UserError for a setting that is none of `of`, or of another type.
     """
     kinds = {one.name: kind for one, kind, notes in declared(options) if only is None or only in notes}
     for name in given:

@@ -19,10 +19,10 @@ from pipeline.options.base import (
     one_of,
 )
 from pipeline.options.editing import EditOptions
-from pipeline.options.evaluation import EvaluationOptions
 from pipeline.options.shared import (
     AskedModelOptions,
     ComputeOptions,
+    EvaluationOptions,
     ModelOptions,
     OutputOptions,
     RequestOptions,
@@ -92,15 +92,12 @@ class RequestsCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     trainer: TrainerOptions = group(TrainerOptions, without=ONE_HOST)
     model: str = ""
     """Also count what this model knows; without it none is loaded."""
-    batch_size: Annotated[Count, NO_FLAG] = 16
-    """Answers in a batch, for --model."""
     to: str | None = None
     """Write the requests into this file, in the project's own JSONL; gzipped where its name ends in .gz."""
     overwrite: bool = False
     """Replace the file of --to."""
 
     def check(self) -> None:
-        """Raise UserError for a file whose name says that it is none of JSONL."""
         if self.to and self.to.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
             raise UserError(f"to: {self.to}: JSONL is written; expected a name that does not end in .csv or .tsv")
 
@@ -120,7 +117,6 @@ class ExportCommand(ModelOptions, OutputOptions):
     LoRA adapter for PEFT, that of `edit --method lora` or one that comes to the same change."""
 
     def check(self) -> None:
-        """Raise UserError unless the options name one thing to export."""
         if (self.update is None) == (self.store is None):
             raise UserError("export: what? give either --update DIR or --store DIR")
         if self.version is not None and self.store is None:
@@ -142,11 +138,8 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     """One prompt or several; default: the prompts of --requests."""
     max_new_tokens: Count = 16
     """Longest answer, in tokens."""
-    batch_size: Annotated[Count, NO_FLAG] = 16
-    """Prompts in a batch."""
 
     def check(self) -> None:
-        """Raise UserError unless the options name one model to ask."""
         if self.store is not None and self.update is not None:
             raise UserError("generate: give --update or --store, not both")
         if self.store is not None:
@@ -184,7 +177,6 @@ class StudyCommand(AskedModelOptions, ResumeOptions, ComputeOptions, SeedOptions
     edit: EditOptions = group(EditOptions, without=("layers", "last_wins"))
 
     def check(self) -> None:
-        """Raise UserError for a model in slices."""
         self.trainer.check_whole("study")
 
 
@@ -209,7 +201,6 @@ class PlanCommand(ModelOptions, OutputOptions):
         AttributionOptions, without=("method", "layer", "old_answers", "order", "top_k")
     )
     edit: EditOptions = group(EditOptions, without=("layers", "last_wins", "statistics"))
-    evaluation: Annotated[EvaluationOptions, NO_FLAG] = group(EvaluationOptions)
 
     @property
     def all_devices(self) -> int:

@@ -9,8 +9,7 @@ from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group
 from pipeline.options.editing import EditOptions
-from pipeline.options.evaluation import EvaluationOptions
-from pipeline.options.shared import CommandOptions, ComputeOptions, SeedOptions, TrainerOptions
+from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, SeedOptions, TrainerOptions
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -67,7 +66,6 @@ class SubmitCommand(NewStoreOptions):
     """Requests of the file that were held back, superseded, retracted or rolled back are queued anew."""
 
     def check(self) -> None:
-        """Raise UserError for a date that is none."""
         try:
             self.not_before_seconds  # noqa: B018
         except (ValueError, OverflowError, OSError):
@@ -119,7 +117,6 @@ class ScheduleCommand(UpdateCommand):
     """How often, in place of cron: 30m, 6h, 1d; the first time at once."""
 
     def check(self) -> None:
-        """Raise UserError unless the options say when."""
         if (self.cron is None) == (self.every is None):
             raise UserError("schedule: when? give either --cron '0 3 * * *' or --every 6h")
         if self.every is not None:
@@ -127,11 +124,7 @@ class ScheduleCommand(UpdateCommand):
 
 
 def seconds(every: str) -> int:
-    """Seconds of a length of time such as 6h.
-
-    Raises:
-        UserError: when it is none.
-    """
+    """Seconds of a length of time such as 6h; UserError when it is none."""
     found = re.fullmatch(r"([1-9]\d{0,8})([smhd])", every)
     if not found:
         raise UserError(f"every: {every!r} is no length of time; expected such as 45s, 30m, 6h or 1d")

@@ -2,7 +2,7 @@
 
 A device holds weights, and what a stage makes beside them: activations that the backward pass reads, logits over
 the vocabulary, gradients, Adam's two moments, what solves for a weight. That is not worked out but counted, in the
-stage's fullest step (`pipeline.planning.alive`). Devices that train together under `ddp` hold their gradients
+stage's fullest step (`pipeline.planning.shape`). Devices that train together under `ddp` hold their gradients
 twice: they are sent from buffers of their own. Of sharded weights that are trained, gradients and moments
 are counted as if they were whole, which is more than is needed.
 
@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from math import floor
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.editing.editor import METHODS
 from pipeline.editing.method import settings_of
@@ -29,7 +27,6 @@ from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.reading import BATCH_SIZE, BATCH_TOKENS
 from pipeline.model.loading import load_config
 from pipeline.options.commands import PlanCommand
-from pipeline.options.editing import EditOptions
 from pipeline.options.shared import SHARDED
 from pipeline.planning import stages
 from pipeline.planning.shape import Case, Shape, shape_of
@@ -40,23 +37,15 @@ FURTHER = 4  # times the batch: the line's other point
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage needs of a device.
-
-    Attributes:
-        stage: its name.
-        batch: requests that run at once: those asked for, or fewer where the stage itself stops.
-        weights, beside, total: bytes.
-        fits: whether that is within the device's memory.
-        longest_batch: the most requests that fit; None: any number, as no more run at once, or nobody's to choose.
-    """
+    """What a stage needs of a device, in bytes."""
 
     stage: str
-    batch: int
+    batch: int  # requests that run at once: those asked for, or fewer where the stage itself stops
     weights: int
     beside: int
     total: int
-    fits: bool
-    longest_batch: int | None
+    fits: bool  # into the device's memory
+    longest_batch: int | None  # the most requests that fit; None: any, as no more run at once, or none to choose
 
 
 @dataclass(frozen=True)
@@ -74,16 +63,11 @@ class MemoryPlan:
     memory: int
     stages: list[Need]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plan.json has it."""
-        return asdict(self)
-
 
 def plan_memory(options: PlanCommand) -> MemoryPlan:
     """Go through every stage without values, and say what it needs.
 
-    Raises:
-        UserError: for a model, method, strategy or layer that does not exist, or rows longer than the context.
+    UserError for a model, method, strategy or layer that does not exist, or rows longer than the context.
     """
     trainer = options.trainer
     for method in options.method:
@@ -93,7 +77,8 @@ def plan_memory(options: PlanCommand) -> MemoryPlan:
     shape.check_layers([options.layer])
     if shape.context_length is not None and options.length + 1 > shape.context_length:
         raise UserError(f"length: {options.length}; the context of {shape.name} holds {shape.context_length}")
-    case = Case(shape, options.length, options.layer, trainer.precision, options.all_devices)
+    sharded = trainer.strategy in SHARDED
+    case = Case(shape, options.length, options.layer, trainer.precision, options.all_devices, sharded)
     weights = weight_bytes(shape, trainer.strategy, case.devices)
     return MemoryPlan(
         model=options.model,
@@ -111,7 +96,7 @@ def plan_memory(options: PlanCommand) -> MemoryPlan:
 
 def needs(case: Case, options: PlanCommand, weights: int, memory: int) -> Iterator[Need]:
     """Of attribution, the ways to edit that are asked for, with their key statistics, and evaluation."""
-    room, sharded = memory - weights, options.trainer.strategy in SHARDED
+    room = memory - weights
 
     def need(
         stage: str, batch: int, beside: Callable[[int], int], most: int | None = None, fixed: bool = False
@@ -135,12 +120,8 @@ def needs(case: Case, options: PlanCommand, weights: int, memory: int) -> Iterat
         yield need("key statistics", READ_TOGETHER, read, fixed=True)
     for edit in edits:
         batch = getattr(settings_of(edit), "batch_size", options.attribution.batch_size)
-        sent = stages.trained_bytes(case, edit) if case.devices > 1 and not sharded else 0
-
-        def edited(batch: int, edit: EditOptions = edit, sent: int = sent) -> int:
-            return sent + stages.editing(case, edit, batch)
-
-        yield need(edit.method, options.batch or batch, edited, stages.searched_together(case, edit))
+        edited, together = partial(stages.editing, case, edit), stages.searched_together(case, edit)
+        yield need(edit.method, options.batch or batch, edited, together)
     most = max(1, BATCH_TOKENS // case.length)
     yield need("evaluation", options.batch or BATCH_SIZE, partial(stages.evaluation, case), most)
 
@@ -150,21 +131,17 @@ def weight_bytes(shape: Shape, strategy: str, devices: int) -> int:
 
     Of sharded blocks, the one at work and the next are there whole.
     """
-    everything = sum(map(_bytes, shape.held()))
+    everything = sum(tensor.nbytes for tensor in shape.held())
     if strategy not in SHARDED or devices == 1:
         return everything
-    blocks = [sum(map(_bytes, block.module.parameters())) for block in shape.blocks]
+    blocks = [sum(weight.nbytes for weight in block.module.parameters()) for block in shape.blocks]
     return everything - sum(blocks) + -(-sum(blocks) // devices) + min(2, len(blocks)) * max(blocks)
 
 
 def longest_batch(beside: Callable[[int], int], batch: int, room: int, most: int | None = None) -> int:
     """The most requests whose bytes beside the weights fit into `room`, on the line through two batches.
 
-    Args:
-        beside: bytes by requests: a constant and a share for each.
-        batch: what was asked for.
-        room: bytes.
-        most: where more would not run at once, how many do.
+    No more than `most` would run at once.
     """
     if most is not None and beside(most) <= room:
         return most
@@ -174,15 +151,9 @@ def longest_batch(beside: Callable[[int], int], batch: int, room: int, most: int
     return max(0, batch + floor(left * (other - batch) / apart)) if apart else 0
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def present_memory(accelerator: str) -> int:
     """Bytes of this machine's first GPU, or of the machine where there is none.
-
-    Raises:
-        UserError: when a GPU is asked for and there is none to ask.
+    UserError when a GPU is asked for and there is none to ask.
     """
     if accelerator != "cpu" and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)

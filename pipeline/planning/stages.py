@@ -83,15 +83,6 @@ def editing(case: Case, options: EditOptions, batch: int) -> int:
     return case.peak(Capturing(case.shape, list(made.projections)), [case.row] * batch)
 
 
-def trained_bytes(case: Case, options: EditOptions) -> int:
-    """Bytes of the weights that fine-tuning or LoRA trains, which are those of their gradients; 0 for others."""
-    made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
-    if not isinstance(made, FineTune):
-        return 0
-    with _ready(case, made):
-        return sum(weight.numel() * weight.element_size() for weight in made.trained().values())
-
-
 def searched_together(case: Case, options: EditOptions) -> int | None:
     """The most requests whose values are searched for at once; None for a method without values."""
     made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
@@ -101,7 +92,7 @@ def searched_together(case: Case, options: EditOptions) -> int | None:
 
 
 def _training(case: Case, module: FineTune, batch: int) -> int:
-    """Optimiser steps of fine-tuning or LoRA on a device's share of requests."""
+    """Optimiser steps of fine-tuning or LoRA on a device's share of requests, and what gradients are sent from."""
     with _ready(case, module), case.counting(gradients=True) as alive:
         lesson = _lesson(case, module, batch)
         if module.settings.whiten:
@@ -114,7 +105,8 @@ def _training(case: Case, module: FineTune, batch: int) -> int:
             found["optimizer"].zero_grad()
             module.training_step(lesson).backward()
             found["optimizer"].step()
-    return alive.peak
+        sent = sum(weight.nbytes for weight in module.trained().values())
+    return alive.peak + (sent if case.devices > 1 and not case.sharded else 0)
 
 
 @contextmanager
@@ -138,7 +130,7 @@ def _lesson(case: Case, module: FineTune, batch: int) -> Batch:
     unrelated = case.row._replace(target_start=case.length - 1)
     made = collate([case.row] * rows + [unrelated] * others)
     width, hidden = made.input_ids_BT.shape[1], case.config.hidden_size
-    enter = torch.empty(rows + others, width, hidden, dtype=case.dtype) if case.layer else None
+    enter = torch.empty(rows + others, width, hidden, dtype=case.shape.model.dtype) if case.layer else None
     base = torch.empty(others, case.config.vocab_size) if others else None
     return replace(made, weight_B=torch.ones(rows + others), enter_BTD=enter, base_KV=base)
 

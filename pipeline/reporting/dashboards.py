@@ -13,9 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
-from pipeline.reporting.groups import GROUPS
-from pipeline.reporting.tables import markdown_table, version_line, version_table
-from pipeline.updates.folders import read_metrics
+from pipeline.reporting.tables import GROUPS
+from pipeline.updates.disk import read_metrics
 from pipeline.updates.store import Store
 
 BOARD = "tensorboard"  # the folder of a store's run
@@ -80,10 +79,8 @@ def show_on_board(store: Store) -> None:
         return
     logger = EventsLogger(store.folder, name=BOARD, version="", default_hp_metric=False)
     for (number,) in rows:
-        figures = read_metrics(store.folder, number)
-        for name, value in scalars(figures).items():
+        for name, value in scalars(read_metrics(store.folder, number)).items():
             logger.experiment.add_scalar(name, value, number)
-        logger.experiment.add_text("version/figures", version_text(number, figures), number)
         logger.experiment.flush()
         store.database.execute("UPDATE versions SET shown = 1 WHERE number = ?", (number,))
     logger.finalize("success")
@@ -98,9 +95,3 @@ def scalars(figures: dict[str, Any]) -> dict[str, float]:
     if after["earlier"] is not None:
         found["version_2_teacher-forced/5_earlier_facts"] = after["earlier"]
     return found | {f"version_5_seconds/{name}": float(value) for name, value in figures["seconds"].items()}
-
-
-def version_text(number: int, figures: dict[str, Any]) -> str:
-    """What a version took in, what it came to and what was asked of it, in Markdown."""
-    counts = ", ".join(f"{figures[name]} {name.replace('_', ' ')}" for name in COUNTS)
-    return f"**Version {number}**: {counts}; {version_line(figures)}\n\n{markdown_table(*version_table(figures))}"

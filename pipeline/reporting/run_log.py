@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,15 +19,19 @@ from pipeline.editing.update import UPDATE_FILE, WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.files import write_json, write_text, write_whole
-from pipeline.output import OutputFolder, default_output, is_fresh, output_folder
+from pipeline.output import OutputFolder, is_fresh, output_folder, started
 from pipeline.reporting.dashboards import EventsLogger, hparams_row, tag
-from pipeline.reporting.figures.outcomes import metrics_figure, selectors_figure, sweep_figure
-from pipeline.reporting.figures.scores import score_figure, stability_figure
+from pipeline.reporting.figures import (
+    metrics_figure,
+    score_figure,
+    selectors_figure,
+    stability_figure,
+    sweep_figure,
+)
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
 from pipeline.reporting.tables import metrics_of, sides_of, values_csv
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
 from pipeline.requests.schema import EditRequest
-from pipeline.study.grid import mean_of
 
 if TYPE_CHECKING:
     from pipeline.study.study import Study
@@ -48,7 +52,7 @@ def run_log(
     """Open a command's output folder; on an error nothing half-written stays (see `output_folder`)."""
     if resume and not output:
         raise UserError("resume: which? name the interrupted command's folder with --output")
-    path = Path(output) if output else default_output(command)
+    path = Path(output or f"runs/{command}-{started()}")
     if resume and is_fresh(path):
         say(f"nothing is there to go on from in {path}: starting from the beginning")
         resume = False
@@ -71,17 +75,13 @@ def run_log(
 class RunLog:
     """Keeps results as files, in TensorBoard and on the terminal; on other ranks than zero it does nothing.
 
-    Attributes:
-        folder: where everything is written.
-        tensorboard: the logger to hand to a Trainer; its events lie in the folder itself, so that
-            `tensorboard --logdir runs` shows a run a folder.
-        work: a folder for work in progress.
+    TensorBoard's events lie in the folder itself, so that `tensorboard --logdir runs` shows a run a folder.
     """
 
     def __init__(self, output: OutputFolder, options: dict[str, Any]) -> None:
         self.output = output
         self.folder = output.path
-        self.work = output.unfinished
+        self.work = output.unfinished  # in progress
         self.options = options
         self.tensorboard = EventsLogger(
             self.folder.parent, name=self.folder.name, version="", default_hp_metric=False, flush_secs=10
@@ -182,26 +182,19 @@ class RunLog:
         write_text(self.folder / "study.md", report)
         self._text("study/report", report)
         for name, grids in study.grids.items():
-            for method, grid in grids.items():
-                for place, (metric, values) in enumerate({"score": grid.scores, **grid.values}.items(), start=1):
-                    curve = f"study_{name}_{method}/{place}_{metric.replace('/', '_')}_by_block"
-                    self._curve(curve, grid.blocks, mean_of(values))
+            for method in grids:
                 for number, (kind, draw) in enumerate(STUDY_FIGURES.items(), start=1):
                     shown = draw(study, name, method)
                     self._figure(f"study/{name}_{method}_{number}_{kind}", f"{kind}-{name}-{method}.png", shown)
         show_study(study)
 
     def _profile_figures(self, profile: GoldenProfile) -> None:
-        self._curve("attribution/score_by_block", range(len(profile.scores)), profile.scores)
+        for block, score in enumerate(profile.scores):
+            if not np.isnan(score):
+                self.tensorboard.experiment.add_scalar("attribution/score_by_block", score, block)
         self._figure("attribution/1_scores", "scores.png", score_figure(profile))
         if profile.stability:
             self._figure("attribution/2_stability", "stability.png", stability_figure(profile))
-
-    def _curve(self, tag: str, blocks: Sequence[int], values: Iterable[float]) -> None:
-        """A figure by block; a block where it was not measured has none."""
-        for block, value in zip(blocks, values, strict=True):
-            if not np.isnan(value):
-                self.tensorboard.experiment.add_scalar(tag, value, block)
 
     def _text(self, tag: str, text: str) -> None:
         """Markdown without its pictures, which TensorBoard shows elsewhere."""

@@ -1,26 +1,99 @@
-"""Tables of metrics and of anything else: what the terminal, the reports and TensorBoard show in the same rows.
+"""Metrics in their groups, and tables of them: the terminal, the reports and TensorBoard show the same rows.
 
-A row of one cell is a heading over those below it.
+How the model really behaves stands first. A row of one cell is a heading over those below it.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.evaluation.metrics import Estimate
-from pipeline.reporting.groups import IN_SHORT, figure_text, grouped, label, meaning
 
 if TYPE_CHECKING:
     from pipeline.evaluation.evaluator import Evaluation, Measurement
     from pipeline.requests.schema import EditRequest
-    from pipeline.study.questions import Row
+    from pipeline.study.grid import Row
 
+GROUPS: dict[str, dict[str, str]] = {
+    "by generation": {
+        "generation_exact_match": "requests answered by the model itself with the new answer and nothing more",
+        "generation_containment": "requests in whose answer the new answer stands",
+        "rephrase_exact_match": "rephrases answered with the new answer and nothing more",
+        "rephrase_containment": "rephrases in whose answer it stands",
+        "portability_exact_match": "portability probes answered with their answer and nothing more",
+        "portability_containment": "portability probes in whose answer it stands",
+        "distractor_exact_match": "requests after a sentence about something else, as in the first row",
+        "distractor_containment": "the same, as in the second row",
+    },
+    "teacher-forced": {
+        "rewrite": "tokens of the new answer that come first to the model, prompt as given",
+        "rephrase": "the same, prompt in other words",
+        "locality": "tokens of unrelated answers that did not change",
+        "portability": "tokens of what follows from the new answer",
+    },
+    "by probability": {
+        "efficacy_success": "prompts to which the new answer is likelier than the old one",
+        "efficacy_magnitude": "by how much, as a difference of probabilities a token",
+        "paraphrase_success": "rephrases to which the new answer is likelier than the old one",
+        "paraphrase_magnitude": "by how much",
+        "neighbourhood_success": "unrelated prompts to which the right answer is likelier than the new one",
+        "neighbourhood_magnitude": "by how much",
+        "rome_score": "harmonic mean of the three successes",
+    },
+    "damage": {
+        "perplexity": "on ordinary text; lower is better, unchanged is the aim",
+        "locality_kl": "how far next-token distributions after unrelated prompts moved, in nats",
+        "text_kl": "the same in ordinary text",
+        "fluency": "entropy of 2- and 3-grams in long generations, in bits; lower is repetitive",
+    },
+}
+LONG_ONLY = ("rephrase_containment", "portability_containment", "distractor_containment")  # and magnitudes
+IN_SHORT = tuple(  # what a short table shows
+    name
+    for members in GROUPS.values()
+    for name in members
+    if name not in LONG_ONLY and not name.endswith("_magnitude")
+)
+SHARES = tuple(  # what lies between 0 and 1
+    name for group in ("by generation", "teacher-forced", "by probability") for name in GROUPS[group]
+)
 BY_WINDOW = ("perplexity", "text_kl")  # values of ordinary text, not of requests
 
 Table = tuple[list[str], list[list[str]]]  # columns, and rows
+
+
+def grouped(names: Collection[str]) -> dict[str, list[str]]:
+    """Names by group; a kind's axes (`portability/Reasoning`) stand behind it."""
+    found: dict[str, list[str]] = {}
+    for group, members in GROUPS.items():
+        there = [name for member in members for name in names if name.partition("/")[0] == member]
+        if there:
+            found[group] = there
+    return found
+
+
+def meaning(name: str) -> str:
+    """What a metric counts, in a line."""
+    kind, _, axis = name.partition("/")
+    counted = next(members[kind] for members in GROUPS.values() if kind in members)
+    return f"of them {axis}" if axis else counted
+
+
+def label(name: str) -> str:
+    """A metric's name as it is shown."""
+    return name.replace("_", " ").replace("rome score", "ROME's score").replace(" kl", " KL")
+
+
+def figure_text(name: str, estimate: Estimate | None, interval: bool = True) -> str:
+    """A metric's mean, with or without its interval; nothing where there is none."""
+    if estimate is None:
+        return ""
+    digits = 2 if name in ("perplexity", "fluency") else 3
+    mean = f"{estimate.mean:.{digits}f}"
+    return f"{mean} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]" if interval else mean
 
 
 def sides_of(evaluation: Evaluation) -> dict[str, Measurement]:
@@ -37,13 +110,9 @@ def metrics_of(evaluation: Evaluation) -> dict[str, dict[str, Estimate]]:
 def metric_table(
     sides: Mapping[str, Mapping[str, Estimate]], short: bool = False, intervals: bool = True, meanings: bool = False
 ) -> Table:
-    """Metrics in their groups, a row a metric.
+    """Metrics in their groups, a row a metric: all, or in `short` the chief ones.
 
-    Args:
-        sides: by column its figures; the last one's counts are shown, and of a difference those of the one before.
-        short: the chief metrics alone.
-        intervals: whether the 95% intervals stand behind the means.
-        meanings: whether a column says what each metric counts.
+    `sides` are figures by column; the last one's counts are shown, and of a difference those of the one before.
     """
     final = [figures for name, figures in sides.items() if name != "difference"][-1]
     rows: list[list[str]] = []
@@ -53,24 +122,6 @@ def metric_table(
             figures = [figure_text(name, side.get(name), intervals) for side in sides.values()]
             rows.append([label(name), *([meaning(name)] if meanings else []), str(final[name].count), *figures])
     return ["metric", *(["what it is"] if meanings else []), "count", *sides], rows
-
-
-def version_table(figures: Mapping[str, Any]) -> Table:
-    """A version's chief metrics before and after, from its metrics.json."""
-    sides = {
-        f"{side} [95%]": {name: Estimate(**one) for name, one in figures[side]["metrics"].items()}
-        for side in ("before", "after")
-    }
-    return metric_table(sides, short=True)
-
-
-def version_line(figures: Mapping[str, Any]) -> str:
-    """What made a version, what it cost the rest of the model, and its gates."""
-    after, layers = figures["after"], ", ".join(map(str, figures["layers"]))
-    return (
-        f"{figures['method']} in block {layers}; perplexity x {after['perplexity_ratio']:.3f}, drift "
-        f"{after['drift']:.3f}; gates: {', '.join(gate['text'] for gate in figures['gates']) or 'none'}"
-    )
 
 
 def study_table(rows: Sequence[Row], only: Sequence[str] = ()) -> Table:

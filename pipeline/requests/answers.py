@@ -27,9 +27,7 @@ def normalised(text: str) -> str:
 def statement(said: str, inner_ends: int = 0) -> tuple[str, bool]:
     """A generation up to the end of its first statement, and whether that end was reached.
 
-    Args:
-        said: what was generated.
-        inner_ends: ends to pass over, where the answer looked for holds some itself ("Dr. No").
+    `inner_ends` are passed over, where the answer looked for holds some itself ("Dr. No").
     """
     said = said.lstrip()
     for number, end in enumerate(STATEMENT_END.finditer(said)):

@@ -7,35 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.requests.conflicts import fact
 from pipeline.requests.readers import Reading, read_requests
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import fact
 
 NAMED = 20  # bad records that are spelt out
 IN_A_LINE = 5  # places that are named in a line
 
 
 class RequestCheck:
-    """What was found in a source.
-
-    Attributes:
-        layouts: records by layout.
-        counts: how many `records`, `requests` and `rephrases` there are; probes and rephrases `left out` because a
-            text is empty; requests with a `subject`, an `old_answer`, any `rephrase`.
-        probes: how many there are by kind (locality, portability) and axis.
-        found: what is wrong with `bad` records; places of requests that are `astray` (the prompt lacks the subject,
-            which locate-then-edit needs), `unchanged` (the new answer is the old one), `duplicates` or
-            `contradictions` of one before.
-        facts: by subject and prompt, place and new answer of the last request about it.
-    """
+    """What was found in a source: how many there are of what, and what is wrong, or where."""
 
     def __init__(self, source: str | Path) -> None:
         self.source = source
-        self.layouts: Counter[str] = Counter()
+        self.layouts: Counter[str] = Counter()  # records by layout
         self.counts: Counter[str] = Counter()
-        self.probes: dict[str, Counter[str]] = {"locality": Counter(), "portability": Counter()}
+        self.probes: dict[str, Counter[str]] = {"locality": Counter(), "portability": Counter()}  # by axis
         self.found: dict[str, list[str]] = defaultdict(list)
-        self.facts: dict[tuple[str, str], tuple[str, str]] = {}
+        self.facts: dict[tuple[str, str], tuple[str, str]] = {}  # place and new answer of the last about each
 
     def count(self, reading: Reading) -> None:
         """Count one record."""
@@ -56,7 +45,7 @@ class RequestCheck:
             axes.update(probe.axis or "no axis" for probe in getattr(request, kind))
 
     def _note_flaws(self, request: EditRequest, place: str) -> None:
-        if request.subject and not request.names_subject:
+        if request.subject and not request.names_subject:  # which locate-then-edit needs
             self.found["astray"].append(place)
         if request.old_answer == request.new_answer:
             self.found["unchanged"].append(place)

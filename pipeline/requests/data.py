@@ -29,7 +29,6 @@ class EditRequests(LightningDataModule):
 
     Args:
         source: a file (JSONL, JSON or CSV), `hf:NAME`, `demo`, or requests that are loaded already.
-        tokenizer: the model's.
         chat: put prompts into the tokenizer's chat template.
 
     Raises:
@@ -67,13 +66,11 @@ class EditRequests(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         return self._batches(both_answers(self.tokens, self.requests), collate_sides)
 
+    val_dataloader = predict_dataloader
+
     def _batches(self, items: list[Any], collate: Callable[..., Batch], shuffle: bool = False) -> DataLoader:
         pad = partial(collate, pad_token_id=self.tokens.pad_token_id)
         return DataLoader(items, batch_size=self.batch_size, shuffle=shuffle, collate_fn=pad)  # type: ignore[arg-type]
-
-    def val_dataloader(self) -> DataLoader:
-        """As for `predict`."""
-        return self.predict_dataloader()
 
 
 def both_answers(tokens: Tokens, requests: Sequence[EditRequest]) -> list[Sides]:

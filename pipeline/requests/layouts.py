@@ -1,7 +1,8 @@
 """The layouts of requests: which fields give one away, and how its records become requests.
 
-To add one, write the function from a record (a dict) to an EditRequest's fields (in benchmark_layouts.py), and
-enter it in LAYOUTS.
+To add one, write the function from a record (a dict) to an EditRequest's fields, and enter it in LAYOUTS.
+Benchmarks hold a text or a list in the same field, leave some texts empty, and give several answers where one is
+scored: the first that is not empty is taken, as EasyEdit does.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
-from pipeline.requests import benchmark_layouts as of
-from pipeline.requests.benchmark_layouts import Record, is_blank
 from pipeline.requests.schema import EditRequest, Probe
+
+Record = dict[str, Any]
 
 
 class Layout(NamedTuple):
@@ -26,13 +27,117 @@ class Layout(NamedTuple):
     read: Callable[[Record], Record]
 
 
+def from_easyedit(record: Record) -> Record:
+    """EasyEdit's names: CounterFact's one neighbour, and KnowEdit's probes by axis."""
+    flat = "counterfact" if {"locality_prompt", "case_id"} & record.keys() else "easyedit"
+    fields = _renamed(record, id="case_id", new_answer="target_new", old_answer="ground_truth")
+    neighbour = _one_probe(record.get("locality_prompt"), record.get("locality_ground_truth"), "neighborhood")
+    return fields | {
+        "locality": neighbour + fields["locality"],
+        "source": "knowedit" if "locality" in record else flat,
+    }
+
+
+def from_wikibio(record: Record) -> Record:
+    """KnowEdit's WikiBio: a passage, and the sentence that is to follow."""
+    return _renamed(record, prompt="text", subject="concept", new_answer="labels") | {"source": "wikibio"}
+
+
+def from_zsre(record: Record) -> Record:
+    """zsRE in MEND's layout; `nq question: ` in front of `loc` marks its source and is not part of it."""
+    fields = _renamed(record, prompt="src", new_answer="alt", old_answer="answers")
+    question = _first(record.get("loc"))
+    if isinstance(question, str):
+        question = question.removeprefix("nq question: ")
+    return fields | {"locality": _one_probe(question, record.get("loc_ans"), "nq"), "source": "zsre"}
+
+
+def _renamed(record: Record, **names: str) -> Record:
+    """The request fields of a record that holds each in a field of its own; names are those that differ."""
+    texts = ("id", "prompt", "subject", "new_answer", "old_answer")
+    fields = {name: _first(record.get(names.get(name, name))) for name in texts}
+    rephrase = record.get("rephrase_prompt", record.get("rephrase"))
+    return fields | {
+        "rephrases": [] if rephrase is None else [_first(rephrase)],
+        "locality": _by_axis(record, "locality"),
+        "portability": _by_axis(record, "portability"),
+    }
+
+
+def from_counterfact(record: Record) -> Record:
+    """CounterFact as published: neighbours share the rewrite's true answer."""
+    rewrite = _object(record, "requested_rewrite")
+    fields = _renamed(record | rewrite, id="case_id", new_answer="target_new", old_answer="target_true")
+    if isinstance(fields["subject"], str) and isinstance(fields["prompt"], str):
+        fields["prompt"] = fields["prompt"].replace("{}", fields["subject"])
+    neighbours = _list(record, "neighborhood_prompts")
+    return fields | {
+        "rephrases": _list(record, "paraphrase_prompts"),
+        "locality": [
+            {"prompt": text, "answer": fields["old_answer"], "axis": "neighborhood"} for text in neighbours
+        ],
+        "source": "counterfact",
+    }
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a field holds nothing that could be a text of its own."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _first(value: Any) -> Any:
+    """The value itself, or the first of a list, however deep, that is not empty; None where there is none.
+
+    Of CounterFact's `{"str": text, "id": …}` the text.
+    """
+    if isinstance(value, list):
+        return next((found for found in map(_first, value) if found is not None), None)
+    if isinstance(value, dict):
+        value = value.get("str", value)
+    return None if is_blank(value) else value
+
+
+def _object(record: Record, name: str) -> Record:
+    """A field that holds an object; empty where the record has none."""
+    value = record.get(name) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"field {name!r}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _list(record: Record, name: str) -> list[Any]:
+    value = record.get(name) or []
+    return value if isinstance(value, list) else [value]
+
+
+def _one_probe(prompt: Any, answer: Any, axis: str) -> list[Record]:
+    """A probe from fields of their own; none where the record has neither."""
+    probe = {"prompt": _first(prompt), "answer": _first(answer), "axis": axis}
+    return [] if probe["prompt"] is None and probe["answer"] is None else [probe]
+
+
+def _by_axis(record: Record, kind: str) -> list[Record]:
+    """KnowEdit's probes of a kind: an object of axes, each a list of probes."""
+    axes = _object(record, kind)
+    if "New Question" in axes:  # one probe about a further relation, as zsRE and CounterFact were extended
+        return _one_probe(axes["New Question"], axes.get("New Answer"), "reasoning")
+    for axis, probes in axes.items():
+        if not isinstance(probes or [], list) or not all(isinstance(probe, dict) for probe in probes or []):
+            raise UserError(f"field {f'{kind}.{axis}'!r}: expected a list of probes, each an object")
+    return [
+        {"prompt": _first(probe.get("prompt")), "answer": _first(probe.get("ground_truth")), "axis": axis}
+        for axis, probes in axes.items()
+        for probe in probes or []
+    ]
+
+
 OWN = Layout("golden-layers", frozenset({"prompt", "new_answer"}), dict)
 
 LAYOUTS = (
-    Layout("CounterFact", frozenset({"requested_rewrite"}), of.from_counterfact),
-    Layout("zsRE (MEND)", frozenset({"src", "alt"}), of.from_zsre),
-    Layout("KnowEdit WikiBio", frozenset({"text", "labels", "concept"}), of.from_wikibio),
-    Layout("EasyEdit", frozenset({"prompt", "target_new"}), of.from_easyedit),
+    Layout("CounterFact", frozenset({"requested_rewrite"}), from_counterfact),
+    Layout("zsRE (MEND)", frozenset({"src", "alt"}), from_zsre),
+    Layout("KnowEdit WikiBio", frozenset({"text", "labels", "concept"}), from_wikibio),
+    Layout("EasyEdit", frozenset({"prompt", "target_new"}), from_easyedit),
     OWN,
 )
 

@@ -17,19 +17,12 @@ from pipeline.requests.sources import raw_records
 
 
 class Reading(NamedTuple):
-    """What came of one record.
+    """What came of one record: the request, or what is wrong with it."""
 
-    Attributes:
-        place: where it stands in its source, in words.
-        request: the request, or what is wrong with the record.
-        layout: its layout's name, where one was found.
-        left_out: how many of its probes and rephrases had an empty text.
-    """
-
-    place: str
+    place: str  # where it stands in its source, in words
     request: EditRequest | UserError
-    layout: str | None = None
-    left_out: int = 0
+    layout: str | None = None  # its layout's name, where one was found
+    left_out: int = 0  # how many of its probes and rephrases had an empty text
 
 
 def load_requests(

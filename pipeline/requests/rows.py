@@ -15,19 +15,12 @@ from torch.nn import functional as F
 
 
 class Row(NamedTuple):
-    """One text of which some tokens are targets: to be predicted from those before them.
+    """One text of which some tokens are targets: to be predicted from those before them."""
 
-    Attributes:
-        token_ids: prompt and target.
-        target_start: place of the first target token, at least 1; the text's length where nothing is predicted.
-        subject: places of the first token of the subject and of its last, where the text's maker named one.
-        tag: whatever the caller wants to know the text by.
-    """
-
-    token_ids: list[int]
-    target_start: int
-    subject: tuple[int, int] | None = None
-    tag: Any = None
+    token_ids: list[int]  # prompt and target
+    target_start: int  # place of the first target token, at least 1; the text's length where nothing is predicted
+    subject: tuple[int, int] | None = None  # places of its first and last token, where the text's maker named one
+    tag: Any = None  # whatever the caller wants to know the text by
 
     @property
     def targets(self) -> list[int]:
@@ -41,33 +34,18 @@ class Row(NamedTuple):
 
 @dataclass  # Lightning moves batches to the device by setting their fields
 class Batch:
-    """Texts padded on the right: a causal model never looks there, so no mask is needed.
+    """Texts padded on the right: a causal model never looks there, so no mask is needed."""
 
-    Attributes:
-        input_ids_BT: token ids. A row may serve several texts (see `pack`); mostly it is one text's.
-        row_N: which row each target token is predicted in.
-        position_N: the position that predicts it, one before its own.
-        target_N: the target tokens.
-        text_N: which of the texts each belongs to.
-        texts: the texts.
-
-    Of a batch to train on, also (see `pipeline.editing.lessons`), with K prompts whose answers are to stay:
-
-    Attributes:
-        weight_B: how much each row counts; None: all alike.
-        enter_BTD: what enters the lowest block that is trained; None: the blocks below it run.
-        base_KV: of the last K rows, the unedited model's log-probabilities of what comes next.
-    """
-
-    input_ids_BT: Tensor
-    row_N: Tensor
-    position_N: Tensor
-    target_N: Tensor
-    text_N: Tensor
+    input_ids_BT: Tensor  # a row may serve several texts (see `pack`); mostly it is one text's
+    row_N: Tensor  # which row each target token is predicted in
+    position_N: Tensor  # the position that predicts it, one before its own
+    target_N: Tensor  # the target tokens
+    text_N: Tensor  # which of the texts each belongs to
     texts: list[Row]
-    weight_B: Tensor | None = None
-    enter_BTD: Tensor | None = None
-    base_KV: Tensor | None = None
+    # of a batch to train on (see `pipeline.editing.lessons`), with K prompts whose answers are to stay
+    weight_B: Tensor | None = None  # how much each row counts; None: all alike
+    enter_BTD: Tensor | None = None  # what enters the lowest block that is trained; None: the blocks below it run
+    base_KV: Tensor | None = None  # of the last K rows, the unedited model's log-probabilities of what comes next
 
     def to(self, device: Any, **_: Any) -> Batch:
         """On a device."""
@@ -84,7 +62,7 @@ class Batch:
 
 
 def means_by(values_N: Tensor, owner_N: Tensor, owners: int) -> Tensor:
-    """Mean of the values of each of so many owners, where `owner_N` says whose a value is."""
+    """Mean of each owner's values; `owner_N` says whose a value is."""
     sums = values_N.new_zeros(owners).index_add(0, owner_N, values_N)
     return sums / torch.bincount(owner_N, minlength=owners)
 

@@ -27,17 +27,6 @@ class Probe(BaseModel):
 class EditRequest(BaseModel):
     """One fact to change. Our JSONL holds one such object a line, with these field names.
 
-    Attributes:
-        id: unique within a file; the record's number where the file gives none.
-        prompt: text that the answer follows after one space.
-        subject: what the fact is about, as it stands in the prompt.
-        new_answer: what the model shall answer.
-        old_answer: what it answers before; found by greedy generation where missing.
-        rephrases: the prompt in other words, to be answered alike.
-        locality: probes that must not change.
-        portability: probes whose answers follow from the new answer.
-        source: where the request comes from.
-
     Example:
         >>> near = Probe(prompt="The capital of Japan is", answer="Tokyo")
         >>> request = EditRequest(
@@ -50,15 +39,15 @@ class EditRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: Text
-    prompt: Text
-    subject: Text | None = None
-    new_answer: Text
-    old_answer: Text | None = None
-    rephrases: tuple[Text, ...] = ()
-    locality: tuple[Probe, ...] = ()
-    portability: tuple[Probe, ...] = ()
-    source: str | None = None
+    id: Text  # unique within a file; the record's number where the file gives none
+    prompt: Text  # which the answer follows after one space
+    subject: Text | None = None  # what the fact is about, as it stands in the prompt
+    new_answer: Text  # what the model shall answer
+    old_answer: Text | None = None  # what it answers before; found by greedy generation where missing
+    rephrases: tuple[Text, ...] = ()  # the prompt in other words, to be answered alike
+    locality: tuple[Probe, ...] = ()  # probes that must not change
+    portability: tuple[Probe, ...] = ()  # probes whose answers follow from the new answer
+    source: str | None = None  # where the request comes from
 
     @property
     def names_subject(self) -> bool:

@@ -1,32 +1,42 @@
-"""The records of a source of requests, one after another, whatever kind of source it is."""
+"""The records of a source of requests, one after another, whatever kind of source it is.
+
+In CSV a row is a record, and the first line names the columns. Those of rephrases and probes can come again with a
+number (`rephrase_2`, `locality_prompt_2`). A file without `new_answer` has a benchmark's column names.
+"""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.errors import UserError
-from pipeline.requests.csv_records import SUFFIXES, row_records
-from pipeline.requests.layouts import without_empty
+from pipeline.requests.layouts import is_blank, without_empty
 
 DEMO_REQUESTS = Path(__file__).with_name("demo.jsonl")
 PREFIX = "hf:"  # of a Hugging Face data set: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`
 GZIP = b"\x1f\x8b"
+
+SUFFIXES = (".csv", ".tsv")
+DELIMITERS = ",;\t"
+COLUMNS = ("id", "prompt", "subject", "new_answer", "old_answer", "source")
+PROBES = tuple(f"{kind}_{part}" for kind in ("locality", "portability") for part in ("prompt", "answer", "axis"))
+REPEATED = ("rephrase", *PROBES)
+NUMBERED = re.compile(rf"({'|'.join(REPEATED)})(?:_(\d{{1,9}}))?")
 
 
 def raw_records(source: str | Path) -> Iterator[tuple[str, Any]]:
     """Each record's place in its source and what it holds, read as it is asked for; of a JSON list, all at once.
 
     A record that is broken, where those after it can be read, is the UserError that says what is wrong with it.
-
-    Raises:
-        UserError: when there is no such source, or it is broken where the next record would begin.
+    UserError when there is no such source, or it is broken where the next record would begin.
     """
     if str(source).startswith(PREFIX):
         yield from _hub_records(str(source))
@@ -49,7 +59,7 @@ def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
     """The records of a file: told by its name where it is a table, else by its first character."""
     with _opened(path) as file:
         if path.name.lower().removesuffix(".gz").endswith(SUFFIXES):
-            yield from row_records(file)
+            yield from _row_records(file)
             return
         characters = iter(lambda: file.read(1), "")
         first = next(filter(str.strip, characters), "")
@@ -80,8 +90,60 @@ def _list_records(file: TextIO) -> Iterator[tuple[str, Any]]:
         yield f"record {number}", record
 
 
+def _row_records(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """The rows of a CSV file; commas, semicolons or tabs, whichever the first line holds most of."""
+    first = next(lines, "")
+    delimiter = max(DELIMITERS, key=first.count)
+    rows = csv.DictReader(chain([first], lines), restval="", delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in rows.fieldnames or ()]
+        _check_header(header)
+        rows.fieldnames = header
+        for row in rows:
+            if not all(map(is_blank, row.values())):
+                yield f"line {rows.line_num}", _record(row, header)
+    except csv.Error as error:
+        raise UserError(f"line {rows.reader.line_num}: malformed CSV: {error}") from None
+
+
+def _check_header(header: Sequence[str]) -> None:
+    own = "new_answer" in header  # else a benchmark's columns; what is missing is told with the first record
+    for name in filter(None, header):
+        if header.count(name) > 1:
+            raise UserError(f"column {name!r} stands twice")
+        if own and name not in COLUMNS and not NUMBERED.fullmatch(name):
+            known = ", ".join((*COLUMNS, *REPEATED))
+            raise UserError(f"column {name!r} does not exist; there is {known}, from rephrase on also numbered")
+
+
+def _record(row: dict[Any, Any], header: Sequence[str]) -> dict[str, Any] | UserError:
+    """A row as a record of the layout that its columns name; what is wrong where it is none."""
+    if more := row.pop(None, None):
+        return UserError(f"{len(header) + len(more)} cells; the first line names {len(header)} columns")
+    row.pop("", None)
+    cells = without_empty(row)
+    return _nested(cells) if "new_answer" in header else cells
+
+
+def _nested(cells: dict[str, str]) -> dict[str, Any]:
+    """Numbered columns as the lists of our own layout, in the order of their numbers."""
+    record: dict[str, Any] = {}
+    listed: dict[tuple[str, int], dict[str, str]] = {}
+    for name, cell in cells.items():
+        if numbered := NUMBERED.fullmatch(name):
+            kind, _, part = numbered[1].partition("_")
+            listed.setdefault((kind, int(numbered[2] or 1)), {})[part] = cell
+        else:
+            record[name] = cell
+    for (kind, _), parts in sorted(listed.items()):
+        if kind == "rephrase":
+            record.setdefault("rephrases", []).append(parts[""])
+        else:
+            record.setdefault(kind, []).append(parts)
+    return record
+
+
 def _why(text: str, error: Exception) -> UserError:
-    """Why a text is no JSON."""
     strange = re.search("[\udc80-\udcff]", text)  # what bytes become that are not UTF-8
     return UserError("not UTF-8 text" if strange else f"malformed JSON: {getattr(error, 'msg', error)}")
 

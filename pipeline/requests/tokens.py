@@ -1,8 +1,15 @@
-"""Prompts and answers as tokens: the one path by which every stage reads them."""
+"""Prompts and answers as one text, and as tokens: the one path by which every stage reads them.
+
+Plain, the answer follows the prompt after one space. As a chat, the prompt is a user's message in the tokenizer's
+own chat template, with the opening of the assistant's turn behind it; the answer is what the assistant says there.
+Between the two stands what white space the template puts there: none after SmolLM2's opening, which ends in a line
+break, and a space after Mistral's `[/INST]`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
 from typing import Any
@@ -10,31 +17,47 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
-from pipeline.requests.joining import PLAIN, Joining, chat_joining, closing_tokens
 from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
 
+PROMPT, ANSWER = "what is asked", "what is said"  # stand in for both while a template is read
 TOGETHER = 1024  # texts that are tokenized at once: what a tokenizer says of each takes kilobytes
+
+
+@dataclass(frozen=True)
+class Joining:
+    """What stands before, between and after prompt and answer."""
+
+    head: str = ""  # before every prompt
+    tail: str = ""  # behind it
+    space: str = " "  # between prompt and answer
+    special: bool = True  # whether the tokenizer adds its own opening tokens; a template holds them already
+
+    def prompt(self, prompt: str) -> str:
+        """The text that the model is to go on from."""
+        return f"{self.head}{prompt.rstrip()}{self.tail}"
+
+    def whole(self, prompt: str, answer: str) -> str:
+        """The same with the answer behind it."""
+        return f"{self.prompt(prompt)}{self.space}{answer.strip()}"
+
+
+PLAIN = Joining()
 
 
 class Tokens:
     """A tokenizer, and how prompts and answers become the texts that it is given.
 
-    Args:
-        tokenizer: of any model.
-        chat: put prompts into its chat template; UserError when it has none.
-        name: what the user calls the model, for messages.
-        vocabulary: how many tokens the model embeds; None: as many as there are.
-        context_length: the longest text in tokens; None: any.
+    With `chat`, prompts are put into the tokenizer's chat template; UserError when it has none.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         chat: bool = False,
-        name: str = "the model",
-        vocabulary: int | None = None,
-        context_length: int | None = None,
+        name: str = "the model",  # for messages
+        vocabulary: int | None = None,  # how many tokens the model embeds; None: as many as there are
+        context_length: int | None = None,  # the longest text in tokens; None: any
     ) -> None:
         self.tokenizer, self.name = tokenizer, name
         self.vocabulary, self.context_length = vocabulary or len(tokenizer), context_length
@@ -56,9 +79,7 @@ class Tokens:
 
         The target begins where the joined text's tokens leave the prompt's own, so it is right with and without a
         BOS token, and for tokenizers that keep the space with the word or apart from it.
-
-        Raises:
-            UserError: when an answer becomes no token or unknown ones alone, or a text is longer than the context.
+        UserError when an answer becomes no token or unknown ones alone, or a text is longer than the context.
         """
         before = self.prompts([prompt for prompt, _ in pairs])
         joined = self._ids([self.joining.whole(*pair) for pair in pairs], self.joining.special)
@@ -150,3 +171,38 @@ class Tokens:
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two texts begin with in common."""
     return len(list(takewhile(bool, map(eq, first, second))))
+
+
+def chat_joining(tokenizer: PreTrainedTokenizerBase, name: str) -> Joining:
+    """The joining of a tokenizer's chat template, read off what it makes of one exchange.
+
+    Templates that can let the model think first are asked not to: the answer itself is what is edited and measured.
+    UserError when there is no chat template, or it does not put a prompt into the text as it is.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(f"chat: the tokenizer of {name} has no chat template; leave --chat out")
+    asked = [{"role": "user", "content": PROMPT}]
+    try:
+        opened = _rendered(tokenizer, asked, opened=True)
+        told = _rendered(tokenizer, [*asked, {"role": "assistant", "content": ANSWER}])
+    except Exception as error:  # a template is a program of somebody else's
+        reason = " ".join(str(error).split())
+        raise UserError(f"chat: the chat template of {name} fails on one question and answer: {reason}") from None
+    head, found, tail = opened.partition(PROMPT)
+    if not found:
+        raise UserError(f"chat: the chat template of {name} does not hold the prompt as it is; leave --chat out")
+    between = told.removeprefix(opened).partition(ANSWER)[0] if told.startswith(opened) else ""
+    return Joining(head, tail, between if between.isspace() else "", special=False)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], opened: bool = False) -> str:
+    return str(
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened, enable_thinking=False)
+    )
+
+
+def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a tokenizer puts behind every text (an end, a [SEP]): a text that goes on has none."""
+    inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    places = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner] if inner else []
+    return len(whole) - places[0] - len(inner) if places else 0

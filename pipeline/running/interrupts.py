@@ -24,16 +24,12 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """What became of the signals that ask this process to end.
-
-    Attributes:
-        noted: the last of them; None: none came.
-    """
+    """What became of the signals that ask this process to end."""
 
     def __init__(self) -> None:
-        self.noted: int | None = None
+        self.noted: int | None = None  # the last of them
+        self.postponing = False  # whether a first one waits for `raise_if_noted`
         self._heeding = False
-        self._postponing = 0
         self._raised = False
         self._handlers: dict[int, Callable[[int, Any], None]] = dict.fromkeys(SIGNALS, self._note)
 
@@ -70,15 +66,6 @@ class Interrupts:
             self._handlers[number] = before
             signal.signal(number, installed)
 
-    @contextmanager
-    def postponed(self) -> Iterator[None]:
-        """Inside the `with`, a signal waits for `raise_if_noted`; a second one does not."""
-        self._postponing += 1
-        try:
-            yield
-        finally:
-            self._postponing -= 1
-
     def end(self, number: int) -> None:
         """Raise Interrupted for a signal that has come."""
         self.noted = number
@@ -95,7 +82,7 @@ class Interrupts:
             os.write(2, RESTORE_CURSOR)
             os._exit(128 + number)  # as safe as kill -9: files are written whole or not at all
         first, self.noted = self.noted is None, number
-        if not (first and self._postponing):
+        if not (first and self.postponing):
             self.end(number)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,10 +24,7 @@ class Kept(BasePredictionWriter):
     """Keeps outputs by their items' numbers, batch by batch as a stage's predict steps give them.
 
     Any number of processes write side by side, and each reads what all have written. A file that is damaged counts
-    as not there: its items are run again.
-
-    Args:
-        folder: where the files lie; its name is to stand for all that the outputs depend on.
+    as not there: its items are run again. The folder's name is to stand for all that the outputs depend on.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,10 +55,6 @@ class Kept(BasePredictionWriter):
         if prediction:
             with suppress(OSError, RuntimeError):  # a full disk costs the next command time, and this one nothing
                 self.write(prediction)
-
-    def remove(self) -> None:
-        """What was kept is kept elsewhere now."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def is_whole(file: Path) -> bool:

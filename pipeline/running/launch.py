@@ -32,8 +32,7 @@ def may_start_others(options: Any) -> bool:
 def supervise(words: Sequence[str], devices: int, options: Any) -> int:
     """Run the command of these words on so many devices of this host, a process each; its exit code.
 
-    Raises:
-        UserError: for several hosts, on each of which the command must be started.
+    UserError for several hosts, on each of which the command must be started.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -75,11 +74,7 @@ def of_interrupt(number: int | None) -> str:
 
 
 def leave(code: int, line: str) -> int:
-    """Say why a command ends; one of several processes ends at once, and leaves the word to its agent.
-
-    Returns:
-        the exit code.
-    """
+    """Say why a command ends; its exit code. One of several processes ends at once, and its agent has the word."""
     if SUPERVISED in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -97,16 +92,11 @@ def _tell(failed: Any) -> int:
     """Print why the first process failed that did not fail in another's wake; its exit code."""
     failures = sorted(failed.failures.items(), key=lambda one: one[1].timestamp)
     for rank, failure in failures:
-        line = _line(failure).removeprefix("UserError: ")
+        told = failure.message  # what the process has recorded, or what its agent says of it
+        line = str(told["message"] if isinstance(told, dict) else told).removeprefix("UserError: ")
         if failure.exitcode < 0:
             line = f"error: trainer: process {rank} has ended ({failure.signal_name()})"
         if IN_ITS_WAKE not in line and failure.exitcode not in (-signal.SIGTERM, 128 + signal.SIGTERM):
             break
     print(line, file=sys.stderr)
     return failure.exitcode if failure.exitcode > 0 else 1
-
-
-def _line(failure: Any) -> str:
-    """What a process has recorded, or what its agent says of it."""
-    message = failure.message
-    return str(message["message"] if isinstance(message, dict) else message)

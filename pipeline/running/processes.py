@@ -5,7 +5,6 @@ Commands run the same lines in every process; Lightning's environments tell each
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
 from pipeline.errors import UserError
+from pipeline.files import digest
 from pipeline.options.shared import SHARDED, TrainerOptions
 from pipeline.output import STARTED, is_one_of_several, started
 
@@ -39,13 +39,10 @@ def devices_here(options: TrainerOptions) -> int:
 
 
 def join(options: TrainerOptions) -> torch.device:
-    """Join the other processes, if there are any; all name the same default output folder from then on.
+    """Join the other processes, if there are any, and give this one's device.
 
-    Returns:
-        this process's device.
-
-    Raises:
-        UserError: when the accelerator, devices or hosts do not exist here.
+    All name the same default output folder from then on. UserError when the accelerator, devices or hosts do not
+    exist here.
     """
     with trainer_errors():
         fabric = Fabric(
@@ -85,17 +82,11 @@ def of_all(value: Any) -> list[Any]:
 
 
 def check_alike(what: str, content: Sequence[object]) -> None:
-    """Raise UserError, in all processes, unless all were given the same.
-
-    Args:
-        what: what is compared, for the message.
-        content: whose texts are compared.
-    """
+    """Raise UserError, in all processes, unless the texts of the content, which `what` names, are alike in all."""
     if world_size() == 1:
         return
-    own = hashlib.sha256(repr(content).encode()).hexdigest()
-    found = of_all((own, os.uname().nodename))
-    other = [f"process {rank} on {host}" for rank, (digest, host) in enumerate(found) if digest != found[0][0]]
+    found = of_all((digest(content), os.uname().nodename))
+    other = [f"process {rank} on {host}" for rank, (read, host) in enumerate(found) if read != found[0][0]]
     if other:
         raise UserError(
             f"{what}: not the same in all {world_size()} processes: {', '.join(other[:4])} read something else "

@@ -21,11 +21,7 @@ _IN_ONE = ContextVar("in one bar", default=False)
 
 
 class Lines:
-    """A file that does not move, in which each state of a bar is a line of its own.
-
-    Args:
-        file: the file.
-    """
+    """A file that does not move, in which each state of a bar is a line of its own."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file, self.last = file, ""
@@ -41,12 +37,7 @@ class Lines:
 
 
 class Shown(tqdm):
-    """Progress on the error stream, as fits what that is.
-
-    Args:
-        title: what is counted.
-        total: up to what.
-    """
+    """Progress on the error stream, as fits what that is."""
 
     monitor_interval = 0  # no thread watches the bars
 
@@ -56,6 +47,7 @@ class Shown(tqdm):
             total=total,
             desc=title,
             file=sys.stderr if self.moves else Lines(sys.stderr),
+            disable=getattr(rank_zero_only, "rank", 0) != 0,
             bar_format=MOVING if self.moves else PLAIN,
             mininterval=0.1 if self.moves else EVERY,
             miniters=1,
@@ -75,42 +67,30 @@ class Shown(tqdm):
 def one_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """One bar over many stages, which show none of their own inside the `with`.
 
-    Args:
-        title: what it counts.
-        total: up to what.
-
-    Yields:
-        a function that takes how many more are done, and a note.
+    Yields a function that takes how many more are done, and a note.
     """
-    shown = Shown(title, total) if getattr(rank_zero_only, "rank", 0) == 0 else None
     token = _IN_ONE.set(True)
     try:
-        yield shown.advance if shown else lambda more, note: None
+        with Shown(title, total) as shown:
+            yield shown.advance
     finally:
         _IN_ONE.reset(token)
-        if shown:
-            shown.close()
 
 
 class StageProgressBar(ProgressBar):
-    """Counts a stage's batches over all its epochs; writes to the error stream.
-
-    Args:
-        title: the stage's name.
-    """
+    """Counts a stage's batches over all its epochs; writes to the error stream."""
 
     def __init__(self, title: str) -> None:
         super().__init__()
-        self.title, self.enabled = title, True
+        self.title = title
         self.shown: Shown | None = None
 
     def disable(self) -> None:
-        """Called by Lightning on all ranks but zero."""
-        self.enabled = False
+        """Called by Lightning on all ranks but zero, where bars do not show anyway."""
 
     def start(self, total: float) -> None:
         """A stage of so many batches begins."""
-        if self.enabled and not _IN_ONE.get():
+        if not _IN_ONE.get():
             self.shown = Shown(self.title, total)
 
     def stop(self, *_: Any) -> None:

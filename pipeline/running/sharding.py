@@ -87,7 +87,8 @@ class KeepStep(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_sharded(pl_module):
-            handle = _decoder(pl_module).register_forward_pre_hook(lambda *_: (_running(pl_module, 1), None)[1])
+            model: Any = pl_module.model
+            handle = model.register_forward_pre_hook(lambda *_: (_running(pl_module, 1), None)[1])
             self._open.callback(handle.remove)
 
     @torch.no_grad()
@@ -95,19 +96,13 @@ class KeepStep(Callback):
         self._open.close()
         if not is_sharded(pl_module):
             return
+        model: Any = pl_module.model
         token = torch.zeros(1, 1, dtype=torch.int64, device=pl_module.device)
         while _running(pl_module, 0):
-            _decoder(pl_module)(input_ids=token, use_cache=False)
+            model(input_ids=token, use_cache=False)
 
     def on_exception(self, *_: Any) -> None:
         self._open.close()
-
-
-def _decoder(module: LightningModule) -> nn.Module:
-    """The model that a stage's module wraps."""
-    decoder = module.model
-    assert isinstance(decoder, nn.Module)
-    return decoder
 
 
 def _running(module: LightningModule, passes: int) -> int:

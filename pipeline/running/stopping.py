@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -17,12 +16,9 @@ class StopBetweenBatches(Callback):
     of SIGTERM, which lets a stage run on, is set aside meanwhile.
     """
 
-    def __init__(self) -> None:
-        self._open = ExitStack()
-
     def setup(self, *_: Any, **__: Any) -> None:
         interrupts.raise_if_noted()
-        self._open.enter_context(interrupts.postponed())
+        interrupts.postponing = True
 
     def _listen(self, *_: Any) -> None:
         interrupts.listen()
@@ -36,8 +32,8 @@ class StopBetweenBatches(Callback):
     on_train_end = on_predict_end = _stop  # type: ignore[assignment]
 
     def teardown(self, *_: Any, **__: Any) -> None:
+        interrupts.postponing = False
         interrupts.raise_if_noted()
-        self._open.close()
 
     def on_exception(self, *_: Any) -> None:
-        self._open.close()
+        interrupts.postponing = False

@@ -23,9 +23,6 @@ class ShardedStrategy(ModelParallelStrategy):
 
     What is trained beside the model's own weights (an adapter's factors) is whole on every device; its gradients
     are averaged here, those of spread weights by FSDP2. A checkpoint holds what is trained, whole, as one device's.
-
-    Args:
-        devices: over all hosts.
     """
 
     def __init__(self, devices: int) -> None:

@@ -13,6 +13,6 @@ __getattr__, __all__ = offered(
         "queue": ("Submitted", "submit"),
         "schedule": ("Stopping", "run_schedule", "trigger"),
         "store": ("BusyError", "Store"),
-        "folders": ("read_metrics", "version_folder"),
+        "disk": ("read_metrics", "version_folder"),
     },
 )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Any
 
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.updates.folders import BASE, digests_of, version_folder
+from pipeline.updates.disk import BASE, digests_of, version_folder
 from pipeline.updates.store import CURRENT, Store
 
 NAMED = 5  # requests that a message spells out
+WHEN = "datetime({}, 'unixepoch', 'localtime')"  # in the machine's own zone
 
 
 def find(store: Store, name: str) -> tuple[int, str]:
@@ -38,11 +38,12 @@ def counts(store: Store) -> dict[str, int]:
 def versions(store: Store, limit: int) -> list[dict[str, Any]]:
     """The latest versions, newest first."""
     rows = store.database.execute(
-        "SELECT number, parent, made, held_back, (SELECT count(*) FROM changes WHERE version = number "
-        "AND what = 'applied') AS applied FROM versions ORDER BY number DESC LIMIT ?",
+        f"SELECT number, parent, {WHEN.format('made')} AS made, held_back, "
+        "(SELECT count(*) FROM changes WHERE version = number AND what = 'applied') AS applied "
+        "FROM versions ORDER BY number DESC LIMIT ?",
         (limit,),
     )
-    return [dict(row) | {"made": _day(row["made"])} for row in rows]
+    return [dict(row) for row in rows]
 
 
 def request_row(store: Store, number: int) -> dict[str, Any]:
@@ -63,13 +64,8 @@ def events(store: Store, limit: int) -> list[tuple[str, str]]:
 
 
 def _events(store: Store, which: str, *values: int) -> list[tuple[str, str]]:
-    rows = store.database.execute(f"SELECT at, what FROM events WHERE {which}", values)
-    return [(_day(at), what) for at, what in rows]
-
-
-def _day(at: float) -> str:
-    """A time in words, in the machine's own zone."""
-    return f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}"
+    rows = store.database.execute(f"SELECT {WHEN.format('at')}, what FROM events WHERE {which}", values)
+    return [tuple(row) for row in rows]
 
 
 def check_number(store: Store, version: int) -> dict[str, str]:
@@ -104,9 +100,7 @@ def load_version(store: Store, version: int) -> WeightUpdate | None:
 
 def verify(store: Store) -> Iterator[tuple[int, str]]:
     """Each version's number, and what is wrong with its files; empty when nothing is.
-
-    Raises:
-        UserError: when the database is damaged, or the link `current` is wrong.
+    UserError when the database is damaged, or the link `current` is wrong.
     """
     for (problem,) in store.database.execute("PRAGMA integrity_check").fetchall():
         if problem != "ok":

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.updates.database import transaction
-from pipeline.updates.folders import METRICS, remove_unfinished, write_version
+from pipeline.updates.disk import METRICS, remove_unfinished, transaction, write_version
 from pipeline.updates.history import check_number, check_version
 from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
@@ -36,11 +35,8 @@ class Change(NamedTuple):
 def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) -> None:
     """Write a version and make it the current one: files first, then one transaction that moves everything at once.
 
-    The result's `version` and `superseded` are set; `retracted` are numbers of requests that go.
-
-    Raises:
-        UserError: when the result's `parent` is no longer the current version; nothing is published then.
-        OSError: when the disk has no room.
+    The result's `version` and `superseded` are set; `retracted` are numbers of requests that go. UserError when its
+    `parent` is no longer the current version, OSError when the disk has no room: nothing is published then.
     """
     update, profile, version = result.update, result.profile, store.newest + 1
     assert update and profile
@@ -73,21 +69,18 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
 
 def _move_requests(store: Store, version: int, result: BatchResult, retracted: Sequence[int]) -> None:
     """Inside a transaction: requests come into a version, and others go or are held back."""
+    changes = {request: Change("retracted", version) for request in retracted}
     for request in map(number_of, result.applied):
         for (older,) in store.database.execute(SAME_FACT, (request,)).fetchall():
-            _change(store, older, Change("superseded", version, request))
+            changes[older] = Change("superseded", version, request)
             result.superseded.append((older, request))
-        _change(store, request, Change("applied", version))
-    for request in retracted:
-        _change(store, request, Change("retracted", version))
+        changes[request] = Change("applied", version)
+    for request, change in changes.items():
+        store.database.execute(
+            "INSERT INTO changes (request, what, version, successor) VALUES (?, ?, ?, ?)", (request, *change)
+        )
+        _take_over(store, request, change)
     hold_back(store, result.held)
-
-
-def _change(store: Store, request: int, change: Change) -> None:
-    store.database.execute(
-        "INSERT INTO changes (request, what, version, successor) VALUES (?, ?, ?, ?)", (request, *change)
-    )
-    _take_over(store, request, change)
 
 
 def _take_over(store: Store, request: int, change: Change) -> None:
@@ -107,7 +100,6 @@ def hold_back(store: Store, held: Sequence[HeldBack]) -> None:
 
 
 def _metrics(result: BatchResult, retracted: int) -> dict[str, Any]:
-    """A version's metrics.json."""
     assert result.update and result.before and result.after
     return {
         "made": time.time(),
@@ -143,9 +135,7 @@ def in_force(store: Store, version: int) -> set[int]:
 
 def difference(store: Store, older: int, newer: int) -> tuple[list[int], list[int]]:
     """Numbers of the requests that are in force in the newer of two versions alone, and in the older alone.
-
-    Raises:
-        UserError: when one does not exist.
+    UserError when one does not exist.
     """
     before, after = in_force(store, older), in_force(store, newer)
     return sorted(after - before), sorted(before - after)
@@ -154,14 +144,8 @@ def difference(store: Store, older: int, newer: int) -> tuple[list[int], list[in
 def rollback(store: Store, version: int) -> tuple[list[int], list[int]]:
     """Make another version the current one; an update that is at work meanwhile will not publish over it.
 
-    Requests that are no longer in force are held back; those that are again, applied. `submit --again` queues the
-    former anew.
-
-    Returns:
-        numbers of the requests that are in force now and were not before, and the other way round.
-
-    Raises:
-        UserError: when there is no such version, or its files were changed.
+    Requests that are no longer in force are held back; those that are again, applied. Gives the numbers of the
+    latter and of the former. UserError when there is no such version, or its files were changed.
     """
     check_version(store, version)
     with transaction(store.database) as database:

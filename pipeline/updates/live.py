@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.options import TrainerOptions
-from pipeline.updates.folders import BASE, VERSIONS, version_folder
+from pipeline.updates.disk import BASE, VERSIONS, version_folder
 from pipeline.updates.store import CURRENT
 
 LINK = re.compile(rf"{VERSIONS}/(\d{{4,9}})")
@@ -24,15 +24,8 @@ class LiveModel:
     Only the store's link `current` and the version it names are read, so that a server needs no right to write.
     The weights that versions change are swapped in place between two generations; of each the base's own is kept.
 
-    Args:
-        store: the store's folder.
-        llm: the base model, loaded; whoever else uses it sees the versions too.
-
-    Attributes:
-        version: the version that is in the model.
-
-    Raises:
-        UserError: when the store is for another base model, or a version's file was changed.
+    Whoever else uses the base model sees the versions too. UserError when the store is for another base model, or a
+    version's file was changed.
 
     Example:
         >>> live = LiveModel(store, llm)
@@ -42,19 +35,16 @@ class LiveModel:
     def __init__(self, store: str | Path, llm: LLM) -> None:
         self.store = Path(store)
         self.llm = llm
-        self.version = BASE
+        self.version = BASE  # that is in the model
         self._undo: WeightUpdate | None = None  # back to the base model
         self._swapping = threading.RLock()
         self.follow()
 
     def follow(self) -> int:
-        """Swap to the current version, if it is another; returns its number.
+        """Swap to the current version, if it is another, between two generations; returns its number.
 
-        What is to come is read and checked first, and put in between two generations. When it cannot be used, the
-        model stays as it was.
-
-        Raises:
-            UserError: when the version is not one of this base model, or damaged.
+        When it cannot be used, the model stays as it was.
+        UserError when the version is not one of this base model, or damaged.
         """
         while (version := self._current()) != self.version:  # again, where it moved on meanwhile
             folder = version_folder(self.store, version)

@@ -20,7 +20,7 @@ from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
-from pipeline.updates.database import transaction
+from pipeline.updates.disk import transaction
 from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find, load_version
 from pipeline.updates.lineage import hold_back, publish
@@ -45,13 +45,15 @@ def update(
         report: called with what came of each batch.
         stopping: asked before each batch.
 
-    Raises:
-        BusyError: when another update is at work on the store.
-        UserError: when a batch could not be worked through; its requests are in the queue again.
+    BusyError when another update is at work on the store; UserError when a batch could not be worked through, whose
+    requests are in the queue again.
     """
-    if options.dry_run:
-        return _rehearse(store, options, load, report)
     llm, results = None, []
+    if options.dry_run:
+        if requests := peek(store, options.batch):
+            results.append(_edit_and_prove(store, store.load_base(load, options.model), requests, options))
+            report(results[0])
+        return results
     with store.updating():
         while not stopping():
             requests, superseded = take(store, options.batch)
@@ -75,18 +77,6 @@ def update(
     return results
 
 
-def _rehearse(
-    store: Store, options: UpdateCommand, load: Callable[[str], LLM], report: Callable[[BatchResult], Any]
-) -> list[BatchResult]:
-    """The next batch as it would be, without a change to the store."""
-    requests = peek(store, options.batch)
-    if not requests:
-        return []
-    result = _edit_and_prove(store, store.load_base(load, options.model), requests, options)
-    report(result)
-    return [result]
-
-
 def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions) -> BatchResult:
     """What comes of a batch on top of the version in force."""
     parent = store.current
@@ -104,14 +94,10 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
     """Take a request out: out of the queue, or out of the version in force.
 
     Locate-then-edit leaves it out exactly: the layer is solved for anew without it. Other methods edit its prompt
-    back to the old answer.
+    back to the old answer. What is given is empty when the request was in the queue only.
 
-    Returns:
-        the version without it and its figures; nothing when the request was in the queue only.
-
-    Raises:
-        UserError: when there is no such request, it is neither in line nor in force, another update is at work, or
-            the version without it would miss a gate.
+    UserError when there is no such request, it is neither in line nor in force, another update is at work, or the
+    version without it would miss a gate.
     """
     with store.updating():
         with transaction(store.database):

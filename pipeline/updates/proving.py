@@ -18,8 +18,8 @@ from pipeline.evaluation.evaluator import Evaluator, relative_changes
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions
-from pipeline.requests.conflicts import fact
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import fact
 from pipeline.updates.gates import OF_MODEL, Figures, Gate, missed
 from pipeline.updates.queue import Contradiction, number_of
 
@@ -70,14 +70,8 @@ class Trial:
     Locate-then-edit solves for all of a layer's requests at once: parts of the batch are had from the whole by
     leaving the others out, with no value searched for again.
 
-    Args:
-        llm: the base model, which it is again after every edit and measurement.
-        parent, base: the number of the version in force, and its update; None for the base model itself.
-        batch: the requests; all of them can be edited.
-        options: how to edit and measure, and the gates.
-
-    Raises:
-        UserError: when texts do not fit the model, or the version in force itself misses a gate.
+    The model is the base again after every edit and measurement. `parent` and `base` are the number of the version
+    in force, and its update. UserError when texts do not fit the model, or that version itself misses a gate.
     """
 
     def __init__(

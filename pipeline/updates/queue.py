@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.editing.columns import owner
 from pipeline.requests.readers import stream_requests
 from pipeline.requests.schema import EditRequest
-from pipeline.updates.database import transaction
+from pipeline.updates.disk import transaction
 from pipeline.updates.store import Store
 
 Contradiction = tuple[int, int]  # two requests about one fact: the older's number, and the newer's, which wins
@@ -43,14 +43,8 @@ def submit(
 
     A request is known by what it asks for: the same one twice adds nothing, whatever file, id or source it has.
 
-    Args:
-        file: as for `load_requests`.
-        source: where they come from, in place of what the file says.
-        not_before: seconds since 1970 before which they stay in the queue.
-        again: queue those anew that are known and were held back, superseded or retracted.
-
-    Raises:
-        UserError: when the file or one of its requests is wrong.
+    Those that are known and were held back, superseded or retracted are queued anew with `again`. `not_before`: in
+    seconds since 1970. UserError when the file or one of its requests is wrong.
     """
     store.database.executescript(INCOMING)
     store.database.executemany(
@@ -94,7 +88,7 @@ def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitt
         again=len(requeued),
         known=count - queued - len(requeued),
         left=len(left) - len(requeued),
-        superseded=_settle(store, _due_with_incoming(store)),
+        superseded=_settle(store, due(store, which="AND fact IN (SELECT fact FROM temp.incoming)")),
     )
 
 
@@ -103,15 +97,6 @@ def _left(store: Store) -> list[tuple[int, int]]:
     return store.database.execute(
         "SELECT r.number, i.place FROM temp.incoming i JOIN requests r USING (digest) "
         "WHERE r.state IN ('held back', 'superseded', 'retracted') ORDER BY i.place"
-    ).fetchall()
-
-
-def _due_with_incoming(store: Store) -> list[sqlite3.Row]:
-    """The rows of due requests about the facts of what came in."""
-    return store.database.execute(
-        "SELECT number, fact, effective, position FROM requests WHERE state = 'queued' AND not_before <= ? "
-        "AND fact IN (SELECT fact FROM temp.incoming) ORDER BY number",
-        (time.time(),),
     ).fetchall()
 
 
@@ -127,10 +112,7 @@ def take(store: Store, most: int) -> tuple[list[EditRequest], list[Contradiction
     """Take the next batch of what is due; empty when nothing is.
 
     Of due requests about one fact the newest is taken and the others are superseded, as is a due one that is older
-    than what is applied.
-
-    Returns:
-        the requests, their ids beginning with their numbers, and which others gave way.
+    than what is applied. Gives the requests, their ids beginning with their numbers, and which others gave way.
     """
     superseded: list[Contradiction] = []
     with transaction(store.database):
@@ -146,10 +128,11 @@ def peek(store: Store, most: int) -> list[EditRequest]:
     return [_request(row) for row in due(store, most) if not _newer(store, row)]
 
 
-def due(store: Store, most: int) -> list[sqlite3.Row]:
+def due(store: Store, most: int = -1, which: str = "") -> list[sqlite3.Row]:
     """The rows of the next requests that are due, what has been due longest first."""
     return store.database.execute(
-        "SELECT * FROM requests WHERE state = 'queued' AND not_before <= ? ORDER BY not_before, position LIMIT ?",
+        f"SELECT * FROM requests WHERE state = 'queued' AND not_before <= ? {which} "
+        "ORDER BY not_before, position LIMIT ?",
         (time.time(), most),
     ).fetchall()
 

@@ -23,17 +23,11 @@ WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat", "sun")  # cron's 0 
 LOOKING = 1.0  # seconds between looks at the clock, which a sleeping machine moves
 
 
-class Stopping:
-    """Whether the process was asked to end: by SIGTERM, which lets the batch at work finish.
+class Stopping(threading.Event):
+    """Set when the process was asked to end: by SIGTERM, which lets the batch at work finish.
 
     A second SIGTERM ends it at once: the batch goes back to the queue.
     """
-
-    def __init__(self) -> None:
-        self.asked = threading.Event()
-
-    def __call__(self) -> bool:
-        return self.asked.is_set()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -42,9 +36,9 @@ class Stopping:
             yield
 
     def _note(self, number: int, _: Any) -> None:
-        if self():
+        if self.is_set():
             interrupts.end(number)
-        self.asked.set()
+        self.set()
 
 
 def trigger(cron: str | None, every: str | None) -> BaseTrigger:
@@ -70,21 +64,19 @@ def run_schedule(
 
     Times during a call are left out; one that the machine slept through is made up for when it wakes. What `work`
     raises is said, and the schedule goes on. The first call is now where `at_once` says so.
-
-    Raises:
-        UserError: when the trigger has no time to come.
+    UserError when the trigger has no time to come.
     """
     if at_once:
         say("updating now, and as asked")
         _attempt(work, say)
-    while not stopping():
+    while not stopping.is_set():
         due: datetime | None = when.get_next_fire_time(None, datetime.now().astimezone())
         if due is None:
             raise UserError("cron: names a time that never comes")
         say(f"next update at {due:%Y-%m-%d %H:%M:%S}")
-        while datetime.now(due.tzinfo) < due and not stopping.asked.wait(LOOKING):
+        while datetime.now(due.tzinfo) < due and not stopping.wait(LOOKING):
             pass
-        if not stopping():
+        if not stopping.is_set():
             _attempt(work, say)
     say("asked to end: ended between two batches")
 

@@ -18,8 +18,7 @@ from filelock import FileLock, Timeout
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.shipped import program
-from pipeline.updates.database import DATABASE, connect, transaction
-from pipeline.updates.folders import BASE, VERSIONS, remove_unfinished, version_folder
+from pipeline.updates.disk import BASE, DATABASE, VERSIONS, connect, remove_unfinished, transaction, version_folder
 
 CURRENT, OPENING_LOCK, UPDATE_LOCK = "current", "opening.lock", "update.lock"
 BUNDLED = "smollm2"
@@ -32,8 +31,7 @@ class BusyError(UserError):
 class Store(AbstractContextManager["Store"]):
     """A store, opened; where it is new, it is made if `make` says so, for the base model that is named.
 
-    Raises:
-        UserError: when there is none, it is no store, of another layout, or new and no model is named.
+    UserError when there is none, it is no store, of another layout, or new and no model is named.
     """
 
     def __init__(self, folder: str | Path, model: str | None = None, make: bool = False) -> None:
@@ -56,15 +54,11 @@ class Store(AbstractContextManager["Store"]):
             raise UserError(f"store: {self.folder}: no store: it holds other things, and no {DATABASE}")
         if not make:
             raise UserError(f"store: {self.folder}: no such store; `{program()} submit` makes one")
-        self._check_named(model)
-
-    def _check_named(self, model: str | None) -> None:
         if not model:
             raise UserError(f"store: {self.folder}: new; name the model that it is for with --model")
 
     def _begin(self, name: str | None) -> None:
         """Make version 0, the base model as it is, and say whose store this is."""
-        self._check_named(name)
         version_folder(self.folder, BASE).mkdir(parents=True, exist_ok=True)
         with transaction(self.database) as database:
             about = {"model": _absolute(name or ""), "fingerprint": "", "current": BASE, "next": 1}
@@ -137,8 +131,7 @@ class Store(AbstractContextManager["Store"]):
     def updating(self) -> Iterator[None]:
         """Be the one that makes versions; what a dead update had taken is queued, what it half wrote is removed.
 
-        Raises:
-            BusyError: when another process is that one.
+        BusyError when another process is that one.
         """
         try:
             held = FileLock(self.folder / UPDATE_LOCK).acquire(blocking=False)

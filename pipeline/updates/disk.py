@@ -1,16 +1,28 @@
-"""The store's SQLite database: its tables, how it is opened, and transactions.
+"""A store on disk: its SQLite database, and a folder for each version, written whole or not at all.
 
-Write-ahead logging, so that submitters, servers and an update get along; every commit reaches the disk.
+    versions/0004/  update.safetensors  update.json  state.safetensors  golden_profile.json  metrics.json
+
+`update.*` are a WeightUpdate's files: the base model and one read give the version, whatever went before it.
+Version 0, the base model, is an empty folder. The database logs ahead, so that submitters, servers and an update
+get along; every commit reaches the disk.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files import file_digest
+
+BASE = 0
+VERSIONS, METRICS = "versions", "metrics.json"
 
 DATABASE = "store.db"
 APPLICATION = 0x474C5550  # "GLUP" in the file's header: a store of golden layers' updates
@@ -67,8 +79,7 @@ SCHEMA = """
 def connect(file: Path) -> sqlite3.Connection:
     """Open the database; its tables are made where it is new.
 
-    Raises:
-        UserError: when the file is no store's database, damaged, or of another layout than this program's.
+    UserError when the file is no store's database, damaged, or of another layout than this program's.
     """
     try:
         database = sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)
@@ -95,8 +106,7 @@ def connect(file: Path) -> sqlite3.Connection:
 def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """All inside the `with` is written, or nothing; other writers wait from its start.
 
-    Raises:
-        UserError: when the disk is full, or another writer takes longer than `PATIENCE`.
+    UserError when the disk is full, or another writer takes longer than `PATIENCE`.
     """
     try:
         database.execute("BEGIN IMMEDIATE")
@@ -109,3 +119,57 @@ def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
             room = "; is there room on the disk?" if "disk" in str(error) else ""
             raise UserError(f"store: {DATABASE}: {error}{room}") from error
         raise
+
+
+def version_folder(store: Path, number: int) -> Path:
+    """The folder of a version."""
+    return store / VERSIONS / f"{number:04d}"
+
+
+def write_version(store: Path, number: int, fill: Callable[[Path], Any]) -> dict[str, str]:
+    """Let `fill` write a version's folder, whole or not at all; returns its files' SHA-256 by name."""
+    folder = version_folder(store, number)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+        digests = digests_of(partial)
+        for path in [*partial.rglob("*"), partial]:
+            _to_disk(path)
+        partial.rename(folder)
+        _to_disk(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return digests
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of all files in a folder, however deep, by name."""
+    paths = [path for path in folder.rglob("*") if not path.is_dir()]
+    return {str(path.relative_to(folder)): file_digest(path) for path in paths}
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's or folder's content has reached the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def remove_unfinished(store: Path, newest: int) -> None:
+    """Remove folders that no version is known for: what an update that did not end well was writing."""
+    for path in (store / VERSIONS).iterdir():
+        if path.name.endswith(".partial") or (path.name.isdecimal() and int(path.name) > newest):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read_metrics(store: Path, number: int) -> dict[str, Any]:
+    """A version's figures; UserError when they are missing or cannot be read."""
+    file = version_folder(store, number) / METRICS
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"version: {file}: cannot be read ({error})") from None

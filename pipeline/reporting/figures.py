@@ -1,0 +1,220 @@
+"""The figures, in one look: small enough for TensorBoard's cards, readable in grey and by the colour-blind."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.evaluation.evaluator import Evaluation
+from pipeline.reporting.tables import IN_SHORT, SHARES, grouped, label, sides_of
+from pipeline.study.grid import JUDGED_BY, mean_of
+
+if TYPE_CHECKING:
+    from pipeline.study.study import Study
+
+GOLD, BLUE, INK, WHITE = "#E69F00", "#0072B2", "#333333", "#FFFFFF"  # the first two of Okabe and Ito's palette
+WIDTH = 5.8  # inches; TensorBoard's cards are some 400 pixels wide, where 10 points of this are still read
+MARKS = {"before": ("o", WHITE, 0.13), "after": ("D", BLUE, -0.13)}  # shape, filling, place beside the row
+
+STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # names are names, whatever signs they hold
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=[BLUE, INK, INK, GOLD], linestyle=["-", "--", ":", "-."], marker=list("os^D")),
+    "legend.columnspacing": 1.0,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "legend.handlelength": 2.2,
+    "lines.markersize": 4.5,
+    "patch.edgecolor": INK,
+    "patch.force_edgecolor": True,
+}
+
+
+@contextmanager
+def look(height: float, title: str, caption: str) -> Iterator[Figure]:
+    """A figure in the project's look, made without pyplot, so that it needs no display.
+
+    Its height is in inches, without title and caption, which tells in a sentence or two how to read it.
+    """
+    titles, lines = textwrap.wrap(title, int(WIDTH * 10)), textwrap.wrap(caption, int(WIDTH * 14.5))
+    below = 0.09 + 0.19 * len(titles)  # inches from the top to the caption
+    heading = below + 0.02 + 0.17 * len(lines)
+    tall = height + heading
+    with matplotlib.rc_context(STYLE):
+        layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - heading / tall))
+        figure = Figure(figsize=(WIDTH, tall), dpi=140, layout=layout)
+        figure.text(0.012, 1 - 0.05 / tall, "\n".join(titles), va="top", weight="bold", fontsize=11.5)
+        figure.text(0.012, 1 - below / tall, "\n".join(lines), va="top", fontsize=9)
+        yield figure
+
+
+def short(name: str, most: int = 42) -> str:
+    """A name that is not too long for a figure: its end, which tells paths apart."""
+    name = " ".join(name.split())
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers alone, as many as can be read."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def bar_per_block(
+    axes: Axes, values: Sequence[float], model: str, golden: Collection[int], aside: Collection[int] = ()
+) -> None:
+    """A bar a block of a model: golden layers, others, and those set aside."""
+    kinds = [
+        "golden" if block in golden else "set aside" if block in aside else "others" for block in range(len(values))
+    ]
+    for kind, color in {"golden": GOLD, "others": BLUE, "set aside": WHITE}.items():
+        blocks = [block for block, its in enumerate(kinds) if its == kind]
+        if blocks:
+            axes.bar(blocks, [values[block] for block in blocks], color=color, label=kind)
+    axes.set_xlim(-0.7, len(values) - 0.3)
+    axes.set_xlabel(f"block of {short(model)}")
+    whole_numbers(axes.xaxis)
+
+
+def selector_name(method: str) -> str:
+    """A selector's name as it is shown."""
+    return method.replace("_", " ").replace("lga", "LGA")
+
+
+def score_figure(profile: GoldenProfile) -> Figure:
+    """A score a block with its interval, the fences, and what they set aside, cut off where it is far outside."""
+    golden = ", ".join(map(str, profile.golden_layers))
+    with look(2.9, f"Golden layer {golden} of {len(profile.scores)} blocks", _choice(profile)) as figure:
+        axes = figure.subplots()
+        bar_per_block(axes, profile.scores, profile.model, profile.golden_layers, profile.excluded)
+        axes.set_ylim(*_limits(profile))
+        if profile.stability:
+            low, high = np.array([profile.stability.low, profile.stability.high])[:, profile.ranking]
+            axes.vlines(profile.ranking, low, high, color=INK, linewidth=1.2, label="95% interval")
+        if profile.fences:
+            axes.hlines(profile.fences, *axes.get_xlim(), color=INK, linestyle="--", label="Tukey's fences")
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_ylabel("mean score")
+        figure.legend(loc="outside lower left", ncols=5)
+    return figure
+
+
+def _limits(profile: GoldenProfile) -> tuple[float, float]:
+    """What the vertical axis is to hold: all blocks inside the fences with their intervals."""
+    sides = [profile.scores] + ([profile.stability.low, profile.stability.high] if profile.stability else [])
+    shown = np.concatenate([np.array(sides)[:, profile.ranking].ravel(), [0.0], profile.fences or ()])
+    shown = shown[np.isfinite(shown)]
+    margin = 0.12 * (np.ptp(shown) or 1.0)
+    return float(shown.min() - margin), float(shown.max() + margin)
+
+
+def _choice(profile: GoldenProfile) -> str:
+    """How the golden layer was chosen, and how sure that is."""
+    parts = [
+        "Largest mean score",
+        " by magnitude" if profile.order == "magnitude" else "",
+        " inside the fences" if profile.fences else "",
+        f"; {profile.certainty}" if profile.certainty else "",
+        f". {selector_name(profile.method)}",
+        f", {profile.scope} weights" if profile.scope else "",
+    ]
+    return f"{''.join(parts)}, {profile.requests} requests of {short(profile.request_set)}."
+
+
+def stability_figure(profile: GoldenProfile) -> Figure:
+    """How often each block is chosen when the requests are resampled."""
+    stability, golden = profile.stability, profile.golden_layers[0]
+    assert stability
+    title = f"How sure is block {golden}? {stability.chosen[golden]:.0%}"
+    caption = (
+        f"The {profile.requests} requests were drawn {stability.resamples} times, with replacement; each draw "
+        "chooses a block."
+    )
+    with look(2.3, title, caption) as figure:
+        axes = figure.subplots()
+        bar_per_block(axes, stability.chosen, profile.model, [golden])
+        axes.set_ylim(0, 1.05)
+        axes.set_ylabel("share of draws")
+    return figure
+
+
+def metrics_figure(evaluation: Evaluation) -> Figure:
+    """The chief shares before and after, a row a metric, with 95% bootstrap intervals."""
+    metrics = evaluation.before.metrics
+    groups = grouped([name for name in metrics if name in SHARES and name in IN_SHORT])
+    rows = [row for group, members in groups.items() for row in (group, *members)]
+    count = next(metrics[row].count for row in rows if row in metrics)
+    title = "What the edit changed" if evaluation.after else "What the model does"
+    caption = f"Requests: {count}. Lines: 95% bootstrap intervals."
+    with look(0.9 + 0.215 * len(rows), title, caption) as figure:
+        axes = figure.subplots()
+        for side, measured in sides_of(evaluation).items():
+            shape, filling, shift = MARKS[side]
+            shown = {place: measured.metrics[row] for place, row in enumerate(rows) if row in measured.metrics}
+            places, means = np.array(list(shown)) + shift, [one.mean for one in shown.values()]
+            axes.hlines(
+                places, [one.low for one in shown.values()], [one.high for one in shown.values()], color=INK
+            )
+            axes.plot(means, places, shape, markersize=6, color=INK, markerfacecolor=filling, label=side)
+        axes.set_yticks(range(len(rows)), [label(row) for row in rows])
+        for row, tick in zip(rows, axes.get_yticklabels(), strict=True):
+            tick.set_fontweight("bold" if row in groups else "normal")
+        axes.set_ylim(len(rows) - 0.4, -0.7)
+        axes.set_xlim(-0.03, 1.03)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", linewidth=0.4)
+        axes.set_xlabel("share, by the request")
+        figure.legend(loc="outside lower left", ncols=5)
+    return figure
+
+
+def sweep_figure(study: Study, name: str, method: str) -> Figure:
+    """What single edits come to, block by block: the mean of every figure, and of the score made of them."""
+    grid, golden = study.grids[name][method], study.golden[name]
+    caption = (
+        f"Means of {len(grid.scores)} requests, each edited alone at each block. Score: mean of the others. The "
+        "golden layer was chosen from other requests without a trial."
+    )
+    with look(3.4, f"Which block edits best? {short(name)}, {method}", caption) as figure:
+        axes = figure.subplots()
+        for metric in JUDGED_BY:
+            if metric in grid.values and not np.isnan(grid.values[metric]).all():
+                axes.plot(grid.blocks, mean_of(grid.values[metric]), label=metric)
+        axes.plot(grid.blocks, grid.means, color=INK, linewidth=2.4, linestyle="-", marker="", label="score")
+        axes.axvline(golden, color=GOLD, linewidth=6, alpha=0.6, label=f"golden layer: {golden}")
+        axes.axvline(grid.best, color=INK, linestyle="-.", label=f"best fixed block: {grid.best}")
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel(f"block of {short(study.model)}")
+        axes.set_ylabel("share, teacher-forced")
+        whole_numbers(axes.xaxis)
+        figure.legend(loc="outside lower left", ncols=3)
+    return figure
+
+
+def selectors_figure(study: Study, name: str, method: str) -> Figure:
+    """Regret of every selector, the best at the top."""
+    rows = sorted(study.selectors[name][method], key=lambda row: -float(row["regret"] or 0))
+    regrets = [float(row["regret"] or 0) for row in rows]
+    colors = [GOLD if row["selector"] == next(iter(study.profiles[name])) else BLUE for row in rows]
+    caption = "Regret: what the chosen block falls short of the best fixed block's score."
+    with look(0.7 + 0.3 * len(rows), f"Who finds the best block? {short(name)}, {method}", caption) as figure:
+        axes = figure.subplots()
+        bars = axes.barh(range(len(rows)), regrets, 0.75, color=colors)
+        axes.bar_label(bars, [f"{row['regret']:.3f}, block {row['block']}" for row in rows], padding=2, fontsize=8)
+        names = [short(selector_name(str(row["selector"])), 32) for row in rows]
+        axes.set_yticks(range(len(rows)), names, fontsize=9)
+        axes.set_xlim(0, 1.5 * max(0.02, *regrets))
+        axes.set_xlabel("regret")
+    return figure
