@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from pipeline.attribution.inner_products import LGA, CapturedInput, Estimator
 from pipeline.errors import UserError
+from pipeline.model.activations import runs_again
 from pipeline.model.blocks import Block, by_row
-from pipeline.model.checkpointing import runs_again
 from pipeline.running.processes import of_all
 
 LOADERS = {

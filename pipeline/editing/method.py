@@ -46,7 +46,7 @@ class Method:
         needs_subject: whether each request must name a subject that its prompt holds.
         trial: how many requests are edited side by side, each alone (`pipeline.study.trials`): by the `values` that
             locate-then-edit finds, or by `adapters`; None: not at all.
-        solves_anew: whether requests can be left out of an update (`pipeline.editing.leave_out`).
+        solves_anew: whether requests can be left out of an update (`pipeline.editing.editor.leave_out`).
         stacked: settings of other values for updates that are stacked on each other.
     """
 

@@ -64,9 +64,3 @@ class WhitenedAdam(torch.optim.Adam):
         P, inputs = self.whiteners[weight]
         P = on_mesh_of(P.to(device=tensor.device, dtype=tensor.dtype), weight)
         return tensor @ P if inputs == 1 else P @ tensor
-
-
-def reads_for(name: str) -> str:
-    """The projection whose inputs a factor reads, by the factor's name in the model; empty for any other weight."""
-    projection, factor, _ = name.partition(".lora_A")
-    return projection if factor else ""

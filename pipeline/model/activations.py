@@ -10,18 +10,21 @@ Shapes: B rows, T tokens, D hidden size, N positions that are read, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.blocks import by_row
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Batch
 
 Seen = dict[str, Tensor]  # by a module's full name
+_AGAIN = ContextVar("a block runs again", default=False)
 Change = Callable[[Tensor, Tensor], Tensor]  # from what enters and leaves a projection to what is to leave it
 
 
@@ -140,6 +143,37 @@ def running_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable[..
             vars(module).pop("forward", None)
             if before is not None:
                 module.forward = before
+
+
+@contextmanager
+def checkpointing(llm: LLM, wanted: bool = True) -> Iterator[None]:
+    """Inside the `with`, where wanted, every block keeps only what enters it, and runs again for its gradients.
+
+    Passes must not use a cache.
+    """
+    modules = [block.module for block in llm.blocks] if wanted else []
+    kept = [partial(checkpoint, module.forward, use_reentrant=False, context_fn=_contexts) for module in modules]
+    with running_instead(modules, kept):
+        yield
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds a block's first run, and its second."""
+    return nullcontext(), _running_again()
+
+
+@contextmanager
+def _running_again() -> Iterator[None]:
+    token = _AGAIN.set(True)
+    try:
+        yield
+    finally:
+        _AGAIN.reset(token)
+
+
+def runs_again() -> bool:
+    """Whether a checkpointed block runs for its gradients now: hooks have seen the same pass before."""
+    return _AGAIN.get()
 
 
 @contextmanager

@@ -13,22 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from pipeline.editing.editor import METHODS
-from pipeline.editing.finetune import FineTune
-from pipeline.editing.lessons import Lessons, collate_lessons, teaching_loss
+from pipeline.editing.editor import METHODS, restored
 from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.lora import LoRA
 from pipeline.editing.method import EditMethod
-from pipeline.editing.whitening import WhitenedAdam
-from pipeline.errors import UserError
-from pipeline.evaluation.side_by_side import changed_rows
-from pipeline.model.activations import Activations, target_logits
+from pipeline.editing.update import ADAPTER_PREFIX
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
-from pipeline.running.stage import Stage, run
 from pipeline.running.trainer import Runtime
 
 LowRank = tuple[Tensor, Tensor]  # of each request: left (B, O, k), right (B, k, I)
@@ -84,94 +78,23 @@ class ValueTrials(Trials):
 
 
 class AdapterTrials(Trials):
-    """LoRA: the same steps on the same rows as it takes for each request alone."""
+    """LoRA: each request's adapter, trained alone."""
 
     def at(self, layer: int) -> dict[str, LowRank]:
         """Every request's adapter."""
         method = self.method(layer)
-        assert isinstance(method, FineTune) and method.lora
+        assert isinstance(method, LoRA)
         method.find_whiteners(self.runtime)
-        lessons = method.lessons([[request] for request in self.requests], self.runtime)
-        stage = AdaptersAlone(method, self.runtime.seed)
-        found = run(stage, lessons, self.runtime, batch_size=len(lessons))
+        found = []
+        for lessons in method.lessons([[request] for request in self.requests], self.runtime):
+            with restored(self.llm, method.weight_names):
+                method.fit(lessons, self.runtime)
+            found.append(method.state)
+        names = {name: f"{ADAPTER_PREFIX}base_model.model.{name}.lora_" for name in method.projections}
         return {
             name: (
-                torch.stack([one[name][0] for one in found]) * method.lora.scaling,
-                torch.stack([one[name][1] for one in found]),
+                torch.stack([state[f"{own}B.weight"] for state in found]) * method.scaling,
+                torch.stack([state[f"{own}A.weight"] for state in found]),
             )
-            for name in stage.start
+            for name, own in names.items()
         }
-
-
-class AdaptersAlone(Stage):
-    """Trains an adapter of its own for each request of a batch, epoch by epoch as `FineTune` would train it alone.
-
-    Outputs are LoRA's B (O, k) and A (k, I) by projection.
-
-    Args:
-        method: made for one block, its whiteners found.
-        seed: of the adapters' start.
-    """
-
-    title, gradients = "Adapters", True
-
-    def __init__(self, method: FineTune, seed: int) -> None:
-        super().__init__(method.llm.model)
-        assert method.lora
-        self.llm, self.settings, self.whiteners = method.llm, method.settings, method.whiteners
-        self.layer, self.scaling = method.layers[0], method.lora.scaling
-        with method.lora.attached(seed, method.whiteners) as adapted:
-            begun = get_peft_model_state_dict(adapted)
-        self.start = {  # B and A of each projection
-            name: [begun[f"base_model.model.{name}.lora_{factor}.weight"].clone() for factor in "BA"]
-            for name in self.llm.blocks[self.layer].projections(self.settings.scope)
-        }
-
-    def collate(self, items: list[Lessons]) -> list[Lessons]:
-        return items
-
-    def step(self, batch: list[Lessons]) -> list[dict[str, LowRank]]:
-        """Train until each request is learnt or the settings' epochs are over; one that is leaves the batch."""
-        settings = self.settings
-        trained = {
-            name: [factor.to(self.device).expand(len(batch), -1, -1).clone().requires_grad_() for factor in factors]
-            for name, factors in self.start.items()
-        }
-        adam = WhitenedAdam(
-            [{"params": [f for pair in trained.values() for f in pair], "lr": settings.learning_rate}],
-            {trained[name][1]: (P.to(self.device), 1) for name, P in self.whiteners.items()},
-        )
-        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, settings.last_step, total_iters=settings.epochs)
-        found: dict[int, dict[str, LowRank]] = {}
-        running = list(range(len(batch)))
-        for epoch in range(settings.epochs):
-            adam.zero_grad()
-            unlearnt = self._differentiate(trained, running, batch, epoch)
-            adam.step()
-            falling.step()
-            for n in running:
-                found[n] = {name: (B[n].detach().cpu(), A[n].detach().cpu()) for name, (B, A) in trained.items()}
-            running = [n for n, going in zip(running, unlearnt, strict=True) if going]
-            if not running:
-                break
-        return [found[n] for n in range(len(batch))]
-
-    def _differentiate(
-        self, trained: dict[str, list[Tensor]], running: list[int], batch: list[Lessons], epoch: int
-    ) -> list[bool]:
-        """Add the gradient of every running request's loss to its factors; whether its row is unlearnt yet."""
-        rows = [batch[n].of_epoch(0, epoch) for n in running]
-        others = [batch[n].other(0, epoch) for n in running if batch[n].others]
-        lesson = collate_lessons(rows, others, (1.0, 1.0), self.llm.pad_token_id).to(self.device)
-        own = torch.tensor([*running, *running][: len(rows) + len(others)], device=self.device)
-        changes = {name: (self.scaling * B[own], A[own]) for name, (B, A) in trained.items()}
-        with Activations(self.llm).from_block(self.layer, lesson.enter_BTD), changed_rows(self.llm, changes):
-            logits_NV = target_logits(self.llm.model, lesson)
-        loss, losses_B = teaching_loss(lesson, logits_NV, self.settings.learnt, self.settings.kl)
-        if not losses_B.isfinite().all():
-            raise UserError(
-                f"edit: the loss is not a number in epoch {epoch}, block {self.layer}; "
-                "try a smaller --edit.expert.learning_rate"
-            )
-        loss.backward()
-        return (losses_B.detach() > self.settings.learnt).tolist()
