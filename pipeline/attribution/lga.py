@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.inner_products import GRADIENT_NORM_SUBJECT, LGA, Estimator
-from pipeline.attribution.old_answers import with_old_answers
 from pipeline.attribution.selector import Selector, Values, register, tokens_at_once
 from pipeline.model.activations import checkpointing, target_losses
 from pipeline.model.blocks import sizes
+from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.data import both_answers, collate_sides

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.attribution.old_answers import with_old_answers
 from pipeline.attribution.selector import Selector, Values, register, tokens_at_once
 from pipeline.model.activations import Activations, head_reads, wide_logits
+from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.rows import Batch, Row, collate
@@ -69,6 +69,8 @@ class Tracing(Stage):
         super().__init__(llm.model)
         self.llm, self.parts = llm, Activations(llm)
         self.samples, self.noise, self.seed = options.samples, options.noise, seed
+        own = llm.model.get_input_embeddings()
+        self.embeddings = next(name for name, module in llm.model.named_modules() if module is own)
 
     def collate(self, items: list[Row]) -> Batch:
         return collate(items, self.llm.pad_token_id)
@@ -77,15 +79,14 @@ class Tracing(Stage):
         names = [block.name for block in self.llm.blocks]
         with self.parts.leaving(*names) as clean:
             self._probabilities(batch, 1)
-        embeddings = self._embeddings()
         noise_RTD = torch.cat([self._noise(text, batch.input_ids_BT.shape[1]) for text in batch.texts])
         rows = len(batch.texts) * self.samples
         with (
             self.parts.leaving(*names) as corrupted,
-            self.parts.changing(embeddings, rows, lambda _, output: output + noise_RTD.to(output)),
+            self.parts.changing(self.embeddings, rows, lambda _, output: output + noise_RTD.to(output)),
         ):
             base_PS = self._probabilities(batch, self.samples)
-        last_P = torch.tensor([_subject(text)[1] for text in batch.texts], device=base_PS.device)
+        last_P = torch.tensor([text.subject[1] for text in batch.texts if text.subject], device=base_PS.device)
         each_P, each_R = torch.arange(len(last_P)), torch.arange(rows)
         last_R = last_P.repeat_interleave(self.samples)
         found = []
@@ -105,17 +106,13 @@ class Tracing(Stage):
         target_R1 = batch.target_N.repeat_interleave(samples)[:, None]
         return logits_RV.softmax(-1).gather(1, target_R1).view(-1, samples)
 
-    def _embeddings(self) -> str:
-        """The input embeddings' full name."""
-        embeddings = self.llm.model.get_input_embeddings()
-        return next(name for name, module in self.llm.model.named_modules() if module is embeddings)
-
     def _noise(self, text: Row, width: int) -> Tensor:
         """A request's noise under every sample, (S, T, D), zero outside its subject; in float32.
 
         In units of what the embeddings put out: Gemma's are the matrix's rows times √D.
         """
-        (first, last), matrix = _subject(text), self.llm.embedding
+        assert text.subject
+        (first, last), matrix = text.subject, self.llm.embedding
         token = torch.tensor(text.token_ids[last : last + 1], device=matrix.device)
         put_out = self.llm.model.get_input_embeddings()(token)
         deviation = (matrix.float().std() * put_out.float().norm() / matrix[token].float().norm()).item()
@@ -125,11 +122,6 @@ class Tracing(Stage):
         subject = (self.samples, last - first + 1, matrix.shape[1])
         noise_STD[:, first : last + 1] = self.noise * deviation * torch.randn(subject, generator=draw)
         return noise_STD.to(matrix.device)
-
-
-def _subject(text: Row) -> tuple[int, int]:
-    assert text.subject
-    return text.subject
 
 
 register("causal_tracing", Selector(score_tracing, needs_subject=True))

@@ -17,8 +17,7 @@ from pipeline.running.interrupts import interrupts
 from pipeline.running.kept import is_whole
 from pipeline.running.processes import from_first
 
-EVERY = 10.0  # seconds
-SHARE = 20  # writing takes at most one part in so many of the time
+EVERY = 30.0  # seconds
 
 
 class LessonData(LightningDataModule):
@@ -107,7 +106,5 @@ class KeepTraining(Checkpoint):
             self.on_train_epoch_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        started = time.monotonic()
         trainer.save_checkpoint(self.file)  # whole or not at all; all processes take part
-        ended = time.monotonic()
-        self.due = ended + max(EVERY, SHARE * (ended - started))
+        self.due = time.monotonic() + EVERY

@@ -9,14 +9,14 @@ weight by weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from copy import deepcopy
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import find_blocks
@@ -42,8 +42,7 @@ def load_sharded(load: Callable[[], PreTrainedModel], device: torch.device, name
             failed = str(error)
     if failed := from_first(failed):
         raise UserError(failed)
-    described = from_first(_described(whole_model) if whole_model is not None else None)
-    model = _empty(*described)
+    model: PreTrainedModel = from_first(whole_model and without_values(whole_model))
     mesh = init_device_mesh(device.type, (world_size(),))
     _spread(model, mesh, name)
     model.to_empty(device=device)
@@ -55,21 +54,11 @@ def load_sharded(load: Callable[[], PreTrainedModel], device: torch.device, name
     return model.eval()
 
 
-def _described(model: PreTrainedModel) -> tuple[Any, ...]:
-    """All that makes an empty model like this one: its configs, and the dtype of each weight."""
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    return model.config, model.generation_config, model.dtype, model.config._attn_implementation, dtypes
-
-
-def _empty(config: Any, generation: Any, dtype: torch.dtype, attention: str, dtypes: dict[str, torch.dtype]) -> Any:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
-    model.generation_config = generation
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
-    return model
+def without_values(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with tensors that hold nothing."""
+    weights = {id(weight): nn.Parameter(weight.to("meta")) for weight in model.parameters()}
+    buffers = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return deepcopy(model, {**weights, **buffers})
 
 
 def _spread(model: PreTrainedModel, mesh: DeviceMesh, name: str) -> None:
