@@ -181,12 +181,7 @@ class GradientAttribution(Callback):
 
 
 class Pass:
-    """What is known of one pass: inner products by layer, and why none came.
-
-    Args:
-        rows: how many ran.
-        layers: how many blocks there are.
-    """
+    """What is known of one pass of so many rows: inner products by layer, and why none came."""
 
     def __init__(self, rows: int, layers: int) -> None:
         self.rows = rows
@@ -234,12 +229,7 @@ def watches(trainer: Trainer) -> bool:
 
 
 def in_order(found: list[NDArray[np.float64]], loader: Any) -> NDArray[np.float64]:
-    """Scores in the loader's order, (N, L); where a sampler has spread it over processes, those of all.
-
-    Args:
-        found: this process's scores, batch by batch.
-        loader: what the batches came from.
-    """
+    """Batches' scores in the loader's order, (N, L); where it was spread over processes, those of all."""
     loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler):

@@ -32,18 +32,7 @@ def find_golden_layer(
     request_set: str = "",
     seed: int = 0,
 ) -> GoldenProfile:
-    """Score every block and choose the golden ones.
-
-    Args:
-        llm: the model; its weights stay as they are.
-        requests: the proxy set.
-        options: how blocks are scored and chosen.
-        trainer: what it runs on: a Trainer, or options to make one of.
-        request_set: what the profile calls the proxy set.
-        seed: of every draw.
-
-    Raises:
-        UserError: as `score_requests` and `choose` do.
+    """Score every block and choose the golden ones: `score_requests`, then `choose`.
 
     Example:
         >>> profile = find_golden_layer(llm, requests, AttributionOptions(order="magnitude"))
@@ -68,8 +57,6 @@ def check_selector(
             f"method: {options.method} needs each request's subject in its prompt; not so in {len(missing)} of "
             f"{len(requests)}: {', '.join(missing[:5])}; the method lga does without"
         )
-    if selector.check:
-        selector.check(requests, options)
 
 
 def score_requests(
@@ -87,7 +74,7 @@ def score_requests(
         llm: the model; its weights stay as they are.
         requests: the proxy set.
         options: how blocks are scored.
-        trainer: what it runs on.
+        trainer: what it runs on: a Trainer, or options to make one of.
         seed: of every draw.
         work: a folder for half-done work; scoring that finds its own there goes on from it.
         selectors: the ways to score that there are.

@@ -23,12 +23,8 @@ OLD, NEW = 0, 1
 
 
 class CapturedInput:
-    """What went into a projection, side by side; projections that share it share its Gram matrices.
-
-    Args:
-        input_RTI: what entered, the sides' rows one behind the other.
-        sides: how many there are.
-    """
+    """What went into a projection, the sides' rows one behind the other; projections that share it share its Gram
+    matrices."""
 
     def __init__(self, input_RTI: Tensor, sides: int = 2) -> None:
         self.inputs = _wide(input_RTI).chunk(sides)

@@ -63,16 +63,11 @@ def score_gradients(
 class Attribution(Stage):
     """Differentiates the sum of requests' losses, for the callback to read: an output is a request's scores.
 
-    The weights are frozen: the gradient flows from the embeddings' output, and through activations only.
-
-    Args:
-        llm: the model.
-        watch: what reads the gradients.
-        shared: how many tokens all prompts begin with.
+    The weights are frozen: the gradient flows from the embeddings' output, and through activations only. All
+    prompts begin with the same `shared` tokens.
     """
 
-    title = "Attribution"
-    gradients = True
+    title, gradients = "Attribution", True
 
     def __init__(self, llm: LLM, watch: GradientAttribution, shared: int = 1) -> None:
         super().__init__(llm.model)

@@ -73,13 +73,7 @@ class Stability(BaseModel):
 
 
 def judge(values_NL: Values, fences: float = 1.0, order: str = "signed", seed: int = 0) -> Stability:
-    """Bootstrap a choice.
-
-    Args:
-        values_NL: each request's score of every block.
-        fences, order: how it was chosen.
-        seed: of the draws.
-    """
+    """Bootstrap a choice by fences and order, from each request's score of every block."""
     requests, blocks = values_NL.shape
     random = np.random.default_rng([seed, requests])
     means_RL = np.stack([values_NL[random.integers(requests, size=requests)].mean(0) for _ in range(RESAMPLES)])

@@ -29,7 +29,6 @@ class Selector(NamedTuple):
         fenced: whether single blocks' scores may be large for reasons of the model alone (massive activations),
             so that Tukey's fences set them aside.
         reads_requests: whether the scores depend on the requests at all.
-        check: raises UserError for requests or options that it cannot work with, before a model is loaded.
     """
 
     score: Callable[[LLM, Sequence[EditRequest], AttributionOptions, Runtime], Values]
@@ -37,7 +36,6 @@ class Selector(NamedTuple):
     of_gradients: bool = False
     fenced: bool = False
     reads_requests: bool = True
-    check: Callable[[Sequence[EditRequest], AttributionOptions], None] | None = None
 
 
 SELECTORS: dict[str, Selector] = {}
@@ -57,11 +55,7 @@ def register(name: str, selector: Selector) -> None:
 def tokens_at_once(llm: LLM, kept: int) -> int:
     """How many tokens may run together so that what is kept of them takes at most half of the weights' memory.
 
-    Of small models more than that is allowed: what is kept of a pass may always be `LITTLE` numbers.
-
-    Args:
-        llm: the model.
-        kept: numbers that are kept of a token in each block.
+    Of each, `kept` numbers are in each block. Of small models, `LITTLE` numbers may be kept in any case.
     """
     weights = sum(parameter.numel() for parameter in llm.model.parameters())
     return max(weights // 2, LITTLE) // (kept * len(llm.blocks))

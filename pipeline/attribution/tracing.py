@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from pipeline.attribution.selector import Selector, Values, register, tokens_at_once
-from pipeline.model.activations import Activations, head_reads, wide_logits
+from pipeline.model.activations import Activations, RowStage, head_reads, wide_logits
 from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
-from pipeline.requests.rows import Batch, Row, collate
+from pipeline.requests.rows import Batch, Row
 from pipeline.requests.schema import EditRequest
-from pipeline.running.stage import Stage, run
+from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
 
@@ -54,26 +54,20 @@ def score_tracing(
     return torch.stack(found).numpy()
 
 
-class Tracing(Stage):
+class Tracing(RowStage):
     """Traces requests at every block: an output is a request's recovered probabilities.
 
-    Args:
-        llm: the model.
-        options: samples and size of the noise.
-        seed: of the noise, which is the same for a request in any batch.
+    The noise is the same for a request in any batch.
     """
 
     title = "Causal tracing"
 
     def __init__(self, llm: LLM, options: AttributionOptions, seed: int) -> None:
-        super().__init__(llm.model)
-        self.llm, self.parts = llm, Activations(llm)
+        super().__init__(llm)
+        self.parts = Activations(llm)
         self.samples, self.noise, self.seed = options.samples, options.noise, seed
         own = llm.model.get_input_embeddings()
         self.embeddings = next(name for name, module in llm.model.named_modules() if module is own)
-
-    def collate(self, items: list[Row]) -> Batch:
-        return collate(items, self.llm.pad_token_id)
 
     def step(self, batch: Batch) -> list[Tensor]:
         names = [block.name for block in self.llm.blocks]

@@ -92,7 +92,7 @@ def edit(
         requests=[*left, *requests],
         options=settings,
         state={**earlier.state, **method.state},
-        adapter=method.adapter if after is None or after.adapter else None,  # else it holds a part of the change
+        adapter=None if after else method.adapter,  # on top of another one it is a part of the change
         chat=llm.chat,
     )
 

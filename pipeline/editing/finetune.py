@@ -17,8 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.lesson_data import KeepTraining, LessonData
-from pipeline.editing.lessons import Lessons, read_lessons, teaching_loss
+from pipeline.editing.lessons import KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.whitening import WhitenedAdam, whitener

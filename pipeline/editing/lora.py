@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing.finetune import FineTune, FinetuneSettings
-from pipeline.editing.lesson_data import Lessons
+from pipeline.editing.lessons import Lessons
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.update import ADAPTER_PREFIX
 from pipeline.errors import UserError
@@ -44,25 +44,17 @@ class LoraSettings(FinetuneSettings):
 class LoRA(FineTune):
     """Trains an adapter beside the MLP's projections (or the down-projection) of the golden layers.
 
-    Args:
-        llm, layers, settings, statistics: as `FineTune` has them.
-        earlier: an update's state; the adapter in it is trained on, so that the new one holds both.
-
     Attributes:
         state: after `run`, the adapter's tensors under PEFT's names, with a prefix.
         adapter: what PEFT needs to know to load it, as LoraConfig's arguments.
+        scaling: of the product of its factors.
 
     Raises:
         UserError: for a rank that the projections cannot have.
     """
 
     def __init__(
-        self,
-        llm: LLM,
-        layers: Sequence[int],
-        settings: LoraSettings,
-        statistics: StatisticsOptions,
-        earlier: Mapping[str, Tensor],
+        self, llm: LLM, layers: Sequence[int], settings: LoraSettings, statistics: StatisticsOptions
     ) -> None:
         super().__init__(llm, layers, settings, statistics)
         rank, projections = settings.rank, list(self.projections.values())
@@ -77,17 +69,12 @@ class LoRA(FineTune):
             "target_modules": list(self.projections),
             "fan_in_fan_out": isinstance(projections[0], Conv1D),
         }
-        prefix = ADAPTER_PREFIX
-        self.earlier = {k.removeprefix(prefix): v for k, v in earlier.items() if k.startswith(prefix)}
 
     @contextmanager
     def attached(self, seed: int) -> Iterator[PeftModel]:
         """The model with the adapter beside its projections; after the `with` without one.
 
         Factors that read inputs start in whitened coordinates, where there are whiteners.
-
-        Args:
-            seed: of its start.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -96,8 +83,6 @@ class LoRA(FineTune):
             for name, weight in self.model.named_parameters():
                 if whitening := self.whitening(name):
                     weight.data = weight.data @ whitening[0].to(weight)
-            if self.earlier:
-                self._take_up(adapted)
             yield adapted
         finally:
             adapted.unload()
@@ -108,21 +93,9 @@ class LoRA(FineTune):
             super().fit(lessons, runtime)
             tensors = get_peft_model_state_dict(adapted)
             self.state = {ADAPTER_PREFIX + name: tensor.cpu().clone() for name, tensor in tensors.items()}
-            self.state[f"{ADAPTER_PREFIX}scaling"] = torch.tensor(self.scaling)
-            _merge(adapted, 1)
-
-    def _take_up(self, adapted: PeftModel) -> None:
-        """Start from the earlier adapter, and take it out of the weights that it is merged into."""
-        own = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
-        earlier = {name: tensor for name, tensor in self.earlier.items() if name != "scaling"}
-        shapes = {name: tensor.shape for name, tensor in earlier.items()}
-        if own != shapes or abs(self.earlier["scaling"].item() - self.scaling) > 1e-6:
-            raise UserError(
-                "lora: the earlier update's adapter has other layers, scope, rank or alpha; give the same ones, or "
-                "export the earlier update as a merged model and edit that"
-            )
-        set_peft_model_state_dict(adapted, earlier)
-        _merge(adapted, -1)
+            for module in adapted.modules():
+                if isinstance(module, LoraLayer):
+                    add(module.get_base_layer().weight, module.get_delta_weight("default"))  # type: ignore[arg-type, operator]
 
     def trains(self, name: str) -> bool:
         """Whether the weight of this name is one of the adapter's factors."""
@@ -138,18 +111,11 @@ class LoRA(FineTune):
         return (self.whiteners[projection].to(self.device), 1) if factor and projection in self.whiteners else None
 
 
-def _merge(adapted: PeftModel, sign: int) -> None:
-    """Add the adapter's change to the weights beside it, or take it away."""
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer):
-            add(module.get_base_layer().weight, sign * module.get_delta_weight("default"))  # type: ignore[arg-type, operator]
-
-
 def make_lora(
     llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
 ) -> LoRA:
-    """LoRA as `edit` makes it."""
-    return LoRA(llm, layers, settings_of(options), options.statistics, earlier or {})
+    """LoRA as `edit` makes it; what was learnt before is in the weights."""
+    return LoRA(llm, layers, settings_of(options), options.statistics)
 
 
 register("lora", make_lora, LoraSettings, trial="adapters")

@@ -21,11 +21,23 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.blocks import by_row
 from pipeline.model.llm import LLM
-from pipeline.requests.rows import Batch
+from pipeline.requests.rows import Batch, Row, collate
+from pipeline.running.stage import Stage
 
 Seen = dict[str, Tensor]  # by a module's full name
 _AGAIN = ContextVar("a block runs again", default=False)
 Change = Callable[[Tensor, Tensor], Tensor]  # from what enters and leaves a projection to what is to leave it
+
+
+class RowStage(Stage):
+    """A stage whose items are rows of a model's."""
+
+    def __init__(self, llm: LLM) -> None:
+        super().__init__(llm.model)
+        self.llm = llm
+
+    def collate(self, items: list[Row]) -> Batch:
+        return collate(items, self.llm.pad_token_id)
 
 
 class Activations:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,26 +44,16 @@ class Question(NamedTuple):
         return tokens >= self.limit or (self.inner_ends is not None and statement(said, self.inner_ends)[1])
 
 
-@dataclass
-class QuestionBatch:
+class QuestionBatch(NamedTuple):
     """Questions padded on the left: token ids and mask (B, T), and what else each is."""
 
     input_ids_BT: Tensor
     mask_BT: Tensor
     questions: list[Question]
 
-    def to(self, device: Any, **_: Any) -> QuestionBatch:
-        """On a device."""
-        return replace(self, input_ids_BT=self.input_ids_BT.to(device), mask_BT=self.mask_BT.to(device))
-
 
 class Saying(Stage):
-    """Lets the model go on from each question, greedily: an output is a text.
-
-    Args:
-        llm: the model.
-        title: on the progress bar.
-    """
+    """Lets the model go on from each question, greedily: an output is a text."""
 
     def __init__(self, llm: LLM, title: str = "Generating") -> None:
         super().__init__(llm.model)
@@ -176,13 +165,7 @@ def generate(
 def with_old_answers(
     llm: LLM, requests: Sequence[EditRequest], runtime: Runtime, always: bool = False
 ) -> list[EditRequest]:
-    """The requests, each with an old answer: the data set's, or the model's own greedy one.
-
-    Args:
-        llm: the model.
-        requests: with or without old answers.
-        runtime: what it runs on.
-        always: take the model's own also where the data set has one.
+    """The requests, each with an old answer: the data set's, or (`always`, or where it has none) the model's own.
 
     Raises:
         UserError: when the model says nothing.

@@ -121,11 +121,6 @@ def _contradiction(what: str, reason: str) -> UserError:
 def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrainedModel:
     """A decoder as a config describes it, with weights that nobody has read.
 
-    Args:
-        config: the config.
-        name: what the user calls the model, for messages.
-        settings: what else `AutoModelForCausalLM.from_config` takes.
-
     Raises:
         UserError: when the config contradicts itself, or is none of a decoder.
     """

@@ -24,12 +24,7 @@ from pipeline.running.processes import from_first, world_size
 
 
 def load_sharded(load: Callable[[], PreTrainedModel], device: torch.device, name: str) -> PreTrainedModel:
-    """The model that `load` gives in the first process, its blocks' weights spread over all.
-
-    Args:
-        load: called in the first process only; the model is on the CPU.
-        device: this process's.
-        name: of the model, for messages.
+    """The model that `load` gives in the first process, on the CPU, its blocks' weights spread over all devices.
 
     Raises:
         UserError: what `load` raised, in every process.

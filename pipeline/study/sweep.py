@@ -117,15 +117,7 @@ class Sweep:
 def each_alone(
     llm: LLM, requests: Sequence[EditRequest], layer: int, options: EditOptions, runtime: Runtime
 ) -> Changes:
-    """Every request's change of a block, each as `edit` would make it alone.
-
-    Args:
-        llm: the model, frozen by the caller.
-        requests: what to change.
-        layer: the block.
-        options: the method, one that can be tried so (`METHODS[…].trial`), and its settings.
-        runtime: what it runs with.
-    """
+    """Every request's change of a block, each as `edit` would make it alone, of a model that is frozen."""
     method = METHODS[options.method].make(llm, [layer], options)
     if isinstance(method, LoRA):
         return _adapters(method, requests, runtime)
