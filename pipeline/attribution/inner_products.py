@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.model.activations import wide
 from pipeline.requests.rows import Batch
 
 Pair = tuple[int, int]  # numbers of two sides
@@ -27,12 +28,12 @@ class CapturedInput:
     matrices."""
 
     def __init__(self, input_RTI: Tensor, sides: int = 2) -> None:
-        self.inputs = _wide(input_RTI).chunk(sides)
+        self.inputs = wide(input_RTI).chunk(sides)
         self._grams: dict[Pair, Tensor] = {}
 
     def products(self, grad_RTO: Tensor, pairs: Sequence[Pair] = ((0, 1),)) -> Tensor:
         """Inner products of the requests' weight gradients, given the gradients at the outputs, shape (Q, P)."""
-        grads = _wide(grad_RTO).chunk(len(self.inputs))
+        grads = wide(grad_RTO).chunk(len(self.inputs))
         found = [(self._gram(pair) * (grads[pair[0]] @ grads[pair[1]].mT)).sum((1, 2)) for pair in pairs]
         return torch.stack(found)
 
@@ -41,11 +42,6 @@ class CapturedInput:
         if pair not in self._grams:
             self._grams[pair] = self.inputs[pair[0]] @ self.inputs[pair[1]].mT
         return self._grams[pair]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Estimator(NamedTuple):

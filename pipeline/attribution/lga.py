@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.inner_products import GRADIENT_NORM_SUBJECT, LGA, Estimator
@@ -79,7 +78,8 @@ class Attribution(Stage):
     def step(self, batch: Batch) -> list[Tensor]:
         positions = self.watch.estimator.positions
         self.watch.positions_RK = positions(batch, self.shared) if positions else None
-        with embeddings_require_grad(self.llm.model.get_input_embeddings()):
+        embeddings = self.llm.model.get_input_embeddings()
+        with embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True)):
             losses = target_losses(self.llm.model, batch)
         losses.sum().backward()
         return list(self.watch.last_scores.double().clone())
@@ -93,16 +93,6 @@ def tokens_of(item: Sides) -> int:
 def kept_of_a_token(llm: LLM) -> int:
     """About how many numbers a backward pass keeps of a token in a block: what its linear maps take and put out."""
     return sum(sum(sizes(projection)) for projection in llm.blocks[0].projections("block").values())
-
-
-@contextmanager
-def embeddings_require_grad(embeddings: nn.Module) -> Iterator[None]:
-    """Start the graph at the embeddings' output, although every weight is frozen."""
-    handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def of_gradients(estimator: Estimator, fenced: bool = True) -> Selector:

@@ -21,14 +21,9 @@ PROFILE_FILE, SCORES_FILE = "golden_profile.json", "scores.safetensors"
 
 @dataclass(frozen=True)
 class Scores:
-    """What a selector found.
+    """What the selector `method` found in so many seconds: requests' scores of every block, (N, L), float64.
 
-    Attributes:
-        method: the selector's name.
-        ids: the requests' ids.
-        values: each request's score of every block, (N, L), float64.
-        seconds: how long that took.
-        model, fingerprint, chat: of what model, and whether prompts were put into its chat template.
+    They are of a model that is known by its fingerprint, with prompts in its chat template or not.
     """
 
     method: str

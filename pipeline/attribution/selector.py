@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.schema import EditRequest
@@ -74,14 +73,9 @@ def score_middle(llm: LLM, requests: Sequence[EditRequest], _: AttributionOption
 
 
 def score_fixed(llm: LLM, requests: Sequence[EditRequest], options: AttributionOptions, _: Runtime) -> Values:
-    """The block of `options.layer`.
-
-    Raises:
-        UserError: when there is no such block.
-    """
+    """The block of `options.layer`; UserError when there is none."""
     assert options.layer is not None
-    if options.layer >= len(llm.blocks):
-        raise UserError(f"layer: {options.layer} is not a block of {llm.name}; it has 0 to {len(llm.blocks) - 1}")
+    llm.check_layers([options.layer], "layer")
     return one_block(llm, len(requests), options.layer)
 
 

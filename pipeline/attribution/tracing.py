@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.attribution.selector import Selector, Values, register, tokens_at_once
-from pipeline.model.activations import Activations, RowStage, head_reads, wide_logits
+from pipeline.model.activations import RowStage, head_reads, wide_logits
 from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
@@ -64,20 +64,19 @@ class Tracing(RowStage):
 
     def __init__(self, llm: LLM, options: AttributionOptions, seed: int) -> None:
         super().__init__(llm)
-        self.parts = Activations(llm)
         self.samples, self.noise, self.seed = options.samples, options.noise, seed
         own = llm.model.get_input_embeddings()
         self.embeddings = next(name for name, module in llm.model.named_modules() if module is own)
 
     def step(self, batch: Batch) -> list[Tensor]:
         names = [block.name for block in self.llm.blocks]
-        with self.parts.leaving(*names) as clean:
+        with self.activations.leaving(*names) as clean:
             self._probabilities(batch, 1)
         noise_RTD = torch.cat([self._noise(text, batch.input_ids_BT.shape[1]) for text in batch.texts])
         rows = len(batch.texts) * self.samples
         with (
-            self.parts.leaving(*names) as corrupted,
-            self.parts.changing(self.embeddings, rows, lambda _, output: output + noise_RTD.to(output)),
+            self.activations.leaving(*names) as corrupted,
+            self.activations.changing(self.embeddings, rows, lambda _, output: output + noise_RTD.to(output)),
         ):
             base_PS = self._probabilities(batch, self.samples)
         last_P = torch.tensor([text.subject[1] for text in batch.texts if text.subject], device=base_PS.device)
@@ -87,7 +86,7 @@ class Tracing(RowStage):
         for layer, name in enumerate(names):
             state_RTD = corrupted[name]
             state_RTD[each_R, last_R] = clean[name][each_P, last_P].repeat_interleave(self.samples, dim=0)
-            with self.parts.from_block(layer + 1, state_RTD):
+            with self.activations.from_block(layer + 1, state_RTD):
                 found.append((self._probabilities(batch, self.samples) - base_PS).mean(1))
         return list(torch.stack(found, dim=1).double().cpu())
 

@@ -182,8 +182,7 @@ def leave_out(
         update: one that `can_leave_out` the requests.
         requests: what to leave out.
         options: the method's, as the update was made with.
-        trainer: what it runs on.
-        seed: of every draw.
+        trainer, seed: as for `edit`.
 
     Raises:
         UserError: when the update was made for another model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.model.activations import Activations, RowStage, target_logits
+from pipeline.model.activations import RowStage, target_logits
 from pipeline.model.blocks import by_row
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Batch, Row
@@ -20,7 +20,6 @@ class Entering(RowStage):
 
     def __init__(self, llm: LLM, layer: int, projection: str | None = None) -> None:
         super().__init__(llm)
-        self.activations = Activations(llm)
         self.name = projection or llm.blocks[layer].name
         self.blocks = layer + 1 if projection else layer
 

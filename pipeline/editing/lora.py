@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.model.blocks import sizes
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count, Positive, Weight, above, at_most
-from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.options.editing import EditOptions
 from pipeline.running.sharding import add
 from pipeline.running.trainer import Runtime
 
@@ -44,6 +44,8 @@ class LoraSettings(FinetuneSettings):
 class LoRA(FineTune):
     """Trains an adapter beside the MLP's projections (or the down-projection) of the golden layers.
 
+    What an earlier update has learnt is in the weights.
+
     Attributes:
         state: after `run`, the adapter's tensors under PEFT's names, with a prefix.
         adapter: what PEFT needs to know to load it, as LoraConfig's arguments.
@@ -54,9 +56,10 @@ class LoRA(FineTune):
     """
 
     def __init__(
-        self, llm: LLM, layers: Sequence[int], settings: LoraSettings, statistics: StatisticsOptions
+        self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
     ) -> None:
-        super().__init__(llm, layers, settings, statistics)
+        settings: LoraSettings = settings_of(options)
+        super().__init__(llm, layers, settings, options.statistics)
         rank, projections = settings.rank, list(self.projections.values())
         most = min(side for projection in projections for side in sizes(projection))
         if not 1 <= rank <= most:
@@ -111,11 +114,4 @@ class LoRA(FineTune):
         return (self.whiteners[projection].to(self.device), 1) if factor and projection in self.whiteners else None
 
 
-def make_lora(
-    llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
-) -> LoRA:
-    """LoRA as `edit` makes it; what was learnt before is in the weights."""
-    return LoRA(llm, layers, settings_of(options), options.statistics)
-
-
-register("lora", make_lora, LoraSettings, trial="adapters")
+register("lora", LoRA, LoraSettings, trial="adapters")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipeline.editing.method import register, settings_of
 from pipeline.errors import UserError
-from pipeline.model.activations import Activations, RowStage, target_losses
+from pipeline.model.activations import RowStage, target_losses
 from pipeline.model.blocks import Projection, as_stored
 from pipeline.model.llm import LLM
 from pipeline.options.base import Options, Positive, one_of
@@ -139,7 +139,7 @@ class Capturing(RowStage):
 
     def __init__(self, llm: LLM, projections: Sequence[str]) -> None:
         super().__init__(llm)
-        self.activations, self.projections = Activations(llm), list(projections)
+        self.projections = list(projections)
 
     def step(self, batch: Batch) -> list[dict[str, list[Tensor]]]:
         with self.capturing(len(batch.texts)) as seen:

@@ -142,8 +142,7 @@ def generate(
         prompts: texts, each continued from its end.
         max_new_tokens: the longest continuation; the model may end it earlier.
         batch_size: prompts that run together; it changes the speed alone.
-        trainer: what it runs on: a Trainer, or options to make one of.
-        title: the stage's name on the progress bar.
+        trainer, title: what it runs on (a Trainer, or options to make one of), and the progress bar's title.
         joining: puts prompts otherwise than the LLM does.
         kept: a folder whose name stands for all of this; what an interrupted call has generated is kept there, and
             not generated again.

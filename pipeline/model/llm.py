@@ -79,12 +79,12 @@ class LLM:
         assert isinstance(weight, Tensor)
         return weight
 
-    def check_layers(self, layers: Collection[int]) -> None:
+    def check_layers(self, layers: Collection[int], flag: str = "layers") -> None:
         """Raise UserError when a block number does not exist."""
         for layer in layers:
             if not 0 <= layer < len(self.blocks):
                 raise UserError(
-                    f"layers: {layer} is not a block of {self.name}; it has 0 to {len(self.blocks) - 1}"
+                    f"{flag}: {layer} is not a block of {self.name}; it has 0 to {len(self.blocks) - 1}"
                 )
 
     def check_made_for(self, what: str, model: str, fingerprint: str) -> None:
@@ -117,11 +117,8 @@ def put_out_tuples(model: PreTrainedModel, block: Block) -> bool:
     """Whether the model's blocks put out tuples; running one token tells."""
     seen: list[bool] = []
     module = model.get_submodule(block.name)
-    handle = module.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple)))
-    try:
+    with module.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple))):
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
-    finally:
-        handle.remove()
     return seen[0]
 
 

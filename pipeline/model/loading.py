@@ -132,10 +132,7 @@ def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrain
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """A model's config alone; no weight is read, also of a GGUF file.
-
-    Args:
-        name: as for `load_model`, except that a folder needs no more than its config.json.
+    """A model's config alone, also of a GGUF file, or of a folder that holds no more than its config.json.
 
     Raises:
         UserError: when there is no such model, or its config says that it cannot be edited.

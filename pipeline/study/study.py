@@ -42,9 +42,7 @@ class Study:
     """What a study found.
 
     Attributes:
-        model: its name.
-        blocks: how many it has.
-        sets: the request sets.
+        model, blocks: its name, and how many blocks it has.
         profiles: by set and selector; of each set, the first one's choice is its golden layer.
         grids: by set and method.
     """

@@ -42,14 +42,9 @@ Result = tuple[dict[str, float], float]  # of one request at one block: figures 
 
 
 class Sweep:
-    """Tries blocks with single edits; what was tried once is kept and not tried again.
+    """Tries blocks with single edits, so many together; what was tried once is kept and not tried again.
 
-    Args:
-        llm: the model; its weights stay as they are.
-        options: how to edit; `method` is given to `run`.
-        runtime: what it runs with.
-        folder: where results are kept: in it a folder for each block, method and all else that they depend on.
-        together: requests edited side by side.
+    Its folder has a folder for each block, method and all else that results depend on.
     """
 
     def __init__(self, llm: LLM, options: EditOptions, runtime: Runtime, folder: Path, together: int = 32) -> None:
