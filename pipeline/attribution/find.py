@@ -80,8 +80,8 @@ def score_requests(
         selectors: the ways to score that there are.
 
     Raises:
-        UserError: for an unknown method, requests that it cannot score, a prompt longer than the context, or scores
-            that are not numbers.
+        UserError: for an unknown method, requests that it cannot score, a prompt longer than the context, an old
+            answer that is missing and cannot be found, or scores that are not numbers.
     """
     options = options or AttributionOptions()
     check_selector(requests, options, selectors)

@@ -32,11 +32,7 @@ def score_gradients(
     options: AttributionOptions,
     runtime: Runtime,
 ) -> Values:
-    """Each request's score of every block by an estimator, (N, L).
-
-    Raises:
-        UserError: for a prompt longer than the context, or an old answer that is missing and cannot be found.
-    """
+    """Each request's score of every block by an estimator, (N, L)."""
     if estimator.sides == 2:
         requests = with_old_answers(llm, requests, runtime, always=options.old_answers == "model")
         sides: list[Sides] = list(both_answers(llm.tokens, requests))

@@ -97,11 +97,8 @@ class GoldenProfile(BaseModel):
     @property
     def is_inverted(self) -> bool:
         """Whether most scores are negative, so that the signed order puts the block of least reach first."""
-        return (
-            self.scope != ""
-            and self.order == "signed"
-            and sum(score < 0 for score in self.scores) > len(self.scores) / 2
-        )
+        negative = sum(score < 0 for score in self.scores)
+        return self.scope != "" and self.order == "signed" and negative > len(self.scores) / 2
 
     def save(self, folder: Path) -> Path:
         """Write `golden_profile.json` into a folder, whole or not at all."""

@@ -41,7 +41,6 @@ def select(scores: Sequence[float] | NDArray[np.float64], fences: float = 1.0, o
     magnitude keeps the meaning, and agrees where scores are positive.
 
     Args:
-        scores: one a block.
         fences: Tukey's factor f; 0 turns the fences off. Quartiles are interpolated linearly.
         order: `signed` (the paper's) or `magnitude`.
     """

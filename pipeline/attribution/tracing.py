@@ -33,11 +33,7 @@ from pipeline.running.trainer import Runtime
 def score_tracing(
     llm: LLM, requests: Sequence[EditRequest], options: AttributionOptions, runtime: Runtime
 ) -> Values:
-    """Each request's recovered probability at every block, (N, L); subjects must stand in their prompts.
-
-    Raises:
-        UserError: for a prompt longer than the context, or an old answer that is missing and cannot be found.
-    """
+    """Each request's recovered probability at every block, (N, L); subjects must stand in their prompts."""
     answered = with_old_answers(llm, requests, runtime, always=options.old_answers == "model")
     rows = llm.tokens.answered(answered, [request.old_answer or "" for request in answered])
     rows = [row._replace(token_ids=row.token_ids[: row.target_start + 1]) for row in rows]  # its first token counts

@@ -180,9 +180,7 @@ def leave_out(
     Args:
         llm: the base model.
         update: one that `can_leave_out` the requests.
-        requests: what to leave out.
         options: the method's, as the update was made with.
-        trainer, seed: as for `edit`.
 
     Raises:
         UserError: when the update was made for another model.

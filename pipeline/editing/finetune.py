@@ -119,11 +119,7 @@ class FineTune(LightningModule):
         return read_lessons(self.llm, min(self.layers), groups, contexts, unrelated, runtime)
 
     def fit(self, lessons: Lessons, runtime: Runtime) -> None:
-        """Train on lessons, in micro-batches where the options ask for them.
-
-        Raises:
-            UserError: when the memory does not suffice.
-        """
+        """Train on lessons, in micro-batches where the options ask for them; UserError for too little memory."""
         size, work = self.settings.batch_size, runtime.work
         keeping = KeepTraining(work) if work else None
         about = {"logger": runtime.logger, "max_epochs": self.settings.epochs, "log_every_n_steps": 1}

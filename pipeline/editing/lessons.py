@@ -190,10 +190,8 @@ class KeepTraining(Checkpoint):
         """The file that an interrupted training has left; one that is damaged counts as not there."""
         return from_first(self.file if is_whole(self.file) else None)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        between_steps = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not between_steps or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
         if from_first(interrupts.noted is not None or time.monotonic() > self.due):

@@ -28,11 +28,7 @@ def windows(llm: LLM, texts: list[str], tokens: int) -> list[list[int]]:
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file.
-
-    Raises:
-        UserError: when there is no such file, or it is not UTF-8.
-    """
+    """The lines of a text file; UserError when there is none, or it is not UTF-8."""
     if not path.is_file():
         raise UserError(f"statistics.text: {path}: no such file; expected plain UTF-8 text")
     try:

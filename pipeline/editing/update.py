@@ -37,8 +37,7 @@ class WeightUpdate:
 
     Attributes:
         model, fingerprint: the base model.
-        method: the kind of edit.
-        layers: the blocks it changed.
+        method, layers: the kind of edit, and the blocks it changed.
         tensors: full tensors by name.
         requests: everything that the edited model has learnt beyond the base, in the order it was learnt.
         options: the method's options.

@@ -22,13 +22,10 @@ from pipeline.running.trainer import Runtime
 
 
 class Question(NamedTuple):
-    """A prompt to go on from.
+    """A prompt to go on from, by so many tokens at most.
 
-    Attributes:
-        token_ids: its tokens.
-        limit: how many tokens may follow.
-        inner_ends: stop at the end of a statement, after so many ends that the answer looked for holds itself;
-            None: go on up to the limit.
+    It is over at the end of a statement, after `inner_ends` ends that the answer looked for holds itself, or at the
+    limit alone where that is None.
     """
 
     token_ids: list[int]

@@ -119,11 +119,7 @@ def _contradiction(what: str, reason: str) -> UserError:
 
 
 def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrainedModel:
-    """A decoder as a config describes it, with weights that nobody has read.
-
-    Raises:
-        UserError: when the config contradicts itself, or is none of a decoder.
-    """
+    """A decoder as a config describes it, with weights that nobody has read; UserError where that cannot be."""
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
     except (ValueError, KeyError, RuntimeError, *CONTRADICTIONS) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from itertools import chain
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,11 +24,15 @@ from pipeline.model.blocks import find_blocks
 from pipeline.running.processes import from_first, world_size
 
 
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight and buffer, each once."""
+    return chain(model.named_parameters(), model.named_buffers())
+
+
 def load_sharded(load: Callable[[], PreTrainedModel], device: torch.device, name: str) -> PreTrainedModel:
     """The model that `load` gives in the first process, on the CPU, its blocks' weights spread over all devices.
 
-    Raises:
-        UserError: what `load` raised, in every process.
+    A UserError that it raises is raised in every process.
     """
     whole_model, failed = None, None
     if distributed.get_rank() == 0:
@@ -43,7 +48,7 @@ def load_sharded(load: Callable[[], PreTrainedModel], device: torch.device, name
     model.to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
-        source: dict[str, Tensor] = dict(_tensors(whole_model)) if whole_model is not None else {}
+        source = dict(_tensors(whole_model)) if whole_model else {}
         for key, tensor in _tensors(model):
             _receive(tensor, source.pop(key, None), device)
     return model.eval()
@@ -62,12 +67,6 @@ def _spread(model: PreTrainedModel, mesh: DeviceMesh, name: str) -> None:
         fully_shard(block, mesh=mesh)
     in_blocks = {parameter for block in blocks for parameter in block.parameters()}
     fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()) - in_blocks)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight and buffer, each once."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _receive(tensor: Tensor, source: Tensor | None, device: torch.device) -> None:

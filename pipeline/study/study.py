@@ -127,11 +127,7 @@ def selectors_of(options: StudyCommand, sweep: Sweep | None = None) -> dict[str,
 
 
 def parted(name: str, requests: Sequence[EditRequest], options: StudyCommand) -> RequestSet:
-    """A set's first requests to be tried, and up to `proxy` others about other subjects.
-
-    Raises:
-        UserError: when too few are left for either.
-    """
+    """A set's first requests to be tried, and up to `proxy` others about other subjects; UserError for too few."""
 
     def about(request: EditRequest) -> str:
         return (request.subject or request.prompt).casefold()

@@ -54,11 +54,7 @@ class Sweep:
     def run(
         self, method: str, requests: Sequence[EditRequest], blocks: Sequence[int], title: str = "Trying blocks"
     ) -> Grid:
-        """Edit every request alone at each of the blocks.
-
-        Raises:
-            UserError: for a method that cannot be tried so, or requests that it cannot take.
-        """
+        """Edit every request alone at each of the blocks; UserError for what cannot be tried (see `check_trial`)."""
         check_trial(method, self.options, requests)
         options = self.options.by(method)
         kept = {block: Kept(self.folder / self._about(options, block)) for block in sorted(blocks)}
@@ -156,9 +152,9 @@ def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -
     }
 
 
-def check_trial(method: str, options: EditOptions, requests: Sequence[EditRequest], flag: str = "methods") -> None:
+def check_trial(method: str, options: EditOptions, requests: Sequence[EditRequest]) -> None:
     """Raise UserError for a method that cannot be tried with single edits, or requests that it cannot take."""
-    check_choice(flag, method, [name for name, kind in METHODS.items() if kind.trial])
+    check_choice("methods", method, [name for name, kind in METHODS.items() if kind.trial])
     check_subjects(requests, method, instead="lora")
 
 
