@@ -54,7 +54,7 @@ class Sweep:
     def run(
         self, method: str, requests: Sequence[EditRequest], blocks: Sequence[int], title: str = "Trying blocks"
     ) -> Grid:
-        """Edit every request alone at each of the blocks; UserError for what cannot be tried (see `check_trial`)."""
+        """Edit every request alone at each of the blocks; UserError where `check_trial` raises it."""
         check_trial(method, self.options, requests)
         options = self.options.by(method)
         kept = {block: Kept(self.folder / self._about(options, block)) for block in sorted(blocks)}
