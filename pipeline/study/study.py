@@ -110,7 +110,7 @@ def check_study(sets: Sequence[RequestSet], options: StudyCommand) -> None:
         for method in options.methods:
             check_trial(method, options.edit, one.tried)
         if SWEEP in options.selectors:
-            check_trial(options.methods[0], options.edit, one.proxy)
+            check_trial(options.methods[0], options.edit, [*one.tried, *one.proxy])
         for selector in options.selectors:
             check_selector([*one.tried, *one.proxy], replace(options.attribution, method=selector), ways)
 
