@@ -1,8 +1,7 @@
-"""What a second process brings and sends, and a full-size model: `python -m benchmarks.distributed …`.
+"""What a second process brings and sends: `python -m benchmarks.distributed …`.
 
 Commands of run.py are run by one process and by two, a thread each, on this machine's CPU: on one of few cores two
-are no faster, and nothing is asked of that; what they send is the same anywhere. Where there is a GPU, a random
-model of Llama 3 8B's shape is attributed and fine-tuned too: speed and memory do not hang on what a model knows.
+are no faster, and nothing is asked of that; what they send is the same anywhere.
 """
 
 from __future__ import annotations
@@ -17,18 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.attribution import against_plain
-from benchmarks.bench import Bench, Figures, peak_bytes, run
-from pipeline import LLM, EditOptions, EditRequest, TrainerOptions, UserError, edit
+from benchmarks.bench import Bench, Figures, run
+from pipeline import UserError
 from pipeline.cli import main as command
-from pipeline.options import PlanCommand
-from pipeline.planning.plan import plan_memory
 from pipeline.requests.readers import write_requests
 
 ROOT = Path(__file__).parent.parent
@@ -36,34 +30,13 @@ PROCESSES = (1, 2)
 ATTRIBUTED, TAUGHT, EPOCHS = 32, 16, 4
 SEEN = "GOLDEN_LAYERS_SEEN"  # the environment variable that names the file of what `watched` sees
 TIMEOUT = 1800  # seconds: processes that wait for each other wait for ever
-FULL_SIZE, SOME, LAYER = "Llama 3 8B's shape", 1024, 3
-LLAMA_3_8B: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-}
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    bench = Bench(__doc__, words, needed=SOME)
+    bench = Bench(__doc__, words, needed=ATTRIBUTED)
     layer = max(1, len(bench.llm.blocks) // 10)
     bench.measure("processes, attribution", lambda: attribution(bench))
     bench.measure("processes, fine-tuning", lambda: finetuning(bench, layer))
-    if not torch.cuda.is_available():
-        print(f"no GPU here: {FULL_SIZE} is left out")
-        return
-    llm, some = random_llm(bench.llm, LLAMA_3_8B, "cuda"), bench.records[:SOME]
-    on = TrainerOptions(accelerator="gpu", devices=1, precision="bf16-true")
-    bench.measure(
-        f"{FULL_SIZE}, attribution",
-        lambda: against_plain(llm, some, on) | planned(llm, "attribution", on, some),
-        most={"time": 2.5},
-    )
-    bench.measure(f"{FULL_SIZE}, fine-tuning", lambda: full_size_edit(llm, some[:64], on))
 
 
 def attribution(bench: Bench) -> Figures:
@@ -138,35 +111,6 @@ def watched(file: str, words: Sequence[str]) -> int:
         found = {"steps": len(steps), "seconds": steps[-1] - steps[0] if steps else 0.0, "bytes": sum(sent)}
         Path(file).write_text(json.dumps(found), encoding="utf-8")
     return code
-
-
-def random_llm(llm: LLM, shape: dict[str, Any], device: str) -> LLM:
-    """A model of a Llama's shape with random weights, made on the device, with another model's tokenizer."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
-    return LLM(model.eval(), llm.tokenizer, "a random model")
-
-
-def full_size_edit(llm: LLM, requests: Sequence[EditRequest], on: TrainerOptions) -> Figures:
-    """Fine-tuning at one block, whitening aside: that needs key statistics first."""
-    expert = {"epochs": EPOCHS, "learnt": 0.0, "whiten": 0.0}
-    options = EditOptions(method="finetune", layers=[LAYER], expert=expert)
-    steps: list[float] = []
-    hook = register_optimizer_step_post_hook(lambda *_: steps.append(time.perf_counter()))
-    peak = peak_bytes(llm, lambda: edit(llm, requests, None, options, on), on)
-    hook.remove()
-    rate = EPOCHS * len(requests) / len(steps) * (len(steps) - 1) / (steps[-1] - steps[0])
-    return {"requests a second": rate, "peak memory in GB": peak / 1e9} | planned(llm, "finetune", on, requests)
-
-
-def planned(llm: LLM, stage: str, on: TrainerOptions, requests: Sequence[EditRequest]) -> Figures:
-    """What `run.py plan` says of the stage, in GB, for rows as long as the requests' longest."""
-    length = max(len(row.token_ids) for row in llm.tokens.answered(requests))
-    with tempfile.TemporaryDirectory() as folder:
-        llm.model.config.save_pretrained(folder)
-        plan = plan_memory(PlanCommand(model=folder, layer=LAYER, length=length, method=["finetune"], trainer=on))
-    return {"planned memory in GB": next(need.total for need in plan.stages if need.stage == stage) / 1e9}
 
 
 if __name__ == "__main__":

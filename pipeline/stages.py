@@ -61,6 +61,8 @@ def load(options: Any, model: str | None = None, requests: Sequence[EditRequest]
     check_alike("requests", requests)
     spread = device if trainer.strategy in SHARDED else None
     llm = load_model(name, weights_dtype(trainer), verbose, chat, spread)
+    if not spread:
+        llm.model.to(device)  # type: ignore[arg-type]  # where every stage finds it
     check_alike("model", [llm.fingerprint])
     return llm
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import refusal
 
-from benchmarks import attribution, distributed, editing, evaluation, updates
+from benchmarks import attribution, distributed, editing, evaluation, full_size, updates
 from benchmarks.bench import COUNTERFACT, Bench, most_alive
 from pipeline.evaluation import Evaluator
 from pipeline.model import LLM
@@ -146,12 +146,14 @@ def test_two_processes_send_the_golden_layers_gradients_alone(small: Callable[..
     assert sent < figures["bytes of all weights"] / 5
 
 
-def test_a_model_of_llamas_shape(small: Callable[..., None], tiny_llm: LLM) -> None:
-    small(distributed, EPOCHS=2)
-    shape = distributed.LLAMA_3_8B | {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 5}
+@pytest.mark.parametrize("method", full_size.EXPERT)
+def test_a_model_of_llamas_shape(method: str, small: Callable[..., None], tiny_llm: LLM, text_file: Path) -> None:
+    shape = full_size.LLAMA_3_8B | {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 5}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 2000}
-    llm = distributed.random_llm(tiny_llm, shape, "cpu")
+    text_file.write_text(text_file.read_text() * 8)
+    small(full_size, LLAMA_3_8B=shape, EXPERT={method: {"steps": 2} if method == "memit" else {"epochs": 2}})
+    llm = full_size.random_llm(tiny_llm, "cpu")
     on = TrainerOptions(accelerator="cpu", precision="bf16-true")
-    figures = distributed.full_size_edit(llm, load_requests("demo", limit=16), on)
-    assert figures["requests a second"] > 0
+    figures = full_size.edited(llm, load_requests("demo", limit=16), method, str(text_file), on)
+    assert figures["seconds of a first edit"] > figures["seconds of a later edit"] / 2 > 0
     assert 0.5 < figures["planned memory in GB"] / figures["peak memory in GB"] < 1.2

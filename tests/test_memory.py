@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,9 @@ from conftest import edit_options, refusal
 from torch import Tensor, nn
 
 from pipeline.attribution.find import score_requests
-from pipeline.editing.editor import edit
+from pipeline.editing.editor import METHODS, edit
 from pipeline.evaluation import reading
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.evaluator import Evaluator, evaluate
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
@@ -170,3 +171,30 @@ def test_micro_batches_give_the_same_edit(
             change = tensor - tiny_llm.model.get_parameter(name).detach()
             assert (found.tensors[name] - tensor).norm() < 1e-7 * change.norm(), (name, micro_batch)
     assert "micro_batch: 0 is too small" in refusal(lambda: TrainerOptions(micro_batch=0))
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(isinstance(each, Tensor) for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("stage_name", ["lga", "gradient_norm_subject", "causal_tracing", *METHODS, "evaluate"])
+def test_nothing_of_a_run_stays(
+    stage_name: str, tiny: LLM, requests: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor whose graph holds hooks that hold the tensor is a ring that no collector finds."""
+    monkeypatch.undo()
+
+    def run() -> None:
+        if stage_name in METHODS:
+            few = {"steps": 3} if METHODS[stage_name].solves_anew else {}
+            edit(tiny, requests, None, edit_options(tmp_path, stage_name, 1024, **few))
+        elif stage_name == "evaluate":
+            evaluate(tiny, requests, None)
+        else:
+            score_requests(tiny, requests, AttributionOptions(method=stage_name, batch_size=2))
+
+    run()  # what is kept between runs is kept now
+    before = tensors_alive()
+    run()
+    assert tensors_alive() <= before

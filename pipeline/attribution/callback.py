@@ -131,7 +131,7 @@ class GradientAttribution(Callback):
 
     def _detach(self) -> None:
         self._open.close()
-        self._pass.captured = None
+        self._pass.let_go()
 
     def _begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins where the first block does."""
@@ -174,6 +174,7 @@ class GradientAttribution(Callback):
                     products_QPL = torch.stack([seen.products[layer] for layer in range(seen.layers)], dim=2)
                     self.last_scores = self.estimator.combine(products_QPL).cpu()
                     self._passes.append(self.last_scores)
+                    seen.let_go()
 
             output.register_hook(backward)
 
@@ -204,6 +205,10 @@ class Pass:
             self._why = "it runs without gradients: run the model under torch.enable_grad()"
         elif not self.awaited:
             self._why = "every weight is frozen, so there is no graph: let the input embeddings require a gradient"
+
+    def let_go(self) -> None:
+        """Forget what entered: its graph holds the hooks, and they this pass; no collector finds such a ring."""
+        self.captured = self.captured_of = None
 
     @property
     def is_done(self) -> bool:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -30,7 +29,7 @@ from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.rows import Batch
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import as_spread, whole
-from pipeline.running.stage import attempt
+from pipeline.running.stage import Staying, attempt
 from pipeline.running.trainer import Runtime, trainer_of
 
 
@@ -60,7 +59,7 @@ class FinetuneSettings(Options):
     """Largest change of a trained weight's entry, in units of the weight's root mean square; 0: none."""
 
 
-class FineTune(LightningModule):
+class FineTune(Staying):
     """Trains the MLP weights (or the down-projection) of the golden layers.
 
     For any Trainer, with plain batches of `EditRequests` as well; `edit` gives it batches with unrelated prompts.
@@ -111,7 +110,8 @@ class FineTune(LightningModule):
         """Of every projection that is trained, where the settings want any."""
         names = list(self.projections) if self.settings.whiten else []
         moments = key_moments(self.llm, names, self.statistics, runtime)
-        self.whiteners = {name: whitener(moment, self.settings.whiten) for name, moment in moments.items()}
+        device, ridge = self.llm.embedding.device, self.settings.whiten
+        self.whiteners = {name: whitener(moment.to(device), ridge) for name, moment in moments.items()}
 
     def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[Lessons]:
         """What is to be taught to each group of requests, which know nothing of each other."""

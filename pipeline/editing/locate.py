@@ -126,7 +126,8 @@ class LocateThenEdit:
         """The second moment of ordinary text's keys, by layer."""
         names = [next(iter(self.llm.blocks[layer].down)) for layer in self.layers]
         found = key_moments(self.llm, names, self.statistics, runtime)
-        return {layer: found[name] for layer, name in zip(self.layers, names, strict=True)}
+        device = self.llm.embedding.device
+        return {layer: found[name].to(device) for layer, name in zip(self.layers, names, strict=True)}
 
     def _taken_out(self, layer: int) -> Columns:
         """What a layer was asked for before, its solution being taken out of the weight."""
@@ -143,7 +144,7 @@ class LocateThenEdit:
         solved_OI = torch.zeros_like(columns.solved_OI)
         if columns.owner_n.numel():
             (kept_II,) = self.kept(layer, [held], text_II, runtime)
-            solved_OI = self.solve(columns.key_In, columns.change_On, kept_II.to(down.weight.device)).float()
+            solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
         add(down.weight, as_stored(down, solved_OI))
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
 
@@ -186,7 +187,7 @@ class LocateThenEdit:
         texts = [neighbours(group, self.near, MOST_NEIGHBOURS, runtime.seed) for group in groups]
         keys = iter(self._read(layer, [placed for some in texts for placed in some], True, runtime))
         for some in texts:
-            key_NI = torch.cat(list(islice(keys, len(some))))
+            key_NI = torch.cat(list(islice(keys, len(some)))).to(text_II.device)
             near_II = key_NI.T @ key_NI / len(key_NI)
             yield text_II / text_II.trace() + self.settings.neighbour_weight * near_II / near_II.trace()
 

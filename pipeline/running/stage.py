@@ -7,7 +7,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -46,7 +46,15 @@ class Items:
         return [Items(self.numbers[at : at + size], self.items[at : at + size], self.again) for at in starts]
 
 
-class Stage(LightningModule):
+class Staying(LightningModule):
+    """A module whose model stays on its device when a stage is over, for the next one to find it there."""
+
+    def cpu(self) -> Self:
+        """Nothing: Lightning ends each run with it, which would take gigabytes off the device and back."""
+        return self
+
+
+class Stage(Staying):
     """Base class of all stages that run items through a model and give an output for each.
 
     A subclass says how items become a batch and what is done with it; nothing else. Where the memory does not

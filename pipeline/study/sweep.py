@@ -142,11 +142,12 @@ def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -
         with restored(method.llm, method.weight_names):
             method.fit(lessons, runtime)
         found.append(method.state)
+    device = method.llm.embedding.device
     names = {name: f"{ADAPTER_PREFIX}base_model.model.{name}.lora_" for name in method.projections}
     return {
         name: (
-            torch.stack([state[f"{own}B.weight"] for state in found]) * method.scaling,
-            torch.stack([state[f"{own}A.weight"] for state in found]),
+            torch.stack([state[f"{own}B.weight"] for state in found]).to(device) * method.scaling,
+            torch.stack([state[f"{own}A.weight"] for state in found]).to(device),
         )
         for name, own in names.items()
     }
