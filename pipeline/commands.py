@@ -17,7 +17,6 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import evaluate as measure
 from pipeline.files import write_json
-from pipeline.model.explain import explain
 from pipeline.model.generation import generate as answer
 from pipeline.options import commands as of
 from pipeline.planning.plan import plan_memory
@@ -100,7 +99,7 @@ def evaluate(options: of.EvaluateCommand) -> None:
         requests = read_requests(options)[: options.explain]
         llm = load(options)
         for request in requests:
-            show_tokens(request, explain(llm, request))
+            show_tokens(request, llm.explain(request))
         return
     with working(options, "evaluate") as log:
         requests = read_requests(options)

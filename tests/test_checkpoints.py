@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.editing import keeping
+from pipeline.editing import lessons
 from pipeline.editing.editor import edit
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.update import WeightUpdate
@@ -98,10 +98,9 @@ def test_within_an_epoch(
     trainer = TrainerOptions(micro_batch=micro_batch)
     expected = edit(tiny_llm, requests, options=options, trainer=trainer)
     total = steps.done
-    monkeypatch.setattr(keeping, "EVERY", 0.0)
-    monkeypatch.setattr(keeping, "SHARE", 0)
+    monkeypatch.setattr(lessons, "EVERY", 0.0)
     steps.crash_after(done, tiny_llm, requests, options=options, work=tmp_path, trainer=trainer)
-    assert same(edit(tiny_llm, requests, options=options, work=tmp_path), expected)
+    assert same(edit(tiny_llm, requests, options=options, work=tmp_path, trainer=trainer), expected)
     assert steps.done == total - done // ((micro_batch and 3) or 1) * ((micro_batch and 3) or 1), (
         "no step is done twice"
     )
@@ -140,8 +139,7 @@ def test_a_training_that_ends_early_does_so_when_resumed(
     expected = edit(tiny_llm, requests, options=options)
     total = steps.done
     assert total % STEPS == 0 and STEPS < total < 60 * STEPS
-    monkeypatch.setattr(keeping, "EVERY", 0.0)
-    monkeypatch.setattr(keeping, "SHARE", 0)
+    monkeypatch.setattr(lessons, "EVERY", 0.0)
     if back:
         steps.crash_after(total - back, tiny_llm, requests, options=options, work=tmp_path)
     else:

@@ -26,7 +26,6 @@ from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import TrainerOptions
 from pipeline.requests.data import EditRequests
-from pipeline.requests.rows import Batch
 from pipeline.requests.schema import EditRequest
 
 FEW = {"epochs": 30, "batch_size": 4, "learning_rate": 0.2, "last_step": 1.0, "learnt": 0.0, "whiten": 0.0}
@@ -244,28 +243,6 @@ def test_micro_batches_make_the_same_steps(tiny_llm: LLM, requests: list[EditReq
     for name, tensor in whole.tensors.items():
         base = tiny_llm.model.get_parameter(name).detach()
         assert (parts.tensors[name] - tensor).norm() < 1e-2 * (tensor - base).norm()
-
-
-@pytest.mark.parametrize("method", ["finetune", "lora"])
-def test_where_the_memory_does_not_suffice_micro_batches_are_halved(
-    method: str, tiny_llm: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = EditOptions(method=method, layers=[1], expert=FEW | {"epochs": 3, "kl": 0.5, "learning_rate": 0.01})
-    whole = edit(tiny_llm, requests, options=options)
-    step, sizes = FineTune.training_step, list[int]()
-
-    def small(module: FineTune, batch: Batch) -> Tensor:
-        sizes.append(len(batch.texts))
-        if module.global_step == 3 and len(batch.texts) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return step(module, batch)
-
-    monkeypatch.setattr(FineTune, "training_step", small)
-    halved = edit(tiny_llm, requests, options=options)
-    assert max(sizes[:4]) == 6 and max(sizes[4:]) == 3
-    for name, tensor in whole.tensors.items():
-        base = tiny_llm.model.get_parameter(name).detach()
-        assert (halved.tensors[name] - tensor).norm() < 2e-2 * (tensor - base).norm()
 
 
 def test_a_kind_of_edit_is_registered_once() -> None:

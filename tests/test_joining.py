@@ -17,7 +17,6 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from pipeline.cli import main
 from pipeline.editing.contexts import CONTEXTS, in_context
 from pipeline.editing.update import WeightUpdate
-from pipeline.model.explain import explain
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.options import EditOptions
@@ -261,7 +260,7 @@ def test_a_real_chat_is_what_transformers_makes_of_it(smollm2: LLM, requests: li
     (row,) = llm.tokens.rows([(requests[0].prompt, requests[0].new_answer)])
     assert row.token_ids[: row.target_start] == ids
     assert llm.tokenizer.decode(row.targets) == "Lima"
-    shown = {token.place: token for token in explain(llm, requests[0])}
+    shown = {token.place: token for token in llm.explain(requests[0])}
     (subject,) = [token for token in shown.values() if token.ends_subject]
     assert subject.text == " Spain"
     expected = llm.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]

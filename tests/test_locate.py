@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing import values
 from pipeline.editing.contexts import CONTEXTS
-from pipeline.editing.editor import METHODS, edit
-from pipeline.editing.leave_out import can_leave_out, leave_out
+from pipeline.editing.editor import METHODS, can_leave_out, edit, leave_out
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.solvers import emmet
 from pipeline.editing.statistics import key_moments

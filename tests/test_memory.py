@@ -88,7 +88,7 @@ def test_attribution(method: str, error: str, tiny: LLM, requests: list[EditRequ
     np.testing.assert_allclose(found.values, expected.values, rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["finetune", "lora", "memit", "one_pass"])
+@pytest.mark.parametrize("method", ["memit", "one_pass"])
 def test_edits(
     method: str, tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +143,8 @@ def test_no_room_for_one(tiny_llm: LLM, requests: list[EditRequest], tmp_path: P
     options = options_of(tmp_path, "finetune", whiten=0.0, kl=0.0)
     options.layers = [0]  # below which nothing is read
     with room_for(tiny_llm, 0):
-        assert "--trainer.strategy fsdp" in refusal(lambda: edit(tiny_llm, requests, options=options))
+        message = refusal(lambda: edit(tiny_llm, requests, options=options))
+    assert "CUDA out of memory" in message and "--edit.expert.batch_size" in message
 
 
 def test_other_errors_pass(tiny_llm: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch) -> None:

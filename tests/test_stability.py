@@ -9,21 +9,11 @@ import numpy as np
 import pytest
 
 from pipeline.attribution.find import choose, find_golden_layer
-from pipeline.attribution.profile import GoldenProfile
-from pipeline.attribution.scores import Scores
-from pipeline.attribution.selection import first_choices, judge, select
+from pipeline.attribution.profile import GoldenProfile, Scores
+from pipeline.attribution.selection import judge
 from pipeline.model.llm import LLM
 from pipeline.options import AttributionOptions
 from pipeline.requests.schema import EditRequest
-
-
-@pytest.mark.parametrize("order", ["signed", "magnitude"])
-@pytest.mark.parametrize("fences", [0.0, 1.0])
-def test_many_choices_at_once_are_select_s(fences: float, order: str) -> None:
-    rows = np.random.default_rng(0).standard_t(1, size=(200, 9)).round(1)
-    rows[0] = 0.0
-    expected = [select(row.tolist(), fences, order).ranking[0] for row in rows]
-    assert first_choices(rows, fences, order).tolist() == expected
 
 
 def test_a_clear_choice_is_sure_and_a_coin_s_is_not() -> None:

@@ -23,11 +23,11 @@ from pipeline.requests.readers import load_requests
 from pipeline.requests.rows import collate
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
+from pipeline.study import sweep
 from pipeline.study.grid import Grid, carried_over, everywhere, golden_against_optimal, rank_correlation
 from pipeline.study.selectors import RESEARCH
 from pipeline.study.study import check_study, parted
 from pipeline.study.sweep import Sweep
-from pipeline.study.trials import ValueTrials
 
 WINNER = 0  # the block of `one_block` that does all the recalling
 
@@ -54,15 +54,15 @@ def test_what_was_tried_is_not_tried_again(
     """Killed in the middle, a sweep goes on to the figures of one in a single go; other blocks add to it."""
     whole = sweep_of(tiny_llm, editing, tmp_path / "whole").run("memit", requests[:4], [0, 2])
     tried: list[tuple[int, int]] = []
-    at, most = ValueTrials.at, 3
+    each_alone, most = sweep.each_alone, 3
 
-    def counted(self: ValueTrials, layer: int) -> Any:
+    def counted(llm: LLM, some: list[EditRequest], layer: int, *rest: Any) -> Any:
         if len(tried) == most:
             raise KeyboardInterrupt
-        tried.append((layer, len(self.requests)))
-        return at(self, layer)
+        tried.append((layer, len(some)))
+        return each_alone(llm, some, layer, *rest)
 
-    monkeypatch.setattr(ValueTrials, "at", counted)
+    monkeypatch.setattr(sweep, "each_alone", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:4], [0, 2])
     assert tried == [(0, 3), (2, 3), (0, 1)]

@@ -14,7 +14,7 @@ from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
-from pipeline.study.trials import side_by_side
+from pipeline.study.sweep import each_alone
 
 
 @pytest.fixture(params=["memit", "lora"])
@@ -36,7 +36,7 @@ def requests(requests: list[EditRequest]) -> list[EditRequest]:
 def test_side_by_side_is_as_alone(llm: LLM, requests: list[EditRequest], options: EditOptions) -> None:
     """The changes are those of `edit` with one request."""
     with llm.frozen():
-        together = side_by_side(llm, requests, options, Runtime()).at(1)
+        together = each_alone(llm, requests, 1, options, Runtime())
     for number, request in enumerate(requests):
         update = edit(llm, [request], options=options)
         assert set(update.tensors) == {f"{name}.weight" for name in together}

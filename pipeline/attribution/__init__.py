@@ -7,8 +7,7 @@ __getattr__, __all__ = offered(
     {
         "callback": ("GradientAttribution",),
         "find": ("SELECTORS", "check_selector", "choose", "find_golden_layer", "score_requests"),
-        "profile": ("GoldenProfile",),
-        "scores": ("Scores",),
+        "profile": ("GoldenProfile", "Scores"),
         "selector": ("Selector",),
         "selection": ("Selection", "Stability", "judge", "select"),
     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from pipeline.attribution.inner_products import LGA, CapturedInput, Estimator
 from pipeline.errors import UserError
+from pipeline.model.activations import runs_again
 from pipeline.model.blocks import Block, by_row
-from pipeline.model.checkpointing import runs_again
 from pipeline.running.processes import of_all
 
 LOADERS = {
@@ -69,7 +68,7 @@ class GradientAttribution(Callback):
         self.last_scores = torch.empty(0, len(self.blocks))
         self.positions_RK: Tensor | None = None
         self.model: nn.Module | None = None
-        self._handles: list[RemovableHandle] = []
+        self._open = ExitStack()  # of hooks
         self._found: list[NDArray[np.float64]] = []  # batch by batch
         self._pass = Pass(0, len(self.blocks))
         self._passes: list[Tensor] = []  # scores of a batch's passes; mostly it is one
@@ -125,14 +124,13 @@ class GradientAttribution(Callback):
             self._detach()
 
     def _attach(self) -> None:
-        self._handles.append(self.blocks[0].module.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._open.enter_context(self.blocks[0].module.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer, projections in enumerate(self.projections):
             for name, module in projections.items():
-                self._handles.append(module.register_forward_hook(self._hook(layer, name)))
+                self._open.enter_context(module.register_forward_hook(self._hook(layer, name)))
 
     def _detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._open.close()
         self._pass.let_go()
 
     def _begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -169,9 +167,11 @@ class GradientAttribution(Callback):
             captured = seen.captured
 
             def backward(grad: Tensor) -> None:
-                seen.add(layer, captured.products(self._kept(grad), self.estimator.pairs))
+                products_QP = captured.products(self._kept(grad), self.estimator.pairs)
+                seen.products[layer] = seen.products.get(layer, 0) + products_QP
+                seen.awaited -= 1
                 if seen.is_done:
-                    products_QPL = torch.stack([p for p in seen.products if p is not None], dim=2)
+                    products_QPL = torch.stack([seen.products[layer] for layer in range(seen.layers)], dim=2)
                     self.last_scores = self.estimator.combine(products_QPL).cpu()
                     self._passes.append(self.last_scores)
                     seen.let_go()
@@ -182,16 +182,11 @@ class GradientAttribution(Callback):
 
 
 class Pass:
-    """What is known of one pass: inner products by layer, and why none came.
-
-    Args:
-        rows: how many ran.
-        layers: how many blocks there are.
-    """
+    """What is known of one pass of so many rows: inner products by layer, and why none came."""
 
     def __init__(self, rows: int, layers: int) -> None:
-        self.rows = rows
-        self.products: list[Tensor | None] = [None] * layers
+        self.rows, self.layers = rows, layers
+        self.products: dict[int, Tensor] = {}
         self.names: set[str] = set()
         self.awaited = 0  # gradients
         self.captured: CapturedInput | None = None
@@ -211,12 +206,6 @@ class Pass:
         elif not self.awaited:
             self._why = "every weight is frozen, so there is no graph: let the input embeddings require a gradient"
 
-    def add(self, layer: int, products_QP: Tensor) -> None:
-        """A projection's inner products have come."""
-        self.awaited -= 1
-        so_far = self.products[layer]
-        self.products[layer] = products_QP if so_far is None else so_far + products_QP
-
     def let_go(self) -> None:
         """Forget what entered: its graph holds the hooks, and they this pass; no collector finds such a ring."""
         self.captured = self.captured_of = None
@@ -224,12 +213,12 @@ class Pass:
     @property
     def is_done(self) -> bool:
         """Whether gradients of all that ran have come, in every layer."""
-        return self.awaited == 0 and all(products is not None for products in self.products)
+        return self.awaited == 0 and len(self.products) == self.layers
 
     def check(self) -> None:
         """Raise UserError, with what is wrong, unless it is done."""
         if not self.is_done:
-            missing = [str(layer) for layer, products in enumerate(self.products) if products is None]
+            missing = [str(layer) for layer in range(self.layers) if layer not in self.products]
             raise UserError(f"attribution: no gradient reached blocks {', '.join(missing[:5])}: {self._why}")
 
 
@@ -239,12 +228,7 @@ def watches(trainer: Trainer) -> bool:
 
 
 def in_order(found: list[NDArray[np.float64]], loader: Any) -> NDArray[np.float64]:
-    """Scores in the loader's order, (N, L); where a sampler has spread it over processes, those of all.
-
-    Args:
-        found: this process's scores, batch by batch.
-        loader: what the batches came from.
-    """
+    """Batches' scores in the loader's order, (N, L); where it was spread over processes, those of all."""
     loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler):

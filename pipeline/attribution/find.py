@@ -12,8 +12,7 @@ from lightning.pytorch import Trainer
 
 from pipeline.attribution import lga, tracing  # noqa: F401  # they enter themselves among the selectors
 from pipeline.attribution.callback import GradientAttribution
-from pipeline.attribution.profile import GoldenProfile
-from pipeline.attribution.scores import Scores
+from pipeline.attribution.profile import GoldenProfile, Scores
 from pipeline.attribution.selection import judge, select
 from pipeline.attribution.selector import SELECTORS, Selector
 from pipeline.errors import UserError, check_choice
@@ -33,18 +32,7 @@ def find_golden_layer(
     request_set: str = "",
     seed: int = 0,
 ) -> GoldenProfile:
-    """Score every block and choose the golden ones.
-
-    Args:
-        llm: the model; its weights stay as they are.
-        requests: the proxy set.
-        options: how blocks are scored and chosen.
-        trainer: what it runs on: a Trainer, or options to make one of.
-        request_set: what the profile calls the proxy set.
-        seed: of every draw.
-
-    Raises:
-        UserError: as `score_requests` and `choose` do.
+    """Score every block and choose the golden ones: `score_requests`, then `choose`.
 
     Example:
         >>> profile = find_golden_layer(llm, requests, AttributionOptions(order="magnitude"))
@@ -69,8 +57,6 @@ def check_selector(
             f"method: {options.method} needs each request's subject in its prompt; not so in {len(missing)} of "
             f"{len(requests)}: {', '.join(missing[:5])}; the method lga does without"
         )
-    if selector.check:
-        selector.check(requests, options)
 
 
 def score_requests(
@@ -88,14 +74,14 @@ def score_requests(
         llm: the model; its weights stay as they are.
         requests: the proxy set.
         options: how blocks are scored.
-        trainer: what it runs on.
+        trainer: what it runs on: a Trainer, or options to make one of.
         seed: of every draw.
         work: a folder for half-done work; scoring that finds its own there goes on from it.
         selectors: the ways to score that there are.
 
     Raises:
-        UserError: for an unknown method, requests that it cannot score, a prompt longer than the context, or scores
-            that are not numbers.
+        UserError: for an unknown method, requests that it cannot score, a prompt longer than the context, an old
+            answer that is missing and cannot be found, or scores that are not numbers.
     """
     options = options or AttributionOptions()
     check_selector(requests, options, selectors)

@@ -1,8 +1,7 @@
 """Inner products of weight gradients that are never formed, and the scores of blocks that are made of them.
 
 For y_t = W a_t a request's gradient of W is Σ_t δ_t a_tᵀ with δ_t = ∂ℓ/∂y_t, so the inner product of two
-such gradients is Σ_s Σ_t (a_s · a'_t)(δ_s · δ'_t): two small Gram matrices. Where texts are so long that these
-would cost more than the gradients themselves, one request's gradients are formed at a time.
+such gradients is Σ_s Σ_t (a_s · a'_t)(δ_s · δ'_t): two small Gram matrices.
 
 A batch holds sides of P requests each, one behind the other: with two, the old answers' rows and then the new
 answers'. Shapes: R rows of all sides, P requests, S and T positions, K of them kept, I inputs and O outputs of W,
@@ -17,48 +16,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.model.activations import wide
 from pipeline.requests.rows import Batch
 
 Pair = tuple[int, int]  # numbers of two sides
 OLD, NEW = 0, 1
 
 
-def forming_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:
-    """Whether 2·T·I·O multiplications (two gradients) are fewer than T²·(I + O) (two Gram matrices)."""
-    return 2 * inputs * outputs < positions * (inputs + outputs)
-
-
-def formed_products(inputs: Sequence[Tensor], grads: Sequence[Tensor], pairs: Sequence[Pair]) -> Tensor:
-    """The same inner products by way of the gradients, one request at a time, shape (Q, P).
-
-    Args:
-        inputs, grads: each side's inputs (P, T, I) and gradients (P, T, O).
-        pairs: which sides' gradients are multiplied.
-    """
-    found = []
-    for request in range(len(inputs[0])):
-        formed = [grad[request].mT @ entered[request] for entered, grad in zip(inputs, grads, strict=True)]
-        found.append(torch.stack([(formed[first] * formed[second]).sum() for first, second in pairs]))
-    return torch.stack(found, dim=1)
-
-
 class CapturedInput:
-    """What went into a projection, side by side; projections that share it share its Gram matrices.
-
-    Args:
-        input_RTI: what entered, the sides' rows one behind the other.
-        sides: how many there are.
-    """
+    """What went into a projection, the sides' rows one behind the other; projections that share it share its Gram
+    matrices."""
 
     def __init__(self, input_RTI: Tensor, sides: int = 2) -> None:
-        self.inputs = _wide(input_RTI).chunk(sides)
+        self.inputs = wide(input_RTI).chunk(sides)
         self._grams: dict[Pair, Tensor] = {}
 
     def products(self, grad_RTO: Tensor, pairs: Sequence[Pair] = ((0, 1),)) -> Tensor:
         """Inner products of the requests' weight gradients, given the gradients at the outputs, shape (Q, P)."""
-        grads = _wide(grad_RTO).chunk(len(self.inputs))
-        if forming_is_cheaper(grads[0].shape[1], self.inputs[0].shape[2], grads[0].shape[2]):
-            return formed_products(self.inputs, grads, pairs)
+        grads = wide(grad_RTO).chunk(len(self.inputs))
         found = [(self._gram(pair) * (grads[pair[0]] @ grads[pair[1]].mT)).sum((1, 2)) for pair in pairs]
         return torch.stack(found)
 
@@ -67,11 +42,6 @@ class CapturedInput:
         if pair not in self._grams:
             self._grams[pair] = self.inputs[pair[0]] @ self.inputs[pair[1]].mT
         return self._grams[pair]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Estimator(NamedTuple):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.inner_products import GRADIENT_NORM_SUBJECT, LGA, Estimator
-from pipeline.attribution.old_answers import with_old_answers
 from pipeline.attribution.selector import Selector, Values, register, tokens_at_once
-from pipeline.model.activations import target_losses
+from pipeline.model.activations import checkpointing, target_losses
 from pipeline.model.blocks import sizes
-from pipeline.model.checkpointing import checkpointing
+from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.data import both_answers, collate_sides
@@ -34,11 +32,7 @@ def score_gradients(
     options: AttributionOptions,
     runtime: Runtime,
 ) -> Values:
-    """Each request's score of every block by an estimator, (N, L).
-
-    Raises:
-        UserError: for a prompt longer than the context, or an old answer that is missing and cannot be found.
-    """
+    """Each request's score of every block by an estimator, (N, L)."""
     if estimator.sides == 2:
         requests = with_old_answers(llm, requests, runtime, always=options.old_answers == "model")
         sides: list[Sides] = list(both_answers(llm.tokens, requests))
@@ -64,16 +58,11 @@ def score_gradients(
 class Attribution(Stage):
     """Differentiates the sum of requests' losses, for the callback to read: an output is a request's scores.
 
-    The weights are frozen: the gradient flows from the embeddings' output, and through activations only.
-
-    Args:
-        llm: the model.
-        watch: what reads the gradients.
-        shared: how many tokens all prompts begin with.
+    The weights are frozen: the gradient flows from the embeddings' output, and through activations only. All
+    prompts begin with the same `shared` tokens.
     """
 
-    title = "Attribution"
-    gradients = True
+    title, gradients = "Attribution", True
 
     def __init__(self, llm: LLM, watch: GradientAttribution, shared: int = 1) -> None:
         super().__init__(llm.model)
@@ -85,7 +74,8 @@ class Attribution(Stage):
     def step(self, batch: Batch) -> list[Tensor]:
         positions = self.watch.estimator.positions
         self.watch.positions_RK = positions(batch, self.shared) if positions else None
-        with embeddings_require_grad(self.llm.model.get_input_embeddings()):
+        embeddings = self.llm.model.get_input_embeddings()
+        with embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True)):
             losses = target_losses(self.llm.model, batch)
         losses.sum().backward()
         return list(self.watch.last_scores.double().clone())
@@ -99,16 +89,6 @@ def tokens_of(item: Sides) -> int:
 def kept_of_a_token(llm: LLM) -> int:
     """About how many numbers a backward pass keeps of a token in a block: what its linear maps take and put out."""
     return sum(sum(sizes(projection)) for projection in llm.blocks[0].projections("block").values())
-
-
-@contextmanager
-def embeddings_require_grad(embeddings: nn.Module) -> Iterator[None]:
-    """Start the graph at the embeddings' output, although every weight is frozen."""
-    handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def of_gradients(estimator: Estimator, fenced: bool = True) -> Selector:

@@ -1,17 +1,44 @@
-"""The golden profile: which layer of a model to edit, why, and for which model that holds."""
+"""What attribution leaves: scores request by request, and the golden profile, which says which layer to edit."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import save_file
 
 from pipeline.attribution.selection import Stability
+from pipeline.attribution.selector import Values
 from pipeline.errors import UserError
-from pipeline.files import write_text
+from pipeline.files import write_text, write_whole
 from pipeline.shipped import program
 
-PROFILE_FILE = "golden_profile.json"
+PROFILE_FILE, SCORES_FILE = "golden_profile.json", "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the selector `method` found in so many seconds: requests' scores of every block, (N, L), float64.
+
+    They are of a model that is known by its fingerprint, with prompts in its chat template or not.
+    """
+
+    method: str
+    ids: list[str]
+    values: Values
+    seconds: float = 0.0
+    model: str = ""
+    fingerprint: str = ""
+    chat: bool = False
+
+    def save(self, folder: Path) -> Path:
+        """Write `scores.safetensors` into a folder, whole or not at all: tensor `scores`, ids as metadata."""
+        about = {"about": json.dumps({"method": self.method, "ids": self.ids})}
+        tensors = {"scores": np.ascontiguousarray(self.values)}
+        return write_whole(folder / SCORES_FILE, lambda partial: save_file(tensors, partial, about))
 
 
 class GoldenProfile(BaseModel):
@@ -70,11 +97,8 @@ class GoldenProfile(BaseModel):
     @property
     def is_inverted(self) -> bool:
         """Whether most scores are negative, so that the signed order puts the block of least reach first."""
-        return (
-            self.scope != ""
-            and self.order == "signed"
-            and sum(score < 0 for score in self.scores) > len(self.scores) / 2
-        )
+        negative = sum(score < 0 for score in self.scores)
+        return self.scope != "" and self.order == "signed" and negative > len(self.scores) / 2
 
     def save(self, folder: Path) -> Path:
         """Write `golden_profile.json` into a folder, whole or not at all."""

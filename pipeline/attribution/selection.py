@@ -33,7 +33,7 @@ class Selection:
     raw_ranking: list[int]
 
 
-def select(scores: Sequence[float], fences: float = 1.0, order: str = "signed") -> Selection:
+def select(scores: Sequence[float] | NDArray[np.float64], fences: float = 1.0, order: str = "signed") -> Selection:
     """Rank blocks, setting aside those outside [Q1 − f·IQR, Q3 + f·IQR].
 
     The sign is the same for nearly all blocks, and says how well the model knows the old answers: well enough, and
@@ -41,7 +41,6 @@ def select(scores: Sequence[float], fences: float = 1.0, order: str = "signed") 
     magnitude keeps the meaning, and agrees where scores are positive.
 
     Args:
-        scores: one a block.
         fences: Tukey's factor f; 0 turns the fences off. Quartiles are interpolated linearly.
         order: `signed` (the paper's) or `magnitude`.
     """
@@ -53,15 +52,6 @@ def select(scores: Sequence[float], fences: float = 1.0, order: str = "signed") 
     raw_ranking = np.argsort(-size_L, kind="stable").tolist()
     excluded = np.flatnonzero((score_L < low) | (score_L > high)).tolist()
     return Selection(low, high, excluded, [b for b in raw_ranking if b not in excluded], raw_ranking)
-
-
-def first_choices(scores_RL: Values, fences: float = 1.0, order: str = "signed") -> NDArray[np.intp]:
-    """The first of the ranking for each of R rows of scores, as `select` finds it, shape (R,)."""
-    first_R1, third_R1 = np.percentile(scores_RL, [25, 75], axis=1, keepdims=True)
-    reach_R1 = fences * (third_R1 - first_R1) if fences else math.inf
-    inside_RL = (scores_RL >= first_R1 - reach_R1) & (scores_RL <= third_R1 + reach_R1)
-    size_RL = np.abs(scores_RL) if order == "magnitude" else scores_RL
-    return np.where(inside_RL, size_RL, -np.inf).argmax(axis=1)
 
 
 class Stability(BaseModel):
@@ -82,16 +72,11 @@ class Stability(BaseModel):
 
 
 def judge(values_NL: Values, fences: float = 1.0, order: str = "signed", seed: int = 0) -> Stability:
-    """Bootstrap a choice.
-
-    Args:
-        values_NL: each request's score of every block.
-        fences, order: how it was chosen.
-        seed: of the draws.
-    """
+    """Bootstrap a choice by fences and order, from each request's score of every block."""
     requests, blocks = values_NL.shape
     random = np.random.default_rng([seed, requests])
     means_RL = np.stack([values_NL[random.integers(requests, size=requests)].mean(0) for _ in range(RESAMPLES)])
     low, high = np.percentile(means_RL, [2.5, 97.5], axis=0)
-    chosen = np.bincount(first_choices(means_RL, fences, order), minlength=blocks) / RESAMPLES
+    first_R = [select(mean_L, fences, order).ranking[0] for mean_L in means_RL]
+    chosen = np.bincount(first_R, minlength=blocks) / RESAMPLES
     return Stability(resamples=RESAMPLES, low=low.tolist(), high=high.tolist(), chosen=chosen.tolist())

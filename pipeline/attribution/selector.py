@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.schema import EditRequest
@@ -29,7 +28,6 @@ class Selector(NamedTuple):
         fenced: whether single blocks' scores may be large for reasons of the model alone (massive activations),
             so that Tukey's fences set them aside.
         reads_requests: whether the scores depend on the requests at all.
-        check: raises UserError for requests or options that it cannot work with, before a model is loaded.
     """
 
     score: Callable[[LLM, Sequence[EditRequest], AttributionOptions, Runtime], Values]
@@ -37,7 +35,6 @@ class Selector(NamedTuple):
     of_gradients: bool = False
     fenced: bool = False
     reads_requests: bool = True
-    check: Callable[[Sequence[EditRequest], AttributionOptions], None] | None = None
 
 
 SELECTORS: dict[str, Selector] = {}
@@ -57,11 +54,7 @@ def register(name: str, selector: Selector) -> None:
 def tokens_at_once(llm: LLM, kept: int) -> int:
     """How many tokens may run together so that what is kept of them takes at most half of the weights' memory.
 
-    Of small models more than that is allowed: what is kept of a pass may always be `LITTLE` numbers.
-
-    Args:
-        llm: the model.
-        kept: numbers that are kept of a token in each block.
+    Of each, `kept` numbers are in each block. Of small models, `LITTLE` numbers may be kept in any case.
     """
     weights = sum(parameter.numel() for parameter in llm.model.parameters())
     return max(weights // 2, LITTLE) // (kept * len(llm.blocks))
@@ -80,14 +73,9 @@ def score_middle(llm: LLM, requests: Sequence[EditRequest], _: AttributionOption
 
 
 def score_fixed(llm: LLM, requests: Sequence[EditRequest], options: AttributionOptions, _: Runtime) -> Values:
-    """The block of `options.layer`.
-
-    Raises:
-        UserError: when there is no such block.
-    """
+    """The block of `options.layer`; UserError when there is none."""
     assert options.layer is not None
-    if options.layer >= len(llm.blocks):
-        raise UserError(f"layer: {options.layer} is not a block of {llm.name}; it has 0 to {len(llm.blocks) - 1}")
+    llm.check_layers([options.layer], "layer")
     return one_block(llm, len(requests), options.layer)
 
 

@@ -19,25 +19,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.attribution.old_answers import with_old_answers
 from pipeline.attribution.selector import Selector, Values, register, tokens_at_once
-from pipeline.model.activations import Activations, head_reads, wide_logits
+from pipeline.model.activations import RowStage, head_reads, wide_logits
+from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
-from pipeline.requests.rows import Batch, Row, collate
+from pipeline.requests.rows import Batch, Row
 from pipeline.requests.schema import EditRequest
-from pipeline.running.stage import Stage, run
+from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
 
 def score_tracing(
     llm: LLM, requests: Sequence[EditRequest], options: AttributionOptions, runtime: Runtime
 ) -> Values:
-    """Each request's recovered probability at every block, (N, L); subjects must stand in their prompts.
-
-    Raises:
-        UserError: for a prompt longer than the context, or an old answer that is missing and cannot be found.
-    """
+    """Each request's recovered probability at every block, (N, L); subjects must stand in their prompts."""
     answered = with_old_answers(llm, requests, runtime, always=options.old_answers == "model")
     rows = llm.tokens.answered(answered, [request.old_answer or "" for request in answered])
     rows = [row._replace(token_ids=row.token_ids[: row.target_start + 1]) for row in rows]  # its first token counts
@@ -54,45 +50,39 @@ def score_tracing(
     return torch.stack(found).numpy()
 
 
-class Tracing(Stage):
+class Tracing(RowStage):
     """Traces requests at every block: an output is a request's recovered probabilities.
 
-    Args:
-        llm: the model.
-        options: samples and size of the noise.
-        seed: of the noise, which is the same for a request in any batch.
+    The noise is the same for a request in any batch.
     """
 
     title = "Causal tracing"
 
     def __init__(self, llm: LLM, options: AttributionOptions, seed: int) -> None:
-        super().__init__(llm.model)
-        self.llm, self.parts = llm, Activations(llm)
+        super().__init__(llm)
         self.samples, self.noise, self.seed = options.samples, options.noise, seed
-
-    def collate(self, items: list[Row]) -> Batch:
-        return collate(items, self.llm.pad_token_id)
+        own = llm.model.get_input_embeddings()
+        self.embeddings = next(name for name, module in llm.model.named_modules() if module is own)
 
     def step(self, batch: Batch) -> list[Tensor]:
         names = [block.name for block in self.llm.blocks]
-        with self.parts.leaving(*names) as clean:
+        with self.activations.leaving(*names) as clean:
             self._probabilities(batch, 1)
-        embeddings = self._embeddings()
         noise_RTD = torch.cat([self._noise(text, batch.input_ids_BT.shape[1]) for text in batch.texts])
         rows = len(batch.texts) * self.samples
         with (
-            self.parts.leaving(*names) as corrupted,
-            self.parts.changing(embeddings, rows, lambda _, output: output + noise_RTD.to(output)),
+            self.activations.leaving(*names) as corrupted,
+            self.activations.changing(self.embeddings, rows, lambda _, output: output + noise_RTD.to(output)),
         ):
             base_PS = self._probabilities(batch, self.samples)
-        last_P = torch.tensor([_subject(text)[1] for text in batch.texts], device=base_PS.device)
+        last_P = torch.tensor([text.subject[1] for text in batch.texts if text.subject], device=base_PS.device)
         each_P, each_R = torch.arange(len(last_P)), torch.arange(rows)
         last_R = last_P.repeat_interleave(self.samples)
         found = []
         for layer, name in enumerate(names):
             state_RTD = corrupted[name]
             state_RTD[each_R, last_R] = clean[name][each_P, last_P].repeat_interleave(self.samples, dim=0)
-            with self.parts.from_block(layer + 1, state_RTD):
+            with self.activations.from_block(layer + 1, state_RTD):
                 found.append((self._probabilities(batch, self.samples) - base_PS).mean(1))
         return list(torch.stack(found, dim=1).double().cpu())
 
@@ -105,17 +95,13 @@ class Tracing(Stage):
         target_R1 = batch.target_N.repeat_interleave(samples)[:, None]
         return logits_RV.softmax(-1).gather(1, target_R1).view(-1, samples)
 
-    def _embeddings(self) -> str:
-        """The input embeddings' full name."""
-        embeddings = self.llm.model.get_input_embeddings()
-        return next(name for name, module in self.llm.model.named_modules() if module is embeddings)
-
     def _noise(self, text: Row, width: int) -> Tensor:
         """A request's noise under every sample, (S, T, D), zero outside its subject; in float32.
 
         In units of what the embeddings put out: Gemma's are the matrix's rows times √D.
         """
-        (first, last), matrix = _subject(text), self.llm.embedding
+        assert text.subject
+        (first, last), matrix = text.subject, self.llm.embedding
         token = torch.tensor(text.token_ids[last : last + 1], device=matrix.device)
         put_out = self.llm.model.get_input_embeddings()(token)
         deviation = (matrix.float().std() * put_out.float().norm() / matrix[token].float().norm()).item()
@@ -125,11 +111,6 @@ class Tracing(Stage):
         subject = (self.samples, last - first + 1, matrix.shape[1])
         noise_STD[:, first : last + 1] = self.noise * deviation * torch.randn(subject, generator=draw)
         return noise_STD.to(matrix.device)
-
-
-def _subject(text: Row) -> tuple[int, int]:
-    assert text.subject
-    return text.subject
 
 
 register("causal_tracing", Selector(score_tracing, needs_subject=True))

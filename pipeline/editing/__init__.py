@@ -5,11 +5,10 @@ from pipeline.offered import offered
 __getattr__, __all__ = offered(
     __name__,
     {
-        "editor": ("METHODS", "accept", "check_earlier", "choose_layers", "edit", "settings_of"),
+        "editor": ("METHODS", "accept", "can_leave_out", "check_earlier", "choose_layers", "edit", "leave_out"),
         "export": ("export_adapter", "export_merged"),
         "finetune": ("FineTune",),
-        "leave_out": ("can_leave_out", "leave_out"),
-        "method": ("register",),
+        "method": ("register", "settings_of"),
         "update": ("WeightUpdate",),
     },
 )

@@ -68,13 +68,9 @@ def in_context(template: str, request: EditRequest) -> tuple[str, int]:
 def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int = 0) -> list[tuple[str, int]]:
     """Requests' prompts with other names for their subjects, and where the name ends in each.
 
-    A locality probe is mostly a request's prompt with another subject; ordinary text has few of that kind.
-
-    Args:
-        requests: whose prompts they are; one without a subject in its prompt gives a bare `{name} is`.
-        each: names drawn for a request; none is the subject of any request.
-        most: prompts in all.
-        seed: of the draw.
+    A locality probe is mostly a request's prompt with another subject; ordinary text has few of that kind. For each
+    request so many names are drawn, none of which is the subject of any request. A request without a subject in its
+    prompt gives a bare `{name} is`.
     """
     chance = random.Random(seed)
     edited = {(request.subject or "").casefold().removeprefix("the ") for request in requests}

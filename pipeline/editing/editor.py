@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing import finetune, locate, lora, one_pass  # noqa: F401  each registers its own kinds
+from pipeline.editing.columns import owner
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
@@ -26,6 +28,8 @@ from pipeline.requests.sets import fact, settle
 from pipeline.running.sharding import whole
 from pipeline.running.trainer import Runtime
 from pipeline.shipped import program
+
+ROUNDING = 1e-5  # relative: what adding and taking away changes may leave of them
 
 
 def edit(
@@ -88,7 +92,7 @@ def edit(
         requests=[*left, *requests],
         options=settings,
         state={**earlier.state, **method.state},
-        adapter=method.adapter if after is None or after.adapter else None,  # else it holds a part of the change
+        adapter=None if after else method.adapter,  # on top of another one it is a part of the change
         chat=llm.chat,
     )
 
@@ -152,3 +156,47 @@ def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions)
     llm.check_made_for("profile", profile.model, profile.fingerprint)
     llm.check_layers(profile.golden_layers)
     return sorted(profile.golden_layers)
+
+
+def can_leave_out(update: WeightUpdate, requests: Sequence[EditRequest], method: str) -> bool:
+    """Whether the update can be had without these requests: all were located, and so have columns of their own."""
+    owners = [tensor.tolist() for name, tensor in update.state.items() if name.endswith(".owner_n")]
+    return METHODS[method].solves_anew and {owner(request) for request in requests} <= set(chain(*owners))
+
+
+def leave_out(
+    llm: LLM,
+    update: WeightUpdate,
+    requests: Sequence[EditRequest],
+    options: EditOptions,
+    trainer: TrainerOptions | Trainer | None = None,
+    seed: int = 0,
+) -> WeightUpdate:
+    """The update without some of its requests, as if they had never been among them.
+
+    Locate-then-edit solves for all requests of a layer at once, so that any of them can be left out; values are not
+    searched for again. When none is left and nothing else changed a weight, that weight is the base's, bit for bit.
+
+    Args:
+        llm: the base model.
+        update: one that `can_leave_out` the requests.
+        options: the method's, as the update was made with.
+
+    Raises:
+        UserError: when the update was made for another model.
+    """
+    gone = {fact(request) for request in requests}
+    left = [request for request in update.requests if fact(request) not in gone]
+    layers = [layer for layer in update.layers if f"locate.{layer}.owner_n" in update.state]
+    method = METHODS[options.method].make(llm, layers, options, update.state)
+    assert isinstance(method, locate.LocateThenEdit)
+    base = weights(llm, method.weight_names)
+    with update.applied(llm), restored(llm, method.weight_names), llm.frozen():
+        method.leave_out(requests, Runtime(trainer or TrainerOptions(), seed=seed), left)
+        changed = weights(llm, method.weight_names)
+    tensors = update.tensors | changed
+    for name, tensor in changed.items():
+        if (tensor - base[name]).norm() <= ROUNDING * base[name].norm():
+            del tensors[name]
+    state = update.state | method.state
+    return replace(update, method=options.method, tensors=tensors, requests=left, state=state, adapter=None)

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.model.activations import Activations, target_logits
+from pipeline.model.activations import RowStage, target_logits
 from pipeline.model.blocks import by_row
 from pipeline.model.llm import LLM
-from pipeline.requests.rows import Batch, Row, collate
-from pipeline.running.stage import Stage
+from pipeline.requests.rows import Batch, Row
 
 
-class Entering(Stage):
+class Entering(RowStage):
     """Reads what enters a block, or a projection in it (keys), by running the blocks up to that one.
 
     Read are the tokens of a row's subject; of a row without one, all. Outputs are (tokens, D), on the CPU.
-
-    Args:
-        llm: the model.
-        layer: the block.
-        projection: its full name; None: the block itself.
     """
 
     title = "Reading"
 
     def __init__(self, llm: LLM, layer: int, projection: str | None = None) -> None:
-        super().__init__(llm.model)
-        self.activations, self.pad_token_id = Activations(llm), llm.pad_token_id
+        super().__init__(llm)
         self.name = projection or llm.blocks[layer].name
         self.blocks = layer + 1 if projection else layer
-
-    def collate(self, items: list[Row]) -> Batch:
-        return collate(items, self.pad_token_id)
 
     def step(self, batch: Batch) -> list[Tensor]:
         with self.activations.up_to_block(self.blocks), self.activations.entering(self.name) as seen:
@@ -43,17 +33,10 @@ class Entering(Stage):
         return read
 
 
-class SaidNext(Stage):
+class SaidNext(RowStage):
     """Reads the log-probabilities (V,) of each row's target, one token each: what the model says next."""
 
     title = "Reading"
-
-    def __init__(self, llm: LLM) -> None:
-        super().__init__(llm.model)
-        self.pad_token_id = llm.pad_token_id
-
-    def collate(self, items: list[Row]) -> Batch:
-        return collate(items, self.pad_token_id)
 
     def step(self, batch: Batch) -> list[Tensor]:
         return list(target_logits(self.model, batch).log_softmax(-1).cpu())

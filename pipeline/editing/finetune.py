@@ -7,34 +7,29 @@ Breadth-first mini-batches at one well-chosen layer are what makes plain fine-tu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.adapter import Adapter
-from pipeline.editing.keeping import KeepTraining
-from pipeline.editing.lesson_data import LessonData
-from pipeline.editing.lessons import Lessons, read_lessons, teaching_loss
+from pipeline.editing.lessons import KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
-from pipeline.editing.whitening import WhitenedAdam, reads_for, whitener
+from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
-from pipeline.model.activations import Activations, target_logits
-from pipeline.model.checkpointing import checkpointing
+from pipeline.model.activations import Activations, checkpointing, target_logits
+from pipeline.model.blocks import Projection
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count, Options, Positive, Weight, above, at_least, at_most, one_of
 from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.rows import Batch
 from pipeline.requests.schema import EditRequest
-from pipeline.running.sharding import as_spread, put, whole
-from pipeline.running.stage import INSTEAD, Staying, attempt
+from pipeline.running.sharding import as_spread, whole
+from pipeline.running.stage import Staying, attempt
 from pipeline.running.trainer import Runtime, trainer_of
 
 
@@ -65,7 +60,7 @@ class FinetuneSettings(Options):
 
 
 class FineTune(Staying):
-    """Trains the MLP weights (or the down-projection) of the golden layers, or an adapter beside them.
+    """Trains the MLP weights (or the down-projection) of the golden layers.
 
     For any Trainer, with plain batches of `EditRequests` as well; `edit` gives it batches with unrelated prompts.
 
@@ -73,13 +68,10 @@ class FineTune(Staying):
         llm: the model; what is not trained is frozen when training starts.
         layers: the blocks to train.
         settings: how; default: fine-tuning's.
-        adapter: train this one in place of the weights; it must be attached while it is trained.
         statistics: of which text whitening takes its key statistics.
 
     Attributes:
         weight_names: the weights it changes, by full name.
-        state: the adapter's tensors under PEFT's names, with a prefix.
-        adapter: LoraConfig's arguments for such an adapter.
         whiteners: of projections, those that steps are whitened by.
 
     Example:
@@ -87,12 +79,13 @@ class FineTune(Staying):
         >>> trainer.fit(FineTune(llm, [1]), EditRequests(requests, llm.tokenizer, batch_size=4))
     """
 
+    adapter: dict[str, Any] | None = None
+
     def __init__(
         self,
         llm: LLM,
         layers: Sequence[int],
         settings: FinetuneSettings | None = None,
-        adapter: Adapter | None = None,
         statistics: StatisticsOptions | None = None,
     ) -> None:
         super().__init__()
@@ -100,24 +93,22 @@ class FineTune(Staying):
         self.llm, self.model, self.layers = llm, llm.model, list(layers)
         self.activations = Activations(llm)
         self.settings, self.statistics = settings or FinetuneSettings(), statistics or StatisticsOptions()
-        self.lora, self.adapter = adapter, adapter.config if adapter else None
-        names = [name for layer in layers for name in llm.blocks[layer].weight_names(self.settings.scope)]
-        self.weight_names, self.state = names, dict[str, Tensor]()
+        self.projections: dict[str, Projection] = {}
+        for layer in layers:
+            self.projections |= llm.blocks[layer].projections(self.settings.scope)
+        self.weight_names = [f"{name}.weight" for name in self.projections]
+        self.state: dict[str, Tensor] = {}
         self.whiteners: dict[str, Tensor] = {}
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
-        """Train until every request is learnt or the settings' epochs are over; an adapter is merged then."""
+        """Train until every request is learnt or the settings' epochs are over."""
         self.find_whiteners(runtime)
         (lessons,) = self.lessons([requests], runtime)
-        data = LessonData(lessons, self.settings.batch_size, self.llm.pad_token_id, runtime.seed)
-        with self.lora.attached(runtime.seed, self.whiteners) if self.lora else nullcontext() as adapted:
-            self.fit(data, runtime)
-            if self.lora and adapted:
-                self.state = self.lora.merged(adapted)
+        self.fit(lessons, runtime)
 
     def find_whiteners(self, runtime: Runtime) -> None:
         """Of every projection that is trained, where the settings want any."""
-        names = [name.removesuffix(".weight") for name in self.weight_names] if self.settings.whiten else []
+        names = list(self.projections) if self.settings.whiten else []
         moments = key_moments(self.llm, names, self.statistics, runtime)
         device, ridge = self.llm.embedding.device, self.settings.whiten
         self.whiteners = {name: whitener(moment.to(device), ridge) for name, moment in moments.items()}
@@ -127,83 +118,69 @@ class FineTune(Staying):
         contexts, unrelated = self.settings.contexts, self.settings.kl > 0
         return read_lessons(self.llm, min(self.layers), groups, contexts, unrelated, runtime)
 
-    def fit(self, data: LessonData, runtime: Runtime) -> None:
-        """Train; where the memory does not suffice, from the start again in micro-batches of half the size."""
-        keeping = KeepTraining(runtime.work) if runtime.work else None
+    def fit(self, lessons: Lessons, runtime: Runtime) -> None:
+        """Train on lessons, in micro-batches where the options ask for them; UserError for too little memory."""
+        size, work = self.settings.batch_size, runtime.work
+        keeping = KeepTraining(work) if work else None
         about = {"logger": runtime.logger, "max_epochs": self.settings.epochs, "log_every_n_steps": 1}
-        parts = 0
-        while True:
-            with (
-                trainer_of(
-                    runtime, "Editing", [keeping] if keeping else [], enable_checkpointing=bool(keeping), **about
-                ) as trainer,
-                checkpointing(self.llm, runtime.options.activation_checkpointing),
-            ):
-                trainer.accumulate_grad_batches = parts = parts or self._parts(trainer, runtime)
-                found = keeping.found() if keeping else None
-                fit = partial(trainer.fit, self, datamodule=data, ckpt_path=found, weights_only=True)
-                suffices, failed = attempt(fit)
-            if suffices:
-                return
-            parts, data.begun = self._smaller(trainer, failed), (0, 0)
-            if keeping:
-                keeping.file.unlink(missing_ok=True)  # its steps are cut into other parts
-
-    def _parts(self, trainer: Trainer, runtime: Runtime) -> int:
-        """In how many micro-batches a device runs its part of a batch."""
-        most = runtime.options.micro_batch or self.settings.batch_size
-        return max(trainer.accumulate_grad_batches, -(-self.settings.batch_size // (trainer.world_size * most)))
-
-    def _smaller(self, trainer: Trainer, failed: str) -> int:
-        """Twice as many micro-batches, for weights that are as they were before."""
-        largest = -(-self.settings.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
-        if largest == 1:
-            raise UserError(f"trainer: {failed}; {INSTEAD}")
-        if trainer.world_size > 1:
+        with (
+            trainer_of(
+                runtime, "Editing", [keeping] if keeping else [], enable_checkpointing=bool(keeping), **about
+            ) as trainer,
+            checkpointing(self.llm, runtime.options.activation_checkpointing),
+        ):
+            parts = -(-size // (trainer.world_size * (runtime.options.micro_batch or size)))
+            trainer.accumulate_grad_batches = max(trainer.accumulate_grad_batches, parts)
+            data = LessonData(lessons, size, self.llm.pad_token_id, runtime.seed)
+            found = keeping.found() if keeping else None
+            fit = partial(trainer.fit, self, datamodule=data, ckpt_path=found, weights_only=True)
+            suffices, failed = attempt(fit)
+        if not suffices:
             raise UserError(
-                f"trainer: {failed}; devices that train together cannot repeat a step alone; give "
-                f"--edit.expert.batch_size {largest // 2 * trainer.world_size} or less"
+                f"trainer: {failed}; give --edit.expert.batch_size {max(1, size // 2)}, "
+                "--trainer.activation_checkpointing true, --trainer.precision bf16-true or --trainer.strategy fsdp"
             )
-        for name, weight in self.trained().items():
-            put(weight, self.start[name])
-        return 2 * trainer.accumulate_grad_batches
 
     def configure_model(self) -> None:
         """Freeze what is not trained, before a strategy wraps it; remember what is trained as it is."""
         self.model.eval()
         for name, weight in self.model.named_parameters():
-            weight.requires_grad_("lora_" in name if self.lora else name in self.weight_names)
+            weight.requires_grad_(self.trains(name))
         self.start = {name: whole(weight).to("cpu", copy=True) for name, weight in self.trained().items()}
+
+    def trains(self, name: str) -> bool:
+        """Whether the weight of this name is trained."""
+        return name in self.weight_names
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by its name in the model."""
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Adam, its step in units of a weight's own root mean square, so that one rate serves every family.
+        """Adam; over the epochs its step goes evenly to `last_step` times what it is at first.
 
-        An adapter's factors have no scale of the model's: for them, it is as it is. Over the epochs the step goes
-        evenly to `last_step` times that: small late steps take little from earlier ones.
+        Small late steps take little from earlier ones.
         """
-        rate = self.settings.learning_rate
+        rate, trained = self.settings.learning_rate, self.trained()
         adam = WhitenedAdam(
-            [
-                {"params": [weight], "lr": rate * (1.0 if self.lora else _scale(self.start[name]))}
-                for name, weight in self.trained().items()
-            ],
-            {weight: found for name, weight in self.trained().items() if (found := self._whitening(name))},
+            [{"params": [weight], "lr": rate * self.unit(name)} for name, weight in trained.items()],
+            {weight: found for name, weight in trained.items() if (found := self.whitening(name))},
         )
         epochs = self.settings.epochs
         falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, self.settings.last_step, total_iters=epochs)
         return {"optimizer": adam, "lr_scheduler": falling}
 
-    def _whitening(self, name: str) -> tuple[Tensor, int] | None:
+    def unit(self, name: str) -> float:
+        """The unit of a weight's step: its own root mean square, so that one rate serves every family."""
+        return _scale(self.start[name])
+
+    def whitening(self, name: str) -> tuple[Tensor, int] | None:
         """A trained weight's whitener, and the weight's dimension that it acts on."""
-        projection = reads_for(name) if self.lora else name.removesuffix(".weight")
+        projection = name.removesuffix(".weight")
         if projection not in self.whiteners:
             return None
-        conv = not self.lora and isinstance(self.model.get_submodule(projection), Conv1D)
-        return self.whiteners[projection].to(self.device), 0 if conv else 1
+        inputs = 0 if isinstance(self.projections[projection], Conv1D) else 1
+        return self.whiteners[projection].to(self.device), inputs
 
     def training_step(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch (see `teaching_loss`), such that its mean over devices and micro-batches of a
@@ -276,7 +253,7 @@ def make_finetune(
     llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
 ) -> FineTune:
     """Fine-tuning as `edit` makes it; what was learnt before is in the weights."""
-    return FineTune(llm, layers, settings_of(options), statistics=options.statistics)
+    return FineTune(llm, layers, settings_of(options), options.statistics)
 
 
 register("finetune", make_finetune, FinetuneSettings)

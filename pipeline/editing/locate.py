@@ -75,18 +75,13 @@ class LocateThenEdit:
     With several layers, each visit finds what the requests still miss in the model as it is by then, so that a
     value found at one layer is carried forward to the next.
 
+    It is made as `EditMethod` says. Its `state` are every layer's `Columns`: earlier keys and values are solved for
+    again, together with the new ones.
+
     Args:
-        llm: the model, frozen by the caller.
-        layers: the blocks to change.
-        options: `settings_of` them are what counts here, and the text of the statistics.
-        earlier: keys and values in it are solved for again, together with the new ones.
         solver: from the settings to the closed-form solver.
         by_all_keys: whether each context's key is a column of its own, and outputs for other names in the prompts
             are to stay; else a request has one column, the mean of its keys.
-
-    Attributes:
-        weight_names: the down-projections' weights.
-        state: every layer's `Columns`.
     """
 
     adapter: dict[str, Any] | None = None

@@ -1,19 +1,29 @@
-"""LoRA: fine-tuning of an adapter beside the golden layers' projections."""
+"""LoRA: fine-tuning of an adapter (PEFT) beside the golden layers' projections, which is merged afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.adapter import Adapter
 from pipeline.editing.finetune import FineTune, FinetuneSettings
+from pipeline.editing.lessons import Lessons
 from pipeline.editing.method import register, settings_of
+from pipeline.editing.update import ADAPTER_PREFIX
+from pipeline.errors import UserError
+from pipeline.model.blocks import sizes
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count, Positive, Weight, above, at_most
 from pipeline.options.editing import EditOptions
+from pipeline.running.sharding import add
+from pipeline.running.trainer import Runtime
 
 
 @dataclass(kw_only=True)
@@ -31,13 +41,77 @@ class LoraSettings(FinetuneSettings):
     """LoRA's scaling is alpha / rank."""
 
 
-def make_lora(
-    llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
-) -> FineTune:
-    """LoRA as `edit` makes it."""
-    settings: LoraSettings = settings_of(options)
-    adapter = Adapter(llm, layers, settings.scope, settings.rank, settings.alpha, earlier or {})
-    return FineTune(llm, layers, settings, adapter, options.statistics)
+class LoRA(FineTune):
+    """Trains an adapter beside the MLP's projections (or the down-projection) of the golden layers.
+
+    What an earlier update has learnt is in the weights.
+
+    Attributes:
+        state: after `run`, the adapter's tensors under PEFT's names, with a prefix.
+        adapter: what PEFT needs to know to load it, as LoraConfig's arguments.
+        scaling: of the product of its factors.
+
+    Raises:
+        UserError: for a rank that the projections cannot have.
+    """
+
+    def __init__(
+        self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
+    ) -> None:
+        settings: LoraSettings = settings_of(options)
+        super().__init__(llm, layers, settings, options.statistics)
+        rank, projections = settings.rank, list(self.projections.values())
+        most = min(side for projection in projections for side in sizes(projection))
+        if not 1 <= rank <= most:
+            raise UserError(f"lora.rank: {rank}; expected 1 to {most} for the layer of {llm.name}")
+        self.scaling = settings.alpha / rank
+        self.adapter = {
+            "task_type": "CAUSAL_LM",
+            "r": rank,
+            "lora_alpha": settings.alpha,
+            "target_modules": list(self.projections),
+            "fan_in_fan_out": isinstance(projections[0], Conv1D),
+        }
+
+    @contextmanager
+    def attached(self, seed: int) -> Iterator[PeftModel]:
+        """The model with the adapter beside its projections; after the `with` without one.
+
+        Factors that read inputs start in whitened coordinates, where there are whiteners.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapted = get_peft_model(self.model, LoraConfig(**(self.adapter or {})))
+        try:
+            for name, weight in self.model.named_parameters():
+                if whitening := self.whitening(name):
+                    weight.data = weight.data @ whitening[0].to(weight)
+            yield adapted
+        finally:
+            adapted.unload()
+
+    def fit(self, lessons: Lessons, runtime: Runtime) -> None:
+        """Train the adapter on lessons, keep its tensors, and merge it into the weights."""
+        with self.attached(runtime.seed) as adapted:
+            super().fit(lessons, runtime)
+            tensors = get_peft_model_state_dict(adapted)
+            self.state = {ADAPTER_PREFIX + name: tensor.cpu().clone() for name, tensor in tensors.items()}
+            for module in adapted.modules():
+                if isinstance(module, LoraLayer):
+                    add(module.get_base_layer().weight, module.get_delta_weight("default"))  # type: ignore[arg-type, operator]
+
+    def trains(self, name: str) -> bool:
+        """Whether the weight of this name is one of the adapter's factors."""
+        return "lora_" in name
+
+    def unit(self, name: str) -> float:
+        """An adapter's factors have no scale of the model's: their step is as it is."""
+        return 1.0
+
+    def whitening(self, name: str) -> tuple[Tensor, int] | None:
+        """The whitener of a factor that reads inputs, and the factor's dimension that it acts on."""
+        projection, factor, _ = name.partition(".lora_A")
+        return (self.whiteners[projection].to(self.device), 1) if factor and projection in self.whiteners else None
 
 
-register("lora", make_lora, LoraSettings, trial="adapters")
+register("lora", LoRA, LoraSettings, trial="adapters")

@@ -44,9 +44,9 @@ class Method:
         make: makes it (see `EditMethod`).
         settings: a dataclass of its settings.
         needs_subject: whether each request must name a subject that its prompt holds.
-        trial: how many requests are edited side by side, each alone (`pipeline.study.trials`): by the `values` that
+        trial: how requests are edited side by side, each alone (`pipeline.study.sweep`): by the `values` that
             locate-then-edit finds, or by `adapters`; None: not at all.
-        solves_anew: whether requests can be left out of an update (`pipeline.editing.leave_out`).
+        solves_anew: whether requests can be left out of an update (`pipeline.editing.editor.leave_out`).
         stacked: settings of other values for updates that are stacked on each other.
     """
 

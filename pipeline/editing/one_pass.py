@@ -24,15 +24,15 @@ from torch import Tensor
 
 from pipeline.editing.method import register, settings_of
 from pipeline.errors import UserError
-from pipeline.model.activations import Activations, target_losses
+from pipeline.model.activations import RowStage, target_losses
 from pipeline.model.blocks import Projection, as_stored
 from pipeline.model.llm import LLM
 from pipeline.options.base import Options, Positive, one_of
 from pipeline.options.editing import EditOptions
-from pipeline.requests.rows import Batch, Row, collate
+from pipeline.requests.rows import Batch, Row
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import add
-from pipeline.running.stage import Stage, run
+from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
 
@@ -51,15 +51,7 @@ class OnePassSettings(Options):
 class OnePass:
     """Changes the MLP projections (or the down-projection) of the golden layers from one pass over the requests.
 
-    Args:
-        llm: the model, frozen by the caller.
-        layers: the blocks to change.
-        options: `settings_of` them are what counts here.
-        earlier: the `state` that an earlier update of the same layers ended with.
-
-    Attributes:
-        weight_names: the weights it changes, by full name.
-        state: the running statistics by name: what a later update goes on from.
+    It is made as `EditMethod` says; its `state` are running statistics by name.
     """
 
     adapter: dict[str, Any] | None = None
@@ -136,7 +128,7 @@ def _ridged(gram: Tensor, count: int, ridge: float) -> Tensor:
     return gram + ridge * gram.trace() / count * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-class Capturing(Stage):
+class Capturing(RowStage):
     """Runs requests of a frozen model forward and backward.
 
     Outputs are, by projection, what it saw at a request's edited tokens: (N, I) inputs, (N, O) outputs, and (N, O)
@@ -146,11 +138,8 @@ class Capturing(Stage):
     title, gradients = "One pass", True
 
     def __init__(self, llm: LLM, projections: Sequence[str]) -> None:
-        super().__init__(llm.model)
-        self.activations, self.projections = Activations(llm), list(projections)
-
-    def collate(self, items: list[Row]) -> Batch:
-        return collate(items, self.activations.llm.pad_token_id)
+        super().__init__(llm)
+        self.projections = list(projections)
 
     def step(self, batch: Batch) -> list[dict[str, list[Tensor]]]:
         with self.capturing(len(batch.texts)) as seen:

@@ -28,11 +28,7 @@ def windows(llm: LLM, texts: list[str], tokens: int) -> list[list[int]]:
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file.
-
-    Raises:
-        UserError: when there is no such file, or it is not UTF-8.
-    """
+    """The lines of a text file; UserError when there is none, or it is not UTF-8."""
     if not path.is_file():
         raise UserError(f"statistics.text: {path}: no such file; expected plain UTF-8 text")
     try:
@@ -42,15 +38,9 @@ def lines(path: Path) -> list[str]:
 
 
 def own_text(llm: LLM, tokens: int, runtime: Runtime) -> list[str]:
-    """Text that the model itself writes, from common openings and what it thinks likeliest after each.
+    """Text of at least so many tokens that the model itself writes, from openings and what is likeliest after each.
 
-    It is kept in the cache folder: other layers' statistics are of the same text, and an interrupted command goes
-    on.
-
-    Args:
-        llm: the model.
-        tokens: how many the texts come to at least, together.
-        runtime: what it runs with.
+    It is kept in the cache folder, for other layers' statistics, and for an interrupted command to go on.
     """
     length = min(WINDOW, (llm.context_length or 2 * WINDOW) // 2)
     seeds = _continuations(llm, -(-tokens // (length * len(OPENINGS))))

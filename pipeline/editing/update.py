@@ -37,8 +37,7 @@ class WeightUpdate:
 
     Attributes:
         model, fingerprint: the base model.
-        method: the kind of edit.
-        layers: the blocks it changed.
+        method, layers: the kind of edit, and the blocks it changed.
         tensors: full tensors by name.
         requests: everything that the edited model has learnt beyond the base, in the order it was learnt.
         options: the method's options.
@@ -112,19 +111,10 @@ class WeightUpdate:
 
     @rank_zero_only
     def save_adapter(self, folder: Path) -> None:
-        """Write the change as an adapter in PEFT's own layout.
-
-        Raises:
-            UserError: when it is not a LoRA adapter's.
-        """
-        if not self.adapter:
-            raise UserError(f"update: made by {self.method}; only a change by LoRA alone can be had as an adapter")
-        prefix = ADAPTER_PREFIX
-        tensors = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.state.items()
-            if name.startswith(prefix) and tensor.dim()
-        }
+        """Write a change that is a LoRA adapter's as one in PEFT's own layout."""
+        assert self.adapter
+        own = ADAPTER_PREFIX
+        tensors = {name.removeprefix(own): tensor for name, tensor in self.state.items() if name.startswith(own)}
         write_adapter(folder, tensors, self.adapter, self.model)
 
     @classmethod

@@ -62,14 +62,7 @@ class ValueSearch(Stage):
     units of the projection's own output norm, so that one setting serves models with and without a norm behind
     the projection. A request whose answer is learnt leaves the batch.
 
-    Args:
-        llm: the model, frozen by the caller.
-        layer: the block whose down-projection's output changes.
-        steps: the most optimiser steps.
-        step: Adam's step size.
-        bound: the largest change.
-
-    Outputs are changes (O,), on the CPU.
+    Outputs are changes (O,) of the down-projection's output in a block, after `steps` steps at most.
     """
 
     title, gradients = "Finding values", True

@@ -18,9 +18,7 @@ from pipeline.running.sharding import on_mesh_of
 def whitener(moment_II: Tensor, ridge: float) -> Tensor:
     """P (I, I) for inputs of second moment C: symmetric, and text's inputs keep their mean squared norm under it.
 
-    Args:
-        moment_II: C.
-        ridge: added to C's eigenvalues, relative to their mean; the larger, the closer P is to the identity.
+    The larger the ridge (relative to the mean of C's eigenvalues), the closer P is to the identity.
     """
     values, vectors = torch.linalg.eigh(moment_II.double())
     values = values.clamp(min=0) / values.mean()
@@ -30,12 +28,7 @@ def whitener(moment_II: Tensor, ridge: float) -> Tensor:
 
 
 class WhitenedAdam(torch.optim.Adam):
-    """Adam some of whose weights step in whitened coordinates.
-
-    Args:
-        groups: as for Adam.
-        whiteners: P by weight, and the weight's dimension that its inputs lie on.
-    """
+    """Adam whose weights step in whitened coordinates where they have a P, and the dimension that inputs lie on."""
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], whiteners: Mapping[nn.Parameter, tuple[Tensor, int]]
@@ -64,9 +57,3 @@ class WhitenedAdam(torch.optim.Adam):
         P, inputs = self.whiteners[weight]
         P = on_mesh_of(P.to(device=tensor.device, dtype=tensor.dtype), weight)
         return tensor @ P if inputs == 1 else P @ tensor
-
-
-def reads_for(name: str) -> str:
-    """The projection whose inputs a factor reads, by the factor's name in the model; empty for any other weight."""
-    projection, factor, _ = name.partition(".lora_A")
-    return projection if factor else ""

@@ -10,27 +10,38 @@ Shapes: B rows, T tokens, D hidden size, N positions that are read, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.blocks import by_row
 from pipeline.model.llm import LLM
-from pipeline.requests.rows import Batch
+from pipeline.requests.rows import Batch, Row, collate
+from pipeline.running.stage import Stage
 
 Seen = dict[str, Tensor]  # by a module's full name
+_AGAIN = ContextVar("a block runs again", default=False)
 Change = Callable[[Tensor, Tensor], Tensor]  # from what enters and leaves a projection to what is to leave it
 
 
-class Activations:
-    """A decoder's parts; whatever is set up in a `with` is gone after it, also when a pass fails.
+class RowStage(Stage):
+    """A stage whose items are rows of a model's."""
 
-    Args:
-        llm: the model.
-    """
+    def __init__(self, llm: LLM) -> None:
+        super().__init__(llm.model)
+        self.llm, self.activations = llm, Activations(llm)
+
+    def collate(self, items: list[Row]) -> Batch:
+        return collate(items, self.llm.pad_token_id)
+
+
+class Activations:
+    """A decoder's parts; whatever is set up in a `with` is gone after it, also when a pass fails."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
@@ -69,7 +80,7 @@ class Activations:
         with ExitStack() as hooks:
             for name in names:
                 module = self.model.get_submodule(name)
-                hooks.callback(module.register_forward_pre_hook(partial(keep, name), with_kwargs=True).remove)
+                hooks.enter_context(module.register_forward_pre_hook(partial(keep, name), with_kwargs=True))
             yield seen
 
     @contextmanager
@@ -82,7 +93,7 @@ class Activations:
 
         with ExitStack() as hooks:
             for name in names:
-                hooks.callback(self.model.get_submodule(name).register_forward_hook(partial(keep, name)).remove)
+                hooks.enter_context(self.model.get_submodule(name).register_forward_hook(partial(keep, name)))
             yield seen
 
     @contextmanager
@@ -93,21 +104,11 @@ class Activations:
             changed = change(by_row(args[0], rows), by_row(output, rows))
             return changed.to(output.dtype).view_as(output)
 
-        handle = self.model.get_submodule(name).register_forward_hook(hook)
-        try:
+        with self.model.get_submodule(name).register_forward_hook(hook):
             yield
-        finally:
-            handle.remove()
 
     def enter(self, input_ids_BT: Tensor, layer: int, start: int = 0, enter_BTD: Tensor | None = None) -> Tensor:
-        """What enters block `layer`, (B, T, D), running only the blocks from `start` on.
-
-        Args:
-            input_ids_BT: the rows' tokens.
-            layer: the block.
-            start: a block below `layer`, or that one.
-            enter_BTD: what enters block `start`; of no account where that is 0.
-        """
+        """What enters block `layer`, (B, T, D), running blocks from `start` on, which `enter_BTD` enters."""
         name = self.llm.blocks[layer].name
         with (
             torch.no_grad(),
@@ -143,6 +144,37 @@ def running_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable[..
 
 
 @contextmanager
+def checkpointing(llm: LLM, wanted: bool = True) -> Iterator[None]:
+    """Inside the `with`, where wanted, every block keeps only what enters it, and runs again for its gradients.
+
+    Passes must not use a cache.
+    """
+    modules = [block.module for block in llm.blocks] if wanted else []
+    kept = [partial(checkpoint, module.forward, use_reentrant=False, context_fn=_contexts) for module in modules]
+    with running_instead(modules, kept):
+        yield
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds a block's first run, and its second."""
+    return nullcontext(), _running_again()
+
+
+@contextmanager
+def _running_again() -> Iterator[None]:
+    token = _AGAIN.set(True)
+    try:
+        yield
+    finally:
+        _AGAIN.reset(token)
+
+
+def runs_again() -> bool:
+    """Whether a checkpointed block runs for its gradients now: hooks have seen the same pass before."""
+    return _AGAIN.get()
+
+
+@contextmanager
 def head_reads(
     model: nn.Module, row_N: Tensor, position_N: Tensor, also_MD: Tensor | None = None
 ) -> Iterator[list[Tensor]]:
@@ -163,17 +195,18 @@ def head_reads(
         read = hidden_ND if also_MD is None else torch.cat([hidden_ND, also_MD.to(hidden_ND)])
         return (read.unsqueeze(0), *rest)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)  # type: ignore[operator]
-    try:
+    with model.get_output_embeddings().register_forward_pre_hook(gather):  # type: ignore[operator]
         yield seen
-    finally:
-        handle.remove()
 
 
 def wide_logits(output: Any) -> Tensor:
     """A pass's logits behind `head_reads`, (N, V), in float32 at least."""
-    logits_NV: Tensor = output.logits.squeeze(0)
-    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return wide(output.logits.squeeze(0))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def target_logits(model: nn.Module, batch: Batch) -> Tensor:

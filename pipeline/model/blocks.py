@@ -22,12 +22,7 @@ Projection = nn.Linear | Conv1D
 class Block:
     """One decoder block and its linear maps, by their full names in the model.
 
-    Attributes:
-        index: its place, counted from 0.
-        name: the block's own full name.
-        module: the block itself.
-        mlp: the MLP's projections, the down-projection last.
-        attention: the attention's projections.
+    It has a place, counted from 0, and a full name of its own; in its MLP the down-projection is the last.
     """
 
     index: int
@@ -75,11 +70,7 @@ def by_row(vectors: Tensor, rows: int) -> Tensor:
 
 
 def find_blocks(model: PreTrainedModel, name: str = "") -> list[Block]:
-    """Map every block of a decoder.
-
-    Args:
-        model: any Hugging Face model.
-        name: what the user calls it, for messages.
+    """Map every block of a decoder, which the user calls by this name.
 
     Raises:
         UserError: when the model is not built as this module's docstring says, with what was found.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +14,18 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.options.shared import TrainerOptions
-from pipeline.requests.answers import statement
+from pipeline.requests.answers import first_statement, statement
+from pipeline.requests.schema import EditRequest
 from pipeline.requests.tokens import Joining
 from pipeline.running.stage import Stage, run
 from pipeline.running.trainer import Runtime
 
 
 class Question(NamedTuple):
-    """A prompt to go on from.
+    """A prompt to go on from, by so many tokens at most.
 
-    Attributes:
-        token_ids: its tokens.
-        limit: how many tokens may follow.
-        inner_ends: stop at the end of a statement, after so many ends that the answer looked for holds itself;
-            None: go on up to the limit.
+    It is over at the end of a statement, after `inner_ends` ends that the answer looked for holds itself, or at the
+    limit alone where that is None.
     """
 
     token_ids: list[int]
@@ -44,26 +41,16 @@ class Question(NamedTuple):
         return tokens >= self.limit or (self.inner_ends is not None and statement(said, self.inner_ends)[1])
 
 
-@dataclass
-class QuestionBatch:
+class QuestionBatch(NamedTuple):
     """Questions padded on the left: token ids and mask (B, T), and what else each is."""
 
     input_ids_BT: Tensor
     mask_BT: Tensor
     questions: list[Question]
 
-    def to(self, device: Any, **_: Any) -> QuestionBatch:
-        """On a device."""
-        return replace(self, input_ids_BT=self.input_ids_BT.to(device), mask_BT=self.mask_BT.to(device))
-
 
 class Saying(Stage):
-    """Lets the model go on from each question, greedily: an output is a text.
-
-    Args:
-        llm: the model.
-        title: on the progress bar.
-    """
+    """Lets the model go on from each question, greedily: an output is a text."""
 
     def __init__(self, llm: LLM, title: str = "Generating") -> None:
         super().__init__(llm.model)
@@ -152,8 +139,7 @@ def generate(
         prompts: texts, each continued from its end.
         max_new_tokens: the longest continuation; the model may end it earlier.
         batch_size: prompts that run together; it changes the speed alone.
-        trainer: what it runs on: a Trainer, or options to make one of.
-        title: the stage's name on the progress bar.
+        trainer, title: what it runs on (a Trainer, or options to make one of), and the progress bar's title.
         joining: puts prompts otherwise than the LLM does.
         kept: a folder whose name stands for all of this; what an interrupted call has generated is kept there, and
             not generated again.
@@ -170,3 +156,26 @@ def generate(
     runtime = Runtime(trainer or TrainerOptions())
     with llm.frozen():
         return run(Saying(llm, title), asked, runtime, lambda one: len(one.token_ids), batch_size, kept=kept)
+
+
+def with_old_answers(
+    llm: LLM, requests: Sequence[EditRequest], runtime: Runtime, always: bool = False
+) -> list[EditRequest]:
+    """The requests, each with an old answer: the data set's, or (`always`, or where it has none) the model's own.
+
+    Raises:
+        UserError: when the model says nothing.
+    """
+    asked = [request for request in requests if always or request.old_answer is None]
+    if not asked:
+        return list(requests)
+    kept = runtime.work / "old-answers" if runtime.work else None
+    prompts = [request.prompt for request in asked]
+    texts = generate(llm, prompts, trainer=runtime.trainer, title="Old answers", kept=kept)
+    old = {request.id: first_statement(text) for request, text in zip(asked, texts, strict=True)}
+    silent = [request.id for request in asked if not old[request.id]]
+    if silent:
+        raise UserError(
+            f"requests: {llm.name} gives no answer of its own to {', '.join(silent[:5])}; give old_answer"
+        )
+    return [r.model_copy(update={"old_answer": old[r.id]}) if r.id in old else r for r in requests]

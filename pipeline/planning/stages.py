@@ -19,6 +19,7 @@ from pipeline.attribution.lga import Attribution, kept_of_a_token, tokens_of
 from pipeline.attribution.selector import tokens_at_once
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS
 from pipeline.editing.one_pass import Capturing
 from pipeline.editing.ordinary_text import WINDOW
@@ -96,8 +97,7 @@ def _training(case: Case, module: FineTune, batch: int) -> int:
     with _ready(case, module), case.counting(gradients=True) as alive:
         lesson = _lesson(case, module, batch)
         if module.settings.whiten:
-            projections = case.shape.blocks[case.layer].projections(module.settings.scope)
-            inputs = {name: sizes(one)[0] for name, one in projections.items()}
+            inputs = {name: sizes(one)[0] for name, one in module.projections.items()}
             module.whiteners = {name: torch.empty(size, size) for name, size in inputs.items()}
         module.on_train_epoch_start()
         found: Any = module.configure_optimizers()
@@ -112,7 +112,7 @@ def _training(case: Case, module: FineTune, batch: int) -> int:
 @contextmanager
 def _ready(case: Case, module: FineTune) -> Iterator[None]:
     """Inside the `with`, what is trained requires a gradient, and nothing else does."""
-    with case.shape.frozen(), module.lora.attached(0, {}) if module.lora else nullcontext():
+    with case.shape.frozen(), module.attached(0) if isinstance(module, LoRA) else nullcontext():
         for part in case.shape.model.modules():
             for name, weight in part.named_parameters(recurse=False):
                 if not isinstance(weight, FakeTensor):  # the adapter's own, as PEFT made them

@@ -13,8 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
-from pipeline.attribution.profile import PROFILE_FILE, GoldenProfile
-from pipeline.attribution.scores import SCORES_FILE, Scores
+from pipeline.attribution.profile import PROFILE_FILE, SCORES_FILE, GoldenProfile, Scores
 from pipeline.editing.update import UPDATE_FILE, WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluation

@@ -18,7 +18,7 @@ from pipeline.reporting.tables import metric_table, sides_of, study_table
 if TYPE_CHECKING:
     from pipeline.attribution.profile import GoldenProfile
     from pipeline.evaluation.evaluator import Evaluation
-    from pipeline.model.explain import ShownToken
+    from pipeline.model.llm import ShownToken
     from pipeline.planning.plan import MemoryPlan, Need
     from pipeline.requests.schema import EditRequest
     from pipeline.study.study import Study

@@ -87,12 +87,8 @@ def mean_of(values: Figures) -> Figures:
 def outcome(grid: Grid, picked: Callable[[Figures], Figures]) -> Row:
     """What requests come to at blocks of somebody's choice, as columns of a table.
 
-    Args:
-        grid: of the requests.
-        picked: from figures (R, L) to those at the requests' blocks, (R,).
-
-    Returns:
-        the mean of every metric, and of the score with its 95% bootstrap interval over requests.
+    `picked` goes from figures (R, L) to those at the requests' blocks, (R,). The columns are the mean of every
+    metric, and of the score with its 95% bootstrap interval over requests.
     """
     means = {name: float(mean_of(picked(values))) for name, values in grid.values.items() if "/" not in name}
     scores = picked(grid.scores).tolist()
@@ -107,13 +103,7 @@ def everywhere(grid: Grid, block: int) -> Row:
 
 
 def golden_against_optimal(grid: Grid, golden: int, blocks: int) -> list[Row]:
-    """How near a fixed block comes to each request's own best one.
-
-    Args:
-        grid: of the requests.
-        golden: the block that a selector chose, one of the grid's.
-        blocks: how many the model has.
-    """
+    """How near a fixed block comes to each request's own best one; `golden` is the block that a selector chose."""
     each, own = np.arange(len(grid.scores)), grid.scores.argmax(1)
     middle = min(grid.blocks, key=lambda block: abs(block - blocks // 2))
     fixed = {"best fixed block": grid.best, "golden layer": golden, "middle block": middle}
@@ -140,13 +130,7 @@ def rank_correlation(scores: Sequence[float] | Figures, grid: Grid) -> float | N
 
 
 def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks: int) -> list[Row]:
-    """What each selector chose on the proxy set, beside the sweep of the test requests.
-
-    Args:
-        grid: of the test requests.
-        profiles: by selector.
-        blocks: how many the model has.
-    """
+    """What each selector chose on the proxy set, beside the sweep of the test requests."""
     a_request = grid.seconds / len(grid.scores) * blocks / len(grid.blocks)
     rows: list[Row] = []
     for name, profile in profiles.items():
@@ -167,12 +151,7 @@ def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks
 
 
 def carried_over(grids: Mapping[str, Grid], golden: Mapping[str, int]) -> list[Row]:
-    """A block chosen on one set's proxy requests, measured on every set's test requests.
-
-    Args:
-        grids: by request set.
-        golden: the block chosen on each set's proxy requests.
-    """
+    """The golden block of each set's proxy requests, measured on every set's test requests."""
     return [
         {"chosen on": source, "measured on": target, "block": block, **everywhere(grid, block)}
         | {"regret": grid.regret(block)}

@@ -42,9 +42,7 @@ class Study:
     """What a study found.
 
     Attributes:
-        model: its name.
-        blocks: how many it has.
-        sets: the request sets.
+        model, blocks: its name, and how many blocks it has.
         profiles: by set and selector; of each set, the first one's choice is its golden layer.
         grids: by set and method.
     """
@@ -111,6 +109,8 @@ def check_study(sets: Sequence[RequestSet], options: StudyCommand) -> None:
     for one in sets:
         for method in options.methods:
             check_trial(method, options.edit, one.tried)
+        if SWEEP in options.selectors:
+            check_trial(options.methods[0], options.edit, [*one.tried, *one.proxy])
         for selector in options.selectors:
             check_selector([*one.tried, *one.proxy], replace(options.attribution, method=selector), ways)
 
@@ -123,16 +123,11 @@ def selectors_of(options: StudyCommand, sweep: Sweep | None = None) -> dict[str,
         assert sweep
         return sweep.run(method, requests, range(len(llm.blocks))).scores
 
-    by_trial = Selector(score, check=lambda requests, _: check_trial(method, options.edit, requests))
-    return {name: one for name, one in RESEARCH.items() if name != "fixed"} | {SWEEP: by_trial}
+    return {name: one for name, one in RESEARCH.items() if name != "fixed"} | {SWEEP: Selector(score)}
 
 
 def parted(name: str, requests: Sequence[EditRequest], options: StudyCommand) -> RequestSet:
-    """A set's first requests to be tried, and up to `proxy` others about other subjects.
-
-    Raises:
-        UserError: when too few are left for either.
-    """
+    """A set's first requests to be tried, and up to `proxy` others about other subjects; UserError for too few."""
 
     def about(request: EditRequest) -> str:
         return (request.subject or request.prompt).casefold()
@@ -151,14 +146,9 @@ def parted(name: str, requests: Sequence[EditRequest], options: StudyCommand) ->
 def run_study(
     llm: LLM, sets: Sequence[RequestSet], options: StudyCommand, folder: Path, work: Path | None = None
 ) -> Study:
-    """Let selectors choose, try every block, and put both side by side; what is in `folder` is not done again.
+    """Let selectors choose, try every block, and put both side by side.
 
-    Args:
-        llm: the model; its weights stay as they are.
-        sets: the request sets.
-        options: what to compare.
-        folder: takes results as they come.
-        work: a folder for half-done work.
+    Results are put into `folder` as they come, and what is there is not done again; `work` takes half-done work.
     """
     sweep = Sweep(
         llm, options.edit, Runtime(options.trainer, seed=options.seed), folder / RESULTS, options.together

@@ -1,7 +1,10 @@
 """The sweep: every request edited alone at every block, and measured: the truth that selectors are judged by.
 
-It is cheap by design: many requests are edited and measured side by side, each under its own low-rank change, and
-blocks below the edited one run once (`pipeline.study.trials`, `pipeline.evaluation.side_by_side`).
+One request's change of a weight has a low rank: a value times a direction of inputs for locate-then-edit, an
+adapter for LoRA. So many requests are edited and measured side by side, each row under its own change, ΔW = left
+right, and blocks below the edited one run once (`pipeline.evaluation.side_by_side`).
+
+Shapes: B requests, I inputs and O outputs of a projection, k the change's rank.
 """
 
 from __future__ import annotations
@@ -12,13 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from pipeline.editing.editor import check_subjects
+from pipeline.editing.editor import check_subjects, restored
+from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.statistics import key_moments
+from pipeline.editing.update import ADAPTER_PREFIX
 from pipeline.errors import check_choice
-from pipeline.evaluation.side_by_side import SideBySideEvaluator
+from pipeline.evaluation.side_by_side import Changes, SideBySideEvaluator
 from pipeline.files import digest
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
@@ -28,7 +35,6 @@ from pipeline.running.processes import from_first
 from pipeline.running.progress import one_bar
 from pipeline.running.trainer import Runtime
 from pipeline.study.grid import Grid
-from pipeline.study.trials import side_by_side
 
 RESULTS = "results"  # the folder, in a study's output, of what trial edits came to
 
@@ -36,14 +42,9 @@ Result = tuple[dict[str, float], float]  # of one request at one block: figures 
 
 
 class Sweep:
-    """Tries blocks with single edits; what was tried once is kept and not tried again.
+    """Tries blocks with single edits, so many together; what was tried once is kept and not tried again.
 
-    Args:
-        llm: the model; its weights stay as they are.
-        options: how to edit; `method` is given to `run`.
-        runtime: what it runs with.
-        folder: where results are kept: in it a folder for each block, method and all else that they depend on.
-        together: requests edited side by side.
+    Its folder has a folder for each block, method and all else that results depend on.
     """
 
     def __init__(self, llm: LLM, options: EditOptions, runtime: Runtime, folder: Path, together: int = 32) -> None:
@@ -53,11 +54,7 @@ class Sweep:
     def run(
         self, method: str, requests: Sequence[EditRequest], blocks: Sequence[int], title: str = "Trying blocks"
     ) -> Grid:
-        """Edit every request alone at each of the blocks.
-
-        Raises:
-            UserError: for a method that cannot be tried so, or requests that it cannot take.
-        """
+        """Edit every request alone at each of the blocks; UserError where `check_trial` raises it."""
         check_trial(method, self.options, requests)
         options = self.options.by(method)
         kept = {block: Kept(self.folder / self._about(options, block)) for block in sorted(blocks)}
@@ -81,14 +78,13 @@ class Sweep:
     ) -> Iterator[tuple[int, dict[int, Result]]]:
         """Requests side by side, at one block after the other where one of them is not `found` yet."""
         requests = list(part.values())
-        trials = side_by_side(self.llm, requests, options, self.runtime)
         evaluator = SideBySideEvaluator(self.llm, requests, self.runtime)
         for block, known in found.items():
             if part.keys() <= known.keys():
                 yield block, {}
                 continue
             started = time.perf_counter()
-            figures = evaluator.measure(block, trials.at(block))
+            figures = evaluator.measure(block, each_alone(self.llm, requests, block, options, self.runtime))
             seconds = (time.perf_counter() - started) / len(figures)
             yield block, {own: (values, seconds) for own, values in zip(part, figures, strict=True)}
 
@@ -109,9 +105,57 @@ class Sweep:
             key_moments(self.llm, names, options.statistics, self.runtime)
 
 
-def check_trial(method: str, options: EditOptions, requests: Sequence[EditRequest], flag: str = "methods") -> None:
+def each_alone(
+    llm: LLM, requests: Sequence[EditRequest], layer: int, options: EditOptions, runtime: Runtime
+) -> Changes:
+    """Every request's change of a block, each as `edit` would make it alone, of a model that is frozen."""
+    method = METHODS[options.method].make(llm, [layer], options)
+    if isinstance(method, LoRA):
+        return _adapters(method, requests, runtime)
+    assert isinstance(method, LocateThenEdit)
+    return _values(method, layer, requests, runtime)
+
+
+def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest], runtime: Runtime) -> Changes:
+    """Each request's value times the direction of inputs that the solver gives it.
+
+    That is all of the change: a request's columns ask for the same value.
+    """
+    ((name, down),) = method.llm.blocks[layer].down.items()
+    text_II = method.moments(runtime)[layer]
+    values = method.find(method.search(layer, 1), method.located(requests), runtime)
+    keys_GCI = method.keys(layer, requests, runtime)
+    kept = method.kept(layer, [[request] for request in requests], text_II, runtime)
+    directions = []
+    for key_CI, kept_II in zip(keys_GCI, kept, strict=True):
+        key_In, kept_II = key_CI.T.to(down.weight.device), kept_II.to(down.weight.device)
+        directions.append(method.solve(key_In, torch.ones(1, key_In.shape[1]).to(key_In), kept_II).float())
+    right_BkI = torch.stack(directions)
+    return {name: (torch.stack(values).to(right_BkI)[..., None], right_BkI)}
+
+
+def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -> Changes:
+    """Each request's adapter."""
+    method.find_whiteners(runtime)
+    found = []
+    for lessons in method.lessons([[request] for request in requests], runtime):
+        with restored(method.llm, method.weight_names):
+            method.fit(lessons, runtime)
+        found.append(method.state)
+    device = method.llm.embedding.device
+    names = {name: f"{ADAPTER_PREFIX}base_model.model.{name}.lora_" for name in method.projections}
+    return {
+        name: (
+            torch.stack([state[f"{own}B.weight"] for state in found]).to(device) * method.scaling,
+            torch.stack([state[f"{own}A.weight"] for state in found]).to(device),
+        )
+        for name, own in names.items()
+    }
+
+
+def check_trial(method: str, options: EditOptions, requests: Sequence[EditRequest]) -> None:
     """Raise UserError for a method that cannot be tried with single edits, or requests that it cannot take."""
-    check_choice(flag, method, [name for name, kind in METHODS.items() if kind.trial])
+    check_choice("methods", method, [name for name, kind in METHODS.items() if kind.trial])
     check_subjects(requests, method, instead="lora")
 
 

@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.attribution.find import find_golden_layer
-from pipeline.attribution.old_answers import with_old_answers
 from pipeline.attribution.profile import PROFILE_FILE, GoldenProfile
-from pipeline.editing.editor import choose_layers, edit
-from pipeline.editing.leave_out import can_leave_out, leave_out
+from pipeline.editing.editor import can_leave_out, choose_layers, edit, leave_out
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.plan import KINDS
+from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest

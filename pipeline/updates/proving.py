@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing.editor import accept, edit
-from pipeline.editing.leave_out import can_leave_out, leave_out
+from pipeline.editing.editor import accept, can_leave_out, edit, leave_out
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluator, relative_changes
