@@ -12,9 +12,11 @@ import signal
 import sqlite3
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import Note, UserError, terminal_text
 from pipeline.options.shared import ComputeOptions
 from pipeline.output import is_one_of_several
 from pipeline.parsing import DEFAULT_COMMAND, parse
@@ -32,8 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot show ends no command
             stream.reconfigure(errors="backslashreplace")
-    with interrupts.heeding():
+    with interrupts.heeding(), warnings.catch_warnings():
+        warnings.simplefilter("default", Note)
+        warnings.showwarning = show_warning
         return _run(words)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """A note as one line; libraries' warnings as they are."""
+    is_note = issubclass(category, Note)
+    text = (
+        f"note: {terminal_text(str(message))}" if is_note else warnings.formatwarning(message, category, *where[:2])
+    )
+    print(text.rstrip(), file=sys.stderr)
 
 
 def _run(words: list[str]) -> int:
@@ -75,7 +88,7 @@ def _run(words: list[str]) -> int:
 def user_line(error: Exception) -> str | None:
     """What to tell the user of an error in one line; None when it is a fault of ours, to be shown whole."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        return terminal_text(" ".join(str(error).split()))
     if re.search("No space left on device|File too large|quota exceeded", str(error)):  # libraries' errors, too
         return f"no room left on the disk while writing {getattr(error, 'filename', None) or 'the output'}"
     if isinstance(error, sqlite3.OperationalError):

@@ -119,7 +119,7 @@ def export(options: of.ExportCommand) -> None:
         else:
             update, model = _of_store(options)
         llm = load(options, model)
-        llm.check_made_for("update", update.model, update.fingerprint)
+        update.check_fits(llm)
         if options.kind == "update":
             update.save(log.folder)
         else:
@@ -136,7 +136,7 @@ def generate(options: of.GenerateCommand) -> None:
         return
     llm = load(options)
     if update:
-        llm.check_made_for("update", update.model, update.fingerprint)
+        update.check_fits(llm)
         note_chat(llm, "update", update.chat)
     how: Any = {"max_new_tokens": options.max_new_tokens, "trainer": options.trainer}
     answers = {"base": answer(llm, prompts, title="Base model", **how)}

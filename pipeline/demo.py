@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pipeline.attribution.find import find_golden_layer
 from pipeline.editing import edit
 from pipeline.evaluation.evaluator import evaluate
+from pipeline.model.fingerprints import sample
 from pipeline.model.generation import generate
-from pipeline.model.llm import LLM, fingerprint
+from pipeline.model.llm import LLM
 from pipeline.options import AttributionOptions, DemoCommand, EditOptions, StatisticsOptions
 from pipeline.reporting.run_log import RunLog
 from pipeline.reporting.terminal import say, show_answers
@@ -69,7 +70,7 @@ def show(llm: LLM, options: DemoCommand, log: RunLog) -> None:
     log.keep_metrics(llm.name, facts, measured, update, profile)
 
     step(6, "Undo")
-    same = fingerprint(llm.model) == llm.fingerprint and ask(llm, options, facts) == before
+    same = sample(llm.model) == llm.sample and ask(llm, options, facts) == before
     say(
         "Applying an update is replacing a tensor, undoing it is putting the old one back. Every weight and every "
         f"answer is {'what it was, bit for bit' if same else 'NOT what it was'}.\n"

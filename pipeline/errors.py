@@ -1,13 +1,37 @@
-"""The one kind of error that is a user's to mend: shown as a single line, without a traceback."""
+"""What users are told in a single line, without a traceback: errors that are theirs to mend, and notes."""
 
 from __future__ import annotations
 
+import unicodedata
+import warnings
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+
+UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what steers a terminal, or is not seen
+JOINERS = "\u200c\u200d"  # are unseen too, but scripts and emoji need them
 
 
 class UserError(ValueError):
     """What is wrong, where (file, record or flag), what was expected and what exists, in one line."""
+
+
+class Note(UserWarning):
+    """What went another way than expected and ends nothing; commands show it as a line `note: ...`."""
+
+
+def note(text: str) -> None:
+    """Tell the user of something that ends nothing."""
+    warnings.warn(Note(text), stacklevel=2)
+
+
+def terminal_text(text: str) -> str:
+    """Somebody's text, fit for a line of a terminal: what steers it or breaks the line stands there escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        one.encode("unicode_escape").decode() if unicodedata.category(one) in UNSEEN and one not in JOINERS else one
+        for one in text
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str], form: str = "{}") -> str:

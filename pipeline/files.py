@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders for what is kept or in progress."""
+"""Files that are written whole or not at all, read with distrust, and what is kept of earlier commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, note
+
+DEEPEST = 64  # levels of JSON in JSON
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], mark: str = "") -> Path:
@@ -59,7 +61,74 @@ def require_room(folder: Path, size: int) -> None:
         raise UserError(f"output: {folder}: needs {size / 1e6:.0f} MB; {free / 1e6:.0f} MB are free on the disk")
 
 
-def cache_folder(named: str | None) -> Path:
-    """The folder for what is found once and kept: as named, or golden-layers in the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(named) if named else home / "golden-layers"
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says; ValueError when it is malformed, or nested deeper than anything that is meant."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} deep") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def cached(name: str) -> Path | None:
+    """Where in the user's cache folder something is kept that is found once; None where there is no such folder.
+
+    The folder is golden-layers in XDG_CACHE_HOME, which counts where it is absolute, or in the home's .cache.
+    """
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        folder = named if named.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        note("cache: there is no home folder, so nothing is kept; XDG_CACHE_HOME can name a folder")
+        return None
+    return folder / "golden-layers" / name
+
+
+def unusable(file: Path, error: OSError) -> None:
+    """Tell that something cannot be kept, which costs the next command time, and this one nothing."""
+    note(f"cache: {file}: cannot be used ({error.strerror}); XDG_CACHE_HOME can name another folder")
+
+
+def write_sealed(file: Path | None, about: dict[str, Any], content: bytes) -> None:
+    """Keep something with its SHA-256 and what it is about; where it cannot be kept, that is told."""
+    if file is None:
+        return
+    seal = json.dumps({"sha256": _seal(about, content), **about}).encode()
+    try:
+        write_shared(file, lambda partial: partial.write_bytes(seal + b"\n" + content))
+    except OSError as error:
+        unusable(file, error)
+
+
+def read_sealed(file: Path | None, about: dict[str, Any]) -> bytes | None:
+    """What `write_sealed` has kept; None where there is nothing, or, which is told, something else or damaged."""
+    if file is None:
+        return None
+    try:
+        head, _, content = file.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        unusable(file, error)
+        return None
+    try:
+        whole = parse_json(head) == {"sha256": _seal(about, content), **about}
+    except ValueError:
+        whole = False
+    if not whole:
+        note(f"cache: {file}: damaged or of something else; it is made anew")
+    return content if whole else None
+
+
+def _seal(about: dict[str, Any], content: bytes) -> str:
+    return hashlib.sha256(json.dumps(about).encode() + b"\n" + content).hexdigest()

@@ -50,7 +50,7 @@ def update_of(llm: LLM, changes: Changes, request: int) -> WeightUpdate:
         is_turned = isinstance(llm.model.get_submodule(name), Conv1D)
         weight = llm.model.get_parameter(f"{name}.weight").detach()
         tensors[f"{name}.weight"] = weight + (change_OI.T if is_turned else change_OI)
-    return WeightUpdate(llm.name, llm.fingerprint, "random", [0], tensors)
+    return WeightUpdate(llm.name, llm.fingerprint, "random", [*range(len(llm.blocks))], tensors)
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])

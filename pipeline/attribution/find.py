@@ -17,7 +17,8 @@ from pipeline.attribution.selection import judge, select
 from pipeline.attribution.selector import SELECTORS, Selector
 from pipeline.errors import UserError, check_choice
 from pipeline.files import digest
-from pipeline.model.llm import LLM, fingerprint
+from pipeline.model.fingerprints import fingerprint
+from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.shared import TrainerOptions
 from pipeline.requests.schema import EditRequest

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.model.blocks import Projection, sizes
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import fact
@@ -35,7 +36,10 @@ class Columns(NamedTuple):
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor], layer: int, down: Projection) -> Columns:
-        """What an update's state holds for a layer, on the projection's device; no columns where it holds none."""
+        """What an update's state holds for a layer, on the projection's device; no columns where it holds none.
+
+        UserError when what it holds does not belong together, or to the projection.
+        """
         inputs, outputs = sizes(down)
         none = cls(
             key_In=torch.empty(inputs, 0),
@@ -44,6 +48,17 @@ class Columns(NamedTuple):
             solved_OI=torch.zeros(outputs, inputs),
         )
         held = {name: state.get(f"locate.{layer}.{name}", tensor) for name, tensor in none._asdict().items()}
+        columns = held["owner_n"].shape
+        fits = {
+            "key_In": (inputs, *columns),
+            "change_On": (outputs, *columns),
+            "owner_n": (held["owner_n"].numel(),),
+            "solved_OI": (outputs, inputs),
+        }
+        for name, shape in fits.items():
+            if held[name].shape != shape or (held[name].dtype == torch.int64) != (name == "owner_n"):
+                found = f"of shape {tuple(held[name].shape)} in {held[name].dtype}; expected {shape}"
+                raise UserError(f"update: state: locate.{layer}.{name} is {found}")
         return cls(**{name: tensor.to(down.weight.device) for name, tensor in held.items()})
 
     def to_state(self, layer: int) -> dict[str, Tensor]:

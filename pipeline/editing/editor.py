@@ -99,7 +99,7 @@ def edit(
 
 def check_earlier(llm: LLM, after: WeightUpdate) -> None:
     """Raise UserError for an update that the model cannot be edited on top of."""
-    llm.check_made_for("update", after.model, after.fingerprint)
+    after.check_fits(llm)
     if after.chat != llm.chat:
         raise UserError(
             f"update: made {'with' if after.chat else 'without'} --chat; an edit on top of it must be made so, too"

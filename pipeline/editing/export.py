@@ -52,10 +52,10 @@ def export_adapter(llm: LLM, update: WeightUpdate, folder: Path) -> None:
     Raises:
         UserError: when nothing is changed, or the update was made for another model.
     """
+    update.check_fits(llm)
     if update.adapter:
         update.save_adapter(folder)
         return
-    llm.check_made_for("update", update.model, update.fingerprint)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for weight, tensor in update.tensors.items():

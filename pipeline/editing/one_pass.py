@@ -94,6 +94,9 @@ class OnePass:
         """The sums of one kind of vector, those of earlier updates among them; kept in `state`."""
         sums_3D = sums(vectors_ND)
         if name in self.state:
+            if self.state[name].shape != sums_3D.shape:
+                found = f"{tuple(self.state[name].shape)}; expected {tuple(sums_3D.shape)}"
+                raise UserError(f"update: state: {name} is of shape {found}")
             sums_3D = sums_3D + self.state[name].to(sums_3D)
         self.state[name] = sums_3D.cpu()
         return sums_3D

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
-from pipeline.files import cache_folder, digest
+from pipeline.files import cached, digest
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.requests.tokens import PLAIN
@@ -44,7 +44,7 @@ def own_text(llm: LLM, tokens: int, runtime: Runtime) -> list[str]:
     """
     length = min(WINDOW, (llm.context_length or 2 * WINDOW) // 2)
     seeds = _continuations(llm, -(-tokens // (length * len(OPENINGS))))
-    folder = cache_folder(None) / f"text-{digest(llm.fingerprint, seeds, length)}"
+    folder = cached(f"text-{digest(llm.fingerprint, llm.model.dtype, runtime.precision, seeds, length)}")
     told = generate(llm, seeds, length, 32, runtime.trainer, "Own text", PLAIN, kept=folder)
     return [seed + text for seed, text in zip(seeds, told, strict=True)]
 

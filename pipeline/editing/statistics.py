@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, distributed
 
-from pipeline.editing.ordinary_text import lines, own_text, windows
-from pipeline.errors import UserError
-from pipeline.files import cache_folder, digest, write_shared
+from pipeline.editing.ordinary_text import OPENINGS, lines, own_text, windows
+from pipeline.errors import UserError, note
+from pipeline.files import cached, digest, read_sealed, write_sealed
 from pipeline.model.activations import Activations
 from pipeline.model.blocks import sizes
 from pipeline.model.llm import LLM
@@ -23,6 +24,7 @@ from pipeline.running.stage import Stage, run
 from pipeline.running.trainer import Runtime
 
 READ_TOGETHER = 8  # windows
+ROUNDING = 1e-5  # of the trace: eigenvalues of a float32 sum may lie that far below nought
 
 
 def key_moments(
@@ -30,8 +32,8 @@ def key_moments(
 ) -> dict[str, Tensor]:
     """C = E[k kᵀ] of the keys that enter projections over ordinary text, each (I, I), float32, by name.
 
-    What is found is kept in the user's cache folder. A file is named by the model's fingerprint, the projection and
-    the text, so that nothing of another model can be taken for it; one that is damaged is written anew.
+    What is found is kept in the user's cache folder, with its own digest, and what it is of: model, projection,
+    precision, text and shape. A file that says anything else, or holds no second moment, is told of and made anew.
 
     Args:
         llm: the model.
@@ -40,12 +42,14 @@ def key_moments(
         runtime: what it runs with.
 
     Raises:
-        UserError: when the text cannot be read or is too short for the keys' dimension.
+        UserError: when the text cannot be read or is too short for the keys' dimension, or the model's keys in this
+            precision have no second moment.
     """
     runtime, text = runtime or Runtime(), lines(Path(options.text)) if options.text else None
-    about = llm.fingerprint, options.tokens, text or "the model's own text"
-    files = {name: cache_folder(None) / f"moment-{digest(name, *about)}.safetensors" for name in names}
-    found = {name: moment for name, file in files.items() if (moment := _read(file)) is not None}
+    of = llm.tokens.texts(OPENINGS) if text is None else windows(llm, text, options.tokens)
+    about = {name: _about(llm, name, digest(options.tokens, of), runtime) for name in names}
+    files = {name: cached(f"moment-{digest(about[name])}.safetensors") for name in names}
+    found = {name: moment for name in names if (moment := _read(files[name], about[name])) is not None}
     missing = sorted({name for lacking in of_all(files.keys() - found.keys()) for name in lacking})
     if missing:
         read = windows(llm, own_text(llm, options.tokens, runtime) if text is None else text, options.tokens)
@@ -54,9 +58,39 @@ def key_moments(
         with llm.frozen():
             run(stage, read, runtime, batch_size=READ_TOGETHER)
         for name, moment in stage.moments().items():
+            if wrong := _wrong(moment, about[name]):
+                raise UserError(
+                    f"statistics: of {name} in precision {runtime.precision} are {wrong}; the model's weights are "
+                    "broken, or need a wider --trainer.precision"
+                )
             found[name] = moment
-            _write(files[name], moment)
+            _write(files[name], about[name], moment)
     return found
+
+
+def _about(llm: LLM, name: str, text: str, runtime: Runtime) -> dict[str, Any]:
+    """What a projection's statistics over a text, known by its digest, depend on, and their shape."""
+    inputs = sizes(llm.model.get_submodule(name))[0]  # type: ignore[arg-type]
+    return {
+        "model": llm.fingerprint,
+        "projection": name,
+        "precision": f"{llm.model.dtype}, {runtime.precision}",
+        "text": text,
+        "shape": [inputs, inputs],
+    }
+
+
+def _wrong(moment_II: Tensor, about: dict[str, Any]) -> str:
+    """What keeps a tensor from being the second moment of keys; empty where nothing does."""
+    if list(moment_II.shape) != about["shape"] or moment_II.dtype != torch.float32:
+        return f"of shape {tuple(moment_II.shape)} in {moment_II.dtype}"
+    if not moment_II.isfinite().all():
+        return "not finite"
+    if not torch.equal(moment_II, moment_II.T):
+        return "not symmetric"
+    raised_II = moment_II.double()
+    raised_II.diagonal().add_(ROUNDING * raised_II.trace())
+    return "not positive" if raised_II.trace() <= 0 or torch.linalg.cholesky_ex(raised_II)[1] else ""
 
 
 def _check_size(llm: LLM, names: Sequence[str], tokens: int, options: StatisticsOptions) -> None:
@@ -69,16 +103,23 @@ def _check_size(llm: LLM, names: Sequence[str], tokens: int, options: Statistics
         )
 
 
-def _read(file: Path) -> Tensor | None:
-    try:
-        return load_file(file)["moment"]
-    except (FileNotFoundError, SafetensorError, KeyError):
+def _read(file: Path | None, about: dict[str, Any]) -> Tensor | None:
+    content = read_sealed(file, about)
+    if content is None:
         return None
+    try:
+        moment = load(content)["moment"]
+        wrong = _wrong(moment, about)
+    except (SafetensorError, KeyError) as error:
+        wrong = f"no statistics ({type(error).__name__})"
+    if wrong:
+        note(f"cache: {file}: {wrong}; it is made anew")
+    return None if wrong else moment
 
 
 @rank_zero_only
-def _write(file: Path, moment: Tensor) -> None:
-    write_shared(file, lambda partial: partial.write_bytes(save({"moment": moment})))
+def _write(file: Path | None, about: dict[str, Any], moment: Tensor) -> None:
+    write_sealed(file, about, save({"moment": moment}))
 
 
 class KeyMoments(Stage):
@@ -119,5 +160,6 @@ class KeyMoments(Stage):
             total_II = self.sums.pop(name)
             if world_size() > 1:
                 distributed.all_reduce(total_II)
-            found[name] = (total_II / count).float().cpu()
+            mean_II = (total_II / count).float().cpu()
+            found[name] = (mean_II + mean_II.T) / 2  # a product's two halves may differ by rounding
         return found

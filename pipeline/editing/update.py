@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,21 +12,45 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import file_digest, require_room, write_json, write_whole
+from pipeline.files import parse_json, require_room, write_json, write_whole
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put
 from pipeline.shipped import program
 
 ADAPTER_PREFIX = "lora."  # of an adapter's tensors in an update's state
-PLAIN_FIELDS = ("model", "fingerprint", "method", "layers", "options", "adapter", "chat")  # in `update.json`
 UPDATE_FILE, TENSORS_FILE, STATE_FILE = "update.json", "update.safetensors", "state.safetensors"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights
+
+
+class Described(BaseModel):
+    """What `update.json` says: the update without its tensors, and the SHA-256 of all files, its own among them."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str
+    fingerprint: str
+    method: str
+    layers: list[NonNegativeInt]
+    options: dict[str, Any]
+    adapter: dict[str, Any] | None
+    chat: bool
+    tensors: dict[str, list[NonNegativeInt]]  # shapes by name
+    requests: list[dict[str, Any]]
+    sha256: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of everything here but the digests."""
+        content = json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 @dataclass
@@ -44,6 +69,7 @@ class WeightUpdate:
         state: what a later edit on top of this one goes on from (keys, running statistics), by name.
         adapter: LoraConfig's arguments, when the whole change is that of one LoRA adapter.
         chat: whether the facts were taught in the tokenizer's chat template.
+        undoes: whether its tensors were in the model before, and so go into it unchecked.
 
     Example:
         >>> options = EditOptions(method="one_pass", expert={"rate": 2.0})
@@ -65,6 +91,7 @@ class WeightUpdate:
     state: dict[str, Tensor] = field(default_factory=dict)
     adapter: dict[str, Any] | None = None
     chat: bool = False
+    undoes: bool = False
 
     @contextmanager
     def applied(self, llm: LLM) -> Iterator[LLM]:
@@ -77,17 +104,47 @@ class WeightUpdate:
 
     @torch.no_grad()
     def apply(self, llm: LLM) -> WeightUpdate:
-        """Put the update's tensors into the model in place; return the update that undoes it.
+        """Put the update's tensors into the model in place, all or none; return the update that undoes it.
 
         Raises:
-            UserError: when the update was made for another model.
+            UserError: when it does not fit the model (see `check_fits`).
         """
-        llm.check_made_for("update", self.model, self.fingerprint)
+        if not self.undoes:
+            self.check_fits(llm)
         parameters = dict(llm.model.named_parameters())
         replaced = {name: parameters[name].detach().clone() for name in self.tensors}
+        try:
+            for name, tensor in self.tensors.items():
+                put(parameters[name], tensor)
+        except BaseException:
+            for name, tensor in replaced.items():
+                parameters[name].copy_(tensor)
+            raise
+        return WeightUpdate(self.model, self.fingerprint, "undo", self.layers, replaced, undoes=True)
+
+    @torch.no_grad()
+    def check_fits(self, llm: LLM) -> None:
+        """See that the update's tensors are weights of the blocks that it names, each whole and of finite numbers.
+
+        Raises:
+            UserError: when it was made for another model, or a block, name, shape, dtype or value is wrong.
+        """
+        llm.check_made_for("update", self.model, self.fingerprint)
+        llm.check_layers(self.layers, "update: layers")
+        known = {name for layer in self.layers for name in llm.blocks[layer].weight_names("block")}
         for name, tensor in self.tensors.items():
-            put(parameters[name], tensor)
-        return WeightUpdate(self.model, self.fingerprint, "undo", self.layers, replaced)
+            if name not in known:
+                raise UserError(
+                    f"update: {name!r} is no weight of block {', '.join(map(str, self.layers)) or 'none'}"
+                )
+            weight = llm.model.get_parameter(name)
+            if tensor.shape != weight.shape or tensor.dtype not in DTYPES:
+                raise UserError(
+                    f"update: {name} is of shape {tuple(tensor.shape)} in {tensor.dtype}; the model's is of shape "
+                    f"{tuple(weight.shape)}"
+                )
+            if not tensor.to(weight.dtype).isfinite().all():
+                raise UserError(f"update: {name} holds values that {weight.dtype} has no finite numbers for")
 
     @rank_zero_only
     def save(self, folder: Path) -> None:
@@ -98,16 +155,24 @@ class WeightUpdate:
         """
         contents = {TENSORS_FILE: self.tensors} | ({STATE_FILE: self.state} if self.state else {})
         require_room(folder, sum(tensor.nbytes for tensors in contents.values() for tensor in tensors.values()))
+        folder.mkdir(parents=True, exist_ok=True)
         if self.adapter:
             self.save_adapter(folder / "adapter")
         digests = {name: write_tensors(folder / name, tensors) for name, tensors in contents.items()}
-        described = {
-            **{name: getattr(self, name) for name in PLAIN_FIELDS},
-            "tensors": {name: list(tensor.shape) for name, tensor in self.tensors.items()},
-            "sha256": digests,
-            "requests": [request.model_dump(exclude_defaults=True) for request in self.requests],
-        }
-        write_json(folder / UPDATE_FILE, described)
+        described = Described(
+            model=self.model,
+            fingerprint=self.fingerprint,
+            method=self.method,
+            layers=self.layers,
+            options=self.options,
+            adapter=self.adapter,
+            chat=self.chat,
+            tensors={name: list(tensor.shape) for name, tensor in self.tensors.items()},
+            requests=[request.model_dump(exclude_defaults=True) for request in self.requests],
+            sha256=digests,
+        )
+        described.sha256[UPDATE_FILE] = described.digest
+        write_json(folder / UPDATE_FILE, described.model_dump())
 
     @rank_zero_only
     def save_adapter(self, folder: Path) -> None:
@@ -121,37 +186,81 @@ class WeightUpdate:
     def load(cls, folder: str | Path) -> WeightUpdate:
         """Read an update from the folder that `edit` or `run` wrote.
 
+        A link, such as a store's `current`, is followed once, and what is read is what was checked.
+
         Raises:
             UserError: when a file is missing, damaged, or changed since it was written.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         for name in (UPDATE_FILE, TENSORS_FILE):
             if not (folder / name).is_file():
                 raise UserError(
                     f"update: {folder}: holds no {name}; expected a folder that `{program()} edit` wrote"
                 )
+        described = _described(folder / UPDATE_FILE)
+        found = {
+            name: _tensors(folder / name, described.sha256[name])
+            for name in described.sha256.keys() - {UPDATE_FILE}
+        }
+        shapes = {name: list(tensor.shape) for name, tensor in found[TENSORS_FILE].items()}
+        if shapes != described.tensors:
+            raise UserError(f"update: {folder / TENSORS_FILE}: holds other tensors than {UPDATE_FILE} says")
         try:
-            described = json.loads((folder / UPDATE_FILE).read_text(encoding="utf-8"))
-            for name, digest in described["sha256"].items():
-                if not (folder / name).is_file() or file_digest(folder / name) != digest:
-                    raise UserError(f"update: {folder / name}: changed since it was written (SHA-256 differs)")
-            return cls(
-                **{name: described[name] for name in PLAIN_FIELDS if name in described},
-                tensors=load_file(folder / TENSORS_FILE),
-                requests=[EditRequest.model_validate(request) for request in described["requests"]],
-                state=load_file(folder / STATE_FILE) if STATE_FILE in described["sha256"] else {},
-            )
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"update: {folder}: damaged: {type(error).__name__}: {reason}") from None
+            requests = [EditRequest.model_validate(request) for request in described.requests]
+        except ValidationError as error:
+            raise UserError(f"update: {folder / UPDATE_FILE}: requests: {_first(error)}") from None
+        plain = described.model_dump(
+            include={"model", "fingerprint", "method", "layers", "options", "adapter", "chat"}
+        )
+        return cls(**plain, tensors=found[TENSORS_FILE], requests=requests, state=found.get(STATE_FILE, {}))
+
+
+def _described(file: Path) -> Described:
+    """What `update.json` says, checked against its own digest."""
+    try:
+        described = Described.model_validate(parse_json(file.read_bytes()))
+    except ValidationError as error:
+        raise UserError(f"update: {file}: damaged: {_first(error)}") from None
+    except ValueError as error:
+        raise UserError(f"update: {file}: damaged: {' '.join(str(error).split())}") from None
+    files = described.sha256.keys()
+    if not {UPDATE_FILE, TENSORS_FILE} <= files <= {UPDATE_FILE, TENSORS_FILE, STATE_FILE}:
+        raise UserError(
+            f"update: {file}: holds the SHA-256 of {', '.join(files) or 'nothing'}; expected {UPDATE_FILE}, "
+            f"{TENSORS_FILE} and, where there is one, {STATE_FILE}"
+        )
+    if described.sha256[UPDATE_FILE] != described.digest:
+        raise UserError(f"update: {file}: changed since it was written (SHA-256 differs)")
+    return described
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _tensors(file: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a file, read once, of whose very bytes the digest was taken."""
+    try:
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"update: {file}: changed since it was written (SHA-256 differs)")
+        tensors = tensors_of_bytes(content)
+    except FileNotFoundError:
+        raise UserError(f"update: {file}: missing") from None
+    except (SafetensorError, KeyError, MemoryError, RuntimeError) as error:
+        raise UserError(f"update: {file}: damaged: {type(error).__name__}: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or not tensor.isfinite().all():
+            raise UserError(f"update: {file}: {name!r} holds values that are no finite numbers")
+    return tensors
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write tensors, whole or not at all; the file's SHA-256."""
     content = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    return file_digest(write_whole(path, lambda partial: partial.write_bytes(content)))
+    write_whole(path, lambda partial: partial.write_bytes(content))
+    return hashlib.sha256(content).hexdigest()
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], model: str) -> None:
@@ -160,4 +269,8 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
 
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", tensors)
-    LoraConfig(**config, inference_mode=True, base_model_name_or_path=model).save_pretrained(str(folder))
+    try:
+        made = LoraConfig(**config, inference_mode=True, base_model_name_or_path=model)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"update: adapter: PEFT does not take its settings ({error})") from None
+    made.save_pretrained(str(folder))

@@ -17,14 +17,15 @@ from pipeline.evaluation.metrics import Estimate, Resampled
 from pipeline.evaluation.plan import KINDS, Plan, Text
 from pipeline.evaluation.reading import Readings, TextReading, read
 from pipeline.evaluation.values import Values, figures, values_of
-from pipeline.files import cache_folder
-from pipeline.model.llm import LLM, fingerprint
+from pipeline.files import cached, unusable
+from pipeline.model.fingerprints import sample
+from pipeline.model.llm import LLM
 from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import whole
 from pipeline.running.trainer import Runtime
 
-VERSION = 2  # of what is kept: what another version read is read anew
+VERSION = 3  # of what is kept: what another version read is read anew
 MOST_KEPT = 64  # measurements of base models; the ones not used for longest go
 
 Metrics = dict[str, Estimate]
@@ -76,7 +77,7 @@ def evaluate(
         True
     """
     if update:
-        llm.check_made_for("update", update.model, update.fingerprint)
+        update.check_fits(llm)
     evaluator = Evaluator(llm, requests, options, trainer, work=work)
     before = evaluator.measure("Measuring base")
     if update is None:
@@ -150,26 +151,29 @@ class Evaluator:
     def _readings(self, title: str) -> Readings:
         """What the model says, read now or, for the base model, kept from before."""
         is_first = not any(row.tag in self.first for row in self.plan.texts)
-        now = fingerprint(self.llm.model)
-        dtype = next(self.llm.model.parameters()).dtype
-        digest = self.plan.digest(VERSION, now, dtype, self.runtime.precision, is_first)
-        if is_first and now == self.llm.fingerprint:
-            kept = kept_folder(cache_folder(None) / f"base-{digest}")
+        now = sample(self.llm.model)
+        about = (VERSION, self.llm.fingerprint, now, self.llm.model.dtype, self.runtime.precision, is_first)
+        digest = self.plan.digest(*about, self.llm.ends)
+        if is_first and now == self.llm.sample:
+            kept = kept_folder(cached(f"base-{digest}"))
         else:
             kept = self.runtime.work / f"readings-{digest}" if self.runtime.work else None
         return read(self.llm, self.plan, self.first, self.runtime, title, kept)
 
 
-def kept_folder(folder: Path) -> Path | None:
+def kept_folder(folder: Path | None) -> Path | None:
     """A folder for what the base model says, made and marked as used now; of many such ones the oldest go.
 
     Returns:
-        None where it cannot be made: that costs the next command time, and this one nothing.
+        None where it cannot be made, which is told.
     """
+    if folder is None:
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.touch()
-    except OSError:
+    except OSError as error:
+        unusable(folder, error)
         return None
     with suppress(OSError):  # another command may be removing them, too
         for old in sorted(folder.parent.glob("base-*"), key=lambda one: one.stat().st_mtime)[:-MOST_KEPT]:

@@ -64,11 +64,8 @@ class Saying(Stage):
 
     def step(self, batch: QuestionBatch) -> list[str]:
         model, own = self.llm.model, self.llm.model.generation_config
-        end = own.eos_token_id if own else None
         # generate() fills what it is not told from the model's own settings (repetition penalties, ...): not here
-        model.generation_config = GenerationConfig(
-            eos_token_id=self.llm.tokenizer.eos_token_id if end is None else end
-        )
+        model.generation_config = GenerationConfig(eos_token_id=self.llm.ends)
         try:
             tokens_BT = model.generate(  # type: ignore[operator]
                 batch.input_ids_BT,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import Block, find_blocks
+from pipeline.model.fingerprints import fingerprint as fingerprint_of
+from pipeline.model.fingerprints import sample
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.tokens import Tokens
-from pipeline.running.sharding import sampled
-
-SAMPLES = 1024  # values of each tensor that go into a fingerprint
 
 
 class ShownToken(NamedTuple):
@@ -38,13 +36,15 @@ class LLM:
         tokenizer: its tokenizer.
         name: what the user calls it, for messages and files.
         chat: put prompts into the tokenizer's chat template, in every stage.
+        fingerprint: its checkpoint's, where that is known; else it is taken of the model as it is.
 
     Attributes:
         blocks: the map of its blocks.
         tokens: the tokenizer, and how prompts and answers become texts.
         blocks_put_out_tuples: whether a block puts out a tuple that begins with the hidden state, or that alone.
-        fingerprint: tells this model's weights from any other's; taken when the LLM is made, so it stays
-            the base model's while an update is applied.
+        fingerprint: tells this model from any other, whatever precision it is loaded in; taken when the LLM is
+            made, so it stays the base model's while an update is applied.
+        sample: what `pipeline.model.fingerprints.sample` gives while no update is applied.
 
     Raises:
         UserError: when the model's structure is not supported, or a chat is asked for without a chat template.
@@ -57,7 +57,12 @@ class LLM:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "", chat: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "",
+        chat: bool = False,
+        fingerprint: str | None = None,
     ) -> None:
         self.model = model
         self.name = name or model.config.name_or_path or type(model).__name__
@@ -67,12 +72,19 @@ class LLM:
         self.chat = chat
         self.tokens = Tokens(tokenizer, chat, self.name, len(self.embedding), self.context_length)
         self.blocks_put_out_tuples = put_out_tuples(model, self.blocks[0])
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = fingerprint or fingerprint_of(model)
+        self.sample = sample(model)
 
     @property
     def context_length(self) -> int | None:
         """The longest sequence in tokens, where the config tells."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
+    def ends(self) -> Any:
+        """The token, or tokens, that end what it says."""
+        own = self.model.generation_config
+        return own.eos_token_id if own and own.eos_token_id is not None else self.tokenizer.eos_token_id
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -141,16 +153,3 @@ def put_out_tuples(model: PreTrainedModel, block: Block) -> bool:
     with module.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple))):
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return seen[0]
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits from each weight's name, shape and 1,024 evenly spaced values.
-
-    Takes milliseconds for any size of model and sees every edit, which changes whole matrices.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sampled(parameter, SAMPLES).float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from pipeline.errors import UserError
+from pipeline.files import cached, digest, parse_json, read_sealed, write_sealed
 from pipeline.model.blocks import check_config, find_blocks
+from pipeline.model.fingerprints import config_digest, joined, tensors_digest
 from pipeline.model.llm import LLM
 from pipeline.model.spreading import load_sharded
+from pipeline.running.processes import from_first
 
 BUNDLED = "smollm2"
 # what a config that contradicts itself makes the libraries raise, beside their own errors
@@ -59,11 +64,50 @@ def load_model(
             with torch.device("meta"):
                 find_blocks(decoder_of(config, name), name)
 
+    found: list[str] = []
+
     def weights() -> PreTrainedModel:
         with _reading(repr(name), verbose=verbose):
-            return _weights(source, gguf, name, dtype)
+            model = _weights(source, gguf, name, dtype)
+            found.append(_fingerprint(model, source, gguf, name))
+            return model
 
-    return LLM(load_sharded(weights, spread, name) if spread else weights(), tokenizer, name, chat)
+    model = load_sharded(weights, spread, name) if spread else weights()
+    print_of = from_first(found[0] if found else "") if spread else found[0]
+    return LLM(model, tokenizer, name, chat, print_of)
+
+
+def _fingerprint(model: PreTrainedModel, source: str, gguf: dict[str, str], name: str) -> str:
+    """A checkpoint's fingerprint, kept for as long as its files' sizes, times and inodes are what they are.
+
+    It is taken of the values before any cast: of the model as it is loaded where that can hold them, else of the
+    checkpoint loaded once more in float32.
+    """
+    folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
+    files = [folder / gguf["gguf_file"]] if gguf else sorted(folder.glob("*.safetensors"))
+    states = [(str(file.resolve()), file.stat()) for file in files]
+    about = {
+        "files": [[path, one.st_size, one.st_mtime_ns, one.st_ino] for path, one in states],
+        "config": config_digest(model.config),
+        "transformers": transformers.__version__,
+    }
+    file = cached(f"fingerprint-{digest(about)}")
+    tensors = (read_sealed(file, about) or b"").decode()
+    if not tensors:
+        loses = model.dtype in (torch.bfloat16, torch.float16) and (gguf or _stored(files) != {model.dtype})
+        tensors = tensors_digest(_weights(source, gguf, name, torch.float32) if loses else model)
+        write_sealed(file, about, tensors.encode())
+    return joined(model.config, tensors)
+
+
+def _stored(files: Sequence[Path]) -> set[torch.dtype | None]:
+    """In which dtypes safetensors files hold their tensors; None for any but the narrow ones."""
+    narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
+    found: set[torch.dtype | None] = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            found |= {narrow.get(opened.get_slice(key).get_dtype()) for key in opened.keys()}  # noqa: SIM118
+    return found
 
 
 def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -106,7 +150,7 @@ def _reading(
         raise _contradiction(what, reason or str(error)) from error
     except CONTRADICTIONS as error:
         raise _contradiction(what, f"{type(error).__name__}: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever files of somebody else's make the libraries raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"model: {what} cannot be loaded; expected {BUNDLED!r}, a Hugging Face name, a folder with "
@@ -159,12 +203,25 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model: {name}: the folder holds no config.json; expected a Hugging Face model")
+        _check_index(path / "model.safetensors.index.json")
         return name, {}
     if path.is_file():
         raise UserError(f"model: {name}: a file; expected a folder with config.json, or a GGUF file")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:  # the hub has no such names
         raise UserError(f"model: {name}: no such folder")
     return _reachable(name), {}
+
+
+def _check_index(file: Path) -> None:
+    """Raise UserError for an index of weights that is none, or names files outside of its folder."""
+    if not file.is_file():
+        return
+    try:
+        places = [str(place) for place in parse_json(file.read_bytes())["weight_map"].values()]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"model: {file}: no index of weights ({type(error).__name__}: {error})") from None
+    if outside := [place for place in places if Path(place).name != place or not (file.parent / place).is_file()]:
+        raise UserError(f"model: {file}: names {outside[0]!r}; expected files of its own folder")
 
 
 def _reachable(name: str) -> str:

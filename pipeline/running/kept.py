@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import struct
@@ -15,7 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from pipeline.files import write_whole
+from pipeline.files import read_sealed, write_sealed
 
 BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, pickle.UnpicklingError, BadZipFile)
 
@@ -23,38 +24,40 @@ BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, p
 class Kept(BasePredictionWriter):
     """Keeps outputs by their items' numbers, batch by batch as a stage's predict steps give them.
 
-    Any number of processes write side by side, and each reads what all have written. A file that is damaged counts
-    as not there: its items are run again. The folder's name is to stand for all that the outputs depend on.
+    Any number of processes write side by side, and each reads what all have written. A file carries its SHA-256 and
+    its folder's name, which is to stand for all that the outputs depend on; one that is damaged, or of another
+    folder, is told of and counts as not there: its items are run again.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__("batch")
         self.folder = folder
+        self.about = {"outputs of": "/".join(folder.parts[-2:])}
 
     def read(self) -> dict[int, Any]:
         """What is kept: numbers, texts and tensors, and tuples, lists and mappings of them, by item."""
         found: dict[int, Any] = {}
         for file in sorted(self.folder.glob("*.pt")):
+            content = read_sealed(file, self.about)
             try:
-                if not is_whole(file):
-                    raise BadZipFile
-                found |= torch.load(file, weights_only=True)
+                found |= torch.load(io.BytesIO(content or b""), weights_only=True)
             except BROKEN:
-                file.unlink(missing_ok=True)
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
         return found
 
     def write(self, outputs: Mapping[int, Any]) -> None:
         """Keep some items' outputs, all or none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        torch.save(dict(outputs), content)
         file = self.folder / f"{min(outputs):09d}-{len(outputs)}-{os.getpid()}.pt"
-        write_whole(file, lambda partial: torch.save(dict(outputs), partial))
+        write_sealed(file, self.about, content.getvalue())
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Mapping[int, Any], *_: Any
     ) -> None:
         if prediction:
-            with suppress(OSError, RuntimeError):  # a full disk costs the next command time, and this one nothing
-                self.write(prediction)
+            self.write(prediction)
 
 
 def is_whole(file: Path) -> bool:
