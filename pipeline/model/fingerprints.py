@@ -49,7 +49,7 @@ def _computing(value: Any) -> Any:
 
 @torch.no_grad()
 def tensors_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights and stored buffers: names, shapes, values as float32; all processes must ask for it."""
+    """SHA-256 of all weights and stored buffers: names, shapes, values as float32; all processes must ask"""
     found = hashlib.sha256()
     stored = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
