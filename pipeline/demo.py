@@ -73,17 +73,17 @@ def show(llm: LLM, options: DemoCommand, log: RunLog) -> None:
     same = sample(llm.model) == llm.sample and ask(llm, options, facts) == before
     say(
         "Applying an update is replacing a tensor, undoing it is putting the old one back. Every weight and every "
-        f"answer is {'what it was, bit for bit' if same else 'NOT what it was'}.\n"
-        f"The update, its report and figures are kept in {log.folder}. From here:\n"
-        f'  {program()} generate --update {log.folder} --prompt "{facts[0].prompt}"\n'
-        f"  {program()} edit --requests facts.jsonl --profile {log.folder}\n"
-        f"  tensorboard --logdir {log.folder.parent}"
+        f"answer is {'what it was, bit for bit' if same else 'NOT what it was'}.",
+        f"The update, its report and figures are kept in {log.folder}. From here:",
+        f'  {program()} generate --update {log.folder} --prompt "{facts[0].prompt}"',
+        f"  {program()} edit --requests facts.jsonl --profile {log.folder}",
+        f"  tensorboard --logdir {log.folder.parent}",
     )
 
 
 def step(number: int, title: str) -> None:
     """A step's head line."""
-    say(f"\n{number} of 6: {title}\n")
+    say("", f"{number} of 6: {title}", "")
 
 
 def ask(llm: LLM, options: DemoCommand, facts: Sequence[EditRequest]) -> Said:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
+from pipeline.errors import terminal_text
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.reporting.tables import markdown_table, metric_table, metrics_of, sides_of, study_table
+from pipeline.reporting.tables import markdown_table, markdown_text, metric_table, metrics_of, sides_of, study_table
 from pipeline.requests.schema import EditRequest
 from pipeline.shipped import program
 
@@ -50,10 +51,11 @@ def write_report(
 ) -> str:
     """The whole report of an edit."""
     layers = ", ".join(map(str, update.layers))
-    changes = "; ".join(f"`{name}` {change:.2%}" for name, change in evaluation.weights.items())
+    model, where = (terminal_text(text).replace("`", "'") for text in (update.model, str(folder)))
+    changes = "; ".join(f"{markdown_text(name)} {change:.2%}" for name, change in evaluation.weights.items())
     parts = [
-        f"# Edit of {update.model}\n",
-        f"{len(requests)} facts were changed by `{update.method}` in block {layers} alone. "
+        f"# Edit of {markdown_text(update.model)}\n",
+        f"{len(requests)} facts were changed by {markdown_text(update.method)} in block {layers} alone. "
         f"{_outcome(evaluation)}\n",
         "## Before and after\n",
         metrics_table(evaluation) + "\n",
@@ -69,9 +71,9 @@ def write_report(
         parts += _why(profile, folder)
     parts += [
         "## Using it, undoing it\n",
-        f"- `{program()} export --model {update.model} --update {folder} --output DIR` writes the edited model "
+        f"- `{program()} export --model {model} --update {where} --output DIR` writes the edited model "
         "as a plain Hugging Face folder.\n"
-        f"- `{program()} generate --model {update.model}{' --chat' if update.chat else ''} --update {folder} "
+        f"- `{program()} generate --model {model}{' --chat' if update.chat else ''} --update {where} "
         '--prompt "..."` answers with base and edited model side by side.\n'
         "- The base model is untouched: the update is `update.safetensors`, and leaving it out is undoing it.\n",
     ]
@@ -84,11 +86,12 @@ def _why(profile: GoldenProfile, folder: Path) -> list[str]:
     aside = ", ".join(map(str, profile.excluded)) or "none"
     fenced = f"Set aside by Tukey's fences: {aside}. Best of the rest" if profile.fences else "Best"
     sure = f" How sure that is: {profile.certainty}." if profile.certainty else ""
+    method, request_set = markdown_text(profile.method), markdown_text(profile.request_set)
     kinds = [kind for kind in ("scores", "stability") if (folder / f"{kind}.png").is_file()]
     return [
         "## Why this layer\n",
-        f"`{profile.method}` scored all {len(profile.scores)} blocks on {profile.requests} proxy "
-        f"requests ({profile.request_set}) in {profile.seconds:.0f} s. {fenced}, in order: {ranking}.{sure}\n",
+        f"{method} scored all {len(profile.scores)} blocks on {profile.requests} proxy "
+        f"requests ({request_set}) in {profile.seconds:.0f} s. {fenced}, in order: {ranking}.{sure}\n",
         *(f"![{kind}]({kind}.png)\n" for kind in kinds),
     ]
 
@@ -103,9 +106,11 @@ def _outcome(evaluation: Evaluation) -> str:
 
 def study_report(study: Study) -> str:
     """study.md: the three questions, answered in tables."""
-    sets = "; ".join(f"{one.name}: {len(one.tried)} tried, {len(one.proxy)} to choose by" for one in study.sets)
+    sets = "; ".join(
+        f"{markdown_text(one.name)}: {len(one.tried)} tried, {len(one.proxy)} to choose by" for one in study.sets
+    )
     parts = [
-        f"# Which block of {study.model}?\n",
+        f"# Which block of {markdown_text(study.model)}?\n",
         f"Request sets: {sets}. Every tried request was edited alone at each tried block. Score: the mean of "
         "rewrite, rephrase and locality, teacher-forced; in brackets its 95% bootstrap interval over requests. "
         "Regret: what a block's score falls short of the best fixed block's, chosen with hindsight on the same "
@@ -114,7 +119,7 @@ def study_report(study: Study) -> str:
     for name, grids in study.grids.items():
         for method, grid in grids.items():
             parts += [
-                f"## {name}, {method}\n",
+                f"## {markdown_text(name)}, {method}\n",
                 f"{len(grid.scores)} requests × {len(grid.blocks)} blocks in {grid.seconds:.0f} s.\n",
                 "### A fixed block against each request's own best\n",
                 _table(study.against_optimal[name][method]),

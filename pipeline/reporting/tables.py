@@ -6,10 +6,12 @@ How the model really behaves stands first. A row of one cell is a heading over t
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Collection, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from pipeline.errors import terminal_text
 from pipeline.evaluation.metrics import Estimate
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ IN_SHORT = tuple(  # what a short table shows
 SHARES = tuple(  # what lies between 0 and 1
     name for group in ("by generation", "teacher-forced", "by probability") for name in GROUPS[group]
 )
+MARKS = re.compile(r"[\\`*_{}<>#|!~$&]|\](?=\s*[(\[:])|:(?=//)|(?<=www)\.")  # what Markdown and HTML begin with
+FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(\.\d+)?$)")  # what a spreadsheet's formulas begin with; not numbers
 BY_WINDOW = ("perplexity", "text_kl")  # values of ordinary text, not of requests
 
 Table = tuple[list[str], list[list[str]]]  # columns, and rows
@@ -140,12 +144,22 @@ def _cell(row: Row, name: str) -> str:
     return f"{value:.{digits}f}"
 
 
+def markdown_text(text: str) -> str:
+    """Somebody's text, fit for a line of Markdown: it reads as it is, and marks up, links and fetches nothing."""
+    return MARKS.sub(lambda mark: f"&#{ord(mark[0])};", terminal_text(" ".join(text.split())))
+
+
+def csv_text(text: str) -> str:
+    """Somebody's text, fit for a cell: no spreadsheet takes it for a formula."""
+    return f"'{text}" if FORMULA.match(text) else text
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; no cell can break its row."""
-    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    lines = [f"| {' | '.join(map(markdown_text, columns))} |", "|" + " --- |" * len(columns)]
     for row in rows:
-        cells = row if len(row) > 1 else [f"**{row[0]}**", *[""] * (len(columns) - 1)]
-        cells = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
+        cells = list(map(markdown_text, row))
+        cells = cells if len(row) > 1 else [f"**{cells[0]}**", *[""] * (len(columns) - 1)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -165,11 +179,11 @@ def values_csv(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
 
 def _row(number: int, request: EditRequest, evaluation: Evaluation) -> dict[str, str]:
     """A request's cells by column; the columns are every request's."""
-    row = {name: getattr(request, name) or "" for name in ("id", "prompt", "new_answer", "old_answer")}
+    row = {name: csv_text(getattr(request, name) or "") for name in ("id", "prompt", "new_answer", "old_answer")}
     for side, measured in sides_of(evaluation).items():
         for name, column in measured.values.items():
             if name not in BY_WINDOW:
                 row[f"{name} {side}"] = f"{column.values[number]:.6g}" if number in column.values else ""
         for kind, texts in measured.said.items():
-            row[f"{kind} answer {side}"] = " | ".join(" ".join(text.split()) for text in texts[number])
+            row[f"{kind} answer {side}"] = csv_text(" | ".join(" ".join(text.split()) for text in texts[number]))
     return row

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.errors import terminal_text
 from pipeline.reporting.tables import metric_table, sides_of, study_table
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def screen(soft_wrap: bool = False) -> Console:
 
 
 @rank_zero_only
-def say(text: str) -> None:
-    """Plain text."""
-    screen(soft_wrap=True).print(text, highlight=False, markup=False)
+def say(*lines: str) -> None:
+    """Plain lines; whatever they hold of somebody's text neither steers the terminal nor begins a line."""
+    screen(soft_wrap=True).print("\n".join(map(terminal_text, lines)), highlight=False, markup=False)
 
 
 @rank_zero_only
@@ -52,12 +53,16 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     """
     table = Table(box=HEAVY_HEAD if boxed else None, pad_edge=boxed, show_lines=boxed, header_style="bold")
     for place, column in enumerate(columns):
-        table.add_column(escape(column), overflow="fold", justify="left" if place < left else "right")
+        table.add_column(_cell(column), overflow="fold", justify="left" if place < left else "right")
     indent = " " if any(len(row) == 1 for row in rows) else ""
     for first, *others in rows:
-        name = escape(indent + first) if others else f"[bold]{escape(first)}[/bold]"
-        table.add_row(name, *map(escape, others))
+        name = _cell(indent + first) if others else f"[bold]{_cell(first)}[/bold]"
+        table.add_row(name, *map(_cell, others))
     screen().print(table, highlight=False)
+
+
+def _cell(text: str) -> str:
+    return escape(terminal_text(text))
 
 
 def show_profile(profile: GoldenProfile) -> None:

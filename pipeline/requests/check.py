@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, terminal_text
 from pipeline.requests.readers import Reading, read_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import fact
@@ -97,7 +97,7 @@ def summary(checked: RequestCheck) -> str:
     lines += [f"bad: {reason}" for reason in bad[:NAMED]]
     if len(bad) > NAMED:
         lines.append(f"bad: and {len(bad) - NAMED} more")
-    return "\n".join(lines)
+    return "\n".join(map(terminal_text, lines))
 
 
 def _by_name(counts: Counter[str]) -> str:
