@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.errors import UserError, note
 
-DEEPEST = 64  # levels of JSON in JSON
+DEEPEST = 64  # levels of lists and mappings in each other: more than anybody means
+LARGEST = 250_000_000  # bytes of a text file that is read whole
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], mark: str = "") -> Path:
@@ -59,6 +60,13 @@ def require_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < size:
         raise UserError(f"output: {folder}: needs {size / 1e6:.0f} MB; {free / 1e6:.0f} MB are free on the disk")
+
+
+def read_text_file(path: Path, largest: int = LARGEST) -> str:
+    """A UTF-8 file of somebody else's; ValueError when it is larger than anybody means, or no UTF-8."""
+    if path.stat().st_size > largest:
+        raise ValueError(f"larger than {largest / 1e6:.0f} MB")
+    return path.read_text(encoding="utf-8")
 
 
 def parse_json(text: str | bytes) -> Any:

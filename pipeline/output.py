@@ -14,7 +14,8 @@ import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own, without torch
 
 from pipeline.errors import UserError
-from pipeline.files import write_text
+from pipeline.files import read_text_file, write_text
+from pipeline.options.base import LARGEST_YAML, read_yaml
 
 OPTIONS_FILE = "options.yaml"  # written first into every output folder: it marks the folder as ours
 STARTED = "GOLDEN_LAYERS_STARTED"  # the environment variable that tells a command's processes when it began
@@ -36,7 +37,11 @@ def check_resumed(folder: Path, options: dict[str, Any], may_change: Collection[
     file = folder / OPTIONS_FILE
     if not file.is_file():
         raise UserError(f"resume: {folder}: holds no {OPTIONS_FILE}; expected an interrupted command's --output")
-    started, given = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(yaml.safe_dump(options))
+    given = yaml.safe_load(yaml.safe_dump(options))
+    try:
+        started = dict(read_yaml(read_text_file(file, LARGEST_YAML)))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UserError(f"resume: {file}: cannot be read ({' '.join(str(error).split())})") from None
     names = sorted({*started, *given} - NOT_RESUMED - {*may_change})
     if changed := [name for name in names if started.get(name) != given.get(name)]:
         raise UserError(f"resume: {folder}: was started with another {', '.join(changed)}; give the same options")

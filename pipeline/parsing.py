@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, get_origin
 import yaml
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.options.base import Flag, Yaml, as_config, declared, described, fits, flags, read
+from pipeline.files import read_text_file
+from pipeline.options.base import LARGEST_YAML, Flag, as_config, declared, described, fits, flags, read, read_yaml
 from pipeline.shipped import DEFAULT_CONFIG, find_config, program, shipped_configs
 from pipeline.table import COMMANDS
 
@@ -127,8 +128,8 @@ def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
 def _from_file(file: str, known: Mapping[str, Flag]) -> Iterator[Given]:
     """What a config gives, groups entered; UserError when it is no YAML, or no mapping."""
     try:
-        content = yaml.load(Path(file).read_text(encoding="utf-8"), Yaml)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = read_yaml(read_text_file(Path(file), LARGEST_YAML))
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"config: {file}: malformed YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"config: {file}: expected a mapping of option names to values")

@@ -81,8 +81,8 @@ def test_lines_are_read_in_constant_memory(tmp_path: Path) -> None:
     ("content", "word"),
     [
         ("[[[", "line 1"),
-        ("[" * 100_000, "recursion"),
-        (LINE[:-1] + ', "x": ' + "[" * 100_000, "recursion"),
+        ("[" * 100_000, "nested more than 64 deep"),
+        (LINE[:-1] + ', "x": ' + "[" * 100_000, "nested more than 64 deep"),
         (f"[{LINE}\n{LINE}]", "line 2: malformed JSON: Expecting ',' delimiter"),
         (f"[{LINE}]\n{LINE}", "line 2: malformed JSON: Extra data"),
         (f"[{LINE},]", "malformed JSON"),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.numpy import save_file
 
 from pipeline.attribution.selection import Stability
 from pipeline.attribution.selector import Values
 from pipeline.errors import UserError
-from pipeline.files import write_text, write_whole
+from pipeline.files import read_text_file, write_text, write_whole
 from pipeline.shipped import program
 
 PROFILE_FILE, SCORES_FILE = "golden_profile.json", "scores.safetensors"
@@ -86,6 +87,18 @@ class GoldenProfile(BaseModel):
     chat: bool = False
     stability: Stability | None = None
 
+    @model_validator(mode="after")
+    def _of_one_model(self) -> Self:
+        """See that all of it is about as many blocks as have scores."""
+        blocks = len(self.scores)
+        named = {*self.excluded, *self.ranking, *self.raw_ranking, *self.golden_layers}
+        if outside := sorted(block for block in named if not 0 <= block < blocks):
+            raise ValueError(f"block {outside[0]} has no score; there are {blocks}")
+        sides = (self.stability.low, self.stability.high, self.stability.chosen) if self.stability else ()
+        if any(len(side) != blocks for side in sides):
+            raise ValueError(f"stability is not of {blocks} blocks, which have scores")
+        return self
+
     @property
     def certainty(self) -> str:
         """How sure the choice is, in a phrase; empty where that is not known."""
@@ -116,10 +129,10 @@ class GoldenProfile(BaseModel):
         if not path.is_file():
             raise UserError(f"profile: {path}: no such file; `{program()} attribute` makes one")
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read_text_file(path))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UserError(
-                f"profile: {path}: no golden profile: {where} {first['msg']}".replace("  ", " ")
-            ) from None
+            first = error.errors(include_url=False, include_input=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+        except ValueError as error:
+            reason = str(error)
+        raise UserError(f"profile: {path}: no golden profile: {reason}")

@@ -19,7 +19,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import parse_json, require_room, write_json, write_whole
+from pipeline.files import parse_json, read_text_file, require_room, write_json, write_whole
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put
@@ -218,7 +218,7 @@ class WeightUpdate:
 def _described(file: Path) -> Described:
     """What `update.json` says, checked against its own digest."""
     try:
-        described = Described.model_validate(parse_json(file.read_bytes()))
+        described = Described.model_validate(parse_json(read_text_file(file)))
     except ValidationError as error:
         raise UserError(f"update: {file}: damaged: {_first(error)}") from None
     except ValueError as error:

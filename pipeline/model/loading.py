@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from pipeline.errors import UserError
-from pipeline.files import cached, digest, parse_json, read_sealed, write_sealed
+from pipeline.files import cached, digest, parse_json, read_sealed, read_text_file, write_sealed
 from pipeline.model.blocks import check_config, find_blocks
 from pipeline.model.fingerprints import config_digest, joined, tensors_digest
 from pipeline.model.llm import LLM
@@ -217,7 +217,7 @@ def _check_index(file: Path) -> None:
     if not file.is_file():
         return
     try:
-        places = [str(place) for place in parse_json(file.read_bytes())["weight_map"].values()]
+        places = [str(place) for place in parse_json(read_text_file(file))["weight_map"].values()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"model: {file}: no index of weights ({type(error).__name__}: {error})") from None
     if outside := [place for place in places if Path(place).name != place or not (file.parent / place).is_file()]:

@@ -8,6 +8,7 @@ A field's docstring is its help text. A flag's name is the path to its field (`-
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -20,6 +21,9 @@ from docstring_parser import parse_from_object
 
 from pipeline.errors import UserError, check_at_least, check_choice, did_you_mean
 
+DEEPEST = 64  # levels of lists and mappings in each other
+LARGEST_YAML = 1_000_000  # bytes of a config
+LONGEST = 200  # characters of a wrong value that are shown
 NO_FLAG = object()  # beside a field: it is no flag
 KINDS = {  # types as a user would name them
     bool: "true or false",
@@ -37,10 +41,30 @@ Bound = Callable[[str, Any], None]
 class Yaml(yaml.SafeLoader):
     """YAML, and 1e-3 is a number in it."""
 
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node; YAMLError where it lies deeper than anybody means."""
+        if self.depth == DEEPEST:
+            raise yaml.YAMLError(f"nested more than {DEEPEST} deep")
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
 
 Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
 )
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML says; YAMLError for whatever is wrong with it."""
+    try:
+        return yaml.load(text, Yaml)
+    except (ValueError, OverflowError, RecursionError) as error:  # a date or number that is none
+        raise yaml.YAMLError(str(error)) from None
 
 
 class Flag(NamedTuple):
@@ -180,11 +204,12 @@ def read(name: str, value: Any, kind: Any) -> Any:
     given = value
     if isinstance(value, str) and kind is not str:
         with suppress(yaml.YAMLError):
-            value = yaml.load(value, Yaml)
+            value = read_yaml(value)
     for one in (value, given):
         if fits(one, kind):
             return float(one) if type(one) is int and not fits("", kind) and fits(0.5, kind) else one
-    raise UserError(f"{name}: expected {described(kind)}, found {'nothing' if given is None else given}")
+    found = given if isinstance(given, str) else "nothing" if given is None else reprlib.repr(given)
+    raise UserError(f"{name}: expected {described(kind)}, found {found[:LONGEST]}")
 
 
 def fits(value: object, kind: Any) -> bool:

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.requests.schema import EditRequest, Probe
 
 Record = dict[str, Any]
+MOST_FIELDS = 1_000  # of a record
 
 
 class Layout(NamedTuple):
@@ -146,6 +147,8 @@ def find_layout(record: Any) -> Layout:
     """The layout that a record's fields give away; UserError, without the record's place, where none does."""
     if not isinstance(record, dict):
         raise UserError(f"expected an object, found {type(record).__name__}")
+    if len(record) > MOST_FIELDS:
+        raise UserError(f"{len(record)} fields; the most are {MOST_FIELDS:,}")
     for layout in LAYOUTS:
         if layout.fields <= record.keys():
             return layout

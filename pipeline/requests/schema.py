@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+MANY = (FailFast(), Field(max_length=10_000))  # of a list: the first thing wrong with it ends its reading
 
 
 class Probe(BaseModel):
@@ -44,9 +45,9 @@ class EditRequest(BaseModel):
     subject: Text | None = None  # what the fact is about, as it stands in the prompt
     new_answer: Text  # what the model shall answer
     old_answer: Text | None = None  # what it answers before; found by greedy generation where missing
-    rephrases: tuple[Text, ...] = ()  # the prompt in other words, to be answered alike
-    locality: tuple[Probe, ...] = ()  # probes that must not change
-    portability: tuple[Probe, ...] = ()  # probes whose answers follow from the new answer
+    rephrases: Annotated[tuple[Text, ...], *MANY] = ()  # the prompt in other words, to be answered alike
+    locality: Annotated[tuple[Probe, ...], *MANY] = ()  # probes that must not change
+    portability: Annotated[tuple[Probe, ...], *MANY] = ()  # probes whose answers follow from the new answer
     source: str | None = None  # where the request comes from
 
     @property

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.errors import UserError
+from pipeline.files import parse_json
 from pipeline.requests.layouts import is_blank, without_empty
 
 DEMO_REQUESTS = Path(__file__).with_name("demo.jsonl")
@@ -29,6 +30,9 @@ DELIMITERS = ",;\t"
 COLUMNS = ("id", "prompt", "subject", "new_answer", "old_answer", "source")
 PROBES = tuple(f"{kind}_{part}" for kind in ("locality", "portability") for part in ("prompt", "answer", "axis"))
 REPEATED = ("rephrase", *PROBES)
+LONGEST = 1 << 24  # characters of a line
+PARTS = 32  # as long as that, of a JSON list, which is read whole
+BLANK, COLUMNS_MOST = 100_000, 10_000  # blank lines, or characters at the beginning; columns of a table
 NUMBERED = re.compile(rf"({'|'.join(REPEATED)})(?:_(\d{{1,9}}))?")
 
 
@@ -59,32 +63,48 @@ def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
     """The records of a file: told by its name where it is a table, else by its first character."""
     with _opened(path) as file:
         if path.name.lower().removesuffix(".gz").endswith(SUFFIXES):
-            yield from _row_records(file)
+            yield from _row_records(_lines(file))
             return
-        characters = iter(lambda: file.read(1), "")
+        characters = islice(iter(lambda: file.read(1), ""), BLANK)
         first = next(filter(str.strip, characters), "")
         file.seek(0)
-        yield from _list_records(file) if first == "[" else _line_records(file)
+        yield from _list_records(file) if first == "[" else _line_records(_lines(file))
 
 
-def _line_records(lines: TextIO) -> Iterator[tuple[str, Any]]:
+def _lines(file: TextIO) -> Iterator[str]:
+    """A file's lines; UserError for one longer, or more blank ones in a row, than anybody means."""
+    blank = number = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise UserError(f"line {number}: longer than {LONGEST:,} characters")
+        blank = 0 if line.strip() else blank + 1
+        if blank > BLANK:
+            raise UserError(f"line {number}: more than {BLANK:,} blank lines in a row")
+        yield line
+
+
+def _line_records(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """The records of a JSONL file; blank lines are none."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             record = _why(line, error)
         yield f"line {number}", record
 
 
 def _list_records(file: TextIO) -> Iterator[tuple[str, Any]]:
     """The records of a JSON file that holds one list."""
-    text = file.read()
+    parts = list(islice(iter(lambda: file.read(LONGEST), ""), PARTS + 1))
+    if len(parts) > PARTS:
+        raise UserError(f"a JSON list longer than {PARTS * LONGEST:,} characters; JSONL has no such bound")
+    text = "".join(parts)
     try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        records = parse_json(text)
+    except ValueError as error:
         raise UserError(f"line {getattr(error, 'lineno', 1)}: {_why(text, error)}") from None
     for number, record in enumerate(records):
         yield f"record {number}", record
@@ -108,8 +128,10 @@ def _row_records(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
 
 def _check_header(header: Sequence[str]) -> None:
     own = "new_answer" in header  # else a benchmark's columns; what is missing is told with the first record
-    for name in filter(None, header):
-        if header.count(name) > 1:
+    if len(header) > COLUMNS_MOST:
+        raise UserError(f"{len(header)} columns; the most are {COLUMNS_MOST:,}")
+    for name, count in Counter(filter(None, header)).items():
+        if count > 1:
             raise UserError(f"column {name!r} stands twice")
         if own and name not in COLUMNS and not NUMBERED.fullmatch(name):
             known = ", ".join((*COLUMNS, *REPEATED))
