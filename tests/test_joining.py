@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from pipeline.model.llm import LLM
 from pipeline.options import EditOptions
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.tokens import chat_joining
 
 FACTS = [  # (prompt, subject, answer)
     ("The capital of Côte d'Ivoire is", "Côte d'Ivoire", "Yamoussoukro"),
@@ -233,6 +235,36 @@ def test_a_template_that_does_not_serve_is_refused(
 ) -> None:
     model = family_model("llama", len(tokenizer))
     assert words in refusal(lambda: LLM(model, chatty(tokenizer, template), "tiny", chat=True))
+
+
+LOOPS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abcd") + "{% endfor %}" * 4
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (LOOPS, "it did not end within 1 seconds"),
+        ("{{ 'a' * 4000000000 }}", "MemoryError"),
+        (
+            "{% set n = namespace(t='a' * 9999999) %}{% for i in range(99) %}{% set n.t = n.t + n.t %}{% endfor %}",
+            "Memory",
+        ),
+        ("{{ 'a' * 9999999 }}", "it says"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% for", "TemplateSyntaxError"),
+    ],
+)
+def test_cases_of_templates_that_hang(
+    tokenizer: PreTrainedTokenizerFast, template: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template has its own process, seconds and memory."""
+    monkeypatch.setattr("pipeline.running.limited.SECONDS", 1 if template == LOOPS else 10)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = refusal(lambda: chat_joining(chatty(tokenizer, template), "tiny"))
+    assert line.startswith("chat: the chat template of tiny fails on one question and answer: ") and words in line
+    assert len(line) < 1000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
 
 
 def test_an_edit_in_a_chat(tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import UserError
 from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
+from pipeline.running.limited import limited
 
 PROMPT, ANSWER = "what is asked", "what is said"  # stand in for both while a template is read
 TOGETHER = 1024  # texts that are tokenized at once: what a tokenizer says of each takes kilobytes
@@ -182,10 +183,10 @@ def chat_joining(tokenizer: PreTrainedTokenizerBase, name: str) -> Joining:
     if not tokenizer.chat_template:
         raise UserError(f"chat: the tokenizer of {name} has no chat template; leave --chat out")
     asked = [{"role": "user", "content": PROMPT}]
+    answered = [*asked, {"role": "assistant", "content": ANSWER}]
     try:
-        opened = _rendered(tokenizer, asked, opened=True)
-        told = _rendered(tokenizer, [*asked, {"role": "assistant", "content": ANSWER}])
-    except Exception as error:  # a template is a program of somebody else's
+        opened, told = limited(lambda: [_rendered(tokenizer, asked, opened=True), _rendered(tokenizer, answered)])
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"chat: the chat template of {name} fails on one question and answer: {reason}") from None
     head, found, tail = opened.partition(PROMPT)
