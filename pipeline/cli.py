@@ -14,7 +14,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from pipeline.errors import Note, UserError, terminal_text
 from pipeline.options.shared import ComputeOptions
@@ -40,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(words)
 
 
-def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+def show_warning(
+    message: Warning | str, category: type[Warning], file: str, line: int, *_: object, **__: object
+) -> None:
     """A note as one line; libraries' warnings as they are."""
     is_note = issubclass(category, Note)
-    text = (
-        f"note: {terminal_text(str(message))}" if is_note else warnings.formatwarning(message, category, *where[:2])
-    )
+    text = f"note: {terminal_text(str(message))}" if is_note else warnings.formatwarning(message, category, file, line)
     print(text.rstrip(), file=sys.stderr)
 
 
