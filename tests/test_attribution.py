@@ -137,6 +137,7 @@ def test_reference_values_of_counterfact(smollm2: LLM) -> None:
     assert profile.ranking[:5] == [3, 4, 10, 28, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the benchmark data")
 def test_reference_ranking_of_zsre(smollm2: LLM) -> None:
