@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import edit_options, make_tiny, refusal
+from test_attribution import autograd_scores
 from transformers import (
     AutoModelForCausalLM,
     CTRLConfig,
@@ -133,7 +134,7 @@ def test_accents_are_compared_not_code_points() -> None:
     assert unicodedata.normalize("NFC", decomposed[start:end]) == "São Tomé"
     assert asked(decomposed, "São Tom").subject_span is None, "a letter is not parted from its accent"
     same = asked(composed, "São Tomé", unicodedata.normalize("NFD", "Łódź"), "2")
-    assert settle([mixed, same]) == [same]
+    assert settle([mixed, same]) == [mixed, same], "no contradiction"
     assert "contradict" in refusal(lambda: settle([mixed, asked(composed, None, "Lima", "2")]))
     assert contains_answer(decomposed, "São Tomé")
 
@@ -158,7 +159,7 @@ def test_an_edit_without_a_change_says_so(
     tiny_folder: Path, request_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["edit", "--model", str(tiny_folder), "--requests", str(request_file), "--layers", "1", *CPU]
-    words += ["--method", "finetune", "--expert.whiten", "0", "--expert.learnt", "1000"]
+    words += ["--method", "finetune", "--expert.whiten", "0", "--expert.learnt", "1000", "--expert.kl", "0"]
     assert main([*words, "--evaluation.generation", "none", "--output", str(tmp_path / "out")]) == 0
     assert "note: the edit changes no weight" in capsys.readouterr().out
 
@@ -222,13 +223,23 @@ ODD: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("family", ODD)
-def test_a_family_that_cannot_be_run_in_parts_is_refused_at_load(
-    family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    AutoModelForCausalLM.from_config(ODD[family](len(tokenizer))).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert "model: " in refusal(lambda: load_model(str(tmp_path)))
+@pytest.fixture(params=ODD)
+def odd(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(ODD[request.param](len(tokenizer))).save_pretrained(tmp_path / request.param)
+    tokenizer.save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+def test_an_odd_family_works_or_is_refused_at_load(odd: Path, requests: list[EditRequest]) -> None:
+    if odd.name != "ctrl":
+        assert "its blocks cannot be run by themselves" in refusal(lambda: load_model(str(odd)))
+        return
+    llm = load_model(str(odd))
+    llm.model.double()
+    profile = find_golden_layer(llm, requests[1:3], trainer=TrainerOptions(precision="64-true"))
+    expected = autograd_scores(llm, requests[1:3], "mlp")
+    torch.testing.assert_close(torch.tensor(profile.scores, dtype=torch.float64), expected, rtol=1e-5, atol=0)
 
 
 def test_parts_that_differ_are_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,8 +257,8 @@ def test_the_same_layer_from_python_and_from_the_command(
     tiny_folder: Path, request_file: Path, requests: list[EditRequest], tmp_path: Path
 ) -> None:
     words = ["attribute", "--model", str(tiny_folder), "--requests", str(request_file), *CPU]
-    assert main([*words, "--output", str(tmp_path)]) == 0
-    written = json.loads((tmp_path / "golden_profile.json").read_text())
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out" / "golden_profile.json").read_text())
     profile = find_golden_layer(load_model(str(tiny_folder)), requests, trainer=TrainerOptions(accelerator="cpu"))
     assert profile.order == written["order"] == "magnitude"
     assert profile.golden_layers == written["golden_layers"]
