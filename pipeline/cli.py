@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from pipeline.errors import Note, UserError, terminal_text
 from pipeline.options.shared import ComputeOptions
@@ -40,12 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show_warning(
-    message: Warning | str, category: type[Warning], file: str, line: int, *_: object, **__: object
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     """A note as one line; libraries' warnings as they are."""
     is_note = issubclass(category, Note)
-    text = f"note: {terminal_text(str(message))}" if is_note else warnings.formatwarning(message, category, file, line)
-    print(text.rstrip(), file=sys.stderr)
+    text = (
+        f"note: {terminal_text(str(message))}"
+        if is_note
+        else warnings.formatwarning(message, category, filename, lineno, line)
+    )
+    print(text.rstrip(), file=file or sys.stderr)
 
 
 def _run(words: list[str]) -> int:

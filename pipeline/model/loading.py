@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
@@ -23,6 +24,7 @@ from pipeline.model.blocks import check_config, find_blocks
 from pipeline.model.fingerprints import config_digest, joined, tensors_digest
 from pipeline.model.llm import LLM
 from pipeline.model.spreading import load_sharded
+from pipeline.model.suffix import check_parts
 from pipeline.running.processes import from_first
 
 BUNDLED = "smollm2"
@@ -36,6 +38,7 @@ def load_model(
     verbose: bool = False,
     chat: bool = False,
     spread: torch.device | None = None,
+    tell: Callable[[str], Any] = warnings.warn,
 ) -> LLM:
     """Load a model for editing; never runs code that comes with the weights.
 
@@ -46,6 +49,7 @@ def load_model(
         chat: put prompts into the tokenizer's chat template, in every stage.
         spread: spread the blocks' weights over all processes (see `pipeline.running.sharding`), this one's share on
             this device; None: the whole model on the CPU.
+        tell: called with a line about weights that the config has no place for.
 
     Raises:
         UserError: when there is no such model, or it cannot be read or edited; where its config tells, before any
@@ -68,13 +72,15 @@ def load_model(
 
     def weights() -> PreTrainedModel:
         with _reading(repr(name), verbose=verbose):
-            model = _weights(source, gguf, name, dtype)
+            model = _weights(source, gguf, name, dtype, tell)
             found.append(_fingerprint(model, source, gguf, name))
             return model
 
     model = load_sharded(weights, spread, name) if spread else weights()
     print_of = from_first(found[0] if found else "") if spread else found[0]
-    return LLM(model, tokenizer, name, chat, print_of)
+    llm = LLM(model, tokenizer, name, chat, print_of)
+    check_parts(llm)
+    return llm
 
 
 def _fingerprint(model: PreTrainedModel, source: str, gguf: dict[str, str], name: str) -> str:
@@ -95,7 +101,7 @@ def _fingerprint(model: PreTrainedModel, source: str, gguf: dict[str, str], name
     tensors = (read_sealed(file, about) or b"").decode()
     if not tensors:
         loses = model.dtype in (torch.bfloat16, torch.float16) and (gguf or _stored(files) != {model.dtype})
-        tensors = tensors_digest(_weights(source, gguf, name, torch.float32) if loses else model)
+        tensors = tensors_digest(_weights(source, gguf, name, torch.float32, len) if loses else model)
         write_sealed(file, about, tensors.encode())
     return joined(model.config, tensors)
 
@@ -110,7 +116,9 @@ def _stored(files: Sequence[Path]) -> set[torch.dtype | None]:
     return found
 
 
-def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _weights(
+    source: str, gguf: dict[str, str], name: str, dtype: torch.dtype, tell: Callable[[str], Any]
+) -> PreTrainedModel:
     """The model itself, whole."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
@@ -124,6 +132,8 @@ def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
         raise UserError(f"model: {name!r} lacks {len(missing)} of its weights, such as {missing[0]}")
+    if unused := sorted(loaded[1]["unexpected_keys"]):
+        tell(f"note: {name} holds {len(unused)} weights that its config has no place for, such as {unused[0]}")
     if wrong := sorted(loaded[1]["mismatched_keys"]):
         key, found, asked = wrong[0]
         raise UserError(
