@@ -90,14 +90,14 @@ def _run(words: list[str]) -> int:
             raise
         if line is None or "--verbose" in rest or "--verbose=true" in rest:
             traceback.print_exc()
-        return launch.leave(FAILED if options else USAGE_ERROR, f"error: {line or error}")
+        return launch.leave(FAILED if options else USAGE_ERROR, f"error: {terminal_text(str(line or error))}")
     return 0
 
 
 def user_line(error: Exception) -> str | None:
     """What to tell the user of an error in one line; None when it is a fault of ours, to be shown whole."""
     if isinstance(error, UserError):
-        return terminal_text(" ".join(str(error).split()))
+        return " ".join(str(error).split())
     if re.search("No space left on device|File too large|quota exceeded", str(error)):  # libraries' errors, too
         return f"no room left on the disk while writing {getattr(error, 'filename', None) or 'the output'}"
     if isinstance(error, sqlite3.OperationalError):

@@ -23,7 +23,7 @@ from pipeline.cli import main, user_line
 from pipeline.editing.editor import choose_layers, edit
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.update import Described, WeightUpdate
-from pipeline.errors import Note, UserError
+from pipeline.errors import Note, UserError, terminal_text
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.fingerprints import sample
 from pipeline.model.llm import LLM
@@ -88,8 +88,8 @@ def told(call: Callable[[], Any]) -> str | None:
     try:
         call()
     except UserError as error:
-        line = user_line(error)
-        assert line and line.isprintable() and len(line) < 3000
+        line = terminal_text(user_line(error) or "")
+        assert line.isprintable() and 0 < len(line) < 3000
         return line
     return None
 
