@@ -40,6 +40,9 @@ def submit(options: of.SubmitCommand) -> None:
         say(f"{', '.join(parts)}; in the queue of {store.folder}: {past.counts(store).get('queued', 0)}")
         if done.left:
             say(f"{done.left} of the known ones are held back, superseded or retracted; --again queues them anew")
+        _show_facts(store, range(done.first, done.first + min(done.queued, past.NAMED)), "+")
+        if done.queued > past.NAMED:
+            say(f"  and {done.queued - past.NAMED} more, to request #{done.first + done.queued - 1}")
         _show_superseded(store, done.superseded)
 
 
@@ -47,7 +50,7 @@ def _show_superseded(store: Store, pairs: Sequence[queue.Contradiction]) -> None
     for older, newer in pairs[: past.NAMED]:
         old, new = past.request_row(store, older), past.request_row(store, newer)
         say(
-            f"  contradiction: request {older} ({old['new_answer']!r}) is superseded by {newer} "
+            f"  contradiction: request #{older} ({old['new_answer']!r}) is superseded by #{newer} "
             f"({new['new_answer']!r}): {new['prompt']}"
         )
     if len(pairs) > past.NAMED:
@@ -100,7 +103,7 @@ def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     if done.gates:
         say(f"  gates: {', '.join(map(str, done.gates))}")
     for number, reason in done.held[: past.NAMED]:
-        say(f"  held back: request {number}: {reason}")
+        say(f"  held back: request #{number}: {reason}")
     _show_superseded(store, done.superseded)
 
 
@@ -109,8 +112,8 @@ def history(options: of.HistoryCommand) -> None:
     with Store(options.store) as store:
         if options.request is not None:
             number, state = past.find(store, options.request)
-            row, events = past.request_row(store, number), past.story(store, number)
-            say(f"request {number} ({row['id']}), {state}: {row['prompt']} -> {row['new_answer']}")
+            events = past.story(store, number)
+            say(f"{state}: request {past.spelt(store, number)}")
         else:
             events = past.events(store, options.limit)
             states = ", ".join(f"{count} {state}" for state, count in sorted(past.counts(store).items())) or "none"
@@ -147,8 +150,7 @@ def show(options: of.ShowCommand) -> None:
 
 def _show_facts(store: Store, numbers: Sequence[int], mark: str) -> None:
     for number in numbers:
-        row = past.request_row(store, number)
-        say(f"{mark} {number} ({row['id']})  {row['prompt']} -> {row['new_answer']}")
+        say(f"{mark} {past.spelt(store, number)}")
 
 
 def diff(options: of.DiffCommand) -> None:
@@ -187,6 +189,8 @@ def retract(options: of.RetractCommand) -> None:
     prepare(options)
     _check(options)
     with Store(options.store) as store:
+        number, state = past.find(store, options.request)
+        say(f"to retract, {state}: request {past.spelt(store, number)}")
         done = making.retract(store, options, partial(load, options))
         if done.version is None:
             say("retracted; it was in the queue only")

@@ -50,9 +50,7 @@ def test_cases_of_weekdays(weekdays: str, expected: str) -> None:
     assert found == {*expected.split()}
 
 
-@pytest.mark.parametrize(
-    "line", ["0 3 1 * 8", "0 3 * * 5-1", "0 3 * * *-3", "0 3 * * mond", "0 3 * * 1,", "* * * *"]
-)
+@pytest.mark.parametrize("line", ["0 3 1 * 8", "0 3 * * 5-1", "0 3 * * *-3", "0 3 * * mond", "0 3 * * 1,", "* * *"])
 def test_cases_of_what_is_no_line(line: str) -> None:
     assert f"cron: {line!r} is no cron line" in refusal(lambda: trigger(line, None))
 

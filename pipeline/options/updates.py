@@ -136,7 +136,7 @@ class HistoryCommand(StoreOptions):
     """List a store's versions and what happened, or tell the story of one request."""
 
     request: str | None = None
-    """Tell the story of one request: its number in the store, or its own id."""
+    """Tell the story of one request: its id, or its number in the store as '#4'."""
     limit: Count = 20
     """How many versions and events, the latest."""
 
@@ -178,4 +178,4 @@ class RetractCommand(ProvingOptions):
     )  # of a fact that is edited back, where the store has a golden layer
     evaluation: EvaluationOptions = group(EvaluationOptions, without=("generation", "max_new_tokens", "fluency"))
     request: str
-    """A request's number in the store, or its own id."""
+    """A request's id, or its number in the store as '#4'."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,17 +17,17 @@ WHEN = "datetime({}, 'unixepoch', 'localtime')"  # in the machine's own zone
 
 
 def find(store: Store, name: str) -> tuple[int, str]:
-    """Number and state of a request, by its number or its own id; UserError when there is none, or several."""
+    """Number and state of a request, by its id, or as #4 by its number; UserError for none, or several."""
+    by_number = "number = " + name[1:] if re.fullmatch(r"#[0-9]{1,18}", name) else "FALSE"
     rows = store.database.execute(
-        "SELECT number, state, CAST(number AS TEXT) = :name AS by_number FROM requests "
-        "WHERE by_number OR id = :name ORDER BY by_number DESC, number",
-        {"name": name},
+        f"SELECT number, state FROM requests WHERE id = ? OR {by_number} ORDER BY number", (name,)
     ).fetchall()
     if not rows:
-        raise UserError(f"request: {name!r} does not exist; `history` lists what does")
-    if len(rows) > 1 and not rows[0]["by_number"]:
-        listed = ", ".join(f"{row['number']} ({row['state']})" for row in rows[:NAMED])
-        raise UserError(f"request: {len(rows)} have the id {name!r}; name one by its number: {listed}")
+        meant = f"; the number of one is written '#{name}'" if name.isdecimal() else ""
+        raise UserError(f"request: {name!r} does not exist{meant}")
+    if len(rows) > 1:
+        listed = ", ".join(f"#{row['number']} ({row['state']})" for row in rows[:NAMED])
+        raise UserError(f"request: {name!r} names {len(rows)}; name one by its number: {listed}")
     return rows[0]["number"], rows[0]["state"]
 
 
@@ -50,6 +51,12 @@ def request_row(store: Store, number: int) -> dict[str, Any]:
     """All that the database knows of a request."""
     row = store.database.execute("SELECT * FROM requests WHERE number = ?", (number,)).fetchone()
     return dict(row) | json.loads(row["content"])
+
+
+def spelt(store: Store, number: int) -> str:
+    """A request's number, id, prompt and new answer, as all commands show it."""
+    row = request_row(store, number)
+    return f"#{number} ({row['id']})  {row['prompt']} -> {row['new_answer']}"
 
 
 def story(store: Store, number: int) -> list[tuple[str, str]]:

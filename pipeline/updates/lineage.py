@@ -87,7 +87,7 @@ def _take_over(store: Store, request: int, change: Change) -> None:
     """Inside a transaction: a request is in the state that a version gave it."""
     told = {
         "applied": f"applied in version {change.version}",
-        "superseded": f"superseded by request {change.successor}",
+        "superseded": f"superseded by request #{change.successor}",
         "retracted": "retracted",
     }
     store.set_state(request, change.what, told[change.what])

@@ -30,6 +30,7 @@ class Submitted:
     """What came of a submission, in numbers of requests."""
 
     queued: int  # new ones
+    first: int  # the first one's number; the others' follow
     again: int  # queued anew
     known: int  # in the store already; they stay as they are
     left: int  # of those, what is held back, superseded or retracted
@@ -75,6 +76,7 @@ def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitt
         "FROM temp.incoming i WHERE NOT EXISTS (SELECT 1 FROM requests r WHERE r.digest = i.digest) ORDER BY place",
         place | {"submission": store.note(f"submitted in {file}: {count} requests")},
     ).rowcount
+    (newest,) = database.execute("SELECT max(number) FROM requests").fetchone()
     requeued = left if again else []
     for number, line in requeued:
         store.set_state(number, "queued", f"queued again ({file})")
@@ -85,6 +87,7 @@ def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitt
         )
     return Submitted(
         queued=queued,
+        first=(newest or 0) - queued + 1,
         again=len(requeued),
         known=count - queued - len(requeued),
         left=len(left) - len(requeued),
@@ -104,7 +107,7 @@ def _settle(store: Store, rows: Sequence[sqlite3.Row]) -> list[Contradiction]:
     """Inside a transaction: of rows that are due, those give way that a newer request is about the same fact as."""
     pairs = [(row["number"], newer) for row in rows if (newer := _newer(store, row))]
     for older, newer in pairs:
-        store.set_state(older, "superseded", f"superseded by request {newer}")
+        store.set_state(older, "superseded", f"superseded by request #{newer}")
     return pairs
 
 

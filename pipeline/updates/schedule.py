@@ -70,7 +70,8 @@ def trigger(cron: str | None, every: str | None) -> BaseTrigger:
 
 def _listed(name: str, field: str) -> str:
     """All that a field of a cron line stands for, one after another; ValueError when it is none."""
-    (least, most), names, found = FIELDS[name], NAMES.get(name, ()), []
+    (least, most), names = FIELDS[name], NAMES.get(name, ())
+    found: list[int] = []
     number = {text: str(place) for place, text in reversed([*enumerate(names)])}
     for part in field.lower().split(","):
         matched = PART.fullmatch(part)
