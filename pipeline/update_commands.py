@@ -62,7 +62,7 @@ def update(options: of.UpdateCommand) -> None:
     prepare(options)
     _check(options)
     stopping = Stopping()
-    with Store(options.store, options.model, make=True) as store, stopping.listening():
+    with Store(options.store, options.model, make=True, tell=say) as store, stopping.listening():
         _update(store, options, stopping.is_set)
 
 
@@ -73,7 +73,7 @@ def schedule(options: of.ScheduleCommand) -> None:
     when, stopping = trigger(options.cron, options.every), Stopping()
 
     def work() -> None:
-        with Store(options.store, options.model, make=True) as store:
+        with Store(options.store, options.model, make=True, tell=say) as store:
             _update(store, options, stopping.is_set)
 
     with stopping.listening():
@@ -109,7 +109,7 @@ def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
 
 def history(options: of.HistoryCommand) -> None:
     """The latest versions and events, or one request's story."""
-    with Store(options.store) as store:
+    with Store(options.store, reading=True) as store:
         if options.request is not None:
             number, state = past.find(store, options.request)
             events = past.story(store, number)
@@ -129,7 +129,7 @@ def history(options: of.HistoryCommand) -> None:
 
 def show(options: of.ShowCommand) -> None:
     """A version's figures, gates and facts."""
-    with Store(options.store) as store:
+    with Store(options.store, reading=True) as store:
         version, held = options.version, lineage.in_force(store, options.version)
         current = ", the current one" if version == store.current else ""
         say(f"version {version}{current}: {len(held)} facts; {version_folder(store.folder, version)}")
@@ -155,7 +155,7 @@ def _show_facts(store: Store, numbers: Sequence[int], mark: str) -> None:
 
 def diff(options: of.DiffCommand) -> None:
     """What one version says and another does not."""
-    with Store(options.store) as store:
+    with Store(options.store, reading=True) as store:
         gained, lost = lineage.difference(store, options.older, options.newer)
         say(f"from version {options.older} to {options.newer}: {len(gained)} facts gained, {len(lost)} lost")
         _show_facts(store, gained, "+")
@@ -175,7 +175,7 @@ def rollback(options: of.RollbackCommand) -> None:
 def verify(options: of.VerifyCommand) -> None:
     """Every version, one after another; raises UserError when any is damaged."""
     prepare(options)
-    with Store(options.store) as store:
+    with Store(options.store, reading=True) as store:
         wrong = 0
         for number, problem in past.verify(store):
             say(f"version {number}: {problem or 'as it was written, and loads'}")
@@ -188,7 +188,7 @@ def retract(options: of.RetractCommand) -> None:
     """A request that waits leaves the queue; one that is applied is edited back."""
     prepare(options)
     _check(options)
-    with Store(options.store) as store:
+    with Store(options.store, tell=say) as store:
         number, state = past.find(store, options.request)
         say(f"to retract, {state}: request {past.spelt(store, number)}")
         done = making.retract(store, options, partial(load, options))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.updates.disk import BASE, digests_of, version_folder
+from pipeline.updates.disk import BASE, content_of, digests_of, version_folder
 from pipeline.updates.store import CURRENT, Store
 
 NAMED = 5  # requests that a message spells out
@@ -48,9 +48,9 @@ def versions(store: Store, limit: int) -> list[dict[str, Any]]:
 
 
 def request_row(store: Store, number: int) -> dict[str, Any]:
-    """All that the database knows of a request."""
+    """All that the database knows of a request; UserError when its text is not what was submitted."""
     row = store.database.execute("SELECT * FROM requests WHERE number = ?", (number,)).fetchone()
-    return dict(row) | json.loads(row["content"])
+    return dict(row) | content_of(row)
 
 
 def spelt(store: Store, number: int) -> str:
@@ -61,8 +61,8 @@ def spelt(store: Store, number: int) -> str:
 
 def story(store: Store, number: int) -> list[tuple[str, str]]:
     """When and what happened to a request, from its submission on."""
-    submission = request_row(store, number)["submission"]
-    return _events(store, "request = ? OR number = ? ORDER BY number", number, submission)
+    submission = "number = (SELECT submission FROM requests WHERE number = ?)"
+    return _events(store, f"request = ? OR {submission} ORDER BY number", number, number)
 
 
 def events(store: Store, limit: int) -> list[tuple[str, str]]:
@@ -107,14 +107,17 @@ def load_version(store: Store, version: int) -> WeightUpdate | None:
 
 def verify(store: Store) -> Iterator[tuple[int, str]]:
     """Each version's number, and what is wrong with its files; empty when nothing is.
-    UserError when the database is damaged, or the link `current` is wrong.
+    UserError when the database, a request's text or the profile is damaged, or the link `current` is wrong.
     """
     for (problem,) in store.database.execute("PRAGMA integrity_check").fetchall():
         if problem != "ok":
             raise UserError(f"store: {store.folder}: the database is damaged: {problem}")
     if not (store.folder / CURRENT).is_dir():
         raise UserError(f"store: {store.folder / CURRENT}: leads nowhere")
-    for number in range(store.newest + 1):
+    store.check_profile()
+    for row in store.database.execute("SELECT * FROM requests"):
+        content_of(row)
+    for (number,) in store.database.execute("SELECT number FROM versions ORDER BY number").fetchall():
         problem = ""
         try:
             load_version(store, number)

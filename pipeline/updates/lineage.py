@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.updates.disk import METRICS, remove_unfinished, transaction, write_version
+from pipeline.updates.disk import METRICS, transaction, version_folder, write_version
 from pipeline.updates.history import check_number, check_version
 from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
@@ -38,7 +39,7 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
     The result's `version` and `superseded` are set; `retracted` are numbers of requests that go. UserError when its
     `parent` is no longer the current version, OSError when the disk has no room: nothing is published then.
     """
-    update, profile, version = result.update, result.profile, store.newest + 1
+    update, profile, version = result.update, result.profile, store.next
     assert update and profile
 
     def fill(partial: Path) -> None:
@@ -46,7 +47,6 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
         profile.save(partial)
         write_json(partial / METRICS, _metrics(result, len(retracted)))
 
-    profile.save(store.folder)  # for later batches
     files = json.dumps(write_version(store.folder, version, fill))
     try:
         with transaction(store.database) as database:
@@ -62,7 +62,8 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
             store.set_about("current", version)
             store.note(f"published version {version}")
     finally:
-        remove_unfinished(store.folder, store.newest)  # not where an interrupt falls behind the commit
+        if store.newest < version:  # an interrupt may fall behind the commit
+            shutil.rmtree(version_folder(store.folder, version))
     store.point()
     result.version = version
 
