@@ -8,16 +8,18 @@ import os
 import random
 import shutil
 import sqlite3
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny, refusal
-from teams import Team
+from teams import Team, write
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.attribution.profile import PROFILE_FILE
@@ -31,7 +33,7 @@ from pipeline.updates import LiveModel, Store, load_version, rollback, story, ve
 from pipeline.updates import live as live_module
 from pipeline.updates.disk import DATABASE, LAYOUT, connect, transaction
 from pipeline.updates.history import events, request_row
-from pipeline.updates.queue import peek
+from pipeline.updates.queue import peek, take
 
 
 @pytest.fixture(scope="module")
@@ -271,22 +273,28 @@ def test_cases_of_a_changed_profile(tiny_llm: LLM, requests: list[EditRequest], 
     assert file.read_text() == content
 
 
-def test_cases_of_a_damaged_database(team: Team, tmp_path: Path) -> None:
-    """One line, whatever byte: never a traceback."""
-    copy = tmp_path / "store"
+@pytest.mark.parametrize("times", [25, pytest.param(500, marks=pytest.mark.slow)])
+def test_cases_of_a_damaged_database(times: int, team: Team, requests: list[EditRequest], tmp_path: Path) -> None:
+    """One line, whatever bits: never a traceback, nor a version that is not what it was."""
+    copy, whole = tmp_path / "store", tmp_path / "whole.db"
     shutil.copytree(team.store.folder, copy, symlinks=True)
-    team.store.database.execute("VACUUM INTO ?", (str(tmp_path / "whole.db"),))
-    whole, chance, refusals = (tmp_path / "whole.db").read_bytes(), random.Random(0), 0
-    for name in ("-wal", "-shm"):
-        (copy / f"{DATABASE}{name}").unlink(missing_ok=True)
-    for _ in range(60):
-        broken = bytearray(whole)
+    team.store.database.execute("VACUUM INTO ?", (str(whole),))
+    file = write(tmp_path / "more.jsonl", requests[6:])
+    commands = [["history"], ["show", "2"], ["diff", "1", "2"], ["verify"], ["history", "--request", "c-Spain"]]
+    commands += [["submit", str(file)], ["rollback", "1"]]
+    chance, refusals = random.Random(times), 0
+    for _ in range(times):
+        broken = bytearray(whole.read_bytes())
         for _ in range(chance.choice((1, 8, 200))):
             broken[chance.randrange(len(broken))] ^= 1 << chance.randrange(8)
+        for name in ("-wal", "-shm"):
+            (copy / f"{DATABASE}{name}").unlink(missing_ok=True)
         (copy / DATABASE).write_bytes(broken)
-        for command in (["history"], ["show", "2"], ["verify"], ["history", "--request", "c-Spain"]):
-            refusals += main([*command, "--store", str(copy)])
-    assert refusals > 20
+        refusals += sum(main([*command, "--store", str(copy)]) for command in commands)
+        with suppress(UserError, sqlite3.Error), Store(copy) as store, store.updating():
+            take(store, 9)
+    assert refusals > times
+    assert files_of(copy / "versions" / "0002") == files_of(version_folder(team.store.folder, 2))
 
 
 def test_cases_of_reading_what_cannot_be_written(team: Team, tmp_path: Path) -> None:
@@ -420,3 +428,23 @@ def test_cases_of_who_may_read(
         assert path.stat().st_mode & 0o777 == expected & (0o777 if path.is_dir() else 0o666)
     for name in (DATABASE, f"{DATABASE}-wal", "opening.lock"):
         assert (folder / name).stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("closed", [["stdout"], ["stdout", "stderr"], ["stdin", "stdout", "stderr"]])
+def test_cases_of_streams_that_are_closed(closed: list[str], team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `>&-` does: the command is done, and says so to nobody."""
+    for name in closed:
+        monkeypatch.setattr(sys, name, None)
+    assert main(["history", "--store", str(team.store.folder)]) == 0
+    assert main(["history", "--store", str(team.store.folder / "none")]) == 1
+
+
+@pytest.mark.parametrize("command", [["history"], ["verify"], ["update"]])
+def test_cases_of_a_working_folder_that_is_gone(
+    command: list[str], refused: Callable[..., str], team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "the working folder is gone" in refused(*command, "--store", str(team.store.folder))

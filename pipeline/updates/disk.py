@@ -17,7 +17,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ PATIENCE = 120  # seconds that a writer waits for another
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a disk says that cannot lock files
 
-LAYOUT = 2  # of the tables below
+LAYOUT = 2  # of the tables below, to the letter
 # What no other index has a second copy of, which SQLite's integrity check compares.
 NAMES = "CREATE INDEX IF NOT EXISTS requests_names ON requests (id, source, effective, submission)"
 SCHEMA = """
@@ -85,6 +85,8 @@ SCHEMA = """
     CREATE INDEX events_request ON events (request);
 """
 
+TABLES = "SELECT type, name, sql FROM sqlite_master WHERE sql NOT NULL"
+
 
 def connect(file: Path, reading: bool = False) -> sqlite3.Connection:
     """Open the database, to read it only or to write; its tables are made where it is new.
@@ -110,9 +112,27 @@ def connect(file: Path, reading: bool = False) -> sqlite3.Connection:
             raise UserError(f"store: {file}: of layout {layout}; this program knows layout {LAYOUT}")
         if not reading:
             database.execute(NAMES)
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite quotes what is damaged
         raise UserError(f"store: {file}: cannot be read as a store's database ({error})") from None
     return database
+
+
+def damage(database: sqlite3.Connection) -> str:
+    """What is wrong with a database; empty when nothing is found."""
+    try:
+        found = [problem for (problem,) in database.execute("PRAGMA integrity_check") if problem != "ok"]
+        found += [f"{row[0]} names a {row[2]} that is none" for row in database.execute("PRAGMA foreign_key_check")]
+        with closing(sqlite3.connect(":memory:")) as new:
+            new.executescript(f"{SCHEMA} {NAMES}")
+            known, here = ({*map(tuple, one.execute(TABLES))} for one in (new, database))
+            found += [f"its tables are not those of layout {LAYOUT}"] if known != here else []
+        for number, files in database.execute("SELECT number, files FROM versions"):
+            found += [] if isinstance(json.loads(files), dict) else [f"files of version {number}: {files}"]
+        for name, value in database.execute("SELECT name, value FROM about WHERE name IN ('current', 'next')"):
+            found += [] if isinstance(value, int) else [f"{name}: {value!r}"]
+        return str(found[0]) if found else ""
+    except Exception as error:  # of whatever kind: it is the damage
+        return f"{type(error).__name__}: {error}"
 
 
 def _open(file: Path, mode: str) -> sqlite3.Connection:

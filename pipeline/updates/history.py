@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.updates.disk import BASE, content_of, digests_of, version_folder
+from pipeline.updates.disk import BASE, content_of, damage, digests_of, version_folder
 from pipeline.updates.store import CURRENT, Store
 
 NAMED = 5  # requests that a message spells out
@@ -109,9 +109,8 @@ def verify(store: Store) -> Iterator[tuple[int, str]]:
     """Each version's number, and what is wrong with its files; empty when nothing is.
     UserError when the database, a request's text or the profile is damaged, or the link `current` is wrong.
     """
-    for (problem,) in store.database.execute("PRAGMA integrity_check").fetchall():
-        if problem != "ok":
-            raise UserError(f"store: {store.folder}: the database is damaged: {problem}")
+    if problem := damage(store.database):
+        raise UserError(f"store: {store.folder}: the database is damaged: {problem}")
     if not (store.folder / CURRENT).is_dir():
         raise UserError(f"store: {store.folder / CURRENT}: leads nowhere")
     store.check_profile()

@@ -8,6 +8,7 @@ until the store is opened next.
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -29,6 +30,7 @@ from pipeline.updates.disk import (
     access,
     clear_unknown,
     connect,
+    damage,
     last_lost,
     locked,
     transaction,
@@ -64,13 +66,15 @@ class Store(AbstractContextManager["Store"]):
             self.database = connect(self.folder / DATABASE, reading=True)
             return
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with locked(self.folder / OPENING_LOCK):
+        with locked(self.folder / OPENING_LOCK), ExitStack() as failing:
             if not (self.folder / DATABASE).exists():
                 (self.folder / DATABASE).touch(mode=access(self.folder) & 0o666)  # its log's will be the same
             self.database = connect(self.folder / DATABASE)
+            failing.push(self)
             if self.about("model") is None:
                 self._begin(model)
             self._point()
+            failing.pop_all()
 
     def _check_folder(self, make: bool, model: str | None) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -98,8 +102,14 @@ class Store(AbstractContextManager["Store"]):
         """Let go of the database."""
         self.database.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close; UserError in place of an error that comes of a damaged database."""
+        try:
+            known = (UserError, OSError, sqlite3.OperationalError)
+            if isinstance(error, Exception) and not isinstance(error, known) and (wrong := damage(self.database)):
+                raise UserError(f"store: {self.folder}: the database is damaged: {wrong}") from error
+        finally:
+            self.close()
 
     def about(self, name: str) -> Any:
         """One thing that the store knows of itself."""
