@@ -141,7 +141,7 @@ def _from_file(file: str, known: Mapping[str, Flag], others: Collection[str]) ->
     waiting = [(str(name), value) for name, value in content.items()]
     while waiting:
         path, value = waiting.pop(0)
-        if isinstance(value, dict) and path in _groups(known):
+        if isinstance(value, dict) and path in _groups({*known, *others}):
             waiting += [(f"{path}.{name}", inner) for name, inner in value.items()]
         elif path not in others:
             yield Given(path, value, file)

@@ -121,7 +121,7 @@ def history(options: of.HistoryCommand) -> None:
             for row in past.versions(store, options.limit):
                 mark = "*" if row["number"] == store.current else " "
                 on = "the base model" if row["parent"] is None else f"on {row['parent']}"
-                figures = f"{row['applied']} applied, {row['held_back']} held back"
+                figures = f"{row['applied']} applied, {row['held_back']} held back{', pruned' * row['pruned']}"
                 say(f"{mark} {row['number']:04d}  {row['made']}  {on}, {figures}")
         for at, what in events:
             say(f"  {at}  {what}")
@@ -133,7 +133,9 @@ def show(options: of.ShowCommand) -> None:
         version, held = options.version, lineage.in_force(store, options.version)
         current = ", the current one" if version == store.current else ""
         say(f"version {version}{current}: {len(held)} facts; {version_folder(store.folder, version)}")
-        if version:
+        if version and past.check_number(store, version) is None:
+            say("  pruned: its files and figures are gone")
+        elif version:
             figures = read_metrics(store.folder, version)
             after, layers = figures["after"], ", ".join(map(str, figures["layers"]))
             say(
@@ -170,6 +172,14 @@ def rollback(options: of.RollbackCommand) -> None:
         say(f"version {options.version} is current, after {before}: {len(lost)} facts less, {len(gained)} more")
         if lost:
             say(f"the former are held back; `{program()} submit FILE --again` queues them anew")
+
+
+def prune(options: of.PruneCommand) -> None:
+    """The files of old versions go."""
+    with Store(options.store, tell=say) as store:
+        show_on_board(store)
+        gone = lineage.prune(store, options.keep or 1, options.older_than_seconds)
+        say(f"{len(gone)} versions pruned; what they changed stays in `{program()} history`")
 
 
 def verify(options: of.VerifyCommand) -> None:

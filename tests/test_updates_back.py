@@ -10,14 +10,17 @@ import torch
 from conftest import refusal
 from teams import Team, other, same
 
+from pipeline.reporting.dashboards import show_on_board
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import (
     Store,
     difference,
     in_force,
+    prune,
     read_metrics,
     rollback,
     story,
+    verify,
     version_folder,
     versions,
 )
@@ -151,3 +154,44 @@ def test_cases_of_names_that_mean_none_or_two(team: Team, requests: list[EditReq
         assert f"{name!r} does not exist" in refusal(lambda name=name: team.retract(name))
     assert "the number of one is written '#3'" in refusal(lambda: team.retract("3"))
     assert team.states() == ["queued"] * 3
+
+
+@pytest.mark.parametrize(
+    ("keep", "back_to", "gone"),
+    [(1, [], [1, 2, 3]), (2, [], [1, 2]), (9, [], []), (1, [2, 4], [1, 3]), (1, [1], [2, 3]), (1, [0], [1, 2, 3])],
+)
+def test_cases_of_pruning(
+    keep: int, back_to: list[int], gone: list[int], team: Team, requests: list[EditRequest]
+) -> None:
+    """Never the version in force, the newest, or one that was gone back to; and what was is still known."""
+    for one in requests[:4]:
+        team.submit([one])
+        team.update()
+    show_on_board(team.store)
+    for version in back_to:
+        rollback(team.store, version)
+    before = {number: in_force(team.store, number) for number in range(5)}
+    assert prune(team.store, 1, older=3600) == []
+    assert prune(team.store, keep) == gone
+    assert prune(team.store, keep) == []
+    there = [number for number in range(5) if number not in gone]
+    assert [*dict(verify(team.store)).items()] == [(number, "") for number in there]
+    assert sorted(int(path.name) for path in (team.store.folder / "versions").iterdir()) == there
+    assert {number: in_force(team.store, number) for number in range(5)} == before
+    for number in gone:
+        assert f"version: {number} was pruned" in refusal(lambda number=number: rollback(team.store, number))
+    team.submit(requests[4:5])
+    assert team.update()[0].version == 5
+    assert team.store.current == 5 and not (team.store.folder / "lost+found").exists()
+
+
+def test_cases_of_a_kill_between_pruning_and_removing(team: Team, requests: list[EditRequest]) -> None:
+    """What the database calls pruned is removed by the next update, and not kept as lost."""
+    for one in requests[:2]:
+        team.submit([one])
+        team.update()
+    team.store.database.execute("UPDATE versions SET files = 'null' WHERE number = 1")
+    team.submit(requests[2:3])
+    team.update()
+    assert sorted(path.name for path in (team.store.folder / "versions").iterdir()) == ["0000", "0002", "0003"]
+    assert not (team.store.folder / "lost+found").exists()

@@ -57,8 +57,9 @@ def quick(tmp_path: Path) -> list[str]:
 
 def of_retract(quick: list[str]) -> list[str]:
     """Those of the flags that `retract` takes."""
-    left_out = quick.index("--evaluation.max_new_tokens")
-    return quick[:left_out] + quick[left_out + 2 :]
+    left_out = {"--evaluation.max_new_tokens", "--gates.rewrite", "--gates.locality"}
+    pairs = [*zip(quick[::2], quick[1::2], strict=True)]
+    return [word for pair in pairs if pair[0] not in left_out for word in pair]
 
 
 @pytest.fixture
@@ -116,6 +117,10 @@ def test_what_a_team_does(
     said = told("generate", *at, "--prompt", "The capital of Spain is", "--max_new_tokens", "2", *CPU)
     assert "base" in said and "version 4" in said
     exported(tiny_folder, at, told, tmp_path)
+    assert "0 versions pruned" in told("prune", *at, "--older-than", "1d")
+    assert "2 versions pruned" in told("prune", *at, "--keep", "1")
+    assert told("history", *at).count("held back, pruned") == 2
+    assert "pruned: its files and figures are gone" in told("show", "2", *at)
 
 
 def exported(tiny_folder: Path, at: list[str], told: Callable[..., str], tmp_path: Path) -> None:
@@ -157,10 +162,10 @@ def test_cases_of_a_config_for_update_and_retract(tmp_path: Path) -> None:
     config = tmp_path / "update.yaml"
     words = ["--config", str(config), "--store", "x"]
     config.write_text(
-        "batch: 3\nattribution: {order: signed, method: lga}\ngates: {rewrite: 0.3}\nedit: {layers: [2]}"
+        "batch: 3\nattribution: {order: signed}\ngates: {rewrite: 0.3, drift: 0.7}\nedit: {layers: [2]}"
     )
     options = parse("retract", ["#4", *words])
-    assert (options.request, options.gates.rewrite, options.edit.layers) == ("#4", 0.3, [2])
+    assert (options.request, options.gates.drift, options.edit.layers) == ("#4", 0.7, [2])
     for line in ("dry_run: true", "bath: 3", "every: 6h"):
         config.write_text(line)
         assert f"key '{line.partition(':')[0]}' does not exist" in refusal(lambda: parse("retract", ["#4", *words]))
@@ -192,6 +197,9 @@ def test_cases_of_texts_that_yaml_reads_otherwise() -> None:
         (["rollback", "last"], ["version", "last", "a whole number"]),
         (["diff", "1"], ["NEWER"]),
         (["history", "--limit", "0"], ["limit", "0"]),
+        (["prune"], ["--keep", "--older-than"]),
+        (["prune", "--keep", "0"], ["keep", "0", "1"]),
+        (["prune", "--older-than", "last year"], ["older_than", "last year", "1d"]),
         (["export"], ["--update", "--store"]),
         (["generate", "--follow"], ["follow", "--store"]),
     ],

@@ -36,6 +36,7 @@ PATIENCE = 120  # seconds that a writer waits for another
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a disk says that cannot lock files
 
+PRUNED = "null"  # in place of a version's `files`
 LAYOUT = 2  # of the tables below, to the letter
 # What no other index has a second copy of, which SQLite's integrity check compares.
 NAMES = "CREATE INDEX IF NOT EXISTS requests_names ON requests (id, source, effective, submission)"
@@ -127,7 +128,8 @@ def damage(database: sqlite3.Connection) -> str:
             known, here = ({*map(tuple, one.execute(TABLES))} for one in (new, database))
             found += [f"its tables are not those of layout {LAYOUT}"] if known != here else []
         for number, files in database.execute("SELECT number, files FROM versions"):
-            found += [] if isinstance(json.loads(files), dict) else [f"files of version {number}: {files}"]
+            sound = files == PRUNED or isinstance(json.loads(files), dict)
+            found += [] if sound else [f"files of version {number}: {files}"]
         for name, value in database.execute("SELECT name, value FROM about WHERE name IN ('current', 'next')"):
             found += [] if isinstance(value, int) else [f"{name}: {value!r}"]
         return str(found[0]) if found else ""
@@ -234,20 +236,23 @@ def _to_disk(path: Path) -> None:
         os.close(opened)
 
 
-def clear_unknown(store: Path, known: Collection[int]) -> list[str]:
-    """Remove what an update that did not end well was writing.
+def clear_unknown(store: Path, known: Collection[int], pruned: Collection[int]) -> list[str]:
+    """Remove what was pruned, or what an update that did not end well was writing.
 
     A version that is whole, but not known, is kept in `lost+found`: an older database may have been put back. Gives
     the names of those.
     """
     lost = []
     for path in sorted((store / VERSIONS).iterdir()):
-        if path.name.isdecimal() and int(path.name) not in known and (path / UPDATE_FILE).is_file():
+        number = int(path.name) if path.name.isdecimal() else None
+        if number in known or not (number is not None or path.name.endswith(".partial")):
+            continue
+        if number in pruned or not (path / UPDATE_FILE).is_file() or number is None:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             (store / LOST).mkdir(mode=access(store), exist_ok=True)
             path.rename(store / LOST / path.name)  # the number is not given again
             lost.append(path.name)
-        elif path.name.endswith(".partial") or (path.name.isdecimal() and int(path.name) not in known):
-            shutil.rmtree(path, ignore_errors=True)
     return lost
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.updates.disk import BASE, content_of, damage, digests_of, version_folder
+from pipeline.updates.disk import BASE, PRUNED, content_of, damage, digests_of, version_folder
 from pipeline.updates.store import CURRENT, Store
 
 NAMED = 5  # requests that a message spells out
@@ -40,9 +40,9 @@ def versions(store: Store, limit: int) -> list[dict[str, Any]]:
     """The latest versions, newest first."""
     rows = store.database.execute(
         f"SELECT number, parent, {WHEN.format('made')} AS made, held_back, "
-        "(SELECT count(*) FROM changes WHERE version = number AND what = 'applied') AS applied "
-        "FROM versions ORDER BY number DESC LIMIT ?",
-        (limit,),
+        "(SELECT count(*) FROM changes WHERE version = number AND what = 'applied') AS applied, "
+        "files = ? AS pruned FROM versions ORDER BY number DESC LIMIT ?",
+        (PRUNED, limit),
     )
     return [dict(row) for row in rows]
 
@@ -75,12 +75,20 @@ def _events(store: Store, which: str, *values: int) -> list[tuple[str, str]]:
     return [tuple(row) for row in rows]
 
 
-def check_number(store: Store, version: int) -> dict[str, str]:
-    """The SHA-256 of each of a version's files, by name; UserError when there is no such version."""
+def check_there(store: Store, version: int) -> dict[str, str]:
+    """The SHA-256 of each of a version's files, by name; UserError when there is no such version, or no more."""
+    known = check_number(store, version)
+    if known is None:
+        raise UserError(f"version: {version} was pruned: its files are gone; `history` tells which are there")
+    return known
+
+
+def check_number(store: Store, version: int) -> dict[str, str] | None:
+    """The same, or None where it was pruned; UserError when there is no such version."""
     row = store.database.execute("SELECT files FROM versions WHERE number = ?", (version,)).fetchone()
     if row is None:
         raise UserError(f"version: {version} does not exist; there is 0 (the base model) to {store.newest}")
-    return dict(json.loads(row["files"]))
+    return dict(json.loads(row["files"])) if row["files"] != PRUNED else None
 
 
 def check_version(store: Store, version: int) -> None:
@@ -88,7 +96,7 @@ def check_version(store: Store, version: int) -> None:
 
     UserError names the first file that is missing, changed or in excess, or says that there is no such version.
     """
-    known, folder = check_number(store, version), version_folder(store.folder, version)
+    known, folder = check_there(store, version), version_folder(store.folder, version)
     there = digests_of(folder)
     for name in sorted(known.keys() | there.keys()):
         if name not in there:
@@ -106,7 +114,7 @@ def load_version(store: Store, version: int) -> WeightUpdate | None:
 
 
 def verify(store: Store) -> Iterator[tuple[int, str]]:
-    """Each version's number, and what is wrong with its files; empty when nothing is.
+    """The number of each version that is there, and what is wrong with its files; empty when nothing is.
     UserError when the database, a request's text or the profile is damaged, or the link `current` is wrong.
     """
     if problem := damage(store.database):
@@ -116,7 +124,8 @@ def verify(store: Store) -> Iterator[tuple[int, str]]:
     store.check_profile()
     for row in store.database.execute("SELECT * FROM requests"):
         content_of(row)
-    for (number,) in store.database.execute("SELECT number FROM versions ORDER BY number").fetchall():
+    there = "SELECT number FROM versions WHERE files <> ? ORDER BY number"
+    for (number,) in store.database.execute(there, (PRUNED,)).fetchall():
         problem = ""
         try:
             load_version(store, number)

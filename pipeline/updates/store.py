@@ -26,6 +26,7 @@ from pipeline.updates.disk import (
     BASE,
     DATABASE,
     LOST,
+    PRUNED,
     VERSIONS,
     access,
     clear_unknown,
@@ -202,15 +203,16 @@ class Store(AbstractContextManager["Store"]):
                 raise BusyError(f"store: {self.folder}: another update is at work on it") from None
             with transaction(self.database):
                 self.give_back("the update ended before it was done")
-            self._clear()
+            self.clear()
             self.point()
             self.check_profile()
             yield
 
-    def _clear(self) -> None:
-        """Remove what is half written, and keep aside, and tell, what is whole and unknown."""
-        known = {number for (number,) in self.database.execute("SELECT number FROM versions").fetchall()}
-        for name in clear_unknown(self.folder, known):
+    def clear(self) -> None:
+        """Remove what is pruned or half written, and keep aside, and tell, what is whole and unknown."""
+        rows = self.database.execute("SELECT number, files = ? FROM versions", (PRUNED,)).fetchall()
+        known, pruned = ({number for number, gone in rows if bool(gone) == side} for side in (False, True))
+        for name in clear_unknown(self.folder, known, pruned):
             told = f"version {name} is whole, but {DATABASE} does not know it: moved to {LOST}/{name}"
             with transaction(self.database):
                 self.note(told)
