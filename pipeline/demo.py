@@ -12,7 +12,7 @@ from pipeline.editing import edit
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM, fingerprint
-from pipeline.options import AttributionOptions, DemoCommand, EditOptions, StatisticsOptions
+from pipeline.options import DemoCommand, EditOptions, StatisticsOptions
 from pipeline.reporting.run_log import RunLog
 from pipeline.reporting.terminal import say, show_answers
 from pipeline.requests.answers import first_statement
@@ -41,8 +41,7 @@ def show(llm: LLM, options: DemoCommand, log: RunLog) -> None:
         "gradient that makes the old answer likelier is compared with the one that makes the new answer likelier, "
         "block by block. No edit is tried."
     )
-    by_size = AttributionOptions(order="magnitude")  # the model knows the demo's answers (see the README)
-    profile = find_golden_layer(llm, proxy, by_size, options.trainer, "demo", options.seed)
+    profile = find_golden_layer(llm, proxy, None, options.trainer, "demo", options.seed)
     log.keep_profile(profile)
 
     step(3, f"Edit block {profile.golden_layers[0]}, and nothing else")

@@ -55,12 +55,12 @@ def load(options: Any, model: str | None = None, requests: Sequence[EditRequest]
     """See that all processes were given the same, and load the model."""
     name, verbose, chat = model or options.model, options.verbose, getattr(options, "chat", False)
     if not isinstance(options, ComputeOptions):
-        return load_model(name, verbose=verbose, chat=chat)
+        return load_model(name, verbose=verbose, chat=chat, tell=say)
     trainer = options.trainer
     device = join(trainer)
     check_alike("requests", requests)
     spread = device if trainer.strategy in SHARDED else None
-    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread)
+    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread, say)
     if not spread:
         llm.model.to(device)  # type: ignore[arg-type]  # where every stage finds it
     check_alike("model", [llm.fingerprint])

@@ -24,7 +24,7 @@ from pipeline.updates.store import Store
 
 IN_OTHERS = {"UserError", "choose", "find_blocks"}
 SHOWN_ELSEWHERE = [name for name in pipeline.__all__ if name.endswith("Options") or name in IN_OTHERS]
-REAL = pytest.param("load_model", marks=pytest.mark.real_model)
+REAL = pytest.param("load_model", marks=[pytest.mark.real_model, pytest.mark.slow])
 EXAMPLES = [REAL if name == "load_model" else name for name in pipeline.__all__ if name not in SHOWN_ELSEWHERE]
 
 

@@ -95,13 +95,13 @@ def test_missing_old_answers_are_the_models_own(tiny_llm: LLM, requests: list[Ed
 
 def test_fences_set_outliers_aside() -> None:
     scores = [100.0, 3.0, 5.0, 5.0, 4.0, -100.0]
-    fenced = select(scores, fences=1.0)
+    fenced = select(scores, fences=1.0, order="signed")
     # quartiles of the six scores by linear interpolation: 3.25 and 5, so the fences are 1.5 and 6.75
     assert (fenced.low, fenced.high) == (1.5, 6.75)
     assert fenced.excluded == [0, 5]
     assert fenced.ranking == [2, 3, 4, 1], "signed, ties to the shallower block"
     assert fenced.raw_ranking == [0, 2, 3, 4, 1, 5]
-    assert select(scores, fences=0).ranking == fenced.raw_ranking
+    assert select(scores, fences=0, order="signed").ranking == fenced.raw_ranking
 
 
 def test_a_profile_comes_back_from_its_file(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
@@ -137,17 +137,20 @@ def test_reference_values_of_counterfact(smollm2: LLM) -> None:
     assert profile.ranking[:5] == [3, 4, 10, 28, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the benchmark data")
 def test_reference_ranking_of_zsre(smollm2: LLM) -> None:
-    profile = find_golden_layer(smollm2, load_requests(SHARED / "zsre_mend.json", limit=128))
+    profile = find_golden_layer(
+        smollm2, load_requests(SHARED / "zsre_mend.json", limit=128), AttributionOptions(order="signed")
+    )
     assert profile.excluded == [0, 2, 9, 11, 29]
     assert profile.ranking[:5] == [1, 28, 10, 20, 22]
 
 
 def test_magnitude_ranks_negative_scores_by_size() -> None:
     scores = [-4.0, -9.0, -1.0, -5.0]
-    assert select(scores, fences=0).ranking == [2, 0, 3, 1]
+    assert select(scores, fences=0, order="signed").ranking == [2, 0, 3, 1]
     assert select(scores, fences=0, order="magnitude").ranking == [1, 3, 0, 2]
     positive = [4.0, 9.0, 1.0, 5.0]
     assert select(positive, 1.0, "magnitude") == select(positive, 1.0, "signed")

@@ -204,7 +204,7 @@ def test_tensorboard_compares_runs_by_method_and_block(made: SimpleNamespace) ->
     row = HParamsPluginData.FromString(found["session_start_info"]).session_start_info.hparams
     assert row["method"].string_value == "finetune"
     assert [row["block"].number_value] == GoldenProfile.load(made.profile).golden_layers
-    assert row["block chosen by"].string_value == "lga, signed"
+    assert row["block chosen by"].string_value == "lga, magnitude"
     assert row["requests"].number_value == 6
     assert "epochs 3" in row["settings"].string_value and "learning_rate 0.2" in row["settings"].string_value
 

@@ -162,7 +162,7 @@ def test_three_processes_and_checkpointed_blocks(request_file: Path, text: str, 
         the_same(one, three, gpt2)
 
 
-@pytest.mark.parametrize("method", ["finetune", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("finetune", marks=pytest.mark.slow), "lora"])
 def test_an_interrupted_spread_training_goes_on(
     method: str, request_file: Path, text: str, gpt2: Path, tmp_path: Path
 ) -> None:

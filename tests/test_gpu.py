@@ -23,7 +23,7 @@ from benchmarks.bench import peak_bytes
 from pipeline.attribution.find import score_requests
 from pipeline.editing.editor import METHODS, edit
 from pipeline.editing.statistics import key_moments
-from pipeline.evaluation import evaluate
+from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.llm import LLM
 from pipeline.options import (
     AttributionOptions,
@@ -33,7 +33,7 @@ from pipeline.options import (
     StatisticsOptions,
     TrainerOptions,
 )
-from pipeline.planning import plan_memory
+from pipeline.planning.plan import plan_memory
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime

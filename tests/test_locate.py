@@ -115,9 +115,10 @@ def test_the_real_model_learns_new_facts(smollm2: LLM, tmp_path: Path) -> None:
     text, demo = tmp_path / "text.txt", load_requests("demo")
     told = "\n".join(f"{r.prompt} {r.old_answer}." for r in demo)
     text.write_text((ROOT / "README.md").read_text(encoding="utf-8") + told, encoding="utf-8")
-    asked = [demo[number] for number in (0, 25, 50, 75)]
+    asked = [demo[number] for number in (0, 25, 50)]
     others = [r.model_copy(update={"new_answer": r.old_answer}) for r in demo[1:12]]
-    options = EditOptions(method="memit", layers=[3], statistics=StatisticsOptions(text=str(text)))
+    statistics = StatisticsOptions(text=str(text), tokens=4_000)
+    options = EditOptions(method="memit", layers=[3], expert={"steps": 15}, statistics=statistics)
     before, before_others = mean_loss(smollm2, asked), mean_loss(smollm2, others)
     with edit(smollm2, asked, options=options).applied(smollm2):
         assert mean_loss(smollm2, asked) < 0.2 * before
@@ -234,16 +235,16 @@ def test_bad_input(tiny_llm: LLM, requests: list[EditRequest], options: EditOpti
 
 @pytest.mark.parametrize("method", LOCATING)
 def test_two_updates_come_out_as_one_batch(
-    method: str, tiny: LLM, requests: list[EditRequest], options: EditOptions, tmp_path: Path
+    method: str, tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, tmp_path: Path
 ) -> None:
     options.method = method
-    first = edit(tiny, requests[:3], options=options)
+    first = edit(tiny_llm, requests[:3], options=options)
     first.save(tmp_path)
-    both = edit(tiny, requests[3:], options=options, after=WeightUpdate.load(tmp_path))
+    both = edit(tiny_llm, requests[3:], options=options, after=WeightUpdate.load(tmp_path))
     assert both.requests == requests
-    together = edit(tiny, requests, options=options)
+    together = edit(tiny_llm, requests, options=options)
     for name, tensor in together.tensors.items():
-        base = tiny.model.get_parameter(name).detach()
+        base = tiny_llm.model.get_parameter(name).detach()
         assert (both.tensors[name] - tensor).norm() < 1e-2 * (tensor - base).norm()
         assert (both.tensors[name] - first.tensors[name]).norm() > 0.1 * (tensor - base).norm()
 

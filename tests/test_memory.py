@@ -179,7 +179,7 @@ def tensors_alive() -> int:
 
 @pytest.mark.parametrize("stage_name", ["lga", "gradient_norm_subject", "causal_tracing", *METHODS, "evaluate"])
 def test_nothing_of_a_run_stays(
-    stage_name: str, tiny: LLM, requests: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage_name: str, tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tensor whose graph holds hooks that hold the tensor is a ring that no collector finds."""
     monkeypatch.undo()
@@ -187,11 +187,11 @@ def test_nothing_of_a_run_stays(
     def run() -> None:
         if stage_name in METHODS:
             few = {"steps": 3} if METHODS[stage_name].solves_anew else {}
-            edit(tiny, requests, None, edit_options(tmp_path, stage_name, 1024, **few))
+            edit(tiny_llm, requests, None, edit_options(tmp_path, stage_name, 1024, **few))
         elif stage_name == "evaluate":
-            evaluate(tiny, requests, None)
+            evaluate(tiny_llm, requests, None)
         else:
-            score_requests(tiny, requests, AttributionOptions(method=stage_name, batch_size=2))
+            score_requests(tiny_llm, requests, AttributionOptions(method=stage_name, batch_size=2))
 
     run()  # what is kept between runs is kept now
     before = tensors_alive()

@@ -78,6 +78,7 @@ def test_counterfact_as_published(tmp_path: Path) -> None:
         id="3",
         prompt="Zenda Castle was built in",
         subject="Zenda Castle",
+        subject_start=0,
         new_answer="Bordavia",
         old_answer="Ruritania",
         rephrases=("Long ago. Zenda Castle stands in", "Zenda Castle belongs to"),

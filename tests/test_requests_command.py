@@ -80,8 +80,8 @@ def test_duplicates_and_contradictions_name_both_lines(tmp_path: Path, capsys: p
     other, spaced = REQUEST | {"new_answer": "Hentzau"}, REQUEST | {"prompt": "The capital  of Ruritania is "}
     elsewhere = REQUEST | {"subject": "capital"}
     rows = shown(capsys, written(tmp_path, REQUEST, spaced, elsewhere, other, other))
-    assert rows["duplicates"] == "2: line 2 as line 1, line 5 as line 4"
-    assert rows["contradictions"] == "1: line 4 ('Hentzau') against line 2 ('Zenda')"
+    assert rows["duplicates"] == "3: line 2 as line 1, line 3 as line 2, line 5 as line 4"
+    assert rows["contradictions"] == "1: line 4 ('Hentzau') against line 3 ('Zenda')"
 
 
 BAD = [REQUEST, "oh", REQUEST | {"new_answer": ""}, {"src": "a"}, REQUEST | {"id": "0"}, REQUEST]

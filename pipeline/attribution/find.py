@@ -35,7 +35,7 @@ def find_golden_layer(
     """Score every block and choose the golden ones: `score_requests`, then `choose`.
 
     Example:
-        >>> profile = find_golden_layer(llm, requests, AttributionOptions(order="magnitude"))
+        >>> profile = find_golden_layer(llm, requests, AttributionOptions(scope="down"))
         >>> profile.golden_layers == profile.ranking[:1]
         True
     """

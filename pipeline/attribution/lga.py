@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.inner_products import GRADIENT_NORM_SUBJECT, LGA, Estimator
@@ -75,10 +76,15 @@ class Attribution(Stage):
         positions = self.watch.estimator.positions
         self.watch.positions_RK = positions(batch, self.shared) if positions else None
         embeddings = self.llm.model.get_input_embeddings()
-        with embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True)):
+        with embeddings.register_forward_hook(_begin_graph):
             losses = target_losses(self.llm.model, batch)
         losses.sum().backward()
         return list(self.watch.last_scores.double().clone())
+
+
+def _begin_graph(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    """A copy of what embeddings put out, which requires a gradient: some families change theirs in place."""
+    return output.requires_grad_(True).clone()
 
 
 def tokens_of(item: Sides) -> int:

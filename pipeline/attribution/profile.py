@@ -95,10 +95,13 @@ class GoldenProfile(BaseModel):
         return f"block {golden}, chosen in {self.stability.chosen[golden]:.0%} of resamples"
 
     @property
-    def is_inverted(self) -> bool:
-        """Whether most scores are negative, so that the signed order puts the block of least reach first."""
-        negative = sum(score < 0 for score in self.scores)
-        return self.scope != "" and self.order == "signed" and negative > len(self.scores) / 2
+    def other_choice(self) -> tuple[str, int] | None:
+        """The order that was not asked for and the block that it puts first; None where that is the same block."""
+        if not self.scope:
+            return None
+        other, size = ("signed", float) if self.order == "magnitude" else ("magnitude", abs)
+        first = max(sorted(self.ranking), key=lambda block: size(self.scores[block]))
+        return (other, first) if first != self.ranking[0] else None
 
     def save(self, folder: Path) -> Path:
         """Write `golden_profile.json` into a folder, whole or not at all."""

@@ -33,7 +33,9 @@ class Selection:
     raw_ranking: list[int]
 
 
-def select(scores: Sequence[float] | NDArray[np.float64], fences: float = 1.0, order: str = "signed") -> Selection:
+def select(
+    scores: Sequence[float] | NDArray[np.float64], fences: float = 1.0, order: str = "magnitude"
+) -> Selection:
     """Rank blocks, setting aside those outside [Q1 − f·IQR, Q3 + f·IQR].
 
     The sign is the same for nearly all blocks, and says how well the model knows the old answers: well enough, and
@@ -71,7 +73,7 @@ class Stability(BaseModel):
     chosen: list[float]
 
 
-def judge(values_NL: Values, fences: float = 1.0, order: str = "signed", seed: int = 0) -> Stability:
+def judge(values_NL: Values, fences: float = 1.0, order: str = "magnitude", seed: int = 0) -> Stability:
     """Bootstrap a choice by fences and order, from each request's score of every block."""
     requests, blocks = values_NL.shape
     random = np.random.default_rng([seed, requests])

@@ -71,5 +71,5 @@ class Columns(NamedTuple):
 
 def owner(request: EditRequest) -> int:
     """A number for what a request is about, the same in every process and update."""
-    digest = hashlib.blake2b("\n".join(fact(request)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(fact(request).encode(), digest_size=8).digest()
     return int.from_bytes(digest, signed=True)

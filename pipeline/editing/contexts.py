@@ -58,11 +58,12 @@ def in_context(template: str, request: EditRequest) -> tuple[str, int]:
 
     The end is 0 for a request without a subject in its prompt.
     """
-    subject = request.subject or ""
-    before, found, _ = request.prompt.rpartition(subject) if subject else ("", "", request.prompt)
+    subject, span = request.subject or "", request.subject_span
     head, slot, _ = template.partition("{prompt}" if "{prompt}" in template else "{subject}")
-    end = len(head) + (len(before) if slot == "{prompt}" else 0) + len(found)
-    return template.format(prompt=request.prompt, subject=subject), end if found else 0
+    text = template.format(prompt=request.prompt, subject=subject)
+    if span is None:
+        return text, 0
+    return text, len(head) + (span[1] if slot == "{prompt}" else len(subject))
 
 
 def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int = 0) -> list[tuple[str, int]]:
@@ -77,8 +78,9 @@ def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int 
     names = [name for name in NAMES if name.casefold().removeprefix("the ") not in edited]
     texts = []
     for request in chance.sample(list(requests), min(len(requests), most)):
-        before, found, after = request.prompt.rpartition(request.subject) if request.subject else ("", "", "")
+        span = request.subject_span
+        before, after = (request.prompt[: span[0]], request.prompt[span[1] :]) if span else ("", " is")
         for name in chance.sample(names, min(each, len(names))):
             upto = before + name if before else name[0].upper() + name[1:]
-            texts.append((upto + (after if found else " is"), len(upto)))
+            texts.append((upto + after, len(upto)))
     return texts[:most] if len(requests) * each <= most else chance.sample(texts, min(most, len(texts)))

@@ -147,15 +147,25 @@ def restored(llm: LLM, names: Sequence[str]) -> Iterator[None]:
 
 
 def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions) -> list[int]:
-    """The blocks to edit: the options' where given, else the profile's golden layers."""
+    """The blocks to edit: the options' where given, else the profile's golden layers.
+
+    What locate-then-edit writes at a subject's token reaches later tokens through the blocks above: never the last.
+    """
+    unfit = {len(llm.blocks) - 1} if METHODS[options.method].solves_anew else set()
     if options.layers:
         llm.check_layers(options.layers)
+        if unfit & {*options.layers}:
+            raise UserError(
+                f"layers: {max(unfit)} is the last block, from which nothing that {options.method} writes at a "
+                f"subject's token reaches the answer; give one of 0 to {max(unfit) - 1}"
+            )
         return sorted(set(options.layers))
     if profile is None:
         raise UserError(f"edit: where? give --profile FILE, which `{program()} attribute` makes, or --layers N")
     llm.check_made_for("profile", profile.model, profile.fingerprint)
     llm.check_layers(profile.golden_layers)
-    return sorted(profile.golden_layers)
+    fit = [layer for layer in dict.fromkeys([*profile.golden_layers, *profile.ranking]) if layer not in unfit]
+    return sorted(fit[: len(profile.golden_layers)])
 
 
 def can_leave_out(update: WeightUpdate, requests: Sequence[EditRequest], method: str) -> bool:

@@ -20,7 +20,7 @@ from pipeline.model.llm import LLM
 from pipeline.options.editing import StatisticsOptions
 from pipeline.running.processes import of_all, world_size
 from pipeline.running.stage import Stage, run
-from pipeline.running.trainer import Runtime
+from pipeline.running.trainer import Runtime, own_precision
 
 READ_TOGETHER = 8  # windows
 
@@ -107,7 +107,8 @@ class KeyMoments(Stage):
         counts = 0 if self.again else 1
         for name, key_BTI in seen.items():  # summed when the pass is over: one that fails counts nothing
             key_NI = key_BTI.flatten(0, -2).to(torch.promote_types(key_BTI.dtype, torch.float32))
-            total_II = counts * (key_NI.T @ key_NI).double()
+            with own_precision(key_NI.device):
+                total_II = counts * (key_NI.T @ key_NI).double()
             self.sums[name] = self.sums[name] + total_II if name in self.sums else total_II
         self.count += counts * batch.numel()
         return [None] * len(batch)

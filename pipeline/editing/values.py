@@ -88,8 +88,9 @@ class ValueSearch(Stage):
     def _search(self, ids: Sequence[str], parts: Sequence[Suffixes]) -> Tensor:
         """Adam on all requests' changes at once; shape (G, O)."""
         base_GV = parts[-1].base_NV.log_softmax(-1)  # after "{subject} is"
-        scale_G1 = parts[0].output_BO.norm(dim=-1, keepdim=True)
-        unit_GO = torch.zeros_like(parts[0].output_BO).requires_grad_(True)  # changes over scale
+        output_GO = parts[0].output_BO.to(torch.promote_types(parts[0].output_BO.dtype, torch.float32))
+        scale_G1 = output_GO.norm(dim=-1, keepdim=True)
+        unit_GO = torch.zeros_like(output_GO).requires_grad_(True)  # changes over scale: Adam needs float32
         learnt_GO = torch.zeros_like(unit_GO)
         adam = torch.optim.Adam([unit_GO], lr=self.step_size)
         running, live = torch.arange(len(ids), device=unit_GO.device), True

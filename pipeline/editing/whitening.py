@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.running.sharding import on_mesh_of
+from pipeline.running.trainer import own_precision
 
 
 def whitener(moment_II: Tensor, ridge: float) -> Tensor:
@@ -56,4 +57,5 @@ class WhitenedAdam(torch.optim.Adam):
     def _whitened(self, tensor: Tensor, weight: nn.Parameter) -> Tensor:
         P, inputs = self.whiteners[weight]
         P = on_mesh_of(P.to(device=tensor.device, dtype=tensor.dtype), weight)
-        return tensor @ P if inputs == 1 else P @ tensor
+        with own_precision(tensor.device):
+            return tensor @ P if inputs == 1 else P @ tensor

@@ -79,21 +79,23 @@ class Plan:
         # by request, what the model goes on from at length
         self.long = dict(zip(chosen, questions(llm, prompts, FLUENCY_TOKENS), strict=True))
 
-    def _questions(self, llm: LLM, most: int) -> dict[str, Question]:
-        """Each different prompt is one question, with room for every answer that is looked for."""
+    def _questions(self, llm: LLM, most: int | None) -> dict[str, Question]:
+        """Each different prompt is one question, with room for every answer that is looked for: else a limit, not
+        the model, would say that it does not know one.
+        """
         answers: dict[str, list[str]] = {}
         for one in self.prompts:
             answers.setdefault(one.prompt, []).append(one.answer)
         different = list({one.answer: None for one in self.prompts})
         lengths = dict(zip(different, map(len, llm.tokens.texts(different)), strict=True))
-        asked = zip(answers.items(), questions(llm, list(answers), most), strict=True)
-        return {
-            prompt: question._replace(
-                limit=min(most, max(lengths[answer] for answer in here) + ROOM),
-                inner_ends=max(map(inner_ends, here)),
-            )
-            for (prompt, here), question in asked
-        }
+        found = {}
+        for (prompt, here), question in zip(answers.items(), questions(llm, list(answers), 1), strict=True):
+            longest = max(lengths[answer] for answer in here)
+            limit = max(longest, min(most or longest + ROOM, longest + ROOM))
+            if llm.context_length is not None:
+                limit = min(limit, llm.context_length - len(question.token_ids))
+            found[prompt] = question._replace(limit=limit, inner_ends=max(map(inner_ends, here)))
+        return found
 
     def only(self, numbers: Collection[int], kinds: Sequence[str]) -> Plan:
         """The part for some of the requests and kinds; requests keep their numbers."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
@@ -19,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.model.blocks import check_config, find_blocks
 from pipeline.model.llm import LLM
 from pipeline.model.spreading import load_sharded
+from pipeline.model.suffix import check_parts
 
 BUNDLED = "smollm2"
 # what a config that contradicts itself makes the libraries raise, beside their own errors
@@ -31,6 +33,7 @@ def load_model(
     verbose: bool = False,
     chat: bool = False,
     spread: torch.device | None = None,
+    tell: Callable[[str], Any] = warnings.warn,
 ) -> LLM:
     """Load a model for editing; never runs code that comes with the weights.
 
@@ -41,6 +44,7 @@ def load_model(
         chat: put prompts into the tokenizer's chat template, in every stage.
         spread: spread the blocks' weights over all processes (see `pipeline.running.sharding`), this one's share on
             this device; None: the whole model on the CPU.
+        tell: called with a line about weights that the config has no place for.
 
     Raises:
         UserError: when there is no such model, or it cannot be read or edited; where its config tells, before any
@@ -61,12 +65,16 @@ def load_model(
 
     def weights() -> PreTrainedModel:
         with _reading(repr(name), verbose=verbose):
-            return _weights(source, gguf, name, dtype)
+            return _weights(source, gguf, name, dtype, tell)
 
-    return LLM(load_sharded(weights, spread, name) if spread else weights(), tokenizer, name, chat)
+    llm = LLM(load_sharded(weights, spread, name) if spread else weights(), tokenizer, name, chat)
+    check_parts(llm)
+    return llm
 
 
-def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _weights(
+    source: str, gguf: dict[str, str], name: str, dtype: torch.dtype, tell: Callable[[str], Any]
+) -> PreTrainedModel:
     """The model itself, whole."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
@@ -80,6 +88,8 @@ def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
         raise UserError(f"model: {name!r} lacks {len(missing)} of its weights, such as {missing[0]}")
+    if unused := sorted(loaded[1]["unexpected_keys"]):
+        tell(f"note: {name} holds {len(unused)} weights that its config has no place for, such as {unused[0]}")
     if wrong := sorted(loaded[1]["mismatched_keys"]):
         key, found, asked = wrong[0]
         raise UserError(

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pipeline.model.activations import Activations, head_reads, wide_logits
+from pipeline.errors import UserError
+from pipeline.model.activations import Activations, head_reads, target_logits, wide_logits
 from pipeline.model.blocks import by_row
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Row, collate
+
+TRIED = 8  # tokens
+NEAR = 0.1  # of the logits' spread: what half precision may make of the same sums
 
 
 class Suffixes:
@@ -110,3 +114,23 @@ def _start(row: Row) -> int:
 def suffix_length(row: Row) -> int:
     """How many tokens of a row run again, at most one more than that."""
     return len(row.token_ids) - _start(row)
+
+
+@torch.no_grad()
+def check_parts(llm: LLM) -> None:
+    """Try parts of the model on a few tokens: UserError unless they come to what the whole model does."""
+    ids = [place % len(llm.embedding) for place in range(1, 1 + min(TRIED, llm.context_length or TRIED))]
+    row, layer = Row(ids, len(ids) - 1, (1, 1)), len(llm.blocks) // 2
+    batch, activations = collate([row]).to(llm.embedding.device), Activations(llm)
+    what = f"model: {type(llm.model).__name__}: its blocks cannot be run by themselves"
+    try:
+        with llm.frozen():
+            whole_NV = target_logits(llm.model, batch)
+            with activations.from_block(layer, activations.enter(batch.input_ids_BT, layer)):
+                upper_NV = target_logits(llm.model, batch)
+            found = {"upper blocks": upper_NV, "a text's end": Suffixes(llm, layer, [row]).base_NV}
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise UserError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())})") from error
+    for part, part_NV in found.items():
+        if not torch.allclose(part_NV, whole_NV, rtol=0, atol=NEAR * whole_NV.std().item()):
+            raise UserError(f"{what}: {part} come to other logits than the whole model")

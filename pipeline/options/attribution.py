@@ -20,8 +20,9 @@ class AttributionOptions(Options):
     """Whose weights are scored: mlp, down (the MLP's down-projection), attention or block (both)."""
     old_answers: Annotated[str, one_of("dataset", "model")] = "dataset"
     """dataset: the requests' old answers (the model's greedy answer where one is missing); model: always that."""
-    order: Annotated[str, one_of("signed", "magnitude")] = "signed"
-    """signed: the paper's ranking, by score; magnitude: by absolute score, for facts the model knows well."""
+    order: Annotated[str, one_of("magnitude", "signed")] = "magnitude"
+    """magnitude: by absolute score; signed: the paper's ranking, by score, which a model that knows the old answers
+    well turns upside down."""
     top_k: Count = 1
     """How many golden layers to name."""
     expert: dict[str, Any] = field(default_factory=dict)

@@ -122,8 +122,9 @@ class EvaluationOptions(Options):
     generation: Annotated[str, one_of("all", "prompts", "none")] = "all"
     """Whose answers the model is left to give by itself: all (prompts, rephrases, portability probes, and prompts
     after a distracting sentence), prompts, or none."""
-    max_new_tokens: Count = 16
-    """Longest greedy answer, in tokens; it ends with its statement, or 8 tokens beyond the answer looked for."""
+    max_new_tokens: Most = None
+    """The most tokens of a greedy answer, which has room for the answer looked for in any case; default: 8 more
+    than that has. It ends with its statement."""
     text: str | None = None
     """A plain text file for perplexity; default: the one that comes with the project."""
     fluency: FromZero = 0

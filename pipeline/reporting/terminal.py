@@ -71,15 +71,19 @@ def show_profile(profile: GoldenProfile) -> None:
     )
     if profile.certainty:
         say(profile.certainty)
-    if profile.is_inverted:
+    if profile.other_choice:
+        order, block = profile.other_choice
+        negative = sum(score < 0 for score in profile.scores)
         say(
-            "note: most scores are negative: the model knows the old answers well, and the signed order then "
-            "names the block of least reach; --order magnitude ranks by size"
+            f"note: --order {order} would name block {block}; {negative} of {len(profile.scores)} scores are "
+            "negative, as where a model knows the old answers well: the signed order then puts least reach first"
         )
 
 
 def show_metrics(evaluation: Evaluation) -> None:
     """The chief metrics before and after, in their groups; metrics.json and the report hold all of them."""
+    if evaluation.weights and not any(evaluation.weights.values()):
+        say("note: the edit changes no weight: every answer was as asked for, or nothing was learnt")
     intervals = screen().width >= WIDE
     heading = "{} [95%]" if intervals else "{}"
     sides = {heading.format(side): measured.metrics for side, measured in sides_of(evaluation).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 
 PUNCTUATION = "".join(sorted({*string.punctuation, *"“”‘’„«»–—…"} - {*"+#"}))  # C++ is not C#
 ARTICLE = re.compile(r"\b(a|an|the)\b")
@@ -20,7 +21,7 @@ def normalised(text: str) -> str:
 
     What has no other letters ("The", "A") keeps them.
     """
-    words = text.casefold().translate(DROPPED)
+    words = unicodedata.normalize("NFC", text).casefold().translate(DROPPED)
     return " ".join(ARTICLE.sub(" ", words).split()) or " ".join(words.split())
 
 

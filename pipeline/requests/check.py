@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.requests.readers import Reading, read_requests
 from pipeline.requests.schema import EditRequest
-from pipeline.requests.sets import fact
+from pipeline.requests.sets import alike, fact
 
 NAMED = 20  # bad records that are spelt out
 IN_A_LINE = 5  # places that are named in a line
@@ -24,7 +24,7 @@ class RequestCheck:
         self.counts: Counter[str] = Counter()
         self.probes: dict[str, Counter[str]] = {"locality": Counter(), "portability": Counter()}  # by axis
         self.found: dict[str, list[str]] = defaultdict(list)
-        self.facts: dict[tuple[str, str], tuple[str, str]] = {}  # place and new answer of the last about each
+        self.facts: dict[str, tuple[str, str]] = {}  # place and new answer of the last about each
 
     def count(self, reading: Reading) -> None:
         """Count one record."""
@@ -47,11 +47,11 @@ class RequestCheck:
     def _note_flaws(self, request: EditRequest, place: str) -> None:
         if request.subject and not request.names_subject:  # which locate-then-edit needs
             self.found["astray"].append(place)
-        if request.old_answer == request.new_answer:
+        if alike(request.old_answer, request.new_answer):
             self.found["unchanged"].append(place)
         earlier, answer = self.facts.get(fact(request), (None, None))
         self.facts[fact(request)] = place, request.new_answer
-        if earlier and answer == request.new_answer:
+        if earlier and alike(answer, request.new_answer):
             self.found["duplicates"].append(f"{place} as {earlier}")
         elif earlier:
             self.found["contradictions"].append(f"{place} ({request.new_answer!r}) against {earlier} ({answer!r})")

@@ -69,7 +69,9 @@ def from_counterfact(record: Record) -> Record:
     rewrite = _object(record, "requested_rewrite")
     fields = _renamed(record | rewrite, id="case_id", new_answer="target_new", old_answer="target_true")
     if isinstance(fields["subject"], str) and isinstance(fields["prompt"], str):
-        fields["prompt"] = fields["prompt"].replace("{}", fields["subject"])
+        prompt, subject = fields["prompt"].strip(), fields["subject"].strip()
+        fields["subject_start"] = len(prompt.rpartition("{}")[0].replace("{}", subject)) if "{}" in prompt else None
+        fields["prompt"] = prompt.replace("{}", subject)
     neighbours = _list(record, "neighborhood_prompts")
     return fields | {
         "rephrases": _list(record, "paraphrase_prompts"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
@@ -18,20 +19,34 @@ def settle(requests: Sequence[EditRequest], last_wins: bool = False) -> list[Edi
     """
     last = {fact(request): request for request in requests}
     pairs = [(request, last[fact(request)]) for request in requests]
-    lost = [(one, other) for one, other in pairs if one.new_answer != other.new_answer]
+    lost = [(one, other) for one, other in pairs if not alike(one.new_answer, other.new_answer)]
     if lost and not last_wins:
         named = [f"{one.id} ({one.new_answer!r}) and {other.id} ({other.new_answer!r})" for one, other in lost]
         more = f", and {len(named) - NAMED} more pairs" if len(named) > NAMED else ""
         raise UserError(
-            f"requests: contradict each other, same subject and prompt: {'; '.join(named[:NAMED])}{more}; "
+            f"requests: contradict each other, the same prompt: {'; '.join(named[:NAMED])}{more}; "
             "correct them, or keep the last of each with --last_wins (`run`: --edit.last_wins)"
         )
-    return [one for one, other in pairs if one.new_answer == other.new_answer]
+    return [one for one, other in pairs if alike(one.new_answer, other.new_answer)]
 
 
-def fact(request: EditRequest) -> tuple[str, str]:
-    """What a request is about: its subject and its prompt, whatever the spaces."""
-    return " ".join((request.subject or "").split()), " ".join(request.prompt.split())
+def fact(request: EditRequest) -> str:
+    """What a request is about: its prompt, whatever the spaces, and however accents are written.
+
+    Its subject is a note for us, which the model never sees.
+    """
+    return " ".join(unicodedata.normalize("NFC", request.prompt).split())
+
+
+def alike(one: str | None, other: str | None) -> bool:
+    """Whether two answers are the same but for spaces and how accents are written."""
+    texts = [" ".join(unicodedata.normalize("NFC", text or "").split()) for text in (one, other)]
+    return texts[0] == texts[1]
+
+
+def about(request: EditRequest) -> str:
+    """A request's subject, however it is written; its prompt where it names none."""
+    return unicodedata.normalize("NFC", request.subject or request.prompt).casefold()
 
 
 def split_by_subject(
@@ -52,7 +67,7 @@ def split_by_subject(
     """
     groups: dict[str, list[int]] = {}
     for index, request in enumerate(requests):
-        groups.setdefault((request.subject or request.prompt).casefold(), []).append(index)
+        groups.setdefault(about(request), []).append(index)
     if len(groups) < 2:
         raise UserError(
             f"requests: {len(requests)} with {len(groups)} different subjects cannot be split into a proxy set "

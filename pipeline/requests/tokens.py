@@ -109,13 +109,11 @@ class Tokens:
 
     def subject(self, request: EditRequest, row: Row, answer: str) -> tuple[int, int] | None:
         """Places of the first and last token of a request's subject; of several mentions the last one counts."""
-        if not request.names_subject:
+        span = request.subject_span
+        if span is None:
             return None
-        assert request.subject
-        start = request.prompt.rindex(request.subject)
         first, last = (
-            min(self.place(request.prompt, end, answer), row.target_start - 1)
-            for end in (start + 1, start + len(request.subject))
+            min(self.place(request.prompt, end, answer), row.target_start - 1) for end in (span[0] + 1, span[1])
         )
         return first, last
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class Runtime:
     def within(self, name: str) -> Runtime:
         """With a part of the work folder."""
         return replace(self, work=self.work / name if self.work else None)
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside the `with`, arithmetic is in its tensors' own precision, whatever the Trainer's is for the model."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def weights_dtype(options: TrainerOptions | None) -> torch.dtype:

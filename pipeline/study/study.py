@@ -18,6 +18,7 @@ from pipeline.files import digest, write_text
 from pipeline.model.llm import LLM
 from pipeline.options import StudyCommand
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import about
 from pipeline.running.processes import from_first
 from pipeline.running.trainer import Runtime
 from pipeline.study.grid import Grid, Row, carried_over, golden_against_optimal, selectors_compared
@@ -128,10 +129,6 @@ def selectors_of(options: StudyCommand, sweep: Sweep | None = None) -> dict[str,
 
 def parted(name: str, requests: Sequence[EditRequest], options: StudyCommand) -> RequestSet:
     """A set's first requests to be tried, and up to `proxy` others about other subjects; UserError for too few."""
-
-    def about(request: EditRequest) -> str:
-        return (request.subject or request.prompt).casefold()
-
     tried = list(requests[: options.limit])
     subjects = {about(request) for request in tried}
     proxy = [request for request in requests[options.limit :] if about(request) not in subjects][: options.proxy]
