@@ -62,7 +62,8 @@ def update(options: of.UpdateCommand) -> None:
     prepare(options)
     _check(options)
     stopping = Stopping()
-    with Store(options.store, options.model, make=True, tell=say) as store, stopping.listening():
+    dry, model = options.dry_run, options.model
+    with Store(options.store, model, make=not dry, reading=dry, tell=say) as store, stopping.listening():
         _update(store, options, stopping.is_set)
 
 
@@ -89,7 +90,8 @@ def _update(store: Store, options: of.UpdateCommand, stopping: Callable[[], bool
         say(f"{busy}; nothing to do here")
         return
     finally:
-        show_on_board(store)
+        if not options.dry_run:
+            show_on_board(store)
     if not worked:
         say(f"nothing is due in {store.folder}; {past.counts(store).get('queued', 0)} waiting for their date")
 

@@ -148,7 +148,6 @@ def test_the_config_is_the_defaults() -> None:
     from pipeline.editing.method import settings_of
 
     content = yaml.safe_load((ROOT / "configs" / "update.yaml").read_text(encoding="utf-8"))
-    content["attribution"].pop("order")  # which is said there
     options = UpdateCommand(store="x")
     assert differences(content["edit"].pop("expert"), vars(settings_of(options.edit))) == []
     assert differences(content, as_config(options)) == []
@@ -225,6 +224,8 @@ def test_what_a_store_refuses(
         ["rollback", "1"],
         ["verify"],
         ["retract", "1"],
+        ["prune", "--keep", "1"],
+        ["update", "--dry_run", "--model", str(tiny_folder)],
     ):
         assert "no such store" in refused(*command, *at)
     assert "--model" in refused("submit", str(request_file), *at)

@@ -61,7 +61,7 @@ class Store(AbstractContextManager["Store"]):
         reading: bool = False,
         tell: Callable[[str], Any] = lambda _: None,
     ) -> None:
-        self.folder, self.tell = Path(folder), tell
+        self.folder, self.reading, self.tell = Path(folder), reading, tell
         self._check_folder(make, model)
         if reading:
             self.database = connect(self.folder / DATABASE, reading=True)
@@ -137,10 +137,10 @@ class Store(AbstractContextManager["Store"]):
         if not known:
             self.check_model(name)
         llm = load(name)
-        if not known:
+        if not known and not self.reading:
             with transaction(self.database):
                 self.set_about("fingerprint", llm.fingerprint)
-        elif known != llm.fingerprint:
+        elif known and known != llm.fingerprint:
             raise UserError(f"store: {self.folder}: made for model {self.model!r} ({known}), not for {name!r}")
         return llm
 
