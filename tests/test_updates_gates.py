@@ -226,7 +226,9 @@ def test_cases_a_block_is_worth_what_its_edit_does(team: Team, requests: list[Ed
     worth = settling._worth(team.llm, 0, requests[:3], options)
     by_base = worth * 3 - whole["rewrite"].mean - whole["rephrase"].mean  # locality, held against the base
     assert 0 <= by_base <= 1
-    assert worth != settling._worth(team.llm, 2, requests[:3], options)
+    options.edit.method = "finetune"
+    options.edit.expert = {"epochs": 40, "learning_rate": 0.1, "learnt": 0.0, "whiten": 0.0, "kl": 0.0}
+    assert settling._worth(team.llm, 1, requests[:3], options) > worth + 0.1
 
 
 @given(bad=st.sets(st.integers(0, 15), max_size=5), size=st.integers(1, 16))
