@@ -158,7 +158,7 @@ class Trial:
     def _try(
         self, part: Sequence[int], profile: GoldenProfile, kinds: Sequence[str] = FOR_GATES
     ) -> tuple[Figures | None, str]:
-        """Figures of what is accepted with a part of the batch, and what that misses; if nothing, it is accepted."""
+        """Figures of what is accepted with a part of the batch, and what that misses; if nothing, it is taken."""
         try:
             update = self._edited(part, profile)
             figures = self.measure(update, part, kinds, self.accepted)
