@@ -11,19 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import refusal
+from conftest import SHARED, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from teams import OPEN, Team, other
+from teams import OPEN, Team, other, write
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing import WeightUpdate
 from pipeline.editing.editor import edit
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.evaluation.metrics import Estimate
+from pipeline.model.llm import LLM
 from pipeline.options import GateOptions, UpdateCommand
+from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
-from pipeline.updates import proving, settling, story
+from pipeline.updates import Store, proving, settling, story, submit, update
 from pipeline.updates.gates import Figures
 
 
@@ -257,3 +259,28 @@ def test_cases_few_measurements_find_what_fails(bad: set[int], size: int) -> Non
     assert trial.accepted == sorted(set(range(size)) - bad)
     beside = 1 + (2 if bad and len(bad) < size else 0)
     assert len(tried) <= beside + math.ceil(math.log2(size)) + len(bad)
+
+
+def first_facts(source: str) -> list[EditRequest]:
+    """Two dozen requests of a benchmark, or of three fields each."""
+    if source == "three fields":
+        plain = {"rephrases": (), "locality": (), "portability": (), "old_answer": None}
+        return [request.model_copy(update=plain) for request in load_requests("demo")[::8]]
+    return load_requests(SHARED / source, limit=24, offset=100)
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the benchmark data")
+@pytest.mark.parametrize("source", ["counterfact_easyedit.json", "zsre_knowedit.json", "three fields"])
+def test_cases_a_new_store_serves_its_first_user(source: str, smollm2: LLM, tmp_path: Path) -> None:
+    """Twelve facts by the defaults, and twelve more: most are published, at a block that is worth it."""
+    facts, options = first_facts(source), UpdateCommand(store=str(tmp_path / "store"), model="smollm2")
+    options.trainer.accelerator, options.evaluation.generation = "cpu", "prompts"
+    with Store(options.store, options.model, make=True) as store:
+        for version, part in enumerate((facts[:12], facts[12:]), start=1):
+            submit(store, write(tmp_path / f"{version}.jsonl", part))
+            (worked,) = update(store, options, lambda _: smollm2)
+            assert worked.version == version
+            assert len(worked.applied) >= 0.75 * len(part), [reason for _, reason in worked.held]
+            assert worked.profile and worked.profile.golden_layers[0] < 15
