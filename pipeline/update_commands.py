@@ -101,6 +101,8 @@ def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     head = f"version {done.version}" if done.version is not None else "nothing published"
     if dry_run:
         head = "dry run, nothing changed"
+    for note in done.notes:
+        say(f"note: {note}")
     say(f"{head}: {len(done.applied)} applied, {len(done.held)} held back")
     if done.gates:
         say(f"  gates: {', '.join(map(str, done.gates))}")
