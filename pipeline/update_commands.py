@@ -182,7 +182,7 @@ def prune(options: of.PruneCommand) -> None:
     """The files of old versions go."""
     with Store(options.store, tell=say) as store:
         show_on_board(store)
-        gone = lineage.prune(store, options.keep or 1, options.older_than_seconds)
+        gone = lineage.prune(store, options.keep, options.older_than_seconds)
         say(f"{len(gone)} versions pruned; what they changed stays in `{program()} history`")
 
 

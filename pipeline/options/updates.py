@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.base import NO_FLAG, Count, Most, Options, above, at_least, at_most, group
+from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, SeedOptions, TrainerOptions
 
@@ -173,14 +173,12 @@ class VerifyCommand(StoreOptions):
 class PruneCommand(StoreOptions):
     """Remove old versions' files; never those of the version in force, or of one that was gone back to."""
 
-    keep: Most = None
+    keep: Count = 20
     """How many of the latest versions keep their files."""
     older_than: str | None = None
-    """Versions that are younger keep them: 12h, 90d."""
+    """Versions that are younger keep them, too: 12h, 90d."""
 
     def check(self) -> None:
-        if self.keep is None and self.older_than is None:
-            raise UserError("prune: what? give --keep 20, --older-than 90d, or both")
         self.older_than_seconds  # noqa: B018
 
     @property
