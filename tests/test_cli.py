@@ -44,6 +44,7 @@ REQUIRED = {  # flags without which a command cannot be asked for its config
     "rollback": [*STORE, "--version", "1"],
     "verify": STORE,
     "retract": [*STORE, "--request", "1"],
+    "prune": STORE,
 }
 
 

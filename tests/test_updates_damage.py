@@ -88,6 +88,21 @@ def test_cases_of_a_bit_wherever_a_text_stands(text: bytes, team: Team, tmp_path
         assert main(["verify", "--store", str(copy)]) == 1, place
 
 
+def test_cases_of_a_store_of_an_earlier_program(team: Team, tmp_path: Path) -> None:
+    """Without the index of names, and with a profile that is no link: read as it is, mended by a write."""
+    copy = tmp_path / "store"
+    shutil.copytree(team.store.folder, copy)  # links become what they lead to
+    bare(copy).execute("DROP INDEX requests_names")
+    shutil.rmtree(copy / "current")
+    (copy / "current").symlink_to("versions/0002")
+    with Store(copy, reading=True) as store:
+        assert dict(verify(store)) == {0: "", 1: "", 2: ""}
+    with Store(copy) as store:
+        assert (copy / PROFILE_FILE).is_symlink()
+        assert dict(verify(store)) == {0: "", 1: "", 2: ""}
+        assert store.database.execute("SELECT 1 FROM sqlite_master WHERE name = 'requests_names'").fetchone()
+
+
 def test_cases_of_a_changed_profile(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
     team = Team(tiny_llm, tmp_path)
     team.submit(requests[:2])

@@ -38,7 +38,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a disk says th
 
 PRUNED = "null"  # in place of a version's `files`
 LAYOUT = 2  # of the tables below, to the letter
-# What no other index has a second copy of, which SQLite's integrity check compares.
+# What no other index holds a second copy of, for SQLite's own check; older stores get it when they are written.
 NAMES = "CREATE INDEX IF NOT EXISTS requests_names ON requests (id, source, effective, submission)"
 SCHEMA = """
     CREATE TABLE about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -86,7 +86,7 @@ SCHEMA = """
     CREATE INDEX events_request ON events (request);
 """
 
-TABLES = "SELECT type, name, sql FROM sqlite_master WHERE sql NOT NULL"
+TABLES = "SELECT type, name, sql FROM sqlite_master WHERE sql NOT NULL AND name <> 'requests_names'"
 
 
 def connect(file: Path, reading: bool = False) -> sqlite3.Connection:
@@ -124,7 +124,7 @@ def damage(database: sqlite3.Connection) -> str:
         found = [problem for (problem,) in database.execute("PRAGMA integrity_check") if problem != "ok"]
         found += [f"{row[0]} names a {row[2]} that is none" for row in database.execute("PRAGMA foreign_key_check")]
         with closing(sqlite3.connect(":memory:")) as new:
-            new.executescript(f"{SCHEMA} {NAMES}")
+            new.executescript(SCHEMA)
             known, here = ({*map(tuple, one.execute(TABLES))} for one in (new, database))
             found += [f"its tables are not those of layout {LAYOUT}"] if known != here else []
         for number, files in database.execute("SELECT number, files FROM versions"):
