@@ -88,6 +88,20 @@ def test_cases_of_a_bit_wherever_a_text_stands(text: bytes, team: Team, tmp_path
         assert main(["verify", "--store", str(copy)]) == 1, place
 
 
+@pytest.mark.parametrize("size", [0, 10, 4096])
+def test_cases_of_a_database_that_was_cut_off(size: int, team: Team, tmp_path: Path) -> None:
+    """No store without a model's name comes of it, whatever is beside it."""
+    copy = tmp_path / "store"
+    shutil.copytree(team.store.folder, copy, symlinks=True)
+    for name in ("-wal", "-shm"):
+        (copy / f"{DATABASE}{name}").unlink(missing_ok=True)
+    with (copy / DATABASE).open("r+b") as file:
+        file.truncate(size)
+    for how in ({}, {"reading": True}):
+        assert str(copy) in refusal(lambda how=how: Store(copy, **how))
+    assert main(["history", "--store", str(copy)]) == 1
+
+
 def test_cases_of_a_store_of_an_earlier_program(team: Team, tmp_path: Path) -> None:
     """Without the index of names, and with a profile that is no link: read as it is, mended by a write."""
     copy = tmp_path / "store"

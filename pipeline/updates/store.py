@@ -86,11 +86,15 @@ class Store(AbstractContextManager["Store"]):
             raise UserError(f"store: {self.folder}: no store: it holds other things, and no {DATABASE}")
         if not make:
             raise UserError(f"store: {self.folder}: no such store; `{program()} submit` makes one")
+        self._check_named(model)
+
+    def _check_named(self, model: str | None) -> None:
         if not model:
             raise UserError(f"store: {self.folder}: new; name the model that it is for with --model")
 
     def _begin(self, name: str | None) -> None:
         """Make version 0, the base model as it is, and say whose store this is."""
+        self._check_named(name)
         version_folder(self.folder, BASE).mkdir(parents=True, exist_ok=True)
         with transaction(self.database) as database:
             about = {"model": _absolute(name or ""), "fingerprint": "", "current": BASE, "next": 1}
