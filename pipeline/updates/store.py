@@ -11,7 +11,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +63,25 @@ class Store(AbstractContextManager["Store"]):
     ) -> None:
         self.folder, self.reading, self.tell = Path(folder), reading, tell
         self._check_folder(make, model)
-        if reading:
-            self.database = connect(self.folder / DATABASE, reading=True)
-            return
+        with nullcontext() if reading else self._opening(), ExitStack() as failing:
+            self.database = connect(self.folder / DATABASE, reading)
+            failing.push(self)
+            if reading or self.about("model") is not None:
+                self._check_named(self.about("model"))
+            else:
+                self._begin(model)
+            if not reading:
+                self._point()
+            failing.pop_all()
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """The only one that opens it to write, inside the `with`; a new one is its owner's alone."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with locked(self.folder / OPENING_LOCK), ExitStack() as failing:
+        with locked(self.folder / OPENING_LOCK):
             if not (self.folder / DATABASE).exists():
                 (self.folder / DATABASE).touch(mode=access(self.folder) & 0o666)  # its log's will be the same
-            self.database = connect(self.folder / DATABASE)
-            failing.push(self)
-            if self.about("model") is None:
-                self._begin(model)
-            self._point()
-            failing.pop_all()
+            yield
 
     def _check_folder(self, make: bool, model: str | None) -> None:
         if self.folder.exists() and not self.folder.is_dir():
