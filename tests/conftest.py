@@ -157,7 +157,7 @@ def team(tiny_llm: LLM, tmp_path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def made(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def two_versions(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A team with a store of two versions, for tests that leave it as it is."""
     from teams import Team
 

@@ -32,9 +32,9 @@ from pipeline.updates.queue import peek, take
 
 
 @pytest.fixture
-def team(made: Team) -> Iterator[Team]:
-    yield made
-    rollback(made.store, 2)
+def team(two_versions: Team) -> Iterator[Team]:
+    yield two_versions
+    rollback(two_versions.store, 2)
 
 
 def files(folder: Path) -> list[str]:

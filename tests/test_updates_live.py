@@ -24,9 +24,9 @@ from pipeline.updates.disk import DATABASE, LAYOUT, connect
 
 
 @pytest.fixture
-def team(made: Team) -> Iterator[Team]:
-    yield made
-    rollback(made.store, 2)
+def team(two_versions: Team) -> Iterator[Team]:
+    yield two_versions
+    rollback(two_versions.store, 2)
 
 
 def test_the_live_model_follows(team: Team, tokenizer: PreTrainedTokenizerFast) -> None:
