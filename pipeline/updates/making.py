@@ -106,7 +106,7 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
                 store.set_state(number, "retracted")
                 return BatchResult()
         if state != "applied":
-            raise UserError(f"retract: request {number} is {state}; only one that is queued or applied can go")
+            raise UserError(f"retract: request #{number} is {state}; only one that is queued or applied can go")
         return _edit_back(store, store.load_base(load, options.model), number, options)
 
 
@@ -125,7 +125,7 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     result.after = trial.measure(without, [0], KINDS)
     result.gates = result.after.gates(options.gates, OF_MODEL)
     if problem := missed(result.gates):
-        raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
+        raise UserError(f"retract: the version without request #{number} would miss a gate: {problem}")
     publish(store, result, retracted=[number])
     return result
 
