@@ -20,9 +20,21 @@ import torch
 
 from benchmarks.bench import Figures
 from pipeline import LLM, EditRequest, UserError
-from pipeline.options import UpdateCommand
+from pipeline.options import RetractCommand, UpdateCommand
 from pipeline.requests.readers import write_requests
-from pipeline.updates import BusyError, Store, counts, in_force, rollback, submit, update, verify, versions
+from pipeline.updates import (
+    BusyError,
+    Store,
+    counts,
+    in_force,
+    prune,
+    retract,
+    rollback,
+    submit,
+    update,
+    verify,
+    versions,
+)
 
 FINE, REFUSED, BUSY, FAULT = 0, 1, 3, 4
 
@@ -62,6 +74,11 @@ class Scene:
         """Work through everything that is due."""
         update(store, self.options, lambda _: self.llm)
 
+    def retract(self, store: Store, number: int) -> None:
+        """Take one request out."""
+        shared = {name: getattr(self.options, name) for name in ("store", "edit", "evaluation", "gates", "trainer")}
+        retract(store, RetractCommand(request=f"#{number}", **shared), lambda _: self.llm)
+
     def missing(self, files: int) -> int:
         """How many requests of so many files are not in force."""
         with self.open() as store:
@@ -94,8 +111,10 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_at_random(scene: Scene, kills: int, seed: int = 0) -> Figures:
-    """kill -9 children that submit, update and roll back, at random moments; then finish the work.
+def kill_at_random(scene: Scene, kills: int, seed: int = 0, seconds: float = float("inf")) -> Figures:
+    """kill -9 children that do all that changes a store, at random moments; then finish the work.
+
+    No more turns begin after so many seconds.
 
     Returns:
         lost: requests of submissions that were acknowledged, and are not in the store; or of others, but in part.
@@ -111,6 +130,9 @@ def kill_at_random(scene: Scene, kills: int, seed: int = 0) -> Figures:
     span = time.perf_counter() - started
     found = dict.fromkeys(("lost", "twice", "broken", "unfinished", "kills"), 0.0)
     for turn in range(1, kills + 1):
+        if time.perf_counter() - started > seconds:
+            kills = turn - 1
+            break
         child = forked(partial(_episode, scene, scene.files[turn], turn))
         moment = chance.uniform(0, span)
         time.sleep(moment)
@@ -129,15 +151,18 @@ def kill_at_random(scene: Scene, kills: int, seed: int = 0) -> Figures:
 
 
 def _episode(scene: Scene, file: Path, seed: int) -> None:
-    """Submit and say so, update, go back to some version, and update again."""
+    """Submit and say so, update, go back to some version, update again, take a request out, and prune."""
     chance = random.Random(seed)
     with scene.open() as store:
         submit(store, file)
         _acknowledged(file).touch()
         scene.update(store)
-        rollback(store, chance.choice([row["number"] for row in versions(store, 1000)]))
+        rollback(store, chance.choice([row["number"] for row in versions(store, 9) if not row["pruned"]]))
         submit(store, file, again=True)
         scene.update(store)
+        scene.retract(store, chance.choice(sorted(in_force(store, store.current))))
+        store.database.execute("UPDATE versions SET shown = 1")  # as TensorBoard would have it
+        prune(store, keep=2)
 
 
 def _acknowledged(file: Path) -> Path:
@@ -148,7 +173,7 @@ def _wrong(scene: Scene, files: int) -> Figures:
     """What is wrong after a kill, when so many files may have been submitted."""
     least = scene.each * sum(_acknowledged(file).exists() for file in scene.files[:files])
     try:
-        with scene.open() as store:
+        with Store(scene.options.store, reading=True) as store:
             broken = any(problem for _, problem in verify(store))
             by_state = counts(store)
             held, applied = len(in_force(store, store.current)), _applied(store)
@@ -163,9 +188,13 @@ def _wrong(scene: Scene, files: int) -> Figures:
 
 
 def _applied(store: Store) -> int:
-    """How many requests the version in force and those that it was made on applied, one twice counted twice."""
-    rows = {row["number"]: row for row in versions(store, 1000)}
-    number, applied = store.current, 0
+    """How often the version in force, and those that it was made on, applied a request less than took one out."""
+    rows = {row["number"]: row for row in versions(store, 10_000)}
+    number, line = store.current, []
     while number is not None:
-        applied, number = applied + rows[number]["applied"], rows[number]["parent"]
-    return applied
+        line.append(number)
+        number = rows[number]["parent"]
+    (applied,) = store.database.execute(
+        f"SELECT sum(iif(what = 'applied', 1, -1)) FROM changes WHERE version IN ({','.join(map(str, line))})"
+    ).fetchone()
+    return applied or 0

@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TextIO
 
 from pipeline.errors import Note, UserError, terminal_text
@@ -31,6 +32,9 @@ USAGE_ERROR, FAILED = 2, 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit code: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # whoever started this had closed it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot show ends no command
             stream.reconfigure(errors="backslashreplace")
@@ -66,6 +70,7 @@ def _run(words: list[str]) -> int:
     name, rest = (DEFAULT_COMMAND, words) if first[:1] in ("", "-") else (first, words[1:])
     options: object = None
     try:
+        _check_working_folder()
         options = parse(name, rest)
         if isinstance(options, ComputeOptions) and launch.may_start_others(options):
             from pipeline.running.processes import devices_here
@@ -94,13 +99,21 @@ def _run(words: list[str]) -> int:
     return 0
 
 
+def _check_working_folder() -> None:
+    """Raise UserError when the working folder is gone: torch would end the process over it."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError(f"the working folder is gone ({error.strerror}); change to one that exists") from None
+
+
 def user_line(error: Exception) -> str | None:
     """What to tell the user of an error in one line; None when it is a fault of ours, to be shown whole."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if re.search("No space left on device|File too large|quota exceeded", str(error)):  # libraries' errors, too
         return f"no room left on the disk while writing {getattr(error, 'filename', None) or 'the output'}"
-    if isinstance(error, sqlite3.OperationalError):
+    if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
         return f"store: the database says: {error}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"

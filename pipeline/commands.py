@@ -176,7 +176,7 @@ def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
     UserError for the base itself, which needs no export, or a version that does not exist.
     """
     assert options.store is not None
-    with Store(options.store) as store:
+    with Store(options.store, reading=True) as store:
         number = store.current if options.version is None else options.version
         found = load_version(store, number)
         if found is None:
@@ -187,7 +187,7 @@ def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
 def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
     """Answer prompts by a store's current version and, with `--follow`, by every later one."""
     assert options.store is not None
-    with Store(options.store) as store:
+    with Store(options.store, reading=True) as store:
         name = _model_of(store, options)
     llm = load(options, name)
     how: Any = {"max_new_tokens": options.max_new_tokens, "trainer": options.trainer}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
@@ -55,7 +55,7 @@ def parse(name: str, words: Sequence[str]) -> object:
     known, flagged = flags_of(name), list(_from_words(name, words))
     files = [shipped_configs()[DEFAULT_CONFIG]] if name == DEFAULT_COMMAND else []
     files += [find_config(one.value) for one in flagged if one.path == "config"]
-    given = [one for file in files for one in _from_file(str(file), known)]
+    given = [one for file in files for one in _from_file(str(file), known, _others(name))]
     values: dict[str, Given] = {}
     for one in [*given, *(one for one in flagged if one.path != "config")]:
         _enter(values, one, known)
@@ -125,8 +125,14 @@ def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
             yield Given(path, values[0])
 
 
-def _from_file(file: str, known: Mapping[str, Flag]) -> Iterator[Given]:
-    """What a config gives, groups entered; UserError when it is no YAML, or no mapping."""
+def _others(name: str) -> set[str]:
+    """What a config may say to another command that it serves, too; but for what would change nothing there."""
+    other = COMMANDS[name].shares
+    return {*flags_of(other)} - {*flags_of(name), "dry_run"} if other else set()
+
+
+def _from_file(file: str, known: Mapping[str, Flag], others: Collection[str]) -> Iterator[Given]:
+    """What a config gives, groups entered, but for `others`; UserError when it is no YAML, or no mapping."""
     try:
         content = read_yaml(read_text_file(Path(file), LARGEST_YAML))
     except (yaml.YAMLError, ValueError) as error:
@@ -136,9 +142,9 @@ def _from_file(file: str, known: Mapping[str, Flag]) -> Iterator[Given]:
     waiting = [(str(name), value) for name, value in content.items()]
     while waiting:
         path, value = waiting.pop(0)
-        if isinstance(value, dict) and path in _groups(known):
+        if isinstance(value, dict) and path in _groups({*known, *others}):
             waiting += [(f"{path}.{name}", inner) for name, inner in value.items()]
-        else:
+        elif path not in others:
             yield Given(path, value, file)
 
 

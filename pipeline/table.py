@@ -15,6 +15,7 @@ class Command(NamedTuple):
     function: str  # where it stands, below `pipeline`
     options: type  # what it takes
     words: tuple[str, ...] = ()  # the flags that bare words stand for
+    shares: str = ""  # the command whose config serves this one, too
 
     @property
     def help(self) -> str:
@@ -45,6 +46,7 @@ COMMANDS = {
     "show": Command("update_commands:show", store.ShowCommand, ("version",)),
     "diff": Command("update_commands:diff", store.DiffCommand, ("older", "newer")),
     "rollback": Command("update_commands:rollback", store.RollbackCommand, ("version",)),
+    "prune": Command("update_commands:prune", store.PruneCommand),
     "verify": Command("update_commands:verify", store.VerifyCommand),
-    "retract": Command("update_commands:retract", store.RetractCommand, ("request",)),
+    "retract": Command("update_commands:retract", store.RetractCommand, ("request",), shares="update"),
 }

@@ -40,6 +40,9 @@ def submit(options: of.SubmitCommand) -> None:
         say(f"{', '.join(parts)}; in the queue of {store.folder}: {past.counts(store).get('queued', 0)}")
         if done.left:
             say(f"{done.left} of the known ones are held back, superseded or retracted; --again queues them anew")
+        _show_facts(store, range(done.first, done.first + min(done.queued, past.NAMED)), "+")
+        if done.queued > past.NAMED:
+            say(f"  and {done.queued - past.NAMED} more, to request #{done.first + done.queued - 1}")
         _show_superseded(store, done.superseded)
 
 
@@ -47,7 +50,7 @@ def _show_superseded(store: Store, pairs: Sequence[queue.Contradiction]) -> None
     for older, newer in pairs[: past.NAMED]:
         old, new = past.request_row(store, older), past.request_row(store, newer)
         say(
-            f"  contradiction: request {older} ({old['new_answer']!r}) is superseded by {newer} "
+            f"  contradiction: request #{older} ({old['new_answer']!r}) is superseded by #{newer} "
             f"({new['new_answer']!r}): {new['prompt']}"
         )
     if len(pairs) > past.NAMED:
@@ -59,7 +62,8 @@ def update(options: of.UpdateCommand) -> None:
     prepare(options)
     _check(options)
     stopping = Stopping()
-    with Store(options.store, options.model, make=True) as store, stopping.listening():
+    dry, model = options.dry_run, options.model
+    with Store(options.store, model, make=not dry, reading=dry, tell=say) as store, stopping.listening():
         _update(store, options, stopping.is_set)
 
 
@@ -70,7 +74,7 @@ def schedule(options: of.ScheduleCommand) -> None:
     when, stopping = trigger(options.cron, options.every), Stopping()
 
     def work() -> None:
-        with Store(options.store, options.model, make=True) as store:
+        with Store(options.store, options.model, make=True, tell=say) as store:
             _update(store, options, stopping.is_set)
 
     with stopping.listening():
@@ -86,7 +90,8 @@ def _update(store: Store, options: of.UpdateCommand, stopping: Callable[[], bool
         say(f"{busy}; nothing to do here")
         return
     finally:
-        show_on_board(store)
+        if not options.dry_run:
+            show_on_board(store)
     if not worked:
         say(f"nothing is due in {store.folder}; {past.counts(store).get('queued', 0)} waiting for their date")
 
@@ -96,21 +101,23 @@ def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     head = f"version {done.version}" if done.version is not None else "nothing published"
     if dry_run:
         head = "dry run, nothing changed"
+    for note in done.notes:
+        say(f"note: {note}")
     say(f"{head}: {len(done.applied)} applied, {len(done.held)} held back")
     if done.gates:
         say(f"  gates: {', '.join(map(str, done.gates))}")
     for number, reason in done.held[: past.NAMED]:
-        say(f"  held back: request {number}: {reason}")
+        say(f"  held back: request #{number}: {reason}")
     _show_superseded(store, done.superseded)
 
 
 def history(options: of.HistoryCommand) -> None:
     """The latest versions and events, or one request's story."""
-    with Store(options.store) as store:
+    with Store(options.store, reading=True) as store:
         if options.request is not None:
             number, state = past.find(store, options.request)
-            row, events = past.request_row(store, number), past.story(store, number)
-            say(f"request {number} ({row['id']}), {state}: {row['prompt']} -> {row['new_answer']}")
+            events = past.story(store, number)
+            say(f"{state}: request {past.spelt(store, number)}")
         else:
             events = past.events(store, options.limit)
             states = ", ".join(f"{count} {state}" for state, count in sorted(past.counts(store).items())) or "none"
@@ -118,7 +125,7 @@ def history(options: of.HistoryCommand) -> None:
             for row in past.versions(store, options.limit):
                 mark = "*" if row["number"] == store.current else " "
                 on = "the base model" if row["parent"] is None else f"on {row['parent']}"
-                figures = f"{row['applied']} applied, {row['held_back']} held back"
+                figures = f"{row['applied']} applied, {row['held_back']} held back{', pruned' * row['pruned']}"
                 say(f"{mark} {row['number']:04d}  {row['made']}  {on}, {figures}")
         for at, what in events:
             say(f"  {at}  {what}")
@@ -126,11 +133,13 @@ def history(options: of.HistoryCommand) -> None:
 
 def show(options: of.ShowCommand) -> None:
     """A version's figures, gates and facts."""
-    with Store(options.store) as store:
+    with Store(options.store, reading=True) as store:
         version, held = options.version, lineage.in_force(store, options.version)
         current = ", the current one" if version == store.current else ""
         say(f"version {version}{current}: {len(held)} facts; {version_folder(store.folder, version)}")
-        if version:
+        if version and past.check_number(store, version) is None:
+            say("  pruned: its files and figures are gone")
+        elif version:
             figures = read_metrics(store.folder, version)
             after, layers = figures["after"], ", ".join(map(str, figures["layers"]))
             say(
@@ -147,13 +156,12 @@ def show(options: of.ShowCommand) -> None:
 
 def _show_facts(store: Store, numbers: Sequence[int], mark: str) -> None:
     for number in numbers:
-        row = past.request_row(store, number)
-        say(f"{mark} {number} ({row['id']})  {row['prompt']} -> {row['new_answer']}")
+        say(f"{mark} {past.spelt(store, number)}")
 
 
 def diff(options: of.DiffCommand) -> None:
     """What one version says and another does not."""
-    with Store(options.store) as store:
+    with Store(options.store, reading=True) as store:
         gained, lost = lineage.difference(store, options.older, options.newer)
         say(f"from version {options.older} to {options.newer}: {len(gained)} facts gained, {len(lost)} lost")
         _show_facts(store, gained, "+")
@@ -170,10 +178,18 @@ def rollback(options: of.RollbackCommand) -> None:
             say(f"the former are held back; `{program()} submit FILE --again` queues them anew")
 
 
+def prune(options: of.PruneCommand) -> None:
+    """The files of old versions go."""
+    with Store(options.store, tell=say) as store:
+        show_on_board(store)
+        gone = lineage.prune(store, options.keep, options.older_than_seconds)
+        say(f"{len(gone)} versions pruned; what they changed stays in `{program()} history`")
+
+
 def verify(options: of.VerifyCommand) -> None:
     """Every version, one after another; raises UserError when any is damaged."""
     prepare(options)
-    with Store(options.store) as store:
+    with Store(options.store, reading=True) as store:
         wrong = 0
         for number, problem in past.verify(store):
             say(f"version {number}: {problem or 'as it was written, and loads'}")
@@ -186,7 +202,9 @@ def retract(options: of.RetractCommand) -> None:
     """A request that waits leaves the queue; one that is applied is edited back."""
     prepare(options)
     _check(options)
-    with Store(options.store) as store:
+    with Store(options.store, tell=say) as store:
+        number, state = past.find(store, options.request)
+        say(f"to retract, {state}: request {past.spelt(store, number)}")
         done = making.retract(store, options, partial(load, options))
         if done.version is None:
             say("retracted; it was in the queue only")

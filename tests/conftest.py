@@ -156,6 +156,23 @@ def team(tiny_llm: LLM, tmp_path: Path) -> Any:
     return Team(tiny_llm, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def two_versions(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A team with a store of two versions, for tests that leave it as it is."""
+    from teams import Team
+
+    team = Team(make_tiny("llama", tokenizer), tmp_path_factory.mktemp("team"))
+    countries = ("Spain", "Norway", "Egypt", "Peru")
+    facts = [
+        EditRequest(id=f"c-{c}", prompt=f"The capital of {c} is", subject=c, new_answer="Lima", old_answer="Rome")
+        for c in countries
+    ]
+    for part in (facts[:2], facts[2:]):
+        team.submit(part)
+        team.update()
+    return team
+
+
 def make_tiny(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LLM:
     torch.manual_seed(seed)
     model = FAMILIES[family](len(tokenizer))

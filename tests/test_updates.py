@@ -104,7 +104,7 @@ def test_the_newest_in_the_queue_wins(team: Team, requests: list[EditRequest]) -
     done = team.submit([other(requests[0], "Quito"), other(requests[0], "Sofia")])
     assert [tuple(pair) for pair in done.superseded] == [(1, 4), (3, 4)]
     assert team.states() == ["superseded", "queued", "superseded", "queued"]
-    assert story(team.store, 1)[-1][1] == "superseded by request 4"
+    assert story(team.store, 1)[-1][1] == "superseded by request #4"
     (worked,) = team.update()
     assert [one.new_answer for one in worked.applied] == [requests[1].new_answer, "Sofia"]
 

@@ -10,14 +10,17 @@ import torch
 from conftest import refusal
 from teams import Team, other, same
 
+from pipeline.reporting.dashboards import show_on_board
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import (
     Store,
     difference,
     in_force,
+    prune,
     read_metrics,
     rollback,
     story,
+    verify,
     version_folder,
     versions,
 )
@@ -85,7 +88,7 @@ def test_an_update_does_not_publish_over_a_rollback(
 def test_retracting_a_located_fact_is_exact(team: Team, requests: list[EditRequest], tmp_path: Path) -> None:
     team.submit(requests[:4])
     team.update()
-    assert team.retract("3").version == 2
+    assert team.retract("#3").version == 2
     assert team.states() == ["applied", "applied", "retracted", "applied"]
     (tmp_path / "never").mkdir()
     never = Team(team.llm, tmp_path / "never")
@@ -108,7 +111,7 @@ def test_retracting_edits_a_trained_fact_back(team: Team, requests: list[EditReq
     team.options.edit.expert = {"epochs": 30, "learning_rate": 0.2, "learnt": 0.0, "whiten": 0.0, "kl": 0.0}
     team.submit(requests[:1])
     team.update()
-    done = team.retract("1")
+    done = team.retract("#1")
     before, after = done.before.metrics["rewrite"].mean, done.after.metrics["rewrite"].mean
     assert before > 0.9 > after
     assert team.states() == ["retracted"]
@@ -118,9 +121,77 @@ def test_retracting_what_is_in_the_queue(team: Team, requests: list[EditRequest]
     team.submit(requests[:2])
     assert team.retract("capital-1").version is None
     assert team.states() == ["queued", "retracted"]
-    assert "is retracted; only one that is queued or applied can go" in refusal(lambda: team.retract("2"))
+    assert "is retracted; only one that is queued or applied can go" in refusal(lambda: team.retract("#2"))
     assert "'nobody' does not exist" in refusal(lambda: team.retract("nobody"))
     team.submit([other(requests[3], "Quito", id="capital-0")])
-    assert "2 have the id 'capital-0'; name one by its number: 1 (queued), 3 (queued)" in refusal(
+    assert "'capital-0' names 2; name one by its number: #1 (queued), #3 (queued)" in refusal(
         lambda: team.retract("capital-0")
     )
+
+
+@pytest.mark.parametrize(
+    ("ids", "name", "gone"),
+    [
+        (["1", "4", "2", "3"], "4", 2),
+        (["1", "4", "2", "3"], "#4", 4),
+        (["a", "#3", "b", "c"], "#2", 2),
+        (["a", "b", "c", "٣"], "٣", 4),
+    ],
+)
+def test_cases_of_ids_and_numbers(
+    ids: list[str], name: str, gone: int, team: Team, requests: list[EditRequest]
+) -> None:
+    """A number alone is an id; the number in the store is written with a #."""
+    team.submit([one.model_copy(update={"id": id}) for one, id in zip(requests, ids, strict=False)])
+    team.retract(name)
+    assert [place for place, state in enumerate(team.states(), 1) if state == "retracted"] == [gone]
+
+
+def test_cases_of_names_that_mean_none_or_two(team: Team, requests: list[EditRequest]) -> None:
+    team.submit([one.model_copy(update={"id": id}) for one, id in zip(requests, ["a", "#1", "c"], strict=False)])
+    assert "'#1' names 2; name one by its number: #1 (queued), #2 (queued)" in refusal(lambda: team.retract("#1"))
+    for name in ("3", "#4", "#", "# 3", "#3 OR 1", "#" + "9" * 30):
+        assert f"{name!r} does not exist" in refusal(lambda name=name: team.retract(name))
+    assert "the number of one is written '#3'" in refusal(lambda: team.retract("3"))
+    assert team.states() == ["queued"] * 3
+
+
+@pytest.mark.parametrize(
+    ("keep", "back_to", "gone"),
+    [(1, [], [1, 2, 3]), (2, [], [1, 2]), (9, [], []), (1, [2, 4], [1, 3]), (1, [1], [2, 3]), (1, [0], [1, 2, 3])],
+)
+def test_cases_of_pruning(
+    keep: int, back_to: list[int], gone: list[int], team: Team, requests: list[EditRequest]
+) -> None:
+    """Never the version in force, the newest, or one that was gone back to; and what was is still known."""
+    for one in requests[:4]:
+        team.submit([one])
+        team.update()
+    show_on_board(team.store)
+    for version in back_to:
+        rollback(team.store, version)
+    before = {number: in_force(team.store, number) for number in range(5)}
+    assert prune(team.store, 1, older=3600) == []
+    assert prune(team.store, keep) == gone
+    assert prune(team.store, keep) == []
+    there = [number for number in range(5) if number not in gone]
+    assert [*dict(verify(team.store)).items()] == [(number, "") for number in there]
+    assert sorted(int(path.name) for path in (team.store.folder / "versions").iterdir()) == there
+    assert {number: in_force(team.store, number) for number in range(5)} == before
+    for number in gone:
+        assert f"version: {number} was pruned" in refusal(lambda number=number: rollback(team.store, number))
+    team.submit(requests[4:5])
+    assert team.update()[0].version == 5
+    assert team.store.current == 5 and not (team.store.folder / "lost+found").exists()
+
+
+def test_cases_of_a_kill_between_pruning_and_removing(team: Team, requests: list[EditRequest]) -> None:
+    """What the database calls pruned is removed by the next update, and not kept as lost."""
+    for one in requests[:2]:
+        team.submit([one])
+        team.update()
+    team.store.database.execute("UPDATE versions SET files = 'null' WHERE number = 1")
+    team.submit(requests[2:3])
+    team.update()
+    assert sorted(path.name for path in (team.store.folder / "versions").iterdir()) == ["0000", "0002", "0003"]
+    assert not (team.store.folder / "lost+found").exists()

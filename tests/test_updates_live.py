@@ -23,25 +23,10 @@ from pipeline.updates import live as live_module
 from pipeline.updates.disk import DATABASE, LAYOUT, connect
 
 
-@pytest.fixture(scope="module")
-def made(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Team:
-    """A store of two versions, for tests that leave it as it is."""
-    team = Team(make_tiny("llama", tokenizer), tmp_path_factory.mktemp("team"))
-    countries = ("Spain", "Norway", "Egypt", "Peru")
-    facts = [
-        EditRequest(id=f"c-{c}", prompt=f"The capital of {c} is", subject=c, new_answer="Lima", old_answer="Rome")
-        for c in countries
-    ]
-    for part in (facts[:2], facts[2:]):
-        team.submit(part)
-        team.update()
-    return team
-
-
 @pytest.fixture
-def team(made: Team) -> Iterator[Team]:
-    yield made
-    rollback(made.store, 2)
+def team(two_versions: Team) -> Iterator[Team]:
+    yield two_versions
+    rollback(two_versions.store, 2)
 
 
 def test_the_live_model_follows(team: Team, tokenizer: PreTrainedTokenizerFast) -> None:

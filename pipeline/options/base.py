@@ -202,7 +202,9 @@ def read(name: str, value: Any, kind: Any) -> Any:
     UserError when it is not of the type.
     """
     given = value
-    if isinstance(value, str) and kind is not str:
+    if isinstance(value, str) and kind == str | None:
+        value = None if value == "null" else value  # '#4' is a text here, and a comment in YAML
+    elif isinstance(value, str) and kind is not str:
         with suppress(yaml.YAMLError):
             value = read_yaml(value)
     for one in (value, given):

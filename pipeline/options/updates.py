@@ -123,11 +123,11 @@ class ScheduleCommand(UpdateCommand):
             seconds(self.every)
 
 
-def seconds(every: str) -> int:
+def seconds(every: str, name: str = "every") -> int:
     """Seconds of a length of time such as 6h; UserError when it is none."""
     found = re.fullmatch(r"([1-9]\d{0,8})([smhd])", every)
     if not found:
-        raise UserError(f"every: {every!r} is no length of time; expected such as 45s, 30m, 6h or 1d")
+        raise UserError(f"{name}: {every!r} is no length of time; expected such as 45s, 30m, 6h or 1d")
     return int(found[1]) * UNITS[found[2]]
 
 
@@ -136,7 +136,7 @@ class HistoryCommand(StoreOptions):
     """List a store's versions and what happened, or tell the story of one request."""
 
     request: str | None = None
-    """Tell the story of one request: its number in the store, or its own id."""
+    """Tell the story of one request: its id, or its number in the store as '#4'."""
     limit: Count = 20
     """How many versions and events, the latest."""
 
@@ -170,12 +170,34 @@ class VerifyCommand(StoreOptions):
 
 
 @dataclass(kw_only=True)
+class PruneCommand(StoreOptions):
+    """Remove old versions' files; never those of the version in force, or of one that was gone back to."""
+
+    keep: Count = 20
+    """How many of the latest versions keep their files."""
+    older_than: str | None = None
+    """Versions that are younger keep them, too: 12h, 90d."""
+
+    def check(self) -> None:
+        self.older_than_seconds  # noqa: B018
+
+    @property
+    def older_than_seconds(self) -> int:
+        """How old a version is at least to go."""
+        return seconds(self.older_than, "older_than") if self.older_than else 0
+
+
+@dataclass(kw_only=True)
 class RetractCommand(ProvingOptions):
     """Take a request out of the queue, or edit its fact back."""
 
     attribution: AttributionOptions = group(
-        AttributionOptions, without=("method", "layer", "scope", "order", "top_k", "expert")
-    )  # of a fact that is edited back, where the store has a golden layer
+        AttributionOptions, without=("method", "layer", "scope", "order", "top_k", "expert", "old_answers")
+    )  # none: a store with a version has a golden layer
+    trainer: TrainerOptions = group(
+        TrainerOptions, without=("devices", "num_nodes", "strategy", "activation_checkpointing")
+    )
+    gates: GateOptions = group(GateOptions, without=("rewrite", "rephrase", "locality"))  # those of a batch
     evaluation: EvaluationOptions = group(EvaluationOptions, without=("generation", "max_new_tokens", "fluency"))
     request: str
-    """A request's number in the store, or its own id."""
+    """A request's id, or its number in the store as '#4'."""

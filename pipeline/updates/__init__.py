@@ -6,7 +6,7 @@ __getattr__, __all__ = offered(
     __name__,
     {
         "history": ("counts", "find", "load_version", "story", "verify", "versions"),
-        "lineage": ("difference", "in_force", "rollback"),
+        "lineage": ("difference", "in_force", "prune", "rollback"),
         "live": ("LiveModel",),
         "making": ("retract", "update"),
         "proving": ("BatchResult",),

@@ -4,31 +4,42 @@
 
 `update.*` are a WeightUpdate's files: the base model and one read give the version, whatever went before it.
 Version 0, the base model, is an empty folder. The database logs ahead, so that submitters, servers and an update
-get along; every commit reaches the disk.
+get along; every commit reaches the disk. A new store is its owner's alone; what is added to it later can be read by
+whoever its folder lets in.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from pipeline.editing.update import UPDATE_FILE
 from pipeline.errors import UserError
 from pipeline.files import file_digest
 
 BASE = 0
-VERSIONS, METRICS = "versions", "metrics.json"
+VERSIONS, METRICS, LOST = "versions", "metrics.json", "lost+found"
 
 DATABASE = "store.db"
 APPLICATION = 0x474C5550  # "GLUP" in the file's header: a store of golden layers' updates
 PATIENCE = 120  # seconds that a writer waits for another
 
-LAYOUT = 2  # of the tables below
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a disk says that cannot lock files
+
+PRUNED = "null"  # in place of a version's `files`
+LAYOUT = 2  # of the tables below, to the letter
+# What no other index holds a second copy of, for SQLite's own check; older stores get it when they are written.
+NAMES = "CREATE INDEX IF NOT EXISTS requests_names ON requests (id, source, effective, submission)"
 SCHEMA = """
     CREATE TABLE about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 
@@ -75,17 +86,20 @@ SCHEMA = """
     CREATE INDEX events_request ON events (request);
 """
 
+TABLES = "SELECT type, name, sql FROM sqlite_master WHERE sql NOT NULL AND name <> 'requests_names'"
 
-def connect(file: Path) -> sqlite3.Connection:
-    """Open the database; its tables are made where it is new.
+
+def connect(file: Path, reading: bool = False) -> sqlite3.Connection:
+    """Open the database, to read it only or to write; its tables are made where it is new.
 
     UserError when the file is no store's database, damaged, or of another layout than this program's.
     """
     try:
-        database = sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)
-        database.row_factory = sqlite3.Row
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "cache_size = -200000"):
+        database = _open(file, "ro" if reading else "rwc")
+        for pragma in ("synchronous = FULL", "foreign_keys = ON", "cache_size = -200000"):
             database.execute(f"PRAGMA {pragma}")
+        if not reading:
+            database.execute("PRAGMA journal_mode = WAL")
         application, layout, tables = database.execute(
             "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master) "
             "FROM pragma_application_id, pragma_user_version"
@@ -97,9 +111,71 @@ def connect(file: Path) -> sqlite3.Connection:
             raise UserError(f"store: {file}: a database of another program")
         elif layout != LAYOUT:
             raise UserError(f"store: {file}: of layout {layout}; this program knows layout {LAYOUT}")
-    except sqlite3.DatabaseError as error:
+        if not reading:
+            database.execute(NAMES)
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite quotes what is damaged
         raise UserError(f"store: {file}: cannot be read as a store's database ({error})") from None
     return database
+
+
+def damage(database: sqlite3.Connection) -> str:
+    """What is wrong with a database; empty when nothing is found."""
+    try:
+        found = [problem for (problem,) in database.execute("PRAGMA integrity_check") if problem != "ok"]
+        found += [f"{row[0]} names a {row[2]} that is none" for row in database.execute("PRAGMA foreign_key_check")]
+        with closing(sqlite3.connect(":memory:")) as new:
+            new.executescript(SCHEMA)
+            known, here = ({*map(tuple, one.execute(TABLES))} for one in (new, database))
+            found += [f"its tables are not those of layout {LAYOUT}"] if known != here else []
+        for number, files in database.execute("SELECT number, files FROM versions"):
+            sound = files == PRUNED or isinstance(json.loads(files), dict)
+            found += [] if sound else [f"files of version {number}: {files}"]
+        for name, value in database.execute("SELECT name, value FROM about WHERE name IN ('current', 'next')"):
+            found += [] if isinstance(value, int) else [f"{name}: {value!r}"]
+        return str(found[0]) if found else ""
+    except Exception as error:  # of whatever kind: it is the damage
+        return f"{type(error).__name__}: {error}"
+
+
+def _open(file: Path, mode: str) -> sqlite3.Connection:
+    """A connection; on a disk that cannot be written the database is all there is, unless a writer left its log."""
+    database = sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", PATIENCE, isolation_level=None, uri=True)
+    database.row_factory = sqlite3.Row
+    database.text_factory = lambda raw: raw.decode(errors="replace")  # what is damaged, its digest tells
+    try:
+        database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        log = file.with_name(f"{file.name}-wal")
+        if mode != "ro" or (log.exists() and log.stat().st_size):
+            raise
+        database.close()
+        return _open(file, "ro&immutable=1")
+    return database
+
+
+@contextmanager
+def locked(file: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock inside the `with`; filelock.Timeout where another process has it and one is not to wait.
+
+    UserError when the disk has no locks.
+    """
+    lock = FileLock(file, mode=access(file.parent) & 0o666, blocking=wait, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        reason = f"this disk cannot lock files ({error.strerror})"
+        raise UserError(f"store: {file}: {reason}; keep the store on one that can") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def access(folder: Path) -> int:
+    """Who may do what with a folder, as `chmod` counts it."""
+    return folder.stat().st_mode & 0o777
 
 
 @contextmanager
@@ -115,7 +191,7 @@ def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     except BaseException as error:
         if database.in_transaction:  # a full disk has ended it already
             database.execute("ROLLBACK")
-        if isinstance(error, sqlite3.OperationalError):
+        if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:  # no fault of ours
             room = "; is there room on the disk?" if "disk" in str(error) else ""
             raise UserError(f"store: {DATABASE}: {error}{room}") from error
         raise
@@ -136,6 +212,7 @@ def write_version(store: Path, number: int, fill: Callable[[Path], Any]) -> dict
         fill(partial)
         digests = digests_of(partial)
         for path in [*partial.rglob("*"), partial]:
+            path.chmod(access(store) & (0o777 if path.is_dir() else 0o666))
             _to_disk(path)
         partial.rename(folder)
         _to_disk(folder.parent)
@@ -159,11 +236,44 @@ def _to_disk(path: Path) -> None:
         os.close(opened)
 
 
-def remove_unfinished(store: Path, newest: int) -> None:
-    """Remove folders that no version is known for: what an update that did not end well was writing."""
-    for path in (store / VERSIONS).iterdir():
-        if path.name.endswith(".partial") or (path.name.isdecimal() and int(path.name) > newest):
+def clear_unknown(store: Path, known: Collection[int], pruned: Collection[int]) -> list[str]:
+    """Remove what was pruned, or what an update that did not end well was writing.
+
+    A version that is whole, but not known, is kept in `lost+found`: an older database may have been put back. Gives
+    the names of those.
+    """
+    lost = []
+    for path in sorted((store / VERSIONS).iterdir()):
+        number = int(path.name) if path.name.isdecimal() else None
+        if number in known or not (number is not None or path.name.endswith(".partial")):
+            continue
+        if number in pruned or not (path / UPDATE_FILE).is_file() or number is None:
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            (store / LOST).mkdir(mode=access(store), exist_ok=True)
+            path.rename(store / LOST / path.name)  # the number is not given again
+            lost.append(path.name)
+    return lost
+
+
+def last_lost(store: Path) -> int:
+    """The highest number of a version in `lost+found`; 0 where none is."""
+    return max((int(path.name) for path in (store / LOST).glob("[0-9]*") if path.name.isdecimal()), default=BASE)
+
+
+def content_digest(content: str) -> bytes:
+    """What a request is known by: the digest of its content."""
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+
+
+def content_of(row: sqlite3.Row) -> dict[str, Any]:
+    """What a request's row holds; UserError when it is not what was submitted."""
+    if content_digest(row["content"]) != row["digest"]:
+        raise UserError(
+            f"request: #{row['number']}: changed in {DATABASE} since it was submitted (its digest differs); "
+            "submit it again, which mends it"
+        )
+    return dict(json.loads(row["content"]))
 
 
 def read_metrics(store: Path, number: int) -> dict[str, Any]:

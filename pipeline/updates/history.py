@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.updates.disk import BASE, digests_of, version_folder
+from pipeline.updates.disk import BASE, PRUNED, content_of, damage, digests_of, version_folder
 from pipeline.updates.store import CURRENT, Store
 
 NAMED = 5  # requests that a message spells out
@@ -16,17 +17,17 @@ WHEN = "datetime({}, 'unixepoch', 'localtime')"  # in the machine's own zone
 
 
 def find(store: Store, name: str) -> tuple[int, str]:
-    """Number and state of a request, by its number or its own id; UserError when there is none, or several."""
+    """Number and state of a request, by its id, or as #4 by its number; UserError for none, or several."""
+    by_number = "number = " + name[1:] if re.fullmatch(r"#[0-9]{1,18}", name) else "FALSE"
     rows = store.database.execute(
-        "SELECT number, state, CAST(number AS TEXT) = :name AS by_number FROM requests "
-        "WHERE by_number OR id = :name ORDER BY by_number DESC, number",
-        {"name": name},
+        f"SELECT number, state FROM requests WHERE id = ? OR {by_number} ORDER BY number", (name,)
     ).fetchall()
     if not rows:
-        raise UserError(f"request: {name!r} does not exist; `history` lists what does")
-    if len(rows) > 1 and not rows[0]["by_number"]:
-        listed = ", ".join(f"{row['number']} ({row['state']})" for row in rows[:NAMED])
-        raise UserError(f"request: {len(rows)} have the id {name!r}; name one by its number: {listed}")
+        meant = f"; the number of one is written '#{name}'" if name.isdecimal() else ""
+        raise UserError(f"request: {name!r} does not exist{meant}")
+    if len(rows) > 1:
+        listed = ", ".join(f"#{row['number']} ({row['state']})" for row in rows[:NAMED])
+        raise UserError(f"request: {name!r} names {len(rows)}; name one by its number: {listed}")
     return rows[0]["number"], rows[0]["state"]
 
 
@@ -39,23 +40,29 @@ def versions(store: Store, limit: int) -> list[dict[str, Any]]:
     """The latest versions, newest first."""
     rows = store.database.execute(
         f"SELECT number, parent, {WHEN.format('made')} AS made, held_back, "
-        "(SELECT count(*) FROM changes WHERE version = number AND what = 'applied') AS applied "
-        "FROM versions ORDER BY number DESC LIMIT ?",
-        (limit,),
+        "(SELECT count(*) FROM changes WHERE version = number AND what = 'applied') AS applied, "
+        "files = ? AS pruned FROM versions ORDER BY number DESC LIMIT ?",
+        (PRUNED, limit),
     )
     return [dict(row) for row in rows]
 
 
 def request_row(store: Store, number: int) -> dict[str, Any]:
-    """All that the database knows of a request."""
+    """All that the database knows of a request; UserError when its text is not what was submitted."""
     row = store.database.execute("SELECT * FROM requests WHERE number = ?", (number,)).fetchone()
-    return dict(row) | json.loads(row["content"])
+    return dict(row) | content_of(row)
+
+
+def spelt(store: Store, number: int) -> str:
+    """A request's number, id, prompt and new answer, as all commands show it."""
+    row = request_row(store, number)
+    return f"#{number} ({row['id']})  {row['prompt']} -> {row['new_answer']}"
 
 
 def story(store: Store, number: int) -> list[tuple[str, str]]:
     """When and what happened to a request, from its submission on."""
-    submission = request_row(store, number)["submission"]
-    return _events(store, "request = ? OR number = ? ORDER BY number", number, submission)
+    submission = "number = (SELECT submission FROM requests WHERE number = ?)"
+    return _events(store, f"request = ? OR {submission} ORDER BY number", number, number)
 
 
 def events(store: Store, limit: int) -> list[tuple[str, str]]:
@@ -68,12 +75,20 @@ def _events(store: Store, which: str, *values: int) -> list[tuple[str, str]]:
     return [tuple(row) for row in rows]
 
 
-def check_number(store: Store, version: int) -> dict[str, str]:
-    """The SHA-256 of each of a version's files, by name; UserError when there is no such version."""
+def check_there(store: Store, version: int) -> dict[str, str]:
+    """The SHA-256 of each of a version's files, by name; UserError when there is no such version, or no more."""
+    known = check_number(store, version)
+    if known is None:
+        raise UserError(f"version: {version} was pruned: its files are gone; `history` tells which are there")
+    return known
+
+
+def check_number(store: Store, version: int) -> dict[str, str] | None:
+    """The same, or None where it was pruned; UserError when there is no such version."""
     row = store.database.execute("SELECT files FROM versions WHERE number = ?", (version,)).fetchone()
     if row is None:
         raise UserError(f"version: {version} does not exist; there is 0 (the base model) to {store.newest}")
-    return dict(json.loads(row["files"]))
+    return dict(json.loads(row["files"])) if row["files"] != PRUNED else None
 
 
 def check_version(store: Store, version: int) -> None:
@@ -81,7 +96,7 @@ def check_version(store: Store, version: int) -> None:
 
     UserError names the first file that is missing, changed or in excess, or says that there is no such version.
     """
-    known, folder = check_number(store, version), version_folder(store.folder, version)
+    known, folder = check_there(store, version), version_folder(store.folder, version)
     there = digests_of(folder)
     for name in sorted(known.keys() | there.keys()):
         if name not in there:
@@ -99,15 +114,18 @@ def load_version(store: Store, version: int) -> WeightUpdate | None:
 
 
 def verify(store: Store) -> Iterator[tuple[int, str]]:
-    """Each version's number, and what is wrong with its files; empty when nothing is.
-    UserError when the database is damaged, or the link `current` is wrong.
+    """The number of each version that is there, and what is wrong with its files; empty when nothing is.
+    UserError when the database, a request's text or the profile is damaged, or the link `current` is wrong.
     """
-    for (problem,) in store.database.execute("PRAGMA integrity_check").fetchall():
-        if problem != "ok":
-            raise UserError(f"store: {store.folder}: the database is damaged: {problem}")
+    if problem := damage(store.database):
+        raise UserError(f"store: {store.folder}: the database is damaged: {problem}")
     if not (store.folder / CURRENT).is_dir():
         raise UserError(f"store: {store.folder / CURRENT}: leads nowhere")
-    for number in range(store.newest + 1):
+    store.check_profile()
+    for row in store.database.execute("SELECT * FROM requests"):
+        content_of(row)
+    there = "SELECT number FROM versions WHERE files <> ? ORDER BY number"
+    for (number,) in store.database.execute(there, (PRUNED,)).fetchall():
         problem = ""
         try:
             load_version(store, number)

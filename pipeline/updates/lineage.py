@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.updates.disk import METRICS, remove_unfinished, transaction, write_version
-from pipeline.updates.history import check_number, check_version
+from pipeline.updates.disk import METRICS, PRUNED, transaction, version_folder, write_version
+from pipeline.updates.history import check_number, check_there, check_version
 from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 SAME_FACT = (  # what is applied about the same fact as a request
     "SELECT o.number FROM requests n JOIN requests o USING (fact) WHERE n.number = ? AND o.state = 'applied'"
 )
+
+
+ROLLED_BACK = "rolled back to version "
 
 
 class Change(NamedTuple):
@@ -38,7 +42,7 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
     The result's `version` and `superseded` are set; `retracted` are numbers of requests that go. UserError when its
     `parent` is no longer the current version, OSError when the disk has no room: nothing is published then.
     """
-    update, profile, version = result.update, result.profile, store.newest + 1
+    update, profile, version = result.update, result.profile, store.next
     assert update and profile
 
     def fill(partial: Path) -> None:
@@ -46,7 +50,6 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
         profile.save(partial)
         write_json(partial / METRICS, _metrics(result, len(retracted)))
 
-    profile.save(store.folder)  # for later batches
     files = json.dumps(write_version(store.folder, version, fill))
     try:
         with transaction(store.database) as database:
@@ -62,7 +65,8 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
             store.set_about("current", version)
             store.note(f"published version {version}")
     finally:
-        remove_unfinished(store.folder, store.newest)  # not where an interrupt falls behind the commit
+        if store.newest < version:  # an interrupt may fall behind the commit
+            shutil.rmtree(version_folder(store.folder, version))
     store.point()
     result.version = version
 
@@ -87,7 +91,7 @@ def _take_over(store: Store, request: int, change: Change) -> None:
     """Inside a transaction: a request is in the state that a version gave it."""
     told = {
         "applied": f"applied in version {change.version}",
-        "superseded": f"superseded by request {change.successor}",
+        "superseded": f"superseded by request #{change.successor}",
         "retracted": "retracted",
     }
     store.set_state(request, change.what, told[change.what])
@@ -141,6 +145,28 @@ def difference(store: Store, older: int, newer: int) -> tuple[list[int], list[in
     return sorted(after - before), sorted(before - after)
 
 
+def prune(store: Store, keep: int = 1, older: float = 0.0) -> list[int]:
+    """Remove the files of versions that are not among the last few, and older than so many seconds.
+
+    Never those of the version in force, or of one that was gone back to. What versions changed stays known.
+    Gives the numbers of those that went. BusyError when an update is at work.
+    """
+    with store.updating():
+        with transaction(store.database) as database:
+            rows = database.execute(
+                "SELECT number FROM versions WHERE number > 0 AND number <> ? AND made <= ? AND files <> ? "
+                "AND shown AND number NOT IN (SELECT number FROM versions ORDER BY number DESC LIMIT ?) "
+                "AND ? || number NOT IN (SELECT what FROM events WHERE request IS NULL)",
+                (store.current, store.clock() - older, PRUNED, keep, ROLLED_BACK),
+            ).fetchall()
+            gone = [number for (number,) in rows]
+            database.executemany("UPDATE versions SET files = ? WHERE number = ?", [(PRUNED, one) for one in gone])
+            if gone:
+                store.note(f"pruned {len(gone)} versions: {', '.join(map(str, gone))}")
+        store.clear()
+    return gone
+
+
 def rollback(store: Store, version: int) -> tuple[list[int], list[int]]:
     """Make another version the current one; an update that is at work meanwhile will not publish over it.
 
@@ -149,6 +175,7 @@ def rollback(store: Store, version: int) -> tuple[list[int], list[int]]:
     """
     check_version(store, version)
     with transaction(store.database) as database:
+        check_there(store, version)  # still
         before = store.current
         was, shall_be = last_changes(store, before), last_changes(store, version)
         for request, change in shall_be.items():
@@ -161,6 +188,6 @@ def rollback(store: Store, version: int) -> tuple[list[int], list[int]]:
             told = f"held back (version {was[request].version} was rolled back)"
             store.set_state(request, "held back", told)
         store.set_about("current", version)
-        store.note(f"rolled back to version {version}")
+        store.note(f"{ROLLED_BACK}{version}")
     store.point()
     return difference(store, before, version)

@@ -25,6 +25,7 @@ from pipeline.updates.history import find, load_version
 from pipeline.updates.lineage import hold_back, publish
 from pipeline.updates.proving import BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
+from pipeline.updates.settling import is_clear, settle_layer
 from pipeline.updates.store import Store
 
 PROXY = 128  # requests that find the golden layer, at most
@@ -83,9 +84,9 @@ def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], option
     fitting, held = split_by_fit(llm, batch, options)
     if not fitting:
         return BatchResult(parent, held=held)
-    profile = _golden_profile(store, llm, fitting, options)
+    profile, notes = _golden_profile(store, llm, fitting, options)
     result = Trial(llm, parent, base, fitting, options).edit_and_prove(profile)
-    result.held = held + result.held
+    result.held, result.notes = held + result.held, notes
     return result
 
 
@@ -105,7 +106,7 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
                 store.set_state(number, "retracted")
                 return BatchResult()
         if state != "applied":
-            raise UserError(f"retract: request {number} is {state}; only one that is queued or applied can go")
+            raise UserError(f"retract: request #{number} is {state}; only one that is queued or applied can go")
         return _edit_back(store, store.load_base(load, options.model), number, options)
 
 
@@ -114,14 +115,17 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     base = load_version(store, parent)
     assert base
     request = next(one for one in base.requests if number_of(one) == number)
-    trial, profile = Trial(llm, parent, base, [request], options), _golden_profile(store, llm, [request], options)
+    trial, (profile, _) = (
+        Trial(llm, parent, base, [request], options),
+        _golden_profile(store, llm, [request], options),
+    )
     with trial.timed("edit"):
         without = _without(llm, base, request, profile, options)
     result = BatchResult(parent, update=without, before=trial.before, profile=profile, seconds=trial.seconds)
     result.after = trial.measure(without, [0], KINDS)
     result.gates = result.after.gates(options.gates, OF_MODEL)
     if problem := missed(result.gates):
-        raise UserError(f"retract: the version without request {number} would miss a gate: {problem}")
+        raise UserError(f"retract: the version without request #{number} would miss a gate: {problem}")
     publish(store, result, retracted=[number])
     return result
 
@@ -139,13 +143,18 @@ def _without(
 
 def _golden_profile(
     store: Store, llm: LLM, requests: Sequence[EditRequest], options: ProvingOptions
-) -> GoldenProfile:
-    """Where to edit: the profile of the options, else the store's, else one found with these requests."""
-    given = getattr(options, "profile", None)
+) -> tuple[GoldenProfile, list[str]]:
+    """Where to edit: the profile of the options, else the store's, else one found with these requests, and settled
+    by trial edits where they leave it unclear; and what is to be said of that.
+    """
+    given, notes = getattr(options, "profile", None), []
     if given or (store.folder / PROFILE_FILE).is_file():
         profile = GoldenProfile.load(given or store.folder)
     else:
         answered = [request for request in requests if request.old_answer] or list(requests)
         profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.trainer, "the queue")
+        if not options.edit.layers and not is_clear(profile):
+            profile, note = settle_layer(llm, profile, requests, options)
+            notes.append(note)
     choose_layers(llm, profile, options.edit)
-    return profile
+    return profile, notes

@@ -1,4 +1,4 @@
-"""One batch: edited on top of the version in force, measured, and where a gate fails, halved and tried again."""
+"""One batch: edited on top of the version in force, measured, and where a gate fails, tried in parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import fact
-from pipeline.updates.gates import OF_MODEL, Figures, Gate, missed
+from pipeline.updates.gates import OF_BATCH, OF_MODEL, Figures, Gate, missed
 from pipeline.updates.queue import Contradiction, number_of
 
 FOR_GATES = ("probes", "text")  # the kinds of measurement that gates need
@@ -47,6 +47,7 @@ class BatchResult:
     seconds: dict[str, float] = field(default_factory=dict)  # of editing and of measuring
     version: int | None = None  # what was published
     superseded: list[Contradiction] = field(default_factory=list)  # which requests gave way to newer ones
+    notes: list[str] = field(default_factory=list)  # on where it was edited
 
 
 def split_by_fit(
@@ -83,6 +84,7 @@ class Trial:
         self.whole: WeightUpdate | None = None  # with all of the batch in it
         self.accepted: list[int] = []  # places in the batch
         self.held: list[HeldBack] = []
+        self.each: list[dict[int, float]] = []  # by gate, what each request reached when last measured
         self.evaluator = Evaluator(llm, batch, options.evaluation, options.trainer)
         self.earlier = self._earlier_facts()
         with self.timed("evaluation"):
@@ -116,39 +118,56 @@ class Trial:
     def edit_and_prove(self, profile: GoldenProfile) -> BatchResult:
         """Edit the batch at the golden layer and hold it against the gates.
 
-        It is tried whole, and in halves where that misses a gate, each on top of the parts that passed; what misses
-        one alone is held back.
+        Where the whole misses one, the requests are ordered by what it did for each; the most of them that pass
+        together are looked for by halving, and the others tried one by one on top: about log₂ n + failures
+        measurements. What misses a gate alone is held back.
         """
         result = BatchResult(self.parent, held=self.held, profile=profile, seconds=self.seconds)
-        after = self._try_part(range(len(self.batch)), profile)
+        everything = list(range(len(self.batch)))
+        after, reason = self._try(everything, profile, KINDS)  # the whole mostly passes: once is enough
+        if reason:
+            self._try_parts(everything, profile, reason)
         if self.accepted:
             result.applied = [self.batch[place] for place in self.accepted]
-            result.update, result.before, result.after = self.update, self.before, after
-            if after is None:  # it was halved
+            result.update, result.before = self.update, self.before
+            if reason:
                 result.before = self.measure(self.base, self.accepted, KINDS)
-                result.after = after = self.measure(self.update, self.accepted, KINDS)
-            result.gates = after.gates(self.options.gates)
+                after = self.measure(self.update, self.accepted, KINDS)
+            assert after
+            result.after, result.gates = after, after.gates(self.options.gates)
         return result
 
-    def _try_part(self, part: Sequence[int], profile: GoldenProfile) -> Figures | None:
-        """Accept a part of the batch and give its figures, or halve it, or hold a single request back."""
-        kinds = KINDS if len(part) == len(self.batch) else FOR_GATES  # the whole mostly passes: once is enough
+    def _try_parts(self, places: Sequence[int], profile: GoldenProfile, reason: str) -> None:
+        """Accept what passes of a batch that misses a gate, and hold back what does not."""
+        order = sorted(places, key=lambda place: -sum(values.get(place, 0.0) for values in self.each))
+        passing, failing, alone = 0, len(order), {tuple(order): reason}
+        while failing - passing > 1:
+            middle = (passing + failing) // 2
+            held, (self.accepted, self.update) = (self.accepted, self.update), ([], self.base)
+            _, missing = self._try(order[:middle], profile)
+            if missing:
+                failing, (self.accepted, self.update) = middle, held
+                alone[tuple(order[:middle])] = missing
+            else:
+                passing = middle
+        for place in order[passing:]:
+            missing = alone.get((place,)) or self._try([place], profile)[1]
+            if missing:
+                self.held.append(HeldBack(number_of(self.batch[place]), missing))
+
+    def _try(
+        self, part: Sequence[int], profile: GoldenProfile, kinds: Sequence[str] = FOR_GATES
+    ) -> tuple[Figures | None, str]:
+        """Figures of what is accepted with a part of the batch, and what that misses; if nothing, it is taken."""
         try:
             update = self._edited(part, profile)
             figures = self.measure(update, part, kinds, self.accepted)
-            reason = missed(figures.gates(self.options.gates))
         except UserError as error:
-            reason = str(error)
+            return None, str(error)
+        reason = missed(figures.gates(self.options.gates))
         if not reason:
-            self.accepted = sorted([*self.accepted, *part])
-            self.update = update
-            return figures
-        if len(part) == 1:
-            self.held.append(HeldBack(number_of(self.batch[part[0]]), reason))
-            return None
-        for half in (part[: len(part) // 2], part[len(part) // 2 :]):
-            self._try_part(half, profile)
-        return None
+            self.accepted, self.update = sorted([*self.accepted, *part]), update
+        return figures, reason
 
     def _edited(self, part: Sequence[int], profile: GoldenProfile) -> WeightUpdate:
         """The version in force with the accepted requests and a part of the others."""
@@ -180,8 +199,10 @@ class Trial:
         if accepted:
             earlier.append(self.evaluator.only(accepted, ("probes",)))
         with self.timed("evaluation"), update.applied(self.llm) if update else nullcontext():
-            metrics = self.evaluator.only(places, kinds).measure("Measuring the batch").metrics
+            found = self.evaluator.only(places, kinds).measure("Measuring the batch")
             rewrites = [one.measure("Earlier facts").metrics["rewrite"] for one in earlier]
+        metrics = found.metrics
+        self.each = [found.values[name].values for name in OF_BATCH if name in found.values]
         count = sum(rewrite.count for rewrite in rewrites)
         changes = relative_changes(self.llm, update) if update else {}
         return Figures(

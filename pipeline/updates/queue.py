@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -11,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.editing.columns import owner
+from pipeline.errors import UserError
 from pipeline.requests.readers import stream_requests
 from pipeline.requests.schema import EditRequest
-from pipeline.updates.disk import transaction
+from pipeline.updates.disk import content_digest, content_of, transaction
 from pipeline.updates.store import Store
 
 Contradiction = tuple[int, int]  # two requests about one fact: the older's number, and the newer's, which wins
@@ -30,6 +29,7 @@ class Submitted:
     """What came of a submission, in numbers of requests."""
 
     queued: int  # new ones
+    first: int  # the first one's number; the others' follow
     again: int  # queued anew
     known: int  # in the store already; they stay as they are
     left: int  # of those, what is held back, superseded or retracted
@@ -58,8 +58,7 @@ def submit(
 def _rows(file: str | Path, source: str | None) -> Iterator[tuple[str, str | None, str, bytes, int]]:
     for request in stream_requests(file):
         content = request.model_dump_json(exclude={"id", "source"}, exclude_defaults=True)
-        digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
-        yield request.id, source or request.source, content, digest, owner(request)
+        yield request.id, source or request.source, content, content_digest(content), owner(request)
 
 
 def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitted:
@@ -68,6 +67,10 @@ def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitt
     (count,) = database.execute("SELECT count(*) FROM temp.incoming").fetchone()
     store.set_about("next", first + count)
     place = {"first": first, "not_before": not_before, "effective": max(now, not_before)}
+    database.execute(  # what was damaged since
+        "UPDATE requests SET content = i.content, fact = i.fact FROM temp.incoming i "
+        "WHERE i.digest = requests.digest AND (i.content <> requests.content OR i.fact <> requests.fact)"
+    )
     left = _left(store)
     queued = database.execute(
         "INSERT INTO requests (id, source, content, digest, fact, submission, not_before, effective, position) "
@@ -75,6 +78,7 @@ def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitt
         "FROM temp.incoming i WHERE NOT EXISTS (SELECT 1 FROM requests r WHERE r.digest = i.digest) ORDER BY place",
         place | {"submission": store.note(f"submitted in {file}: {count} requests")},
     ).rowcount
+    (newest,) = database.execute("SELECT max(number) FROM requests").fetchone()
     requeued = left if again else []
     for number, line in requeued:
         store.set_state(number, "queued", f"queued again ({file})")
@@ -85,6 +89,7 @@ def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitt
         )
     return Submitted(
         queued=queued,
+        first=(newest or 0) - queued + 1,
         again=len(requeued),
         known=count - queued - len(requeued),
         left=len(left) - len(requeued),
@@ -104,7 +109,7 @@ def _settle(store: Store, rows: Sequence[sqlite3.Row]) -> list[Contradiction]:
     """Inside a transaction: of rows that are due, those give way that a newer request is about the same fact as."""
     pairs = [(row["number"], newer) for row in rows if (newer := _newer(store, row))]
     for older, newer in pairs:
-        store.set_state(older, "superseded", f"superseded by request {newer}")
+        store.set_state(older, "superseded", f"superseded by request #{newer}")
     return pairs
 
 
@@ -113,11 +118,17 @@ def take(store: Store, most: int) -> tuple[list[EditRequest], list[Contradiction
 
     Of due requests about one fact the newest is taken and the others are superseded, as is a due one that is older
     than what is applied. Gives the requests, their ids beginning with their numbers, and which others gave way.
+    What is damaged is held back, and told.
     """
     superseded: list[Contradiction] = []
     with transaction(store.database):
-        while given_way := _settle(store, rows := due(store, most)):
+        done = False
+        while not done:
+            rows = due(store, most)
+            whole = [row for row in rows if _is_whole(store, row)]
+            given_way = _settle(store, whole)
             superseded += given_way
+            done = len(rows) == len(whole) and not given_way
         for row in rows:
             store.set_state(row["number"], "taken")
     return [_request(row) for row in rows], superseded
@@ -125,7 +136,19 @@ def take(store: Store, most: int) -> tuple[list[EditRequest], list[Contradiction
 
 def peek(store: Store, most: int) -> list[EditRequest]:
     """The next batch as `take` would take it, left where it is."""
+    store.check_profile()
     return [_request(row) for row in due(store, most) if not _newer(store, row)]
+
+
+def _is_whole(store: Store, row: sqlite3.Row) -> bool:
+    """Inside a transaction: whether a row holds what was submitted; it is held back where it does not."""
+    try:
+        content_of(row)
+    except UserError as error:
+        store.set_state(row["number"], "held back", f"held back ({error})")
+        store.tell(f"held back: {error}")
+        return False
+    return True
 
 
 def due(store: Store, most: int = -1, which: str = "") -> list[sqlite3.Row]:
@@ -150,7 +173,7 @@ def _newer(store: Store, row: sqlite3.Row) -> int | None:
 
 def _request(row: sqlite3.Row) -> EditRequest:
     """A row as the request that it holds; its id begins with its number, so that no two are alike."""
-    fields = json.loads(row["content"]) | {"id": f"{row['number']}:{row['id']}", "source": row["source"]}
+    fields = content_of(row) | {"id": f"{row['number']}:{row['id']}", "source": row["source"]}
     return EditRequest.model_validate(fields)
 
 

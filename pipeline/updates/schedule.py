@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from apscheduler.triggers.base import BaseTrigger
+from apscheduler.triggers.combining import OrTrigger
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
@@ -19,7 +20,12 @@ from pipeline.errors import UserError
 from pipeline.options.updates import seconds
 from pipeline.running.interrupts import interrupts
 
-WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat", "sun")  # cron's 0 to 7; APScheduler's 0 is Monday
+FIELDS = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "day_of_week": (0, 7)}
+NAMES = {
+    "month": ("", "jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"),
+    "day_of_week": ("sun", "mon", "tue", "wed", "thu", "fri", "sat", "sun"),  # APScheduler's 0 is Monday
+}
+PART = re.compile(r"(?:\*|(\w+)(?:-(\w+))?)(?:/([1-9]\d?))?")
 LOOKING = 1.0  # seconds between looks at the clock, which a sleeping machine moves
 
 
@@ -42,19 +48,41 @@ class Stopping(threading.Event):
 
 
 def trigger(cron: str | None, every: str | None) -> BaseTrigger:
-    """When updates start; UserError when the cron line is none."""
+    """When updates start; UserError when the cron line is none.
+
+    As cron has it, a day of the month or a weekday is enough where a line names both.
+    """
     if cron is None:
         assert every is not None
         return IntervalTrigger(seconds=seconds(every))
-    others, _, weekdays = " ".join(cron.split()).rpartition(" ")
-    weekdays = re.sub(r"(?<![\d/])[0-7](?!\d)", lambda number: WEEKDAYS[int(number[0])], weekdays)
     try:
-        return CronTrigger.from_crontab(f"{others} {weekdays}")
+        given = dict(zip(FIELDS, cron.split(), strict=True))
+        fields = {name: _listed(name, field) for name, field in given.items()}
+        if given["day"].startswith("*") or given["day_of_week"].startswith("*"):
+            return CronTrigger(**fields)
+        return OrTrigger([CronTrigger(**fields | {name: "*"}) for name in ("day", "day_of_week")])
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"cron: {cron!r} is no cron line ({reason}); expected five fields, such as '0 3 * * *'"
         ) from None
+
+
+def _listed(name: str, field: str) -> str:
+    """All that a field of a cron line stands for, one after another; ValueError when it is none."""
+    (least, most), names = FIELDS[name], NAMES.get(name, ())
+    found: list[int] = []
+    number = {text: str(place) for place, text in reversed([*enumerate(names)])}
+    for part in field.lower().split(","):
+        matched = PART.fullmatch(part)
+        first, last, step = matched.groups() if matched else ("", "", "")
+        low, high = (number.get(one or "", one) for one in (first or str(least), last or first or str(most)))
+        if name == "day_of_week" and high == "0" != low:
+            high = "7"  # from Friday to Sunday
+        if not (matched and f"{low}{high}".isdecimal() and least <= int(low) <= int(high) <= most):
+            raise ValueError(f"{part!r}: expected {', '.join(filter(None, names)) or 'numbers'}, {least} to {most}")
+        found += range(int(low), (int(high) if last or not step else most) + 1, int(step or 1))
+    return ",".join(names[one] if name == "day_of_week" else str(one) for one in found)
 
 
 def run_schedule(

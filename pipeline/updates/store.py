@@ -7,18 +7,36 @@ until the store is opened next.
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from pipeline.attribution.profile import PROFILE_FILE
 from pipeline.errors import UserError
+from pipeline.files import file_digest
 from pipeline.model.llm import LLM
 from pipeline.shipped import program
-from pipeline.updates.disk import BASE, DATABASE, VERSIONS, connect, remove_unfinished, transaction, version_folder
+from pipeline.updates.disk import (
+    BASE,
+    DATABASE,
+    LOST,
+    PRUNED,
+    VERSIONS,
+    access,
+    clear_unknown,
+    connect,
+    damage,
+    last_lost,
+    locked,
+    transaction,
+    version_folder,
+)
 
 CURRENT, OPENING_LOCK, UPDATE_LOCK = "current", "opening.lock", "update.lock"
 BUNDLED = "smollm2"
@@ -31,19 +49,39 @@ class BusyError(UserError):
 class Store(AbstractContextManager["Store"]):
     """A store, opened; where it is new, it is made if `make` says so, for the base model that is named.
 
+    Opened for `reading` nothing of it is written, nor locked. `tell` is called with what is found and mended.
     UserError when there is none, it is no store, of another layout, or new and no model is named.
     """
 
-    def __init__(self, folder: str | Path, model: str | None = None, make: bool = False) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        model: str | None = None,
+        make: bool = False,
+        reading: bool = False,
+        tell: Callable[[str], Any] = lambda _: None,
+    ) -> None:
+        self.folder, self.reading, self.tell = Path(folder), reading, tell
         self._check_folder(make, model)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.opening = FileLock(self.folder / OPENING_LOCK)
-        with self.opening:
-            self.database = connect(self.folder / DATABASE)
-            if self.about("model") is None:
+        with nullcontext() if reading else self._opening(), ExitStack() as failing:
+            self.database = connect(self.folder / DATABASE, reading)
+            failing.push(self)
+            if reading or self.about("model") is not None:
+                self._check_named(self.about("model"))
+            else:
                 self._begin(model)
-            self.point()
+            if not reading:
+                self._point()
+            failing.pop_all()
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """The only one that opens it to write, inside the `with`; a new one is its owner's alone."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with locked(self.folder / OPENING_LOCK):
+            if not (self.folder / DATABASE).exists():
+                (self.folder / DATABASE).touch(mode=access(self.folder) & 0o666)  # its log's will be the same
+            yield
 
     def _check_folder(self, make: bool, model: str | None) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -54,11 +92,15 @@ class Store(AbstractContextManager["Store"]):
             raise UserError(f"store: {self.folder}: no store: it holds other things, and no {DATABASE}")
         if not make:
             raise UserError(f"store: {self.folder}: no such store; `{program()} submit` makes one")
+        self._check_named(model)
+
+    def _check_named(self, model: str | None) -> None:
         if not model:
             raise UserError(f"store: {self.folder}: new; name the model that it is for with --model")
 
     def _begin(self, name: str | None) -> None:
         """Make version 0, the base model as it is, and say whose store this is."""
+        self._check_named(name)
         version_folder(self.folder, BASE).mkdir(parents=True, exist_ok=True)
         with transaction(self.database) as database:
             about = {"model": _absolute(name or ""), "fingerprint": "", "current": BASE, "next": 1}
@@ -71,8 +113,14 @@ class Store(AbstractContextManager["Store"]):
         """Let go of the database."""
         self.database.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close; UserError in place of an error that comes of a damaged database."""
+        try:
+            known = (UserError, OSError, sqlite3.OperationalError)
+            if isinstance(error, Exception) and not isinstance(error, known) and (wrong := damage(self.database)):
+                raise UserError(f"store: {self.folder}: the database is damaged: {wrong}") from error
+        finally:
+            self.close()
 
     def about(self, name: str) -> Any:
         """One thing that the store knows of itself."""
@@ -99,10 +147,10 @@ class Store(AbstractContextManager["Store"]):
         if not known:
             self.check_model(name)
         llm = load(name)
-        if not known:
+        if not known and not self.reading:
             with transaction(self.database):
                 self.set_about("fingerprint", llm.fingerprint)
-        elif known != llm.fingerprint:
+        elif known and known != llm.fingerprint:
             raise UserError(f"store: {self.folder}: made for model {self.model!r} ({known}), not for {name!r}")
         return llm
 
@@ -116,16 +164,41 @@ class Store(AbstractContextManager["Store"]):
         """The number of the version that was made last."""
         return int(self.database.execute("SELECT max(number) FROM versions").fetchone()[0])
 
+    @property
+    def next(self) -> int:
+        """The number of the version to be made next; that of one that was lost is not given again."""
+        return max(self.newest, last_lost(self.folder)) + 1
+
     def point(self) -> None:
-        """Set the link `current` to the version in force."""
-        with self.opening:
-            link, target = self.folder / CURRENT, Path(VERSIONS) / f"{self.current:04d}"
-            if link.is_symlink() and link.readlink() == target:
-                return
-            partial = self.folder / f".{CURRENT}.partial"
-            partial.unlink(missing_ok=True)
-            partial.symlink_to(target, target_is_directory=True)
-            partial.replace(link)
+        """Set the links: `current` to the version in force, and the profile, for later batches, to the newest's."""
+        with locked(self.folder / OPENING_LOCK):
+            self._point()
+
+    def _point(self) -> None:
+        self._link(self.folder / CURRENT, Path(VERSIONS) / f"{self.current:04d}")
+        newest, profile = Path(VERSIONS) / f"{self.newest:04d}" / PROFILE_FILE, self.folder / PROFILE_FILE
+        if not (self.folder / newest).is_file():
+            return
+        own = profile.is_file() and not profile.is_symlink()
+        if not own or file_digest(profile) == file_digest(self.folder / newest):
+            self._link(profile, newest)
+
+    def _link(self, link: Path, target: Path) -> None:
+        if link.is_symlink() and link.readlink() == target:
+            return
+        partial = self.folder / f".{link.name}.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target)
+        partial.replace(link)
+
+    def check_profile(self) -> None:
+        """See that the profile, by which the next batch is edited, is the newest version's; UserError where not."""
+        newest, file = self.newest, self.folder / PROFILE_FILE
+        row = self.database.execute("SELECT files FROM versions WHERE number = ?", (newest,)).fetchone()
+        known = json.loads(row["files"]).get(PROFILE_FILE)
+        if known and not (file.is_file() and file_digest(file) == known):
+            version = version_folder(self.folder, newest)
+            raise UserError(f"store: {file}: changed (SHA-256 differs); remove it, and that of {version} is used")
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -133,16 +206,27 @@ class Store(AbstractContextManager["Store"]):
 
         BusyError when another process is that one.
         """
-        try:
-            held = FileLock(self.folder / UPDATE_LOCK).acquire(blocking=False)
-        except Timeout:
-            raise BusyError(f"store: {self.folder}: another update is at work on it") from None
-        with held:
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(self.folder / UPDATE_LOCK, wait=False))
+            except Timeout:
+                raise BusyError(f"store: {self.folder}: another update is at work on it") from None
             with transaction(self.database):
                 self.give_back("the update ended before it was done")
-            remove_unfinished(self.folder, self.newest)
+            self.clear()
             self.point()
+            self.check_profile()
             yield
+
+    def clear(self) -> None:
+        """Remove what is pruned or half written, and keep aside, and tell, what is whole and unknown."""
+        rows = self.database.execute("SELECT number, files = ? FROM versions", (PRUNED,)).fetchall()
+        known, pruned = ({number for number, gone in rows if bool(gone) == side} for side in (False, True))
+        for name in clear_unknown(self.folder, known, pruned):
+            told = f"version {name} is whole, but {DATABASE} does not know it: moved to {LOST}/{name}"
+            with transaction(self.database):
+                self.note(told)
+            self.tell(f"{self.folder}: {told}")
 
     # inside a transaction
 
