@@ -144,7 +144,7 @@ def profile(**changes: Any) -> dict[str, Any]:
 
 
 PROFILES: dict[str, tuple[Any, str]] = {
-    "too few scores": (profile(scores=[0.1]), "block 1 has no score; there are 1"),
+    "too few scores": (profile(scores=[0.1]), "block 1 has no score; those of 0 to 0 are there"),
     "no scores": (profile(scores=[]), "has no score"),
     "a golden layer of another model": (profile(golden_layers=[99]), "block 99 has no score"),
     "negative": (profile(golden_layers=[-1]), "block -1 has no score"),

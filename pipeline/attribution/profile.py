@@ -93,7 +93,7 @@ class GoldenProfile(BaseModel):
         blocks = len(self.scores)
         named = {*self.excluded, *self.ranking, *self.raw_ranking, *self.golden_layers}
         if outside := sorted(block for block in named if not 0 <= block < blocks):
-            raise ValueError(f"block {outside[0]} has no score; there are {blocks}")
+            raise ValueError(f"block {outside[0]} has no score; those of 0 to {blocks - 1} are there")
         sides = (self.stability.low, self.stability.high, self.stability.chosen) if self.stability else ()
         if any(len(side) != blocks for side in sides):
             raise ValueError(f"stability is not of {blocks} blocks, which have scores")
@@ -135,7 +135,7 @@ class GoldenProfile(BaseModel):
             return cls.model_validate_json(read_text_file(path))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+            reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip().removeprefix("Value error, ")
         except ValueError as error:
             reason = str(error)
         raise UserError(f"profile: {path}: no golden profile: {reason}")
