@@ -238,7 +238,7 @@ def test_an_answer_longer_than_the_context(asked: list[str], refused: Callable[.
     assert "tokens" in line and "128" in line
 
 
-@pytest.mark.parametrize("words", [["--evaluation.text", "missing.txt"], ["--evaluation.max_new_tokens", "125"]])
+@pytest.mark.parametrize("words", [["--evaluation.text", "missing.txt"], ["--evaluation.max_new_tokens", "0"]])
 def test_what_evaluation_cannot_do_is_found_before_the_edit(
     words: list[str], editing: list[str], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,10 @@ from statistics import median
 import house
 import pytest
 
-LINES = 14_340
+# 13,163 are the house itself. What it did not do at first: 130 for subjects, facts, room for answers, parts
+# tried at load; 460 for a store's first layer, damage, cron, numbers, pruning; 585 for seals, validators,
+# bounds, fingerprints
+LINES = 14_350
 OPTIONS_OF_RUN, OPTIONS_OF_ALL = 38, 350
 CHAIN = 15
 REACHING = 1

@@ -22,7 +22,7 @@ from pipeline.attribution.profile import PROFILE_FILE
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.model import LLM
-from pipeline.model.llm import fingerprint
+from pipeline.model.fingerprints import fingerprint
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put
 from pipeline.updates import LiveModel, Store, load_version, rollback, story, verify, version_folder

@@ -17,7 +17,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,27 +95,34 @@ def connect(file: Path, reading: bool = False) -> sqlite3.Connection:
     UserError when the file is no store's database, damaged, or of another layout than this program's.
     """
     try:
-        database = _open(file, "ro" if reading else "rwc")
-        for pragma in ("synchronous = FULL", "foreign_keys = ON", "cache_size = -200000"):
-            database.execute(f"PRAGMA {pragma}")
-        if not reading:
-            database.execute("PRAGMA journal_mode = WAL")
-        application, layout, tables = database.execute(
-            "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master) "
-            "FROM pragma_application_id, pragma_user_version"
-        ).fetchone()
-        if not (application or layout or tables):
-            header = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {LAYOUT};"
-            database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {header} COMMIT;")
-        elif application != APPLICATION:
-            raise UserError(f"store: {file}: a database of another program")
-        elif layout != LAYOUT:
-            raise UserError(f"store: {file}: of layout {layout}; this program knows layout {LAYOUT}")
-        if not reading:
-            database.execute(NAMES)
+        with ExitStack() as unfit:
+            database = unfit.enter_context(closing(_open(file, "ro" if reading else "rwc")))
+            _prepare(database, file, reading)
+            unfit.pop_all()
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite quotes what is damaged
         raise UserError(f"store: {file}: cannot be read as a store's database ({error})") from None
     return database
+
+
+def _prepare(database: sqlite3.Connection, file: Path, reading: bool) -> None:
+    """Set it up as a store's, and see that it is one."""
+    for pragma in ("synchronous = FULL", "foreign_keys = ON", "cache_size = -200000"):
+        database.execute(f"PRAGMA {pragma}")
+    if not reading:
+        database.execute("PRAGMA journal_mode = WAL")
+    application, layout, tables = database.execute(
+        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master) "
+        "FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    if not (application or layout or tables):
+        header = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {LAYOUT};"
+        database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {header} COMMIT;")
+    elif application != APPLICATION:
+        raise UserError(f"store: {file}: a database of another program")
+    elif layout != LAYOUT:
+        raise UserError(f"store: {file}: of layout {layout}; this program knows layout {LAYOUT}")
+    if not reading:
+        database.execute(NAMES)
 
 
 def damage(database: sqlite3.Connection) -> str:
