@@ -136,6 +136,7 @@ def test_memory_is_what_lives_at_once() -> None:
     assert most_alive(together) == pytest.approx(20e6, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_send_the_golden_layers_gradients_alone(small: Callable[..., None], words: list[str]) -> None:
     small(distributed, TAUGHT=3, EPOCHS=2, PROCESSES=(2,))

@@ -64,6 +64,7 @@ def test_the_context_ends_the_room(tiny_llm: LLM) -> None:
     assert len(question.token_ids) + question.limit <= (tiny_llm.context_length or 0)
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_a_long_answer_that_is_said_counts(smollm2: LLM) -> None:
     letters = ", ".join("GHIJKLMNOPQRSTUVWXYZ")

@@ -151,6 +151,7 @@ def the_same(one: Path, several: Path, base: Path) -> None:
     assert apart(*[load_file(folder / "update.safetensors") for folder in (one, several)], base) < 1e-7
 
 
+@pytest.mark.slow
 def test_three_processes_and_checkpointed_blocks(request_file: Path, text: str, gpt2: Path, tmp_path: Path) -> None:
     """Three divide neither the batches nor two windows of text; old answers are found; blocks run twice."""
     words = ["run", "--model", str(gpt2), "--requests", str(request_file), *LOGIC, "--proxy_fraction", "0.6"]

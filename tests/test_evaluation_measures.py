@@ -149,6 +149,10 @@ def test_changes_of_weights_are_relative(tiny_llm: LLM, requests: list[EditReque
 def test_weights_that_are_no_number_are_said_so(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:
     broken = noise(tiny_llm, math.nan)
     message = refusal(lambda: measured(tiny_llm, requests, broken, text_file, generation="none"))
+    assert message.startswith("update: model.layers.1.mlp.") and "no finite numbers" in message
+    with torch.no_grad():
+        tiny_llm.model.get_parameter(tiny_llm.blocks[1].weight_names("down")[0]).fill_(math.nan)
+    message = refusal(lambda: measured(tiny_llm, requests, None, text_file, generation="none"))
     assert message == "evaluation: the model's loss is not a number: its weights are broken"
 
 

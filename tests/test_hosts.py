@@ -39,7 +39,7 @@ def by_srun(rank: int, port: int) -> tuple[list[str], dict[str, str]]:
     return [], {f"SLURM_{name}": str(value) for name, value in told.items()} | {"MASTER_PORT": str(port)}
 
 
-@pytest.mark.parametrize("started_by", [by_torchrun, by_srun])
+@pytest.mark.parametrize("started_by", [by_torchrun, pytest.param(by_srun, marks=pytest.mark.slow)])
 def test_two_hosts(
     started_by: Callable[[int, int], tuple[list[str], dict[str, str]]], asked: list[str], tmp_path: Path
 ) -> None:
@@ -140,6 +140,7 @@ def test_a_process_that_dies_on_another_host(rank: int, asked: list[str], tmp_pa
     assert time.monotonic() - began < TIMEOUT / 2
 
 
+@pytest.mark.slow
 def test_one_process_short_of_memory(asked: list[str], tmp_path: Path) -> None:
     """It halves its batches; where all share the weights it cannot, and one line says what to do instead."""
     scarce = tmp_path / "scarce.py"

@@ -131,6 +131,7 @@ def test_what_is_planned_is_what_is_measured(medium: LLM, editing: EditOptions, 
         assert planned[name].total == pytest.approx(weights + beside, rel=0.2), name
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_the_bundled_model_takes_what_was_planned(smollm2: LLM) -> None:
     requests = long_requests(smollm2, 2)

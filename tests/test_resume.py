@@ -33,8 +33,13 @@ def interrupt_after(steps: int, module: type[LightningModule], name: str, monkey
 
 @pytest.mark.parametrize(
     ("method", "fraction"),
-    [(name, place) for name in ("memit", "finetune", "lora") for place in (0.1, 0.5, 0.8)]
-    + [(name, 0.5) for name in METHODS if METHODS[name].solves_anew and name != "memit"],  # memit's own search
+    [(name, place) for name in ("memit", "finetune") for place in (0.1, 0.5, 0.8)]
+    + [("lora", 0.5)]
+    + [  # by memit's own search
+        pytest.param(name, 0.5, marks=pytest.mark.slow)
+        for name in METHODS
+        if METHODS[name].solves_anew and name != "memit"
+    ],
 )
 def test_resumed_equals_uninterrupted(
     method: str,
