@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
+from filelock import FileLock
 from plain_loop import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -201,9 +202,18 @@ def tiny_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> LLM:
-    """SmolLM2-135M-Instruct; tests leave it as they found it."""
-    return load_model("smollm2")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """SmolLM2-135M-Instruct; tests leave it as they found it. Of several workers, one unpacks it for all."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return load_model("smollm2")
+    folder = tmp_path_factory.getbasetemp().parent / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            llm = load_model("smollm2")
+            llm.model.save_pretrained(folder)
+            llm.tokenizer.save_pretrained(folder)
+    found = load_model(str(folder))
+    return LLM(found.model, found.tokenizer, "smollm2")
 
 
 @pytest.fixture

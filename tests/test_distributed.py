@@ -31,35 +31,43 @@ def text(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_attribution(asked: list[str], request_file: Path, tmp_path: Path) -> None:
-    """Also of one old answer that is to be found, and of fewer requests than processes."""
+def test_scores_figures_and_edits(
+    asked: list[str], request_file: Path, text: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Also of an old answer that is to be found, of fewer requests than processes, and of figures that are kept."""
     first, *others = [json.loads(line) for line in request_file.read_text().splitlines()]
     del first["old_answer"]
-    lacking = tmp_path / "lacking.jsonl"
+    lacking, update = tmp_path / "lacking.jsonl", tmp_path / "update"
     lacking.write_text("".join(json.dumps(record) + "\n" for record in [first, *others]))
+    plain = ["--layers", "1", "--method", "finetune", "--expert.whiten", "0", "--expert.learnt", "0"]
+    plain += ["--evaluation.text", text]
+    steps = ["--expert.kl", "0", "--expert.contexts", "0", "--expert.epochs", "40", "--expert.learning_rate", "0.1"]
+    assert main(["edit", *asked, *plain, *steps, *CPU, "--output", str(update)]) == 0
+    evaluating = ["evaluate", *asked, "--update", str(update), "--text", text, "--fluency", "3"]
+    editing = ["edit", *asked, *plain, "--expert.epochs", "2", "--expert.batch_size"]
     commands = {
-        "all": ["attribute", *asked, "--expert.batch_size", "2"],
-        "lacking": ["attribute", *asked[:2], "--requests", str(lacking)],
-        "few": ["attribute", *asked, "--limit", "1"],
+        "scores of 7": ["attribute", *asked, "--expert.batch_size", "2"],
+        "scores of 7, one without its old answer": ["attribute", *asked[:2], "--requests", str(lacking)],
+        "scores of 1": ["attribute", *asked, "--limit", "1"],
+        "figures": evaluating,
+        "figures again": evaluating,
+        "edit by 4": [*editing, "4"],
+        "edit by 1": [*editing, "1"],
     }
     for name, (one, two) in in_both_ways(tmp_path, commands).items():
-        expected, found = GoldenProfile.load(one), GoldenProfile.load(two)
-        assert found.requests == (1 if name.startswith("few") else 7)
-        assert found.scores == pytest.approx(expected.scores, rel=1e-5)
-        assert (found.ranking, found.golden_layers) == (expected.ranking, expected.golden_layers)
-
-
-def test_evaluation(asked: list[str], text: str, tmp_path: Path) -> None:
-    update = tmp_path / "update"
-    alone = ["--expert.whiten", "0", "--expert.kl", "0", "--expert.contexts", "0", "--expert.learnt", "0"]
-    steps = ["--expert.epochs", "40", "--expert.learning_rate", "0.1"]
-    editing = ["--method", "finetune", "--layers", "1", *alone, *steps, *CPU]
-    assert main(["edit", *asked, *editing, "--evaluation.text", text, "--output", str(update)]) == 0
-    words = ["evaluate", *asked, "--update", str(update), "--text", text, "--fluency", "3"]
-    found = in_both_ways(tmp_path, {"new": words, "again": words})  # again: with the base's figures that are kept
-    assert metrics(found["new, ddp"][0])["after"]["rewrite"]["mean"] > 0.5  # a figure that could go wrong
-    for one, two in found.values():
-        agree(one, two)
+        if name.startswith("scores"):
+            expected, found = GoldenProfile.load(one), GoldenProfile.load(two)
+            assert found.requests == (1 if name.startswith("scores of 1") else 7)
+            assert found.scores == pytest.approx(expected.scores, rel=1e-5)
+            assert (found.ranking, found.golden_layers) == (expected.ranking, expected.golden_layers)
+        elif name.startswith("figures"):
+            assert metrics(one)["after"]["rewrite"]["mean"] > 0.5  # a figure that could go wrong
+            agree(one, two)
+        else:
+            tensors = [load_file(folder / "update.safetensors") for folder in (one, two)]
+            assert set(tensors[0]) == set(tensors[1])
+            assert apart(*tensors, tiny_folder) < 1e-4
+            assert json.loads((two / "update.json").read_text())["requests"][6]["id"] == "capital-6"
 
 
 def agree(one: Path, two: Path) -> None:
@@ -73,17 +81,6 @@ def agree(one: Path, two: Path) -> None:
     for expected_row, row in zip(*tables, strict=True):
         for expected, found in zip(expected_row, row, strict=True):
             assert found == expected or float(found) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
-
-
-def test_an_edit_keeps_its_global_batch(asked: list[str], text: str, tiny_folder: Path, tmp_path: Path) -> None:
-    words = ["edit", *asked, "--layers", "1", "--method", "finetune", "--expert.whiten", "0"]
-    words += ["--expert.epochs", "2", "--expert.learnt", "0", "--evaluation.text", text]
-    commands = {f"batches of {size}": [*words, "--expert.batch_size", size] for size in ("4", "1")}
-    for one, two in in_both_ways(tmp_path, commands).values():
-        expected, found = load_file(one / "update.safetensors"), load_file(two / "update.safetensors")
-        assert set(found) == set(expected)
-        assert apart(expected, found, tiny_folder) < 1e-4
-        assert json.loads((two / "update.json").read_text())["requests"][6]["id"] == "capital-6"
 
 
 def apart(expected: dict[str, Tensor], found: dict[str, Tensor], base: Path) -> float:
@@ -163,7 +160,8 @@ def test_three_processes_and_checkpointed_blocks(request_file: Path, text: str, 
         the_same(one, three, gpt2)
 
 
-@pytest.mark.parametrize("method", [pytest.param("finetune", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["finetune", "lora"])
 def test_an_interrupted_spread_training_goes_on(
     method: str, request_file: Path, text: str, gpt2: Path, tmp_path: Path
 ) -> None:
