@@ -103,7 +103,7 @@ def evaluate(options: of.EvaluateCommand) -> None:
         return
     with working(options, "evaluate") as log:
         requests = read_requests(options)
-        update = WeightUpdate.load(options.update) if options.update else None
+        update = WeightUpdate.load(options.update, to_serve=True) if options.update else None
         llm = load(options, requests=requests)
         if update:
             note_chat(llm, "update", update.chat)
@@ -129,7 +129,7 @@ def export(options: of.ExportCommand) -> None:
 def generate(options: of.GenerateCommand) -> None:
     """Answers of the base model beside those of an update's, or of a store's current version."""
     prepare(options)
-    update = WeightUpdate.load(options.update) if options.update else None
+    update = WeightUpdate.load(options.update, to_serve=True) if options.update else None
     prompts = options.prompt or [request.prompt for request in read_requests(options)]
     if options.store:
         _generate_live(prompts, options)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import edit_options, make_tiny, refusal
@@ -157,3 +159,52 @@ def test_cases_of_an_index_that_leaves_its_folder(folder: Path) -> None:
         json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")})
     )
     assert len(load_model(str(folder)).blocks) == 4
+
+
+def tiny_gguf(file: Path, name: str = "tiny", change: float = 0.0, eps: float = 1e-5) -> Path:
+    """A Llama of random weights, one of which is changed."""
+    chance, writer = np.random.default_rng(0), gguf.GGUFWriter(file, "llama")
+    writer.add_name(name)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(4)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(eps)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(
+        ["<end>", "ab", *(chr(place if 33 <= place < 127 else 256 + place) for place in range(254))]
+    )
+    writer.add_token_types([3] + [1] * 255)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    block = {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
+    block |= {"attn_output": (32, 32), "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
+    shapes = {"token_embd": (256, 32), "output_norm": (32,), "output": (256, 32)}
+    shapes |= {f"blk.{number}.{part}": shape for number in range(4) for part, shape in block.items()}
+    for part, shape in shapes.items():
+        values = chance.standard_normal(shape).astype(np.float32)
+        values.reshape(-1)[5] += change if part == "blk.2.ffn_down" else 0.0
+        writer.add_tensor(f"{part}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_cases_of_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its content alone counts: not where it lies, what it calls itself, or the precision that it is loaded in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def found(dtype: torch.dtype = torch.float32, **made: Any) -> str:
+        file = tiny_gguf(tmp_path / "model.gguf", **made)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{file.stat().st_mtime_ns}"))
+        return load_model(str(file), dtype).fingerprint
+
+    before = found()
+    shutil.copy(tmp_path / "model.gguf", tmp_path / "copy.gguf")
+    assert load_model(str(tmp_path / "copy.gguf")).fingerprint == before
+    assert found(torch.bfloat16) == found(name="another name") == before
+    assert len({before, found(change=1e-6), found(eps=1e-2)}) == 3

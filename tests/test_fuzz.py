@@ -117,7 +117,9 @@ def test_update_folders(seed: int, team: Team, requests: list[EditRequest], tmp_
     refused = 0
     for number in range(50):
         rng = random.Random(f"{seed} {number}")
-        folder = Path(shutil.copytree(whole, tmp_path / f"{seed}-{number}"))
+        copy = tmp_path / f"{seed}-{number}"
+        folder = Path(shutil.copytree(whole, copy / "versions" / "0002"))
+        shutil.copytree(team.store.folder / "learnt", copy / "learnt")
         sealed = number % 2 == 0
         if sealed:
             file = folder / "update.json"
@@ -126,7 +128,8 @@ def test_update_folders(seed: int, team: Team, requests: list[EditRequest], tmp_
                 said["sha256"]["update.json"] = Described.model_validate(said).digest
             file.write_text(json.dumps(said))
         else:
-            file = folder / rng.choice(["update.json", "update.safetensors", "state.safetensors"])
+            learnt = [str(path) for path in sorted((copy / "learnt").iterdir())]
+            file = folder / rng.choice(["update.json", "update.safetensors", "state.safetensors", *learnt])
             file.write_bytes(damaged(file.read_bytes(), rng))
 
         def use(folder: Path = folder, sealed: bool = sealed) -> None:
@@ -139,7 +142,7 @@ def test_update_folders(seed: int, team: Team, requests: list[EditRequest], tmp_
 
         refused += told(use) is not None
         assert sample(llm.model) == base
-        shutil.rmtree(folder)
+        shutil.rmtree(copy)
     assert refused > 25
 
 

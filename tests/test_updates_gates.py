@@ -211,6 +211,32 @@ def test_cases_an_unclear_layer_is_settled_by_trial_edits(
     assert again.notes == [] and again.profile and again.profile.golden_layers == [2]
 
 
+def test_cases_a_layer_on_which_most_of_a_later_batch_fails_is_questioned(
+    team: Team, requests: list[EditRequest], measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a line, with what to do; not by the batch that chose it, nor by few requests, nor where most pass."""
+    unclear(team)
+    monkeypatch.setattr(settling, "CLEAR", 0.0)
+    team.submit(requests)
+    (first,) = team.update()
+    assert first.notes == []
+    team.options.gates = GateOptions(rewrite=0.5)
+    for failing, size, doubted in ((4, 4, True), (3, 4, True), (2, 4, False), (3, 3, False)):
+        measured(lambda part, failing=failing: float(min(part) >= failing))
+        team.submit([other(one, f"Quito {failing} {size}") for one in requests[:size]])
+        (worked,) = team.update()
+        assert len(worked.held) == failing
+        assert len(worked.notes) == doubted, worked.notes
+    measured(lambda part: 0.0)
+    team.submit([other(one, "Sofia") for one in requests])
+    (note,) = team.update()[0].notes
+    assert f"7 of 7 requests miss a gate; block {first.profile.golden_layers[0]}, which earlier ones chose" in note
+    assert "`submit --again` queues them anew" in note and "update --profile" in note
+    team.options.edit.layers = [1]
+    team.submit([other(one, "Athens") for one in requests])
+    assert team.update()[0].notes == [], "the user's own choice"
+
+
 def test_cases_a_clear_layer_is_taken_as_it_is(
     team: Team, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from pipeline.model.fingerprints import fingerprint
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import LiveModel, Store, load_version, rollback, verify, version_folder
 from pipeline.updates import live as live_module
-from pipeline.updates.disk import DATABASE, LAYOUT, connect
+from pipeline.updates.disk import DATABASE, LAYOUT, connect, learnt_file
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_changed_byte_is_found_before_it_is_loaded(team: Team, tokenizer: PreTrainedTokenizerFast) -> None:
-    """In every file of a version, at many places; the live model stays as it was."""
+    """In every file of a version, and of what it goes on from; the live model, which reads weights alone, stays."""
     rollback(team.store, 1)
     live = LiveModel(team.store.folder, make_tiny("llama", tokenizer))
     rollback(team.store, 2)
@@ -87,17 +87,19 @@ def test_a_changed_byte_is_found_before_it_is_loaded(team: Team, tokenizer: PreT
     assert there == [
         "golden_profile.json", "metrics.json", "state.safetensors", "update.json", "update.safetensors",
     ]  # fmt: skip
-    for name in there:
-        whole = (folder / name).read_bytes()
+    learnt = [learnt_file(team.store.folder, number) for number in (1, 2)]
+    for file in [*(folder / name for name in there), *learnt]:
+        whole = file.read_bytes()
         for place in range(0, len(whole), max(1, len(whole) // 7)):
             broken = bytearray(whole)
             broken[place] ^= 1
-            (folder / name).write_bytes(broken)
-            assert name in refusal(lambda: load_version(team.store, 2))
-            if name.endswith(".safetensors"):
-                assert name in refusal(live.follow)
+            file.write_bytes(broken)
+            assert file.name in refusal(lambda: load_version(team.store, 2))
+            assert file not in learnt or file.name in dict(verify(team.store))[2]
+            if file.name == "update.safetensors":
+                assert file.name in refusal(live.follow)
                 assert live.version == 1
-        (folder / name).write_bytes(whole)
+        file.write_bytes(whole)
     assert live.follow() == 2
 
 

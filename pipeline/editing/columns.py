@@ -1,13 +1,15 @@
 """What one layer's down-projection is asked for: keys and wanted changes, of this edit and of those before it.
 
-Kept in the update's state, so that a later edit solves for all of them anew: ten updates come out as one batch.
+Kept in the update's state, so that a later edit solves for all of them anew: ten updates come out as one batch. Of
+updates that build on each other each need keep its own columns alone, and whose earlier ones are gone.
 Shapes: I inputs and O outputs of the projection, n columns, G requests, C keys of a request.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,3 +90,61 @@ def owner(request: EditRequest) -> int:
     """A number for what a request is about, the same in every process and update."""
     digest = hashlib.blake2b(fact(request).encode(), digest_size=8).digest()
     return int.from_bytes(digest, signed=True)
+
+
+OWN = {
+    "key_In": 1,
+    "change_On": 1,
+    "owner_n": 0,
+}  # what a column consists of, and the dimension that columns are in
+
+State = Mapping[str, Tensor]
+
+
+def columns_in(state: State) -> dict[str, Tensor]:
+    """The entries of a state that grow with the facts."""
+    return {name: state[name] for layer in _layers(state) for name in _named(layer)}
+
+
+def learnt_columns(earlier: State, now: State, learnt: Sequence[int]) -> dict[str, Tensor]:
+    """A state's columns of these facts, and whose columns of an earlier state it leaves out, by layer."""
+    found: dict[str, Tensor] = {}
+    for layer in _layers(now):
+        owners = f"locate.{layer}.owner_n"
+        if owners in earlier and all(torch.equal(earlier[name], now[name]) for name in _named(layer)):
+            continue
+        new_n = torch.isin(now[owners], torch.tensor(learnt, dtype=torch.int64))
+        before_n = earlier.get(owners, now[owners][:0])
+        gone_n = before_n[~torch.isin(before_n, now[owners][~new_n])].unique()
+        found |= {**_chosen(now, layer, new_n.nonzero()[:, 0]), f"locate.{layer}.gone": gone_n}
+    return found
+
+
+def gathered_columns(newest_first: Iterable[State]) -> dict[str, Tensor]:
+    """The columns that are held after parts that `learnt_columns` gave, on top of a whole state's."""
+    parts: dict[int, list[State]] = defaultdict(list)
+    gone: dict[int, set[int]] = defaultdict(set)
+    for part in newest_first:
+        for layer in _layers(part):
+            owners = part[f"locate.{layer}.owner_n"].tolist()
+            kept = [place for place, owner in enumerate(owners) if owner not in gone[layer]]
+            parts[layer].insert(0, _chosen(part, layer, torch.tensor(kept, dtype=torch.int64)))
+            gone[layer].update(part[f"locate.{layer}.gone"].tolist() if f"locate.{layer}.gone" in part else ())
+    return {
+        name: torch.cat([part[name] for part in of_layer], dim)
+        for layer, of_layer in parts.items()
+        for name, dim in _named(layer).items()
+    }
+
+
+def _layers(state: State) -> list[int]:
+    return [int(name.split(".")[1]) for name in sorted(state) if name.endswith(".owner_n")]
+
+
+def _named(layer: int) -> dict[str, int]:
+    return {f"locate.{layer}.{name}": dim for name, dim in OWN.items()}
+
+
+def _chosen(state: State, layer: int, places: Tensor) -> dict[str, Tensor]:
+    """The columns of a layer at some places."""
+    return {name: state[name].index_select(dim, places) for name, dim in _named(layer).items()}

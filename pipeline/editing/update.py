@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +14,13 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_of_bytes
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from pipeline.editing.columns import columns_in
+from pipeline.editing.learnt import FILE, Kept, gathered, parts
+from pipeline.editing.tensors import first_of, read_tensors, write_tensors
 from pipeline.errors import UserError
-from pipeline.files import parse_json, read_text_file, require_room, write_json, write_whole
+from pipeline.files import parse_json, read_text_file, require_room, write_json
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put
@@ -27,6 +28,7 @@ from pipeline.shipped import program
 
 ADAPTER_PREFIX = "lora."  # of an adapter's tensors in an update's state
 UPDATE_FILE, TENSORS_FILE, STATE_FILE = "update.json", "update.safetensors", "state.safetensors"
+LEARNT = "../../learnt"  # where a version's requests and columns are kept, as seen from its folder
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights
 
 
@@ -52,6 +54,11 @@ class Described(BaseModel):
         content = json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @property
+    def learnt(self) -> str | None:
+        """The file, as seen from here, where a store keeps requests and columns; None: they are here."""
+        return next((name for name in self.sha256 if re.fullmatch(rf"{re.escape(LEARNT)}/{FILE}", name)), None)
+
 
 @dataclass
 class WeightUpdate:
@@ -70,6 +77,7 @@ class WeightUpdate:
         adapter: LoraConfig's arguments, when the whole change is that of one LoRA adapter.
         chat: whether the facts were taught in the tokenizer's chat template.
         undoes: whether its tensors were in the model before, and so go into it unchecked.
+        kept: where a store keeps its requests and columns, when it was read from there.
 
     Example:
         >>> options = EditOptions(method="one_pass", expert={"rate": 2.0})
@@ -92,6 +100,7 @@ class WeightUpdate:
     adapter: dict[str, Any] | None = None
     chat: bool = False
     undoes: bool = False
+    kept: Kept | None = None
 
     @contextmanager
     def applied(self, llm: LLM) -> Iterator[LLM]:
@@ -147,13 +156,19 @@ class WeightUpdate:
                 raise UserError(f"update: {name} holds values that {weight.dtype} has no finite numbers for")
 
     @rank_zero_only
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, learnt: tuple[str, str] | None = None) -> None:
         """Write `update.safetensors` and `state.safetensors`, then `update.json`, which holds their SHA-256.
+
+        Args:
+            learnt: the file below `learnt/`, two folders up, that keeps its requests and columns, and its SHA-256
+                (see `pipeline.editing.learnt`); they are not written here then.
 
         Raises:
             UserError: when the disk has no room for it.
         """
-        contents = {TENSORS_FILE: self.tensors} | ({STATE_FILE: self.state} if self.state else {})
+        elsewhere = columns_in(self.state) if learnt else {}
+        state = {name: tensor for name, tensor in self.state.items() if name not in elsewhere}
+        contents = {TENSORS_FILE: self.tensors} | ({STATE_FILE: state} if state else {})
         require_room(folder, sum(tensor.nbytes for tensors in contents.values() for tensor in tensors.values()))
         folder.mkdir(parents=True, exist_ok=True)
         if self.adapter:
@@ -168,8 +183,8 @@ class WeightUpdate:
             adapter=self.adapter,
             chat=self.chat,
             tensors={name: list(tensor.shape) for name, tensor in self.tensors.items()},
-            requests=[request.model_dump(exclude_defaults=True) for request in self.requests],
-            sha256=digests,
+            requests=[] if learnt else [one.model_dump(exclude_defaults=True) for one in self.requests],
+            sha256=digests | ({f"{LEARNT}/{learnt[0]}": learnt[1]} if learnt else {}),
         )
         described.sha256[UPDATE_FILE] = described.digest
         write_json(folder / UPDATE_FILE, described.model_dump())
@@ -183,10 +198,14 @@ class WeightUpdate:
         write_adapter(folder, tensors, self.adapter, self.model)
 
     @classmethod
-    def load(cls, folder: str | Path) -> WeightUpdate:
-        """Read an update from the folder that `edit` or `run` wrote.
+    def load(cls, folder: str | Path, to_serve: bool = False, sha256: str | None = None) -> WeightUpdate:
+        """Read an update from the folder that `edit` or `run` wrote, or a version of a store.
 
         A link, such as a store's `current`, is followed once, and what is read is what was checked.
+
+        Args:
+            to_serve: leave out what only a later edit on top needs.
+            sha256: what the digest of `update.json` must be, which vouches for all else; default: its own word.
 
         Raises:
             UserError: when a file is missing, damaged, or changed since it was written.
@@ -197,70 +216,55 @@ class WeightUpdate:
                 raise UserError(
                     f"update: {folder}: holds no {name}; expected a folder that `{program()} edit` wrote"
                 )
-        described = _described(folder / UPDATE_FILE)
-        found = {
-            name: _tensors(folder / name, described.sha256[name])
-            for name in described.sha256.keys() - {UPDATE_FILE}
-        }
-        shapes = {name: list(tensor.shape) for name, tensor in found[TENSORS_FILE].items()}
-        if shapes != described.tensors:
+        described = _described(folder / UPDATE_FILE, sha256)
+        tensors, _ = read_tensors(folder / TENSORS_FILE, described.sha256[TENSORS_FILE])
+        if {name: list(tensor.shape) for name, tensor in tensors.items()} != described.tensors:
             raise UserError(f"update: {folder / TENSORS_FILE}: holds other tensors than {UPDATE_FILE} says")
-        try:
-            requests = [EditRequest.model_validate(request) for request in described.requests]
-        except ValidationError as error:
-            raise UserError(f"update: {folder / UPDATE_FILE}: requests: {_first(error)}") from None
         plain = described.model_dump(
             include={"model", "fingerprint", "method", "layers", "options", "adapter", "chat"}
         )
-        return cls(**plain, tensors=found[TENSORS_FILE], requests=requests, state=found.get(STATE_FILE, {}))
+        try:
+            update = cls(
+                **plain, tensors=tensors, requests=list(map(EditRequest.model_validate, described.requests))
+            )
+            if not to_serve:
+                update._read_state(folder, described)
+        except ValidationError as error:
+            raise UserError(f"update: {folder / UPDATE_FILE}: requests: {first_of(error)}") from None
+        return update
+
+    def _read_state(self, folder: Path, described: Described) -> None:
+        """Read what a later edit goes on from, some of which a store keeps elsewhere."""
+        if sha256 := described.sha256.get(STATE_FILE):
+            self.state, _ = read_tensors(folder / STATE_FILE, sha256)
+        if learnt := described.learnt:
+            sha256 = described.sha256[learnt]
+            found = list(parts(folder / learnt, sha256))
+            self.requests, columns = gathered(found)
+            self.state |= columns
+            self.kept = Kept(Path(learnt).name, sha256, found[0].about.entries)
 
 
-def _described(file: Path) -> Described:
-    """What `update.json` says, checked against its own digest."""
+def _described(file: Path, sha256: str | None) -> Described:
+    """What `update.json` says, checked against its own digest, and another where one is given."""
     try:
-        described = Described.model_validate(parse_json(read_text_file(file)))
+        text = read_text_file(file)
+        described = Described.model_validate(parse_json(text))
     except ValidationError as error:
-        raise UserError(f"update: {file}: damaged: {_first(error)}") from None
+        raise UserError(f"update: {file}: damaged: {first_of(error)}") from None
     except ValueError as error:
         raise UserError(f"update: {file}: damaged: {' '.join(str(error).split())}") from None
     files = described.sha256.keys()
-    if not {UPDATE_FILE, TENSORS_FILE} <= files <= {UPDATE_FILE, TENSORS_FILE, STATE_FILE}:
+    known = {UPDATE_FILE, TENSORS_FILE, STATE_FILE, described.learnt}
+    if not {UPDATE_FILE, TENSORS_FILE} <= files <= known:
         raise UserError(
             f"update: {file}: holds the SHA-256 of {', '.join(files) or 'nothing'}; expected {UPDATE_FILE}, "
             f"{TENSORS_FILE} and, where there is one, {STATE_FILE}"
         )
-    if described.sha256[UPDATE_FILE] != described.digest:
+    of_file = hashlib.sha256(text.encode()).hexdigest()
+    if described.sha256[UPDATE_FILE] != described.digest or (sha256 or of_file) != of_file:
         raise UserError(f"update: {file}: changed since it was written (SHA-256 differs)")
     return described
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def _tensors(file: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a file, read once, of whose very bytes the digest was taken."""
-    try:
-        content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"update: {file}: changed since it was written (SHA-256 differs)")
-        tensors = tensors_of_bytes(content)
-    except FileNotFoundError:
-        raise UserError(f"update: {file}: missing") from None
-    except (SafetensorError, KeyError, MemoryError, RuntimeError) as error:
-        raise UserError(f"update: {file}: damaged: {type(error).__name__}: {error}") from None
-    for name, tensor in tensors.items():
-        if tensor.is_complex() or not tensor.isfinite().all():
-            raise UserError(f"update: {file}: {name!r} holds values that are no finite numbers")
-    return tensors
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write tensors, whole or not at all; the file's SHA-256."""
-    content = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    write_whole(path, lambda partial: partial.write_bytes(content))
-    return hashlib.sha256(content).hexdigest()
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], model: str) -> None:

@@ -19,7 +19,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by by
 NO_COMPUTATION = {  # what a config may say without changing what its model computes
     *("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "initializer_range"),
-    *("id2label", "label2id", "problem_type", "quantization_config", "_attn_implementation"),
+    *("id2label", "label2id", "problem_type", "quantization_config", "_attn_implementation", "_model_name_or_path"),
 }
 
 

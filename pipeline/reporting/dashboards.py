@@ -5,19 +5,24 @@ TensorBoard sorts by name: numbers in tags put stages, groups and figures in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
 from pipeline.reporting.tables import GROUPS
-from pipeline.updates.disk import read_metrics
+from pipeline.updates.disk import read_metrics, transaction
 from pipeline.updates.store import Store
 
-BOARD = "tensorboard"  # the folder of a store's run
+BOARD, EVENTS = "tensorboard", "events.out.tfevents.0.store"  # the folder of a store's run, and its file
 COUNTS = ("applied", "held_back", "retracted", "facts")
 
 
@@ -73,17 +78,37 @@ class EventsLogger(TensorBoardLogger):
 
 
 def show_on_board(store: Store) -> None:
-    """Write what TensorBoard does not have yet of a store's versions, whichever process published them."""
-    rows = store.database.execute("SELECT number FROM versions WHERE shown = 0 ORDER BY number").fetchall()
-    if not rows:
-        return
-    logger = EventsLogger(store.folder, name=BOARD, version="", default_hp_metric=False)
-    for (number,) in rows:
-        for name, value in scalars(read_metrics(store.folder, number)).items():
-            logger.experiment.add_scalar(name, value, number)
-        logger.experiment.flush()
-        store.database.execute("UPDATE versions SET shown = 1 WHERE number = ?", (number,))
-    logger.finalize("success")
+    """Append what TensorBoard does not have yet of a store's versions, whichever process published them.
+
+    A store has one file of events, whatever number of updates; it knows how long that is, so that what a kill left
+    half written is written again.
+    """
+    with transaction(store.database) as database:
+        rows = database.execute("SELECT number FROM versions WHERE shown = 0 ORDER BY number").fetchall()
+        if rows:
+            events = [_event(number, read_metrics(store.folder, number)) for (number,) in rows]
+            store.set_about("board", _append(store.folder / BOARD / EVENTS, int(store.about("board") or 0), events))
+            database.executemany("UPDATE versions SET shown = 1 WHERE number = ?", rows)
+
+
+def _event(number: int, figures: dict[str, Any]) -> Event:
+    """A version's figures, as TensorBoard keeps them."""
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(figures).items()]
+    return Event(wall_time=figures["made"], step=number, summary=Summary(value=values))
+
+
+def _append(file: Path, size: int, events: Sequence[Event]) -> int:
+    """Add events to a file of so many bytes, a new one where it is shorter; returns how many it has then."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("ab") as opened:
+        start = size if opened.tell() >= size else 0
+        opened.truncate(start)
+        writer = RecordWriter(opened)
+        for event in events if start else [Event(file_version="brain.Event:2"), *events]:
+            writer.write(event.SerializeToString())
+        opened.flush()
+        os.fsync(opened.fileno())
+        return opened.tell()
 
 
 def scalars(figures: dict[str, Any]) -> dict[str, float]:

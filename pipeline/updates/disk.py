@@ -1,11 +1,13 @@
 """A store on disk: its SQLite database, and a folder for each version, written whole or not at all.
 
     versions/0004/  update.safetensors  update.json  state.safetensors  golden_profile.json  metrics.json
+    learnt/0004.safetensors
 
-`update.*` are a WeightUpdate's files: the base model and one read give the version, whatever went before it.
-Version 0, the base model, is an empty folder. The database logs ahead, so that submitters, servers and an update
-get along; every commit reaches the disk. A new store is its owner's alone; what is added to it later can be read by
-whoever its folder lets in.
+`update.*` are a WeightUpdate's files: the base model and one read give the version, whatever went before it. What a
+later update goes on from is gathered from `learnt/`, where each version keeps what it alone learnt. Version 0, the
+base model, is an empty folder. The database logs ahead, so that submitters, servers and an update get along; every
+commit reaches the disk. A new store is its owner's alone; what is added to it later can be read by whoever its
+folder lets in.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from typing import Any
 
 from filelock import FileLock
 
+from pipeline.editing.learnt import Part
 from pipeline.editing.update import UPDATE_FILE
 from pipeline.errors import UserError
 from pipeline.files import file_digest
 
 BASE = 0
 VERSIONS, METRICS, LOST = "versions", "metrics.json", "lost+found"
+LEARNT = "learnt"  # the folder of what versions learnt
 
 DATABASE = "store.db"
 APPLICATION = 0x474C5550  # "GLUP" in the file's header: a store of golden layers' updates
@@ -37,15 +41,15 @@ PATIENCE = 120  # seconds that a writer waits for another
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a disk says that cannot lock files
 
 PRUNED = "null"  # in place of a version's `files`
-LAYOUT = 2  # of the tables below, to the letter
-# What no other index holds a second copy of, for SQLite's own check; older stores get it when they are written.
-NAMES = "CREATE INDEX IF NOT EXISTS requests_names ON requests (id, source, effective, submission)"
+LAYOUT = 3  # of the tables below, to the letter, and of files
 SCHEMA = """
     CREATE TABLE about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 
     CREATE TABLE versions (
         number INTEGER PRIMARY KEY,
         parent INTEGER REFERENCES versions,
+        learnt TEXT,                         -- the SHA-256 of its file below `learnt`, and the version whose file
+        after INTEGER REFERENCES versions,   -- there it goes on from
         made REAL NOT NULL,
         files TEXT NOT NULL,                 -- JSON: the SHA-256 of each of its files, by name
         held_back INTEGER NOT NULL DEFAULT 0,
@@ -68,6 +72,8 @@ SCHEMA = """
     );
     CREATE INDEX requests_due ON requests (state, not_before, position);
     CREATE INDEX requests_fact ON requests (fact, state);
+    -- a second copy of what no other index has one of, for SQLite's own check
+    CREATE INDEX requests_names ON requests (id, source, effective, submission);
 
     CREATE TABLE changes (                   -- what a version changed against its parent
         version INTEGER NOT NULL REFERENCES versions,
@@ -83,10 +89,10 @@ SCHEMA = """
         what TEXT NOT NULL,
         request INTEGER REFERENCES requests
     );
-    CREATE INDEX events_request ON events (request);
+    CREATE INDEX events_request ON events (request, number, at, what);  -- all of it, for the same check
 """
 
-TABLES = "SELECT type, name, sql FROM sqlite_master WHERE sql NOT NULL AND name <> 'requests_names'"
+TABLES = "SELECT type, name, sql FROM sqlite_master WHERE sql NOT NULL"
 
 
 def connect(file: Path, reading: bool = False) -> sqlite3.Connection:
@@ -121,8 +127,6 @@ def _prepare(database: sqlite3.Connection, file: Path, reading: bool) -> None:
         raise UserError(f"store: {file}: a database of another program")
     elif layout != LAYOUT:
         raise UserError(f"store: {file}: of layout {layout}; this program knows layout {LAYOUT}")
-    if not reading:
-        database.execute(NAMES)
 
 
 def damage(database: sqlite3.Connection) -> str:
@@ -137,7 +141,9 @@ def damage(database: sqlite3.Connection) -> str:
         for number, files in database.execute("SELECT number, files FROM versions"):
             sound = files == PRUNED or isinstance(json.loads(files), dict)
             found += [] if sound else [f"files of version {number}: {files}"]
-        for name, value in database.execute("SELECT name, value FROM about WHERE name IN ('current', 'next')"):
+        for name, value in database.execute(
+            "SELECT name, value FROM about WHERE name IN ('current', 'next', 'board')"
+        ):
             found += [] if isinstance(value, int) else [f"{name}: {value!r}"]
         return str(found[0]) if found else ""
     except Exception as error:  # of whatever kind: it is the damage
@@ -209,29 +215,61 @@ def version_folder(store: Path, number: int) -> Path:
     return store / VERSIONS / f"{number:04d}"
 
 
-def write_version(store: Path, number: int, fill: Callable[[Path], Any]) -> dict[str, str]:
-    """Let `fill` write a version's folder, whole or not at all; returns its files' SHA-256 by name."""
+def write_version(
+    store: Path, number: int, part: Part, fill: Callable[[Path, tuple[str, str]], Any]
+) -> tuple[dict[str, str], str]:
+    """Let `fill` write a version's folder, whole or not at all, after the file of what it learnt, which it is told.
+
+    Returns its files' SHA-256 by name, and that of the file.
+    """
+    learnt = _write_learnt(store, number, part)
     folder = version_folder(store, number)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        fill(partial)
+        fill(partial, learnt)
         digests = digests_of(partial)
         for path in [*partial.rglob("*"), partial]:
-            path.chmod(access(store) & (0o777 if path.is_dir() else 0o666))
-            _to_disk(path)
+            _settle(store, path)
         partial.rename(folder)
         _to_disk(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return digests
+    return digests, learnt[1]
+
+
+def remove_version(store: Path, number: int) -> None:
+    """Remove what `write_version` wrote."""
+    shutil.rmtree(version_folder(store, number))
+    learnt_file(store, number).unlink()
+
+
+def learnt_file(store: Path, number: int) -> Path:
+    """The file of what a version learnt."""
+    return store / LEARNT / f"{number:04d}.safetensors"
+
+
+def _write_learnt(store: Path, number: int, part: Part) -> tuple[str, str]:
+    """Write what a version learnt; gives the file's name and SHA-256."""
+    file = learnt_file(store, number)
+    file.parent.mkdir(mode=access(store), exist_ok=True)
+    sha256 = part.write(file)
+    _settle(store, file)
+    _to_disk(file.parent)
+    return file.name, sha256
 
 
 def digests_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of all files in a folder, however deep, by name."""
     paths = [path for path in folder.rglob("*") if not path.is_dir()]
     return {str(path.relative_to(folder)): file_digest(path) for path in paths}
+
+
+def _settle(store: Path, path: Path) -> None:
+    """Let those read a new file or folder who may read the store; its content has reached the disk then."""
+    path.chmod(access(store) & (0o777 if path.is_dir() else 0o666))
+    _to_disk(path)
 
 
 def _to_disk(path: Path) -> None:
@@ -261,6 +299,13 @@ def clear_unknown(store: Path, known: Collection[int], pruned: Collection[int]) 
             path.rename(store / LOST / path.name)  # the number is not given again
             lost.append(path.name)
     return lost
+
+
+def clear_learnt(store: Path, gone: Collection[int]) -> None:
+    """Remove what these versions learnt, and what was half written."""
+    for path in (store / LEARNT).glob("*"):
+        if path.suffix == ".partial" or (path.stem.isdecimal() and int(path.stem) in gone):
+            path.unlink(missing_ok=True)
 
 
 def last_lost(store: Path) -> int:

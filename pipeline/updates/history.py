@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
-from pipeline.editing.update import WeightUpdate
+from pipeline.editing.learnt import parts
+from pipeline.editing.update import UPDATE_FILE, WeightUpdate
 from pipeline.errors import UserError
-from pipeline.updates.disk import BASE, PRUNED, content_of, damage, digests_of, version_folder
+from pipeline.updates.disk import BASE, PRUNED, content_of, damage, digests_of, learnt_file, version_folder
 from pipeline.updates.store import CURRENT, Store
 
 NAMED = 5  # requests that a message spells out
@@ -91,10 +92,10 @@ def check_number(store: Store, version: int) -> dict[str, str] | None:
     return dict(json.loads(row["files"])) if row["files"] != PRUNED else None
 
 
-def check_version(store: Store, version: int) -> None:
-    """See that all of a version's files are as they were written.
+def check_files(store: Store, version: int) -> dict[str, str]:
+    """See that a version's own files are as they were written; gives their SHA-256 by name.
 
-    UserError names the first file that is missing, changed or in excess, or says that there is no such version.
+    UserError names the first that is missing, changed or in excess, or says that there is no such version.
     """
     known, folder = check_there(store, version), version_folder(store.folder, version)
     there = digests_of(folder)
@@ -105,12 +106,27 @@ def check_version(store: Store, version: int) -> None:
             raise UserError(f"version: {folder / name}: not of this version")
         if known[name] != there[name]:
             raise UserError(f"version: {folder / name}: changed since it was written (SHA-256 differs)")
+    return known
 
 
-def load_version(store: Store, version: int) -> WeightUpdate | None:
-    """A version, checked (see `check_version`), as the update of the base model that it is; None for the base."""
-    check_version(store, version)
-    return WeightUpdate.load(version_folder(store.folder, version)) if version != BASE else None
+def check_version(store: Store, version: int, sound: Container[str] = ()) -> list[str]:
+    """The same of all that a version consists of, be it that others keep it: what was learnt up to it.
+
+    Gives the SHA-256 of what was learnt, but of what is known to be sound.
+    """
+    check_files(store, version)
+    (learnt,) = store.database.execute("SELECT learnt FROM versions WHERE number = ?", (version,)).fetchone()
+    return [part.sha256 for part in parts(learnt_file(store.folder, version), learnt, sound)] if learnt else []
+
+
+def load_version(store: Store, version: int, to_serve: bool = False) -> WeightUpdate | None:
+    """A version, checked, as the update of the base model that it is, whole or `to_serve`; None for the base.
+
+    What is read are the bytes that are checked. UserError as `check_version` has it.
+    """
+    known = check_files(store, version)
+    folder = version_folder(store.folder, version)
+    return WeightUpdate.load(folder, to_serve, known[UPDATE_FILE]) if version != BASE else None
 
 
 def verify(store: Store) -> Iterator[tuple[int, str]]:
@@ -125,10 +141,12 @@ def verify(store: Store) -> Iterator[tuple[int, str]]:
     for row in store.database.execute("SELECT * FROM requests"):
         content_of(row)
     there = "SELECT number FROM versions WHERE files <> ? ORDER BY number"
+    sound: set[str] = set()  # files of what was learnt, by their SHA-256: most versions share most of them
     for (number,) in store.database.execute(there, (PRUNED,)).fetchall():
         problem = ""
         try:
-            load_version(store, number)
+            sound.update(check_version(store, number, sound))
+            load_version(store, number, to_serve=True)
         except (UserError, OSError) as error:
             problem = str(error)
         yield number, problem

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.editing.learnt import next_part
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.updates.disk import METRICS, PRUNED, transaction, version_folder, write_version
+from pipeline.updates.disk import METRICS, PRUNED, remove_version, transaction, write_version
 from pipeline.updates.history import check_number, check_there, check_version
 from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
@@ -39,18 +39,21 @@ class Change(NamedTuple):
 def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) -> None:
     """Write a version and make it the current one: files first, then one transaction that moves everything at once.
 
-    The result's `version` and `superseded` are set; `retracted` are numbers of requests that go. UserError when its
-    `parent` is no longer the current version, OSError when the disk has no room: nothing is published then.
+    The result's `version` and `superseded` are set and its `base` is let go; `retracted` are numbers of requests to
+    go. UserError when its `parent` is no longer the current version, OSError when the disk has no room: nothing is
+    published then.
     """
     update, profile, version = result.update, result.profile, store.next
     assert update and profile
+    part = next_part(update, result.base)
 
-    def fill(partial: Path) -> None:
-        update.save(partial)
+    def fill(partial: Path, learnt: tuple[str, str]) -> None:
+        update.save(partial, learnt)
         profile.save(partial)
         write_json(partial / METRICS, _metrics(result, len(retracted)))
 
-    files = json.dumps(write_version(store.folder, version, fill))
+    files, learnt = write_version(store.folder, version, part, fill)
+    after = result.parent if part.about.before else None
     try:
         with transaction(store.database) as database:
             if store.current != result.parent:
@@ -58,17 +61,18 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
                     f"store: {store.folder}: another version became current meanwhile; nothing was published"
                 )
             database.execute(
-                "INSERT INTO versions (number, parent, made, files, held_back) VALUES (?, ?, ?, ?, ?)",
-                (version, result.parent, store.clock(), files, len(result.held)),
+                "INSERT INTO versions (number, parent, after, made, files, learnt, held_back) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (version, result.parent, after, store.clock(), json.dumps(files), learnt, len(result.held)),
             )
             _move_requests(store, version, result, retracted)
             store.set_about("current", version)
             store.note(f"published version {version}")
     finally:
         if store.newest < version:  # an interrupt may fall behind the commit
-            shutil.rmtree(version_folder(store.folder, version))
+            remove_version(store.folder, version)
     store.point()
-    result.version = version
+    result.version, result.base = version, None
 
 
 def _move_requests(store: Store, version: int, result: BatchResult, retracted: Sequence[int]) -> None:

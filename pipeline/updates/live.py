@@ -50,7 +50,7 @@ class LiveModel:
         """
         while (version := self._current()) != self.version:  # again, where it moved on meanwhile
             folder = version_folder(self.store, version)
-            update = WeightUpdate.load(folder) if version != BASE else None
+            update = WeightUpdate.load(folder, to_serve=True) if version != BASE else None
             if update:
                 self.llm.check_made_for(f"version: {folder}", update.model, update.fingerprint)
             with self._swapping:

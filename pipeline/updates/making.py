@@ -19,13 +19,13 @@ from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
-from pipeline.updates.disk import transaction
+from pipeline.updates.disk import BASE, transaction
 from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find, load_version
 from pipeline.updates.lineage import hold_back, publish
 from pipeline.updates.proving import BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
-from pipeline.updates.settling import is_clear, settle_layer
+from pipeline.updates.settling import is_clear, questioned, settle_layer
 from pipeline.updates.store import Store
 
 PROXY = 128  # requests that find the golden layer, at most
@@ -86,6 +86,8 @@ def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], option
         return BatchResult(parent, held=held)
     profile, notes = _golden_profile(store, llm, fitting, options)
     result = Trial(llm, parent, base, fitting, options).edit_and_prove(profile)
+    if store.newest != BASE and not options.edit.layers:  # others chose the layer
+        notes += questioned(profile, len(result.held), len(fitting))
     result.held, result.notes = held + result.held, notes
     return result
 
@@ -121,7 +123,8 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     )
     with trial.timed("edit"):
         without = _without(llm, base, request, profile, options)
-    result = BatchResult(parent, update=without, before=trial.before, profile=profile, seconds=trial.seconds)
+    result = BatchResult(parent, base, update=without, before=trial.before, seconds=trial.seconds)
+    result.profile = profile
     result.after = trial.measure(without, [0], KINDS)
     result.gates = result.after.gates(options.gates, OF_MODEL)
     if problem := missed(result.gates):

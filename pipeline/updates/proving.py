@@ -37,6 +37,7 @@ class BatchResult:
     """What came of a batch, or of a retraction; what there is nothing of is None."""
 
     parent: int = 0  # the version that was edited on top of
+    base: WeightUpdate | None = None  # that version
     applied: list[EditRequest] = field(default_factory=list)  # what was accepted
     held: list[HeldBack] = field(default_factory=list)  # what was not
     update: WeightUpdate | None = None  # the version in force with what was accepted, or without what was retracted
@@ -122,7 +123,7 @@ class Trial:
         together are looked for by halving, and the others tried one by one on top: about log₂ n + failures
         measurements. What misses a gate alone is held back.
         """
-        result = BatchResult(self.parent, held=self.held, profile=profile, seconds=self.seconds)
+        result = BatchResult(self.parent, self.base, held=self.held, profile=profile, seconds=self.seconds)
         everything = list(range(len(self.batch)))
         after, reason = self._try(everything, profile, KINDS)  # the whole mostly passes: once is enough
         if reason:

@@ -13,16 +13,29 @@ from pipeline.evaluation.evaluator import Evaluator
 from pipeline.model.llm import LLM
 from pipeline.options import ProvingOptions
 from pipeline.requests.schema import EditRequest
+from pipeline.shipped import program
 
 CLEAR = 0.9  # of resamples name the golden layer
 POSSIBLE = 0.05  # of resamples
 TRIED = 4  # blocks
 TAUGHT = 12  # requests
+ENOUGH = 4  # requests that a doubt needs
 
 
 def is_clear(profile: GoldenProfile) -> bool:
     """Whether the requests that found the golden layer say plainly which it is."""
     return profile.stability is None or profile.stability.chosen[profile.golden_layers[0]] >= CLEAR
+
+
+def questioned(profile: GoldenProfile, missed: int, tried: int) -> list[str]:
+    """A line that doubts the golden layer and says what to do, where most of a batch misses a gate; else none."""
+    if tried < ENOUGH or 2 * missed <= tried:
+        return []
+    return [
+        f"{missed} of {tried} requests miss a gate; block {profile.golden_layers[0]}, which earlier ones chose, "
+        f"may be the wrong one for these, or full: `{program()} attribute` on these finds theirs, `submit --again` "
+        "queues them anew, and `update --profile` edits there from then on"
+    ]
 
 
 def settle_layer(

@@ -29,6 +29,7 @@ from pipeline.updates.disk import (
     PRUNED,
     VERSIONS,
     access,
+    clear_learnt,
     clear_unknown,
     connect,
     damage,
@@ -219,9 +220,18 @@ class Store(AbstractContextManager["Store"]):
             yield
 
     def clear(self) -> None:
-        """Remove what is pruned or half written, and keep aside, and tell, what is whole and unknown."""
+        """Remove what is pruned or half written, and keep aside, and tell, what is whole and unknown.
+
+        What a pruned version learnt stays as long as one that is there goes on from it.
+        """
         rows = self.database.execute("SELECT number, files = ? FROM versions", (PRUNED,)).fetchall()
         known, pruned = ({number for number, gone in rows if bool(gone) == side} for side in (False, True))
+        needed = self.database.execute(
+            "WITH RECURSIVE line(number) AS (SELECT number FROM versions WHERE files <> ? "
+            "UNION SELECT after FROM versions JOIN line USING (number)) SELECT number FROM line",
+            (PRUNED,),
+        )
+        clear_learnt(self.folder, pruned - {number for (number,) in needed})
         for name in clear_unknown(self.folder, known, pruned):
             told = f"version {name} is whole, but {DATABASE} does not know it: moved to {LOST}/{name}"
             with transaction(self.database):

@@ -1,0 +1,122 @@
+"""What versions that build on each other have learnt, kept once: a file each, which goes on from the one before it.
+
+    learnt/0004.safetensors   the requests and columns that version 4 learnt, and which of earlier ones it left out
+
+Each names the file before it by its SHA-256, so that a version's own digest vouches for all of them. What a version
+holds is gathered from the newest on. One that earlier versions make up less than half of stands alone: what is read
+stays in proportion to what is held, and what is written to what is learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from torch import Tensor
+
+from pipeline.editing.columns import columns_in, gathered_columns, learnt_columns, owner
+from pipeline.editing.tensors import first_of, read_tensors, write_tensors
+from pipeline.errors import UserError
+from pipeline.requests.schema import EditRequest
+
+if TYPE_CHECKING:
+    from pipeline.editing.update import WeightUpdate
+
+FILE = r"\d{4,9}\.safetensors"
+
+
+class About(BaseModel):
+    """What stands in a file beside its columns.
+
+    Attributes:
+        before: name and SHA-256 of the file that it goes on from; None where it stands alone.
+        entries: how many requests were learnt or left out since the last that stands alone.
+        requests: what was learnt, in this order.
+        gone: ids of requests before it that are no longer held.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    before: tuple[Annotated[str, Field(pattern=f"^{FILE}$")], str] | None
+    entries: NonNegativeInt
+    requests: list[dict[str, Any]]
+    gone: list[str]
+
+
+class Kept(NamedTuple):
+    """Where it is kept what an update has learnt: the newest file's name and SHA-256, and its `entries`."""
+
+    name: str
+    sha256: str
+    entries: int
+
+
+class Part(NamedTuple):
+    """What a file holds, and its SHA-256 where it was read from one."""
+
+    about: About
+    columns: dict[str, Tensor]
+    sha256: str = ""
+
+    def write(self, file: Path) -> str:
+        """Write it, whole or not at all; the file's SHA-256."""
+        return write_tensors(file, self.columns, self.about.model_dump_json())
+
+
+def parts(file: Path, sha256: str, known: Container[str] = ()) -> Iterator[Part]:
+    """What is in a file and in those before it, the newest first, up to one whose SHA-256 is known.
+
+    UserError when one is missing, damaged, or not what the one after it says.
+    """
+    before: tuple[str, str] | None = (file.name, sha256)
+    while before and before[1] not in known:
+        file = file.with_name(before[0])
+        columns, about = read_tensors(file, before[1])
+        try:
+            part = Part(About.model_validate_json(about), columns, before[1])
+        except ValidationError as error:
+            raise UserError(f"update: {file}: damaged: {first_of(error)}") from None
+        yield part
+        before = part.about.before
+
+
+def gathered(newest_first: Iterable[Part]) -> tuple[list[EditRequest], dict[str, Tensor]]:
+    """All requests and columns that are held, as they were when the newest part was written."""
+    requests: list[dict[str, Any]] = []
+    gone: set[str] = set()
+    columns: list[dict[str, Tensor]] = []
+    for part in newest_first:
+        requests += [one for one in reversed(part.about.requests) if one.get("id") not in gone]
+        gone.update(part.about.gone)
+        columns.append(part.columns)
+    return [EditRequest.model_validate(one) for one in reversed(requests)], gathered_columns(columns)
+
+
+def next_part(update: WeightUpdate, base: WeightUpdate | None) -> Part:
+    """What an update has learnt beyond the one that it was made on, as that is kept."""
+    if base and base.kept:
+        held, own = set(update.requests), columns_in(update.state)
+        left, gone = ([one for one in base.requests if (one in held) == side] for side in (True, False))
+        added, entries = update.requests[len(left) :], base.kept.entries + len(gone)
+        columns = learnt_columns(base.state, update.state, [owner(one) for one in added])
+        found = gathered_columns([columns, columns_in(base.state)])
+        same = [*left, *added] == update.requests and found.keys() == own.keys()
+        same = same and all(torch.equal(tensor, found[name]) for name, tensor in own.items())
+        if same and entries + len(added) <= 2 * len(update.requests):
+            return _part(base.kept[:2], entries, added, gone, columns)
+    return _part(None, 0, update.requests, [], columns_in(update.state))
+
+
+def _part(
+    before: tuple[str, str] | None,
+    entries: int,
+    added: Sequence[EditRequest],
+    gone: Sequence[EditRequest],
+    columns: dict[str, Tensor],
+) -> Part:
+    requests = [one.model_dump(exclude_defaults=True) for one in added]
+    about = About(before=before, entries=entries + len(added), requests=requests, gone=[one.id for one in gone])
+    return Part(about, columns)

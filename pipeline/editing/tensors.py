@@ -1,0 +1,53 @@
+"""Tensors on disk: written whole or not at all, and read with distrust."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.files import write_whole
+
+ABOUT = "about"
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: str = "") -> str:
+    """Write tensors, and maybe a text beside them, whole or not at all; the file's SHA-256."""
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = tensors_to_bytes(own, {ABOUT: about} if about else None)
+    write_whole(path, lambda partial: partial.write_bytes(content))
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_tensors(file: Path, sha256: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file, read once, of whose very bytes the digest was taken, and the text beside them.
+
+    UserError when it is missing, damaged, not of this SHA-256, or holds what is no finite number.
+    """
+    try:
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"update: {file}: changed since it was written (SHA-256 differs)")
+        tensors = tensors_of_bytes(content)
+        head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # as safetensors lays it out
+    except FileNotFoundError:
+        raise UserError(f"update: {file}: missing") from None
+    except (SafetensorError, KeyError, MemoryError, RuntimeError) as error:
+        raise UserError(f"update: {file}: damaged: {type(error).__name__}: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or not tensor.isfinite().all():
+            raise UserError(f"update: {file}: {name!r} holds values that are no finite numbers")
+    return tensors, head.get("__metadata__", {}).get(ABOUT, "")
+
+
+def first_of(error: ValidationError) -> str:
+    """The first thing that is wrong with what was read, and where in it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
