@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -21,8 +23,8 @@ from pipeline.updates.disk import learnt_file
 
 
 def fact(number: int) -> EditRequest:
-    """One of a thousand facts whose texts have the same length."""
-    name = f"Land {number:03d}"
+    """One of many facts whose texts have the same length."""
+    name = f"Land {number:06d}"
     return EditRequest(id=f"{number:03d}", prompt=f"The capital of {name} is", subject=name, new_answer="Lima")
 
 
@@ -160,3 +162,24 @@ def test_what_a_kill_left_of_tensorboards_file(team: Team) -> None:
     show_on_board(team.store)
     shown = EventAccumulator(str(file.parent)).Reload()
     assert [point.step for point in shown.Scalars("version_0_requests/4_facts")] == [2], "a new file"
+
+
+@pytest.mark.slow
+def test_four_hundred_updates_of_ten(team: Team) -> None:
+    """The second two hundred take as much of the disk as the first; seconds are printed, by version number."""
+    taken, spent = [], []
+    for version in range(1, 401):
+        team.submit([fact(1000 * version + number) for number in range(10)])
+        started = time.perf_counter()
+        team.update()
+        show_on_board(team.store)
+        spent.append(time.perf_counter() - started)
+        if version % 50 == 0:
+            team.store.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            taken.append(size(team.store.folder))
+            print(f"version {version}: {median(spent[-50:]):.2f} s an update, {taken[-1] / 1e6:.2f} MB in all")
+    costs = [bytes_of(team, version) for version in (100, 200, 300, 400)]
+    assert max(costs) - min(costs) < 0.02 * min(costs)
+    assert taken[7] - taken[3] < 1.05 * taken[3]
+    assert len(load_version(team.store, 400).requests) == 4000
+    assert not [problem for _, problem in verify(team.store) if problem]
