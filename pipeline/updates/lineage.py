@@ -39,9 +39,9 @@ class Change(NamedTuple):
 def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) -> None:
     """Write a version and make it the current one: files first, then one transaction that moves everything at once.
 
-    The result's `version` and `superseded` are set and its `base` is let go; `retracted` are numbers of requests to
-    go. UserError when its `parent` is no longer the current version, OSError when the disk has no room: nothing is
-    published then.
+    The result's `version` and `superseded` are set, and its updates let go, since a run may make many versions;
+    `retracted` are numbers of requests to go. UserError when its `parent` is no longer the current version, OSError
+    when the disk has no room: nothing is published then.
     """
     update, profile, version = result.update, result.profile, store.next
     assert update and profile
@@ -72,7 +72,7 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
         if store.newest < version:  # an interrupt may fall behind the commit
             remove_version(store.folder, version)
     store.point()
-    result.version, result.base = version, None
+    result.version, result.update, result.base = version, None, None
 
 
 def _move_requests(store: Store, version: int, result: BatchResult, retracted: Sequence[int]) -> None:

@@ -37,7 +37,7 @@ class BatchResult:
     """What came of a batch, or of a retraction; what there is nothing of is None."""
 
     parent: int = 0  # the version that was edited on top of
-    base: WeightUpdate | None = None  # that version
+    base: WeightUpdate | None = None  # that version; it and `update` until a version is published
     applied: list[EditRequest] = field(default_factory=list)  # what was accepted
     held: list[HeldBack] = field(default_factory=list)  # what was not
     update: WeightUpdate | None = None  # the version in force with what was accepted, or without what was retracted
