@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing.export import export_adapter, export_merged
+from pipeline.editing.tensors import write_tensors
 from pipeline.editing.update import Described, WeightUpdate
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.fingerprints import sample
@@ -119,6 +120,38 @@ def test_cases_of_foreign_folders(
         assert words in line and line.startswith("update: ")
         assert sample(tiny_llm.model) == before
     assert not (tmp_path / "out").exists()
+
+
+STRANGE: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
+    "no request": ({"requests": [{"id": ["1"]}]}, {}, "id: Input should be a valid string"),
+    "no list": ({"requests": 3}, {}, "0001.safetensors: damaged: requests: Input should be"),
+    "a file elsewhere": ({"before": ["../../../etc/passwd", "0"]}, {}, "before.0: String should match"),
+    "nothing before it": ({"before": ["0007.safetensors", "0" * 64]}, {}, "0007.safetensors: missing"),
+    "owners alone": ({}, {"locate.1.owner_n": torch.ones(1, dtype=torch.int64)}, "does not belong together"),
+    "keys for another": (
+        {},
+        {
+            "locate.1.owner_n": torch.ones(3, dtype=torch.int64),
+            "locate.1.key_In": torch.ones(48, 1),
+            "locate.1.change_On": torch.ones(32, 3),
+        },
+        "does not belong together",
+    ),
+    "no number": ({}, {"locate.1.owner_n": torch.tensor([torch.nan])}, "no finite numbers"),
+}
+
+
+@pytest.mark.parametrize(("about", "columns", "words"), STRANGE.values(), ids=STRANGE)
+def test_cases_of_what_a_strange_version_learnt(
+    about: dict[str, Any], columns: dict[str, Tensor], words: str, update: WeightUpdate, tmp_path: Path
+) -> None:
+    """Sealed as a version of a store is, by somebody who knows how."""
+    folder, said = tmp_path / "versions" / "0001", {"before": None, "entries": 1, "requests": [], "gone": []}
+    (tmp_path / "learnt").mkdir()
+    digest = write_tensors(tmp_path / "learnt" / "0001.safetensors", columns, json.dumps(said | about))
+    update.save(folder, ("0001.safetensors", digest))
+    line = refusal(lambda: WeightUpdate.load(folder))
+    assert words in line and line.startswith("update: ")
 
 
 def test_cases_of_an_adapter_that_is_none(tiny_llm: LLM, update: WeightUpdate, tmp_path: Path) -> None:

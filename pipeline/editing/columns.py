@@ -8,6 +8,7 @@ Shapes: I inputs and O outputs of the projection, n columns, G requests, C keys 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -92,11 +93,7 @@ def owner(request: EditRequest) -> int:
     return int.from_bytes(digest, signed=True)
 
 
-OWN = {
-    "key_In": 1,
-    "change_On": 1,
-    "owner_n": 0,
-}  # what a column consists of, and the dimension that columns are in
+OWN = {"key_In": 1, "change_On": 1, "owner_n": 0}  # a column's own, and the dimension of each that is columns
 
 State = Mapping[str, Tensor]
 
@@ -138,7 +135,7 @@ def gathered_columns(newest_first: Iterable[State]) -> dict[str, Tensor]:
 
 
 def _layers(state: State) -> list[int]:
-    return [int(name.split(".")[1]) for name in sorted(state) if name.endswith(".owner_n")]
+    return [int(found[1]) for name in sorted(state) if (found := re.fullmatch(r"locate\.(\d+)\.owner_n", name))]
 
 
 def _named(layer: int) -> dict[str, int]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from torch import Tensor
 
 from pipeline.editing.columns import columns_in, gathered_columns, learnt_columns, owner
-from pipeline.editing.tensors import first_of, read_tensors, write_tensors
+from pipeline.editing.tensors import first_of, read_tensors
 from pipeline.errors import UserError
 from pipeline.requests.schema import EditRequest
 
@@ -61,10 +61,6 @@ class Part(NamedTuple):
     columns: dict[str, Tensor]
     sha256: str = ""
 
-    def write(self, file: Path) -> str:
-        """Write it, whole or not at all; the file's SHA-256."""
-        return write_tensors(file, self.columns, self.about.model_dump_json())
-
 
 def parts(file: Path, sha256: str, known: Container[str] = ()) -> Iterator[Part]:
     """What is in a file and in those before it, the newest first, up to one whose SHA-256 is known.
@@ -84,15 +80,22 @@ def parts(file: Path, sha256: str, known: Container[str] = ()) -> Iterator[Part]
 
 
 def gathered(newest_first: Iterable[Part]) -> tuple[list[EditRequest], dict[str, Tensor]]:
-    """All requests and columns that are held, as they were when the newest part was written."""
+    """All requests and columns that are held, as they were when the newest part was written.
+
+    UserError when columns do not belong together.
+    """
     requests: list[dict[str, Any]] = []
     gone: set[str] = set()
     columns: list[dict[str, Tensor]] = []
     for part in newest_first:
-        requests += [one for one in reversed(part.about.requests) if one.get("id") not in gone]
+        requests += [one for one in reversed(part.about.requests) if str(one.get("id")) not in gone]
         gone.update(part.about.gone)
         columns.append(part.columns)
-    return [EditRequest.model_validate(one) for one in reversed(requests)], gathered_columns(columns)
+    held = [EditRequest.model_validate(one) for one in reversed(requests)]
+    try:
+        return held, gathered_columns(columns)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise UserError(f"update: what was learnt does not belong together ({type(error).__name__})") from None
 
 
 def next_part(update: WeightUpdate, base: WeightUpdate | None) -> Part:

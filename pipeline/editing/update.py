@@ -224,9 +224,8 @@ class WeightUpdate:
             include={"model", "fingerprint", "method", "layers", "options", "adapter", "chat"}
         )
         try:
-            update = cls(
-                **plain, tensors=tensors, requests=list(map(EditRequest.model_validate, described.requests))
-            )
+            update = cls(**plain, tensors=tensors)
+            update.requests = [EditRequest.model_validate(request) for request in described.requests]
             if not to_serve:
                 update._read_state(folder, described)
         except ValidationError as error:
@@ -239,7 +238,7 @@ class WeightUpdate:
             self.state, _ = read_tensors(folder / STATE_FILE, sha256)
         if learnt := described.learnt:
             sha256 = described.sha256[learnt]
-            found = list(parts(folder / learnt, sha256))
+            found = list(parts((folder / learnt).resolve(), sha256))
             self.requests, columns = gathered(found)
             self.state |= columns
             self.kept = Kept(Path(learnt).name, sha256, found[0].about.entries)

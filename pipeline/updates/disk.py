@@ -26,6 +26,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipeline.editing.learnt import Part
+from pipeline.editing.tensors import write_tensors
 from pipeline.editing.update import UPDATE_FILE
 from pipeline.errors import UserError
 from pipeline.files import file_digest
@@ -254,7 +255,7 @@ def _write_learnt(store: Path, number: int, part: Part) -> tuple[str, str]:
     """Write what a version learnt; gives the file's name and SHA-256."""
     file = learnt_file(store, number)
     file.parent.mkdir(mode=access(store), exist_ok=True)
-    sha256 = part.write(file)
+    sha256 = write_tensors(file, part.columns, part.about.model_dump_json())
     _settle(store, file)
     _to_disk(file.parent)
     return file.name, sha256
