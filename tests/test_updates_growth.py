@@ -72,9 +72,9 @@ def test_a_version_costs_what_it_alone_learnt(team: Team) -> None:
         databases.append(team.store.database.execute("PRAGMA page_count").fetchone()[0] * 4096)
     assert len(load_version(team.store, 12).requests) == 24
     costs = [bytes_of(team, version) for version in range(3, 13)]
-    assert max(costs) - min(costs) < 0.02 * min(costs), "digits of numbers"
+    assert max(costs) - min(costs) < 0.05 * min(costs), "digits of numbers"
     written = [after - before for before, after in pairwise(boards[3:])]
-    assert max(written) - min(written) < 10 and len(list(board.iterdir())) == 1
+    assert max(written) - min(written) < 100 and len(list(board.iterdir())) == 1
     assert max(after - before for before, after in pairwise(databases[3:])) < 40_000
 
 
