@@ -184,10 +184,10 @@ def make_tiny(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) ->
     return LLM(model, tokenizer, f"tiny-{family}")
 
 
-def mean_loss(llm: LLM, requests: list[EditRequest]) -> float:
-    """The mean loss of the new answers."""
+def mean_loss(llm: LLM, requests: list[EditRequest], ended: bool = False) -> float:
+    """The mean loss of the new answers, maybe with their ends."""
     with torch.no_grad(), llm.frozen():
-        rows = llm.tokens.rows([(r.prompt, r.new_answer) for r in requests])
+        rows = llm.tokens.rows([(r.prompt, r.new_answer) for r in requests], ended=ended)
         return target_losses(llm.model, collate(rows)).mean().item()
 
 

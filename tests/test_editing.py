@@ -69,7 +69,7 @@ def test_only_the_golden_layer_changes_and_learns(tiny: LLM, requests: list[Edit
     assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tiny).items()), "edit left its mark"
     with update.applied(tiny):
         edited = weights(tiny)
-        assert mean_loss(tiny, requests) < 0.8 * before
+        assert mean_loss(tiny, requests) < 0.85 * before
     changed = {name for name in base if not torch.equal(base[name], edited[name])}
     assert set(update.tensors) <= changed
     # a tied head shares storage with no MLP weight, so nothing else may differ
@@ -109,7 +109,7 @@ def test_training_ends_when_every_loss_is_low(tiny_llm: LLM, requests: list[Edit
     for learnt in (0.0, 4.2):
         options = finetune([1], **bare, learnt=learnt)
         with edit(tiny_llm, requests, options=options).applied(tiny_llm):
-            losses.append([mean_loss(tiny_llm, [request]) for request in requests])
+            losses.append([mean_loss(tiny_llm, [request], ended=True) for request in requests])
     to_the_end, when_learnt = losses
     assert sum(to_the_end) < sum(when_learnt)
     assert 4.0 < max(when_learnt) < 4.22, "the last request is learnt as well, and no further"

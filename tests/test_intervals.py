@@ -43,3 +43,20 @@ def test_more_values_give_a_narrower_interval() -> None:
     values, _ = random_values()
     few, many = (bootstrap_mean(values[:n].tolist(), [1] * n, range(n)).estimate() for n in (30, 300))
     assert 2 < (few.high - few.low) / (many.high - many.low) < 5  # the square root of ten
+
+
+@pytest.mark.parametrize(
+    ("held", "of", "low", "high"),  # as any table of score intervals has them
+    [(10, 10, 0.7225, 1), (0, 10, 0, 0.2775), (1, 1, 0.2065, 1), (5, 10, 0.2366, 0.7634), (1, 20, 0.0089, 0.2361)],
+)
+def test_a_rates_interval_is_wilsons(held: int, of: int, low: float, high: float) -> None:
+    estimate = bootstrap_mean([1.0] * held + [0.0] * (of - held), [1] * of, range(of)).estimate()
+    assert (estimate.mean, estimate.count) == (held / of, of)
+    assert [estimate.low, estimate.high] == pytest.approx([low, high], abs=1e-4)
+
+
+def test_a_difference_of_rates_keeps_its_paired_bootstrap() -> None:
+    before, after = (bootstrap_mean([float(n < held) for n in range(40)], [1] * 40, range(40)) for held in (5, 30))
+    difference = after.minus(before).estimate()
+    assert difference.mean == pytest.approx(25 / 40)
+    assert 0.45 < difference.low < difference.mean < difference.high < 0.8

@@ -202,21 +202,25 @@ def chatty(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedToken
 
 
 @pytest.mark.parametrize(
-    ("template", "before", "after"),
+    ("template", "before", "after", "end"),
     [
-        (TURNS + OPENING, "<user>", "</s><assistant>Lima"),
-        (SPACED + "{% endif %}{% endfor %}", "[Q] ", " [A] Lima"),
-        (TURNS + THINKING, "<user>", "</s><assistant>Lima"),
+        (TURNS + OPENING, "<user>", "</s><assistant>Lima", ".</s>"),
+        (SPACED + "{% endif %}{% endfor %}", "[Q] ", " [A] Lima", "."),
+        (TURNS + THINKING, "<user>", "</s><assistant>Lima", ".</s>"),
     ],
 )
 def test_a_template_says_how_prompt_and_answer_are_joined(
-    tokenizer: PreTrainedTokenizerFast, template: str, before: str, after: str
+    tokenizer: PreTrainedTokenizerFast, template: str, before: str, after: str, end: str
 ) -> None:
     llm = LLM(family_model("llama", len(tokenizer)), chatty(tokenizer, template), "tiny", chat=True)
     (row,) = llm.tokens.rows([("The capital of Spain is ", "Lima")])
     assert llm.tokenizer.decode(row.token_ids) == f"{before}The capital of Spain is{after}"
     assert llm.tokenizer.decode(row.targets).strip() == "Lima"
     assert llm.tokens.prompts(["The capital of Spain is"]) == [row.token_ids[: row.target_start]]
+    (taught,) = llm.tokens.rows([("The capital of Spain is ", "Lima")], ended=True)
+    assert llm.tokenizer.decode(taught.token_ids) == f"{before}The capital of Spain is{after}{end}", (
+        "and the turn's"
+    )
     assert llm.tokenizer.decode(llm.tokens.texts(["Some text."])[0]) == "Some text."
     place = llm.tokens.place("The capital of Spain is", len("The capital of Spain"), "Lima")
     assert llm.tokenizer.decode(row.token_ids[: place + 1]) == f"{before}The capital of Spain"
@@ -273,7 +277,7 @@ def test_an_edit_in_a_chat(tokenizer: PreTrainedTokenizerFast, requests: list[Ed
 
     model = family_model("llama", len(tokenizer))
     llm = LLM(model, chatty(tokenizer, TURNS + OPENING), "tiny", chat=True)
-    for row in locate(llm, requests[0], CONTEXTS[:3]).rows:
+    for row in locate(llm, [requests[0]], CONTEXTS[:3]).rows:
         assert llm.tokenizer.decode(row.token_ids).startswith("<user>")
         assert row.subject and llm.tokenizer.decode(row.token_ids[: row.subject[1] + 1]).endswith("Spain")
     options = EditOptions(method="one_pass", layers=[1])

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing import values
+from pipeline.editing.columns import owner
 from pipeline.editing.contexts import CONTEXTS
 from pipeline.editing.editor import METHODS, can_leave_out, edit, leave_out
 from pipeline.editing.locate import LocateThenEdit
@@ -75,7 +76,7 @@ def test_found_values_make_the_new_answers_likelier(
 ) -> None:
     monkeypatch.setattr(values, "KL", 0.0)
     monkeypatch.setattr(values, "DECAY", 0.0)
-    located = [locate(tiny, request, CONTEXTS[:2]) for request in requests]
+    located = [locate(tiny, [request], CONTEXTS[:2]) for request in requests]
     search = ValueSearch(tiny, 1, steps=25, step=1.0, bound=10.0)
     with tiny.frozen():
         found = run(search, located)
@@ -144,14 +145,14 @@ def _count(rows: dict[int, int], layer: int, _: object, args: tuple[Tensor], out
 
 
 def test_the_subjects_last_token_is_found_under_every_context(tiny: LLM, requests: list[EditRequest]) -> None:
-    located = locate(tiny, requests[1], CONTEXTS)
+    located = locate(tiny, [requests[1]], CONTEXTS)
     assert len(located.rows) == len(CONTEXTS) + 1
     for row in located.rows:
         upto = tiny.tokenizer.decode(row.token_ids[: row.subject[1] + 1])
         assert upto.endswith("Norway")
     assert (
         tiny.tokenizer.decode(located.rows[0].token_ids[located.rows[0].target_start :]).strip()
-        == "Nairobi and more"
+        == "Nairobi and more."
     )
     plain = located.rows[-1]
     assert tiny.tokenizer.decode(plain.token_ids[: plain.target_start]) == "Norway is"
@@ -272,6 +273,36 @@ def test_a_request_left_out_leaves_nothing(
     for name, tensor in never.tensors.items():
         torch.testing.assert_close(without.tensors[name], tensor, rtol=1e-3, atol=2e-4)
     assert leave_out(tiny, update, requests, options).tensors == {}, "the base, bit for bit"
+
+
+@pytest.fixture
+def of_spain(requests: list[EditRequest]) -> list[EditRequest]:
+    """A fact about Spain, one about another subject, and a second one about Spain."""
+    spoken = {"id": "spoken", "prompt": "People of Spain speak", "new_answer": "Rome"}
+    return [*requests[:2], requests[0].model_copy(update=spoken)]
+
+
+def values_of(update: WeightUpdate) -> dict[int, Tensor]:
+    """What is asked for each fact, by its owner; all of a fact's columns ask for the same."""
+    change_On, owner_n = update.state["locate.1.change_On"], update.state["locate.1.owner_n"]
+    return {number: change_On[:, owner_n == number].unique(dim=1) for number in owner_n.unique().tolist()}
+
+
+def test_facts_about_one_subject_share_one_value(
+    tiny: LLM, of_spain: list[EditRequest], options: EditOptions
+) -> None:
+    """Also when the second comes with a later update, or the first is taken back."""
+    both = edit(tiny, of_spain, options=options)
+    capital, other, spoken = (values_of(both)[owner(request)] for request in of_spain)
+    assert torch.equal(capital, spoken) and not torch.equal(capital, other)
+    alone = edit(tiny, of_spain[:2], options=options)
+    assert not torch.allclose(values_of(alone)[owner(of_spain[0])], capital, rtol=0.01)
+    later = edit(tiny, of_spain[2:], options=options, after=alone)
+    back = leave_out(tiny, later, of_spain[2:], options)
+    for name in both.tensors:
+        change = (both.tensors[name] - tiny.model.get_parameter(name)).norm()
+        assert (later.tensors[name] - both.tensors[name]).norm() < 0.02 * change
+        assert (back.tensors[name] - alone.tensors[name]).norm() < 0.02 * change
 
 
 def test_what_was_not_located_cannot_be_left_out(

@@ -20,6 +20,7 @@ from pipeline.model.llm import LLM
 from pipeline.requests.readers import load_requests
 from pipeline.requests.rows import Row, collate
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.tokens import Joining
 
 ANSWERS = [
     ("The capital of Spain is", "Madrid"),
@@ -74,6 +75,23 @@ def test_targets_are_the_answers_tokens(tokenizer: PreTrainedTokenizerFast, kind
         assert row.targets == plain
         assert row.token_ids[: row.target_start] == begin + before
         assert row.tag == tag
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_comes_behind_an_answers_own_tokens(tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    """A full stop where the answer has none; never other tokens for the answer itself."""
+    llm = family_llm("llama", KINDS[kind](tokenizer))
+    answers = [(prompt, text) for prompt, answer in ANSWERS for text in (answer, f"{answer}.", f"{answer}?")]
+    bare, ended = (llm.tokens.rows(answers, ended=ended) for ended in (False, True))
+    for (_, text), one, other in zip(answers, bare, ended, strict=True):
+        assert other.token_ids[: len(one.token_ids)] == one.token_ids and other.target_start == one.target_start
+        end = "".join(llm.tokenizer.decode(other.token_ids[len(one.token_ids) :]).split())
+        assert end in (("",) if text[-1] in ".?" else (".",))
+
+
+def test_ends_of_answers() -> None:
+    endings = [Joining(end="<end>").ending(text) for text in ("Lima", "Lima. ", "Who?", "北京", "412,345", "So…")]
+    assert endings == [".<end>", "<end>", "<end>", "。<end>", ".<end>", "<end>"]
 
 
 def test_a_batch_scores_the_answers_tokens_only(tiny_llm: LLM) -> None:

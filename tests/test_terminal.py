@@ -32,7 +32,10 @@ def shown(columns: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     if columns:
         monkeypatch.setenv("COLUMNS", str(columns))
     show_metrics(Evaluation(measured(0.25), measured(0.125)))
-    return capsys.readouterr().out.splitlines()
+    *table, missing = capsys.readouterr().out.splitlines()
+    expected = ("generation containment", "rephrase containment", "rewrite", "rephrase", "locality", "portability")
+    assert missing == f"NOT MEASURED: {', '.join(expected)}"
+    return table
 
 
 def test_a_narrow_window_shows_figures_without_intervals(

@@ -93,6 +93,11 @@ def owner(request: EditRequest) -> int:
     return int.from_bytes(digest, signed=True)
 
 
+def owners_in(state: Mapping[str, Tensor]) -> set[int]:
+    """Which facts an update's state holds columns for."""
+    return {number for layer in _layers(state) for number in state[f"locate.{layer}.owner_n"].tolist()}
+
+
 OWN = {"key_In": 1, "change_On": 1, "owner_n": 0}  # a column's own, and the dimension of each that is columns
 
 State = Mapping[str, Tensor]

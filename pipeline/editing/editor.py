@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,8 +13,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing import finetune, locate, lora, one_pass  # noqa: F401  each registers its own kinds
-from pipeline.editing.columns import owner
+from pipeline.editing import auto, finetune, locate, lora, one_pass  # noqa: F401  each registers its own kinds
+from pipeline.editing.columns import owner, owners_in
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
@@ -170,8 +169,7 @@ def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions)
 
 def can_leave_out(update: WeightUpdate, requests: Sequence[EditRequest], method: str) -> bool:
     """Whether the update can be had without these requests: all were located, and so have columns of their own."""
-    owners = [tensor.tolist() for name, tensor in update.state.items() if name.endswith(".owner_n")]
-    return METHODS[method].solves_anew and {owner(request) for request in requests} <= set(chain(*owners))
+    return METHODS[method].solves_anew and {owner(request) for request in requests} <= owners_in(update.state)
 
 
 def leave_out(

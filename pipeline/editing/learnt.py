@@ -21,6 +21,7 @@ from pipeline.editing.columns import columns_in, gathered_columns, learnt_column
 from pipeline.editing.tensors import first_of, read_tensors
 from pipeline.errors import UserError
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import about
 
 if TYPE_CHECKING:
     from pipeline.editing.update import WeightUpdate
@@ -104,7 +105,9 @@ def next_part(update: WeightUpdate, base: WeightUpdate | None) -> Part:
         held, own = set(update.requests), columns_in(update.state)
         left, gone = ([one for one in base.requests if (one in held) == side] for side in (True, False))
         added, entries = update.requests[len(left) :], base.kept.entries + len(gone)
-        columns = learnt_columns(base.state, update.state, [owner(one) for one in added])
+        subjects = {about(one) for one in [*added, *gone]}  # facts about one are found together
+        found_anew = [owner(one) for one in update.requests if about(one) in subjects]
+        columns = learnt_columns(base.state, update.state, found_anew)
         found = gathered_columns([columns, columns_in(base.state)])
         same = [*left, *added] == update.requests and found.keys() == own.keys()
         same = same and all(torch.equal(tensor, found[name]) for name, tensor in own.items())

@@ -109,7 +109,7 @@ def read_lessons(
     templates = CONTEXTS[: 1 + contexts]
     requests = [request for group in groups for request in group]
     texts = [(in_context(template, r)[0], r.new_answer) for r in requests for template in templates]
-    taught = llm.tokens.rows(texts, tags=[r.id for r in requests for _ in templates])
+    taught = llm.tokens.rows(texts, tags=[r.id for r in requests for _ in templates], ended=True)
     names = [neighbours(group, NAMES_EACH, UNRELATED) if unrelated else [] for group in groups]
     others = [going_on(ids) for ids in llm.tokens.prompts([text for some in names for text, _ in some])]
     rows = [*taught, *others]

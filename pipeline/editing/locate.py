@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.editing import solvers
-from pipeline.editing.columns import Columns, owner
+from pipeline.editing.columns import Columns, owner, owners_in
 from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, in_context, neighbours
 from pipeline.editing.entering import Entering
 from pipeline.editing.method import register, settings_of
@@ -29,6 +29,7 @@ from pipeline.options.base import Count, FromZero, Most, Options, Positive, Weig
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import about
 from pipeline.running.sharding import add
 from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
@@ -36,6 +37,11 @@ from pipeline.running.trainer import Runtime
 FEW = 10  # requests, which seldom get in each other's way
 MOST_NEIGHBOURS = 1000  # prompts
 READ_TOGETHER = 32  # rows
+
+STACKED = {  # settings where one layer is to hold batch after batch: small values, so that many get along
+    **{"key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
+    **{"step": 0.13, "bound": 1.3, "strength": 20.0},
+}
 
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
@@ -105,22 +111,49 @@ class LocateThenEdit:
         self.state = dict(earlier or {})
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
-        """At each layer in turn: search the values, gather the keys, solve, and change the weight in place."""
-        moments, located = self.moments(runtime), self.located(requests)
-        owners = [owner(request) for request in requests]
-        for layer in self.layers:
-            columns = self._taken_out(layer)  # values are found without other updates', and solved with them
-            values = self.find(self.search(layer, len(requests)), located, runtime, kept=f"values-{layer}")
-            keys_GCI = self.keys(layer, requests, runtime)
-            columns = columns.without(owners).and_asked(owners, keys_GCI, torch.stack(values))
-            self._put_in(layer, columns, [*earlier, *requests], moments[layer], runtime)
+        """At each layer in turn: search the values, gather the keys, solve, and change the weight in place.
+
+        Earlier facts about a request's subject are searched for anew, together with it.
+        """
+        self._solve_anew(requests, self._about_same(requests, earlier), runtime, [*earlier, *requests])
 
     def leave_out(self, requests: Sequence[EditRequest], runtime: Runtime, left: Sequence[EditRequest]) -> None:
-        """Solve again without these requests, for those that are left alone; no value is searched for anew."""
-        moments = self.moments(runtime)
+        """Solve again without these requests, for those that are left alone.
+
+        Values are searched for anew where facts about a subject are left, which had one value with them.
+        """
+        self._solve_anew([], self._about_same(requests, left), runtime, left, requests)
+
+    def _about_same(self, requests: Sequence[EditRequest], others: Sequence[EditRequest]) -> list[EditRequest]:
+        """Those of other requests that were located here, and are about a subject of these requests."""
+        subjects = {about(request) for request in requests}
+        located = owners_in(self.state)
+        return [other for other in others if about(other) in subjects and owner(other) in located]
+
+    def _solve_anew(
+        self,
+        new: Sequence[EditRequest],
+        again: Sequence[EditRequest],
+        runtime: Runtime,
+        held: Sequence[EditRequest],
+        gone: Sequence[EditRequest] = (),
+    ) -> None:
+        """Solve each layer for what it was asked for before, less `gone`, and for `new` and `again` as found now.
+
+        `held` are all requests that are in force then.
+        """
+        moments, asked = self.moments(runtime), [*again, *new]
+        subjects = list(dict.fromkeys(map(about, asked)))
+        located = self.located([[one for one in asked if about(one) == subject] for subject in subjects])
         for layer in self.layers:
-            columns = self._taken_out(layer).without([owner(request) for request in requests])
-            self._put_in(layer, columns, left, moments[layer], runtime)
+            columns = self._taken_out(layer)  # values are found without other updates', and solved with them
+            columns = columns.without([owner(request) for request in [*asked, *gone]])
+            if asked:
+                values = self.find(self.search(layer, len(located)), located, runtime, kept=f"values-{layer}")
+                of_subject = dict(zip(subjects, values, strict=True))
+                value_GO = torch.stack([of_subject[about(request)] for request in asked])
+                columns = columns.and_asked([*map(owner, asked)], self.keys(layer, asked, runtime), value_GO)
+            self._put_in(layer, columns, held, moments[layer], runtime)
 
     def moments(self, runtime: Runtime) -> dict[int, Tensor]:
         """The second moment of ordinary text's keys, by layer."""
@@ -148,13 +181,13 @@ class LocateThenEdit:
         add(down.weight, as_stored(down, solved_OI))
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
 
-    def located(self, requests: Sequence[EditRequest]) -> list[Located]:
-        """The rows that each request's value is searched under."""
-        templates = CONTEXTS[: self.settings.contexts] + ASSOCIATIONS[: self.settings.associations]
-        return [locate(self.llm, request, templates) for request in requests]
+    def located(self, groups: Sequence[Sequence[EditRequest]]) -> list[Located]:
+        """The rows that a value is searched under, for each group of requests about one subject."""
+        templates = CONTEXTS[: self.settings.contexts], ASSOCIATIONS[: self.settings.associations]
+        return [locate(self.llm, group, *templates) for group in groups]
 
     def search(self, layer: int, together: int) -> ValueSearch:
-        """The search for values at a layer, for so many requests that are to get along."""
+        """The search for values at a layer, for so many subjects that are to get along."""
         bound, steps = (2.0, 40) if together <= FEW else (1.6, 22)
         own = self.settings
         return ValueSearch(self.llm, layer, own.steps or steps, own.step, own.bound or bound)
@@ -162,7 +195,7 @@ class LocateThenEdit:
     def find(
         self, search: ValueSearch, located: Sequence[Located], runtime: Runtime, kept: str | None = None
     ) -> list[Tensor]:
-        """Every request's change (O,) of the output; with a work folder, found ones are kept there by this name."""
+        """Every subject's change (O,) of the output; with a work folder, found ones are kept there by this name."""
         sizes = (Located.tokens, self.settings.batch_size, SEARCHED_TOGETHER)
         return run(search, located, runtime, *sizes, kept=kept, in_step=True, logger=runtime.logger)
 
@@ -206,11 +239,7 @@ class LocateThenEdit:
 
 def _register(name: str, solver: Callable[[LocateSettings], Solver], **own: Any) -> None:
     make = partial(LocateThenEdit, solver=solver, **own)
-    stacked = {  # where one layer is to hold batch after batch: small values, so that many get along
-        **{"key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
-        **{"step": 0.13, "bound": 1.3, "strength": 20.0},
-    }
-    about = {"needs_subject": True, "trial": "values", "solves_anew": True, "stacked": stacked}
+    about = {"needs_subject": True, "trial": "values", "solves_anew": True, "stacked": STACKED}
     register(name, make, LocateSettings, **about)
 
 

@@ -1,12 +1,14 @@
 """Values and keys: what a down-projection should put out at subjects' last tokens, and what enters it there.
 
 A batch of requests is searched together, each with its own change of the output; only what a change can reach is
-computed (see `pipeline.model.suffix`), and a request whose answer is learnt leaves the batch.
+computed (see `pipeline.model.suffix`), and a subject whose answers are learnt leaves the batch. Facts about one
+subject share its key, and so one value, which is searched for all of them (MEMIT-Merge).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -31,7 +33,10 @@ DECAY = 0.01  # weight of a value's squared change
 
 
 class Located(NamedTuple):
-    """A request's rows, by its id: prompt and new answer under each context, last `{subject} is`."""
+    """Requests about one subject, by their ids, and the rows that the one value for them is searched under.
+
+    Rows are prompt and new answer under each context, request by request; the last is `{subject} is`.
+    """
 
     id: str
     rows: list[Row]
@@ -41,26 +46,42 @@ class Located(NamedTuple):
         return len(self.rows) * max(map(suffix_length, self.rows))
 
 
-def locate(llm: LLM, request: EditRequest, templates: Sequence[str]) -> Located:
-    """A request under every template, its subject's last token found in each row."""
-    placed = [in_context(template, request) for template in templates]
-    rows = []
-    for (text, end), row in zip(placed, llm.tokens.rows([(t, request.new_answer) for t, _ in placed]), strict=True):
-        last = min(llm.tokens.place(text, end, request.new_answer), row.target_start - 1)
-        rows.append(row._replace(subject=(last, last)))
-    subject = request.subject or ""
+class Part(NamedTuple):
+    """Rows of a batch that run together, and which value each of them is changed by."""
+
+    suffixes: Suffixes
+    owner_B: Tensor
+
+
+def locate(
+    llm: LLM, requests: Sequence[EditRequest], contexts: Sequence[str], associations: Sequence[str] = ()
+) -> Located:
+    """Requests about one subject under all templates, the subject's last token found in each row.
+
+    Under contexts the answer's end is learnt as well; it would take too much of the value if it were learnt in
+    every row. A subject has associations with one new answer alone: several would contradict each other.
+    """
+    rows: list[Row] = []
+    for templates, ended in ((contexts, True), (associations if len(requests) == 1 else (), False)):
+        texts = [(*in_context(one, request), request.new_answer) for request in requests for one in templates]
+        joined = llm.tokens.rows([(text, answer) for text, _, answer in texts], ended=ended)
+        for (text, end, answer), row in zip(texts, joined, strict=True):
+            last = min(llm.tokens.place(text, end, answer), row.target_start - 1)
+            rows.append(row._replace(subject=(last, last)))
+    subject = requests[0].subject or ""
     (plain,) = llm.tokens.prompts([f"{subject} is"])
     last = llm.tokens.place(f"{subject} is", len(subject))
-    return Located(request.id, [*rows, going_on(plain)._replace(subject=(last, last))])
+    ids = ", ".join(request.id for request in requests)
+    return Located(ids, [*rows, going_on(plain)._replace(subject=(last, last))])
 
 
 class ValueSearch(Stage):
-    """Finds, for each request, the change r of the down-projection's output that makes the new answer likely.
+    """Finds, for each subject, the change r of the down-projection's output that makes its new answers likely.
 
-    Loss of a request (ROME, arXiv 2202.05262, eq. 4, for a batch): mean over contexts of ℓ(x, y_new), plus
-    `KL` · KL(base ‖ changed) after "{subject} is", plus `DECAY` · ‖r‖² / ‖output‖². Step and bound of r are in
-    units of the projection's own output norm, so that one setting serves models with and without a norm behind
-    the projection. A request whose answer is learnt leaves the batch.
+    Loss of a subject (ROME, arXiv 2202.05262, eq. 4, for a batch): mean over its facts and contexts of
+    ℓ(x, y_new), plus `KL` · KL(base ‖ changed) after "{subject} is", plus `DECAY` · ‖r‖² / ‖output‖². Step and
+    bound of r are in units of the projection's own output norm, so that one setting serves models with and without
+    a norm behind the projection. A subject whose answers are learnt leaves the batch.
 
     Outputs are changes (O,) of the down-projection's output in a block, after `steps` steps at most.
     """
@@ -77,46 +98,55 @@ class ValueSearch(Stage):
         return items
 
     def step(self, batch: list[Located]) -> list[Tensor]:
-        """Search the values of one batch of requests to the end.
+        """Search the values of one batch to the end.
 
         Rows of a kind (under one context, or `{subject} is`) are of like length, and run as one batch.
         """
-        parts = [Suffixes(self.llm, self.layer, rows) for rows in zip(*(one.rows for one in batch), strict=True)]
-        change_GO = self._search([located.id for located in batch], parts)
+        kinds = zip_longest(*(one.rows[:-1] for one in batch))
+        parts = [self._part({owner: row for owner, row in enumerate(rows) if row}) for rows in kinds]
+        plain = self._part(dict(enumerate(one.rows[-1] for one in batch)))
+        change_GO = self._search([located.id for located in batch], parts, plain)
         return [change_O.clone() for change_O in change_GO.float().cpu()]
 
-    def _search(self, ids: Sequence[str], parts: Sequence[Suffixes]) -> Tensor:
-        """Adam on all requests' changes at once; shape (G, O)."""
-        base_GV = parts[-1].base_NV.log_softmax(-1)  # after "{subject} is"
-        output_GO = parts[0].output_BO.to(torch.promote_types(parts[0].output_BO.dtype, torch.float32))
+    def _part(self, rows: Mapping[int, Row]) -> Part:
+        suffixes = Suffixes(self.llm, self.layer, list(rows.values()))
+        return Part(suffixes, torch.tensor(list(rows), device=suffixes.start_B.device))
+
+    def _search(self, ids: Sequence[str], parts: Sequence[Part], plain: Part) -> Tensor:
+        """Adam on the changes of all of a batch at once; shape (G, O)."""
+        base_GV = plain.suffixes.base_NV.log_softmax(-1)  # after "{subject} is"
+        output_GO = plain.suffixes.output_BO
+        output_GO = torch.zeros_like(output_GO).index_copy(0, parts[0].owner_B, parts[0].suffixes.output_BO)
+        output_GO = output_GO.to(torch.promote_types(output_GO.dtype, torch.float32))
         scale_G1 = output_GO.norm(dim=-1, keepdim=True)
         unit_GO = torch.zeros_like(output_GO).requires_grad_(True)  # changes over scale: Adam needs float32
         learnt_GO = torch.zeros_like(unit_GO)
         adam = torch.optim.Adam([unit_GO], lr=self.step_size)
-        running, live = torch.arange(len(ids), device=unit_GO.device), True
+        running_G, live = torch.ones(len(ids), dtype=torch.bool, device=unit_GO.device), True
         for step in range(self.steps + 1):
-            nll_G, kl_G = _losses(parts, (unit_GO * scale_G1)[running], base_GV[running])
+            nll_G, kl_G = _losses(parts, plain, unit_GO * scale_G1, base_GV)
             if not nll_G.isfinite().all():
                 raise UserError(
                     f"edit: the loss is not a number in step {step}, in the batch of requests {', '.join(ids)}; "
                     "try a smaller --edit.expert.step"
                 )
             if live:
-                learnt_GO[running] = unit_GO.detach()[running]
-                self._show(nll_G)
-            going = (nll_G > LEARNT) & live
-            if step == self.steps or not anywhere(self.model, bool(going.any())):
+                learnt_GO[running_G] = unit_GO.detach()[running_G]
+                self._show(nll_G[running_G])
+            going_G = running_G & (nll_G > LEARNT) & live
+            if step == self.steps or not anywhere(self.model, bool(going_G.any())):
                 break
-            loss = nll_G + KL * kl_G + DECAY * unit_GO[running].square().sum(-1)
+            loss_G = nll_G + KL * kl_G + DECAY * unit_GO.square().sum(-1)
             adam.zero_grad()
-            loss[going].sum().backward()
+            loss_G[going_G].sum().backward()
             adam.step()
             with torch.no_grad():
                 unit_GO *= self.bound / unit_GO.norm(dim=-1, keepdim=True).clamp(min=self.bound)
-            live = bool(going.any())  # if not, this process goes on for the others' sake alone
-            if live and not going.all():
-                running = running[going]
-                parts = [part.subset(going.nonzero().squeeze(1)) for part in parts]
+            live = bool(going_G.any())  # if not, this process goes on for the others' sake alone
+            if live and not going_G.equal(running_G):
+                running_G = going_G
+                parts = [left for part in parts if (left := _only(part, running_G))]
+                plain = _only(plain, running_G) or plain
         return learnt_GO * scale_G1
 
     def _show(self, nll_G: Tensor) -> None:
@@ -126,9 +156,18 @@ class ValueSearch(Stage):
         self.shown += 1
 
 
-def _losses(parts: Sequence[Suffixes], change_GO: Tensor, base_GV: Tensor) -> tuple[Tensor, Tensor]:
-    """Each request's mean loss over its contexts, and its divergence after "{subject} is"; both (G,)."""
-    *contexts, plain = parts
-    nll_CG = torch.stack([part.batch.losses(part.run(change_GO)) for part in contexts])
-    now_GV = plain.run(change_GO).log_softmax(-1)
-    return nll_CG.mean(0), F.kl_div(now_GV, base_GV, log_target=True, reduction="none").sum(-1)
+def _only(part: Part, running_G: Tensor) -> Part | None:
+    """The rows of values that are still searched for; None where no row is left."""
+    rows = running_G[part.owner_B].nonzero().squeeze(1)
+    return Part(part.suffixes.subset(rows), part.owner_B[rows]) if len(rows) else None
+
+
+def _losses(parts: Sequence[Part], plain: Part, change_GO: Tensor, base_GV: Tensor) -> tuple[Tensor, Tensor]:
+    """Each value's mean loss over its rows, and its divergence after "{subject} is"; (G,), 0 where none is left."""
+    losses = [part.suffixes.batch.losses(part.suffixes.run(change_GO[part.owner_B])) for part in parts]
+    owner_R = torch.cat([part.owner_B for part in parts])
+    nll_G = losses[0].new_zeros(len(change_GO)).index_add(0, owner_R, torch.cat(losses))
+    nll_G = nll_G / torch.bincount(owner_R, minlength=len(change_GO)).clamp(min=1)
+    now_RV = plain.suffixes.run(change_GO[plain.owner_B]).log_softmax(-1)
+    kl_R = F.kl_div(now_RV, base_GV[plain.owner_B], log_target=True, reduction="none").sum(-1)
+    return nll_G, torch.zeros_like(nll_G).index_copy(0, plain.owner_B, kl_R)

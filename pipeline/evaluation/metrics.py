@@ -1,4 +1,4 @@
-"""A mean with its bootstrap interval."""
+"""A mean with its 95% interval: a rate's is Wilson's, any other mean's the bootstrap's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from functools import lru_cache
 import numpy as np
 
 RESAMPLES = 1000
+NORMAL_95 = 1.959964  # standard deviations either side of a normal mean that hold 95%
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, how many units it stands on, and its 95% bootstrap interval."""
+    """A figure, how many units it stands on, and its 95% interval."""
 
     mean: float
     count: int
@@ -25,19 +26,21 @@ class Resampled:
     """A figure of the data itself (in place 0) and of every resample, and how many units it stands on.
 
     Two of the same units are drawn alike, so that what is made of them place by place (a difference, a harmonic
-    mean) has its own interval, as a paired bootstrap gives it.
+    mean) has its own interval, as a paired bootstrap gives it. A rate is a mean of ones and noughts alone: 10 of 10
+    say more than [1, 1], which is all that resamples of them show.
     """
 
-    def __init__(self, values: np.ndarray, count: int) -> None:
-        self.values = values
-        self.count = count
+    def __init__(self, values: np.ndarray, count: int, is_rate: bool = False) -> None:
+        self.values, self.count, self.is_rate = values, count, is_rate
 
     def minus(self, other: Resampled) -> Resampled:
         """The difference to the same units' other figure."""
         return Resampled(self.values - other.values, min(self.count, other.count))
 
     def estimate(self) -> Estimate:
-        """The figure with the middle 95% of its resamples."""
+        """The figure with the middle 95% of its resamples; of a rate with Wilson's interval."""
+        if self.is_rate:
+            return Estimate(float(self.values[0]), self.count, *wilson(float(self.values[0]), self.count))
         low, high = np.nanpercentile(self.values[1:], [2.5, 97.5])
         return Estimate(float(self.values[0]), self.count, float(low), float(high))
 
@@ -57,4 +60,12 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float], units: Seq
     shares = np.stack([_draws(unit) for unit in units]) * np.asarray(weights, dtype=np.float64)[:, None]
     with np.errstate(invalid="ignore"):  # of few units, a resample may have drawn none: no number
         means = (shares * np.asarray(values, dtype=np.float64)[:, None]).sum(0) / shares.sum(0)
-    return Resampled(means, round(sum(weights)))
+    return Resampled(means, round(sum(weights)), all(value in (0, 1) for value in values))
+
+
+def wilson(rate: float, count: int) -> tuple[float, float]:
+    """The 95% score interval of a rate over so many units (Wilson, JASA 22, 1927)."""
+    shrunk = NORMAL_95**2 / count
+    middle = (rate + shrunk / 2) / (1 + shrunk)
+    half = NORMAL_95 / (1 + shrunk) * (rate * (1 - rate) / count + shrunk / (4 * count)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)

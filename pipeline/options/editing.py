@@ -20,8 +20,9 @@ class StatisticsOptions(Options):
 class EditOptions(Options):
     """How the golden layer is changed."""
 
-    method: str = "memit"
-    """finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form;
+    method: str = "auto"
+    """auto: memit for single statements, finetune for questions, long answers and the rest, in one update;
+    finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form;
     one_pass: one forward and backward, then a closed form."""
     layers: list[int] | None = None
     """Blocks to edit, counted from 0, in place of the profile's golden layers."""

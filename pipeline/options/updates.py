@@ -79,11 +79,19 @@ class SubmitCommand(NewStoreOptions):
 
 
 @dataclass(kw_only=True)
+class StackedEditOptions(EditOptions):
+    """How a store's versions are edited, each on top of the one before."""
+
+    method: str = "memit"
+    """As for `edit`. What memit teaches can be taken back exactly, whatever came after it."""
+
+
+@dataclass(kw_only=True)
 class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
     """What every command that makes a version has in common."""
 
     trainer: TrainerOptions = group(TrainerOptions, without=("devices", "num_nodes", "strategy"))
-    edit: EditOptions = group(EditOptions, without=("last_wins",))
+    edit: EditOptions = group(StackedEditOptions, without=("last_wins",))
     attribution: AttributionOptions = group(AttributionOptions, without=("layer", "top_k"))
     evaluation: EvaluationOptions = group(EvaluationOptions, without=("fluency",))
     gates: GateOptions = group(GateOptions)

@@ -151,13 +151,13 @@ def stability_figure(profile: GoldenProfile) -> Figure:
 
 
 def metrics_figure(evaluation: Evaluation) -> Figure:
-    """The chief shares before and after, a row a metric, with 95% bootstrap intervals."""
+    """The chief shares before and after, a row a metric, with 95% intervals."""
     metrics = evaluation.before.metrics
     groups = grouped([name for name in metrics if name in SHARES and name in IN_SHORT])
     rows = [row for group, members in groups.items() for row in (group, *members)]
     count = next(metrics[row].count for row in rows if row in metrics)
     title = "What the edit changed" if evaluation.after else "What the model does"
-    caption = f"Requests: {count}. Lines: 95% bootstrap intervals."
+    caption = f"Requests: {count}. Lines: 95% intervals."
     with look(0.9 + 0.215 * len(rows), title, caption) as figure:
         axes = figure.subplots()
         for side, measured in sides_of(evaluation).items():

@@ -10,7 +10,15 @@ from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import terminal_text
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.reporting.tables import markdown_table, markdown_text, metric_table, metrics_of, sides_of, study_table
+from pipeline.reporting.tables import (
+    markdown_table,
+    markdown_text,
+    metric_table,
+    metrics_of,
+    not_measured,
+    sides_of,
+    study_table,
+)
 from pipeline.requests.schema import EditRequest
 from pipeline.shipped import program
 
@@ -19,9 +27,11 @@ if TYPE_CHECKING:
     from pipeline.study.study import Study
 
 EXAMPLES = 8  # answers that are shown
+MISSED = 50  # facts that do not hold, spelt out
 OUTCOME = {
-    "generation_exact_match": "by itself the model answers {:.0%} of them with the new answer and nothing more",
-    "generation_containment": "it names the new answer in {:.0%}",
+    "rephrase_containment": "asked in other words, the model by itself names the new answer in {:.0%}",
+    "generation_containment": "asked as given, in {:.0%}",
+    "generation_exact_match": "with nothing after it in {:.0%}",
     "rewrite": "teacher-forced it gives {:.0%} of the answers' tokens",
     "locality": "{:.0%} of unrelated answers' tokens stayed as they were",
 }
@@ -42,6 +52,21 @@ def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation) -> st
     return markdown_table(["prompt", "wanted", *sides], rows)
 
 
+def missed_table(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
+    """The facts that do not hold, with what the edited model says, as a Markdown table; empty where all do."""
+    measured = evaluation.after or evaluation.before
+    rows = []
+    for kind in ("generation", "rephrase"):
+        held = measured.values.get(f"{kind}_containment")
+        for number, value in held.values.items() if held else ():
+            if value < 1:
+                request, said = requests[number], " | ".join(measured.said[kind][number])
+                asked = request.prompt if kind == "generation" else " | ".join(request.rephrases)
+                rows.append([request.id, asked, request.new_answer, said])
+    more = f"\nAnd {len(rows) - MISSED} more: `values.csv` has all.\n" if len(rows) > MISSED else ""
+    return markdown_table(["id", "asked", "wanted", "says"], rows[:MISSED]) + "\n" + more if rows else ""
+
+
 def write_report(
     requests: Sequence[EditRequest],
     evaluation: Evaluation,
@@ -59,14 +84,18 @@ def write_report(
         f"{_outcome(evaluation)}\n",
         "## Before and after\n",
         metrics_table(evaluation) + "\n",
-        "In brackets: 95% bootstrap interval; the difference's is paired, over the same requests. By generation: "
-        "greedy, from the prompt alone, to the end of the statement. Teacher-forced figures give the model the "
-        "answer so far, as EasyEdit does, and so look better than what it says by itself.\n",
+        f"{not_measured((evaluation.after or evaluation.before).metrics)}\n",
+        "In brackets: 95% interval (a rate's is Wilson's, any other mean's the bootstrap's); the difference's is "
+        "paired, over the same requests. By generation: greedy, from the prompt alone, to the statement's end. "
+        "Teacher-forced figures give the model the answer so far, as EasyEdit does, and so look better than what "
+        "it says by itself.\n",
         f"Changed weights, ‖change‖ / ‖before‖: {changes}.\n",
         "![metrics](metrics.png)\n",
         "## The model's own answers\n",
         answers_table(requests, evaluation) + "\n",
     ]
+    if missed := missed_table(requests, evaluation):
+        parts += ["## What does not hold\n", missed]
     if profile:
         parts += _why(profile, folder)
     parts += [

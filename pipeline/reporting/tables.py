@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 GROUPS: dict[str, dict[str, str]] = {
     "by generation": {
-        "generation_exact_match": "requests answered by the model itself with the new answer and nothing more",
-        "generation_containment": "requests in whose answer the new answer stands",
+        "rephrase_containment": "rephrases in whose answer, by the model itself, the new answer stands",
+        "generation_containment": "requests in whose answer it stands",
+        "generation_exact_match": "requests answered with the new answer and nothing more",
         "rephrase_exact_match": "rephrases answered with the new answer and nothing more",
-        "rephrase_containment": "rephrases in whose answer it stands",
         "portability_exact_match": "portability probes answered with their answer and nothing more",
         "portability_containment": "portability probes in whose answer it stands",
-        "distractor_exact_match": "requests after a sentence about something else, as in the first row",
-        "distractor_containment": "the same, as in the second row",
+        "distractor_exact_match": "requests after a sentence about something else, answered with that alone",
+        "distractor_containment": "the same, in whose answer it stands",
     },
     "teacher-forced": {
         "rewrite": "tokens of the new answer that come first to the model, prompt as given",
@@ -52,12 +52,15 @@ GROUPS: dict[str, dict[str, str]] = {
         "fluency": "entropy of 2- and 3-grams in long generations, in bits; lower is repetitive",
     },
 }
-LONG_ONLY = ("rephrase_containment", "portability_containment", "distractor_containment")  # and magnitudes
+LONG_ONLY = ("portability_containment", "distractor_containment")  # and magnitudes
 IN_SHORT = tuple(  # what a short table shows
     name
     for members in GROUPS.values()
     for name in members
     if name not in LONG_ONLY and not name.endswith("_magnitude")
+)
+EXPECTED = (  # what tells whether an edit holds: what of it is not known is said
+    *("generation_containment", "rephrase_containment", "rewrite", "rephrase", "locality", "portability"),
 )
 SHARES = tuple(  # what lies between 0 and 1
     name for group in ("by generation", "teacher-forced", "by probability") for name in GROUPS[group]
@@ -126,6 +129,12 @@ def metric_table(
             figures = [figure_text(name, side.get(name), intervals) for side in sides.values()]
             rows.append([label(name), *([meaning(name)] if meanings else []), str(final[name].count), *figures])
     return ["metric", *(["what it is"] if meanings else []), "count", *sides], rows
+
+
+def not_measured(metrics: Collection[str]) -> str:
+    """A line that names what would tell whether an edit holds, and was not measured; empty where all was."""
+    missing = ", ".join(label(name) for name in EXPECTED if name not in metrics)
+    return f"NOT MEASURED: {missing}" if missing else ""
 
 
 def study_table(rows: Sequence[Row], only: Sequence[str] = ()) -> Table:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import terminal_text
-from pipeline.reporting.tables import metric_table, sides_of, study_table
+from pipeline.reporting.tables import metric_table, not_measured, sides_of, study_table
 
 if TYPE_CHECKING:
     from pipeline.attribution.profile import GoldenProfile
@@ -93,6 +93,8 @@ def show_metrics(evaluation: Evaluation) -> None:
     heading = "{} [95%]" if intervals else "{}"
     sides = {heading.format(side): measured.metrics for side, measured in sides_of(evaluation).items()}
     show_table(*metric_table(sides, short=True, intervals=intervals))
+    if missing := not_measured((evaluation.after or evaluation.before).metrics):
+        say(missing)
     if evaluation.weights:
         name, change = max(evaluation.weights.items(), key=lambda item: item[1])
         say(f"largest change: {change:.1%} of the norm of {name}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
 from typing import Any
+from unicodedata import east_asian_width
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +23,7 @@ from pipeline.requests.schema import EditRequest
 from pipeline.running.limited import limited
 
 PROMPT, ANSWER = "what is asked", "what is said"  # stand in for both while a template is read
+STOPS = ".!?…。！？"  # what ends a statement
 TOGETHER = 1024  # texts that are tokenized at once: what a tokenizer says of each takes kilobytes
 
 
@@ -33,6 +35,7 @@ class Joining:
     tail: str = ""  # behind it
     space: str = " "  # between prompt and answer
     special: bool = True  # whether the tokenizer adds its own opening tokens; a template holds them already
+    end: str = ""  # what ends a turn, behind the answer
 
     def prompt(self, prompt: str) -> str:
         """The text that the model is to go on from."""
@@ -41,6 +44,12 @@ class Joining:
     def whole(self, prompt: str, answer: str) -> str:
         """The same with the answer behind it."""
         return f"{self.prompt(prompt)}{self.space}{answer.strip()}"
+
+    def ending(self, answer: str) -> str:
+        """What comes behind an answer that is all that is said: a full stop if it has none, and the turn's end."""
+        last = answer.strip()[-1:]
+        stop = "" if last in STOPS else "。" if east_asian_width(last) in "WF" else "."
+        return f"{stop}{self.end}"
 
 
 PLAIN = Joining()
@@ -74,16 +83,21 @@ class Tokens:
         return 0
 
     def rows(
-        self, pairs: Sequence[tuple[str, str]], tags: Sequence[Any] | None = None, what: str = "requests"
+        self,
+        pairs: Sequence[tuple[str, str]],
+        tags: Sequence[Any] | None = None,
+        what: str = "requests",
+        ended: bool = False,
     ) -> list[Row]:
         """Join (prompt, answer) texts and find the answers' tokens; `what` the texts are is for messages.
 
-        The target begins where the joined text's tokens leave the prompt's own, so it is right with and without a
+        With `ended` the answer's end belongs to the target: what teaches an answer teaches to stop after it. The
+        target begins where the joined text's tokens leave the prompt's own, so it is right with and without a
         BOS token, and for tokenizers that keep the space with the word or apart from it.
         UserError when an answer becomes no token or unknown ones alone, or a text is longer than the context.
         """
         before = self.prompts([prompt for prompt, _ in pairs])
-        joined = self._ids([self.joining.whole(*pair) for pair in pairs], self.joining.special)
+        joined = self._joined(pairs, ended)
         rows = []
         for (prompt, answer), tag, asked, ids in zip(
             pairs, tags or [None] * len(pairs), before, joined, strict=True
@@ -98,6 +112,19 @@ class Tokens:
             self.check_length(len(ids), f"{what}: {prompt[:60]!r}")
             rows.append(Row(ids, start, tag=tag))
         return rows
+
+    def _joined(self, pairs: Sequence[tuple[str, str]], ended: bool) -> list[list[int]]:
+        """Token ids of prompts with their answers; an end that would change an answer's own tokens is left out."""
+        texts = [self.joining.whole(*pair) for pair in pairs]
+        bare = self._ids(texts, self.joining.special)
+        if not ended:
+            return bare
+        endings = [self.joining.ending(answer) for _, answer in pairs]
+        whole = self._ids([text + end for text, end in zip(texts, endings, strict=True)], self.joining.special)
+        return [
+            with_end if with_end[: len(ids)] == ids and not self._is_unknown(with_end[len(ids) :]) else ids
+            for ids, with_end in zip(bare, whole, strict=True)
+        ]
 
     def answered(self, requests: Sequence[EditRequest], answers: Sequence[str] | None = None) -> list[Row]:
         """Requests' prompts with these answers, or the new ones; and the places of their subjects."""
@@ -190,8 +217,8 @@ def chat_joining(tokenizer: PreTrainedTokenizerBase, name: str) -> Joining:
     head, found, tail = opened.partition(PROMPT)
     if not found:
         raise UserError(f"chat: the chat template of {name} does not hold the prompt as it is; leave --chat out")
-    between = told.removeprefix(opened).partition(ANSWER)[0] if told.startswith(opened) else ""
-    return Joining(head, tail, between if between.isspace() else "", special=False)
+    between, _, end = told.removeprefix(opened).partition(ANSWER) if told.startswith(opened) else ("", "", "")
+    return Joining(head, tail, between if between.isspace() else "", special=False, end=end.strip())
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], opened: bool = False) -> str:

@@ -123,7 +123,7 @@ def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest],
     """
     ((name, down),) = method.llm.blocks[layer].down.items()
     text_II = method.moments(runtime)[layer]
-    values = method.find(method.search(layer, 1), method.located(requests), runtime)
+    values = method.find(method.search(layer, 1), method.located([[one] for one in requests]), runtime)
     keys_GCI = method.keys(layer, requests, runtime)
     kept = method.kept(layer, [[request] for request in requests], text_II, runtime)
     directions = []
