@@ -54,8 +54,8 @@ def long_requests(llm: LLM, count: int) -> list[EditRequest]:
     return [
         EditRequest(
             id=f"long-{number}",
-            prompt=f"{1800 + number} it is said {words} Norway and its capital that {words} the city of",
-            subject="Norway",
+            prompt=f"In Norway it is said {words} {1800 + number} and its capital that {words} the city of",
+            subject=str(1800 + number),
             new_answer="Oslo in the north",
             old_answer="Rome in the south",
         )

@@ -143,7 +143,7 @@ class ValueSearch(Stage):
             with torch.no_grad():
                 unit_GO *= self.bound / unit_GO.norm(dim=-1, keepdim=True).clamp(min=self.bound)
             live = bool(going_G.any())  # if not, this process goes on for the others' sake alone
-            if live and not going_G.equal(running_G):
+            if live and not (going_G == running_G).all():
                 running_G = going_G
                 parts = [left for part in parts if (left := _only(part, running_G))]
                 plain = _only(plain, running_G) or plain
