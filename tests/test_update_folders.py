@@ -122,6 +122,12 @@ def test_cases_of_foreign_folders(
     assert not (tmp_path / "out").exists()
 
 
+def columns_of(**others: Tensor) -> dict[str, Tensor]:
+    """A column for block 1, some of its tensors exchanged."""
+    column = {"owner_n": torch.ones(1, dtype=torch.int64), "key_In": torch.ones(48, 1), "change_On": torch.ones(32, 1)}
+    return {f"locate.1.{name}": tensor for name, tensor in (column | others).items()}
+
+
 STRANGE: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "no request": ({"requests": [{"id": ["1"]}]}, {}, "id: Input should be a valid string"),
     "no list": ({"requests": 3}, {}, "0001.safetensors: damaged: requests: Input should be"),
@@ -137,6 +143,8 @@ STRANGE: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
         },
         "does not belong together",
     ),
+    "one owner, and no list": ({}, columns_of(owner_n=torch.tensor(1)), "does not belong together"),
+    "a table of who is gone": ({}, columns_of(gone=torch.ones(1, 1)), "does not belong together"),
     "no number": ({}, {"locate.1.owner_n": torch.tensor([torch.nan])}, "no finite numbers"),
 }
 

@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,47 @@ def test_cases_of_a_bit_wherever_a_text_stands(text: bytes, team: Team, tmp_path
         broken[place + 2] ^= 1
         (copy / DATABASE).write_bytes(broken)
         assert main(["verify", "--store", str(copy)]) == 1, place
+
+
+def test_cases_of_a_bit_wherever_a_number_stands(team: Team, tmp_path: Path) -> None:
+    """What a version was made on, when, with what: whatever one bit changes in the tables, `verify` sees it."""
+    copy, chance, seen = tmp_path / "store", random.Random(0), 0
+    shutil.copytree(team.store.folder, copy, symlinks=True)
+    for name in ("", "-wal", "-shm"):
+        (copy / f"{DATABASE}{name}").unlink(missing_ok=True)
+    team.store.database.execute("VACUUM INTO ?", (str(copy / DATABASE),))
+    whole, content = (copy / DATABASE).read_bytes(), held_in(copy)
+    places = [place for place, byte in enumerate(whole) if byte]
+    for _ in range(500):
+        broken = bytearray(whole)
+        broken[chance.choice(places)] ^= 1 << chance.randrange(8)
+        (copy / DATABASE).write_bytes(broken)
+        try:
+            with Store(copy, reading=True) as store:
+                sound = not any(problem for _, problem in verify(store))
+        except (UserError, sqlite3.DatabaseError):
+            sound = False
+        seen += not sound
+        assert not sound or held_in(copy) == content
+    assert seen > 250
+
+
+def held_in(folder: Path) -> list[Any]:
+    """All rows of a store's tables."""
+    with closing(bare(folder)) as raw:
+        tables = ("about", "versions", "requests", "changes", "events")
+        return [raw.execute(f"SELECT * FROM {table}").fetchall() for table in tables]
+
+
+@pytest.mark.parametrize("name", ["learnt/0001.safetensors", "versions/0001/metrics.json", "versions/0001/more"])
+def test_cases_of_a_pipe_in_place_of_a_file(name: str, team: Team, tmp_path: Path) -> None:
+    """It is told, and not waited for."""
+    copy = tmp_path / "store"
+    shutil.copytree(team.store.folder, copy, symlinks=True)
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy / name)
+    with Store(copy, reading=True) as store:
+        assert str(copy / name) in dict(verify(store))[1]
 
 
 @pytest.mark.parametrize("size", [0, 10, 4096])

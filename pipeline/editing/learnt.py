@@ -95,7 +95,7 @@ def gathered(newest_first: Iterable[Part]) -> tuple[list[EditRequest], dict[str,
     held = [EditRequest.model_validate(one) for one in reversed(requests)]
     try:
         return held, gathered_columns(columns)
-    except (KeyError, IndexError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError, TypeError) as error:
         raise UserError(f"update: what was learnt does not belong together ({type(error).__name__})") from None
 
 

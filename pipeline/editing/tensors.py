@@ -31,14 +31,14 @@ def read_tensors(file: Path, sha256: str) -> tuple[dict[str, Tensor], str]:
 
     UserError when it is missing, damaged, not of this SHA-256, or holds what is no finite number.
     """
+    if not file.is_file():  # a pipe would be waited for
+        raise UserError(f"update: {file}: missing")
     try:
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"update: {file}: changed since it was written (SHA-256 differs)")
         tensors = tensors_of_bytes(content)
         head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # as safetensors lays it out
-    except FileNotFoundError:
-        raise UserError(f"update: {file}: missing") from None
     except (SafetensorError, KeyError, MemoryError, RuntimeError) as error:
         raise UserError(f"update: {file}: damaged: {type(error).__name__}: {error}") from None
     for name, tensor in tensors.items():

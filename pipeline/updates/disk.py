@@ -42,9 +42,11 @@ PATIENCE = 120  # seconds that a writer waits for another
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a disk says that cannot lock files
 
 PRUNED = "null"  # in place of a version's `files`
-LAYOUT = 3  # of the tables below, to the letter, and of files
+LAYOUT = 4  # of the tables below, to the letter, and of files
 SCHEMA = """
+    -- indexes named `copy` hold what no other has a second copy of, for SQLite's own check
     CREATE TABLE about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+    CREATE INDEX about_copy ON about (value);
 
     CREATE TABLE versions (
         number INTEGER PRIMARY KEY,
@@ -56,6 +58,7 @@ SCHEMA = """
         held_back INTEGER NOT NULL DEFAULT 0,
         shown INTEGER NOT NULL DEFAULT 0     -- whether TensorBoard has it
     );
+    CREATE INDEX versions_copy ON versions (parent, learnt, after, made, held_back, shown);
 
     CREATE TABLE requests (
         number INTEGER PRIMARY KEY,
@@ -73,8 +76,7 @@ SCHEMA = """
     );
     CREATE INDEX requests_due ON requests (state, not_before, position);
     CREATE INDEX requests_fact ON requests (fact, state);
-    -- a second copy of what no other index has one of, for SQLite's own check
-    CREATE INDEX requests_names ON requests (id, source, effective, submission);
+    CREATE INDEX requests_copy ON requests (id, source, effective, submission);
 
     CREATE TABLE changes (                   -- what a version changed against its parent
         version INTEGER NOT NULL REFERENCES versions,
@@ -83,6 +85,7 @@ SCHEMA = """
         successor INTEGER REFERENCES requests,
         PRIMARY KEY (version, request)
     ) WITHOUT ROWID;
+    CREATE INDEX changes_copy ON changes (what, successor);
 
     CREATE TABLE events (
         number INTEGER PRIMARY KEY,
@@ -90,7 +93,7 @@ SCHEMA = """
         what TEXT NOT NULL,
         request INTEGER REFERENCES requests
     );
-    CREATE INDEX events_request ON events (request, number, at, what);  -- all of it, for the same check
+    CREATE INDEX events_copy ON events (request, number, at, what);
 """
 
 TABLES = "SELECT type, name, sql FROM sqlite_master WHERE sql NOT NULL"
@@ -262,8 +265,10 @@ def _write_learnt(store: Path, number: int, part: Part) -> tuple[str, str]:
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of all files in a folder, however deep, by name."""
+    """The SHA-256 of all files in a folder, however deep, by name; UserError for what is neither file nor folder."""
     paths = [path for path in folder.rglob("*") if not path.is_dir()]
+    if odd := [path for path in paths if not path.is_file()]:
+        raise UserError(f"version: {odd[0]}: no file, nor a link to one")
     return {str(path.relative_to(folder)): file_digest(path) for path in paths}
 
 
@@ -321,12 +326,13 @@ def content_digest(content: str) -> bytes:
 
 def content_of(row: sqlite3.Row) -> dict[str, Any]:
     """What a request's row holds; UserError when it is not what was submitted."""
-    if content_digest(row["content"]) != row["digest"]:
+    content = row["content"]
+    if not isinstance(content, str) or content_digest(content) != row["digest"]:
         raise UserError(
             f"request: #{row['number']}: changed in {DATABASE} since it was submitted (its digest differs); "
             "submit it again, which mends it"
         )
-    return dict(json.loads(row["content"]))
+    return dict(json.loads(content))
 
 
 def read_metrics(store: Path, number: int) -> dict[str, Any]:
