@@ -265,7 +265,7 @@ def _write_learnt(store: Path, number: int, part: Part) -> tuple[str, str]:
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of all files in a folder, however deep, by name; UserError for what is neither file nor folder."""
+    """The SHA-256 of all files in a folder, however deep, by name; UserError for a pipe or the like."""
     paths = [path for path in folder.rglob("*") if not path.is_dir()]
     if odd := [path for path in paths if not path.is_file()]:
         raise UserError(f"version: {odd[0]}: no file, nor a link to one")
