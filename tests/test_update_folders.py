@@ -124,11 +124,7 @@ def test_cases_of_foreign_folders(
 
 def columns_of(**others: Tensor) -> dict[str, Tensor]:
     """A column for block 1, some of its tensors exchanged."""
-    column = {
-        "owner_n": torch.ones(1, dtype=torch.int64),
-        "key_In": torch.ones(48, 1),
-        "change_On": torch.ones(32, 1),
-    }
+    column = {"key_In": torch.ones(48, 1), "change_On": torch.ones(32, 1), "owner_n": torch.ones(1).long()}
     return {f"locate.1.{name}": tensor for name, tensor in (column | others).items()}
 
 

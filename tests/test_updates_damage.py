@@ -20,15 +20,16 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.attribution.profile import PROFILE_FILE
 from pipeline.cli import main
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.model import LLM
 from pipeline.model.fingerprints import fingerprint
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put
-from pipeline.updates import LiveModel, Store, load_version, rollback, story, verify, version_folder
+from pipeline.updates import LiveModel, Store, load_version, prune, rollback, story, verify, version_folder
 from pipeline.updates.disk import DATABASE, transaction
 from pipeline.updates.history import events, request_row
-from pipeline.updates.queue import peek, take
+from pipeline.updates.queue import take
 
 
 @pytest.fixture
@@ -170,12 +171,46 @@ def test_cases_of_a_changed_profile(tiny_llm: LLM, requests: list[EditRequest], 
     for changed in (content.replace("1", "2", 1), "", content + " "):
         file.unlink()
         file.write_text(changed)
-        for work in (team.update, lambda: list(verify(team.store)), lambda: peek(team.store, 9)):
+        for team.options.dry_run in (True, False):
+            assert f"{file}: changed (SHA-256 differs)" in refusal(team.update)
+        for work in (lambda: list(verify(team.store)), lambda: team.retract("#1")):
             assert f"{file}: changed (SHA-256 differs)" in refusal(work)
     assert team.states()[2] == "queued"
     file.unlink()
     assert len(team.update()[0].applied) == 1
     assert file.read_text() == content
+
+
+def test_cases_of_a_newest_version_that_is_lost(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
+    """After going back the store is of use again: what is pruned needs no profile, and an update takes another."""
+    team = Team(tiny_llm, tmp_path)
+    for part in (requests[:2], requests[2:4]):
+        team.submit(part)
+        team.update()
+    shutil.rmtree(version_folder(team.store.folder, 2))
+    rollback(team.store, 1)
+    team.submit(requests[4:5])
+    assert "`update --profile` takes another" in refusal(team.update)
+    assert prune(team.store) == []
+    team.options.profile = str(version_folder(team.store.folder, 1))
+    assert team.update()[0].version == 3
+    assert {number for number, problem in verify(team.store) if problem} == {2}
+    team.options.profile = None
+    team.submit(requests[5:6])
+    assert team.update()[0].version == 4
+
+
+def test_cases_of_a_link_to_what_is_not_known(team: Team, tmp_path: Path) -> None:
+    """Whole as the version is, the database that was put back never heard of it."""
+    copy = tmp_path / "store"
+    shutil.copytree(team.store.folder, copy, symlinks=True)
+    (copy / "versions" / "0002").rename(copy / "versions" / "0007")
+    for target in ("versions/0007", "versions/0009", "learnt", "current"):
+        (copy / "current").unlink()
+        (copy / "current").symlink_to(target)
+        with Store(copy, reading=True) as store:
+            assert "current: leads to no version" in refusal(lambda store=store: list(verify(store)))
+    assert "holds no update.json" in refusal(lambda: WeightUpdate.load(copy / "current"))  # which leads to itself
 
 
 @pytest.mark.parametrize("times", [25, pytest.param(500, marks=pytest.mark.slow)])

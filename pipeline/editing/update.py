@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -210,7 +211,7 @@ class WeightUpdate:
         Raises:
             UserError: when a file is missing, damaged, or changed since it was written.
         """
-        folder = Path(folder).resolve()
+        folder = Path(os.path.realpath(folder))  # links in a circle lead to nothing
         for name in (UPDATE_FILE, TENSORS_FILE):
             if not (folder / name).is_file():
                 raise UserError(
@@ -238,7 +239,7 @@ class WeightUpdate:
             self.state, _ = read_tensors(folder / STATE_FILE, sha256)
         if learnt := described.learnt:
             sha256 = described.sha256[learnt]
-            found = list(parts((folder / learnt).resolve(), sha256))
+            found = list(parts(Path(os.path.realpath(folder / learnt)), sha256))
             self.requests, columns = gathered(found)
             self.state |= columns
             self.kept = Kept(Path(learnt).name, sha256, found[0].about.entries)

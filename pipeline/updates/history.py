@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Container, Iterator
 from typing import Any
@@ -135,14 +136,16 @@ def verify(store: Store) -> Iterator[tuple[int, str]]:
     """
     if problem := damage(store.database):
         raise UserError(f"store: {store.folder}: the database is damaged: {problem}")
-    if not (store.folder / CURRENT).is_dir():
-        raise UserError(f"store: {store.folder / CURRENT}: leads nowhere")
+    target = os.path.realpath(store.folder / CURRENT)  # before what is known, which may grow meanwhile
+    rows = store.database.execute("SELECT number FROM versions WHERE files <> ? ORDER BY number", (PRUNED,))
+    there = {number: version_folder(store.folder, number) for (number,) in rows}
+    if target not in map(os.path.realpath, there.values()) or not (store.folder / CURRENT).is_dir():
+        raise UserError(f"store: {store.folder / CURRENT}: leads to no version that is known and there")
     store.check_profile()
     for row in store.database.execute("SELECT * FROM requests"):
         content_of(row)
-    there = "SELECT number FROM versions WHERE files <> ? ORDER BY number"
     sound: set[str] = set()  # files of what was learnt, by their SHA-256: most versions share most of them
-    for (number,) in store.database.execute(there, (PRUNED,)).fetchall():
+    for number in there:
         problem = ""
         try:
             sound.update(check_version(store, number, sound))

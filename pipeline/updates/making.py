@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.attribution.find import find_golden_layer
-from pipeline.attribution.profile import PROFILE_FILE, GoldenProfile
+from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import can_leave_out, choose_layers, edit, leave_out
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
@@ -150,9 +150,9 @@ def _golden_profile(
     """Where to edit: the profile of the options, else the store's, else one found with these requests, and settled
     by trial edits where they leave it unclear; and what is to be said of that.
     """
-    given, notes = getattr(options, "profile", None), []
-    if given or (store.folder / PROFILE_FILE).is_file():
-        profile = GoldenProfile.load(given or store.folder)
+    folder, notes = getattr(options, "profile", None) or store.check_profile(), []
+    if folder:
+        profile = GoldenProfile.load(folder)
     else:
         answered = [request for request in requests if request.old_answer] or list(requests)
         profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.trainer, "the queue")

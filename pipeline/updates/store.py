@@ -192,14 +192,16 @@ class Store(AbstractContextManager["Store"]):
         partial.symlink_to(target)
         partial.replace(link)
 
-    def check_profile(self) -> None:
-        """See that the profile, by which the next batch is edited, is the newest version's; UserError where not."""
+    def check_profile(self) -> Path | None:
+        """Where the profile is that the next batch is edited by, if any; UserError when it is not the newest's."""
         newest, file = self.newest, self.folder / PROFILE_FILE
         row = self.database.execute("SELECT files FROM versions WHERE number = ?", (newest,)).fetchone()
-        known = json.loads(row["files"]).get(PROFILE_FILE)
-        if known and not (file.is_file() and file_digest(file) == known):
-            version = version_folder(self.folder, newest)
-            raise UserError(f"store: {file}: changed (SHA-256 differs); remove it, and that of {version} is used")
+        known, kept = json.loads(row["files"]).get(PROFILE_FILE), version_folder(self.folder, newest) / PROFILE_FILE
+        is_known = [one.is_file() and file_digest(one) == known for one in (file, kept)]
+        if known and not is_known[0]:
+            way = f"remove it, and {kept} is used" if is_known[1] else "`update --profile` takes another"
+            raise UserError(f"store: {file}: changed (SHA-256 differs); {way}")
+        return self.folder if file.is_file() else None
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -216,7 +218,6 @@ class Store(AbstractContextManager["Store"]):
                 self.give_back("the update ended before it was done")
             self.clear()
             self.point()
-            self.check_profile()
             yield
 
     def clear(self) -> None:
