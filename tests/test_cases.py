@@ -100,7 +100,8 @@ def test_all_stages_see_the_same_subject(tiny_llm: LLM) -> None:
     (row,) = tiny_llm.tokens.answered([request])
     assert row.subject == (0, tiny_llm.tokens.place(request.prompt, 5, "Lima"))
     inner = asked("Nigeria has its capital in", "Niger")
-    assert "memit needs each request's subject in its prompt" in refusal(lambda: accept([inner], EditOptions()))
+    line = refusal(lambda: accept([inner], EditOptions(method="memit")))
+    assert "memit needs each request's subject in its prompt" in line
 
 
 def test_a_layouts_own_place_counts() -> None:

@@ -49,7 +49,7 @@ def test_a_text_that_is_missing_is_not_replaced_by_the_models_own(
     (tmp_path / "text.txt").write_text("The path along the marsh is best walked in the hour after sunrise. " * 8)
     words = ["edit", "--model", str(tiny_folder), "--requests", str(request_file), "--layers", "1", *CPU]
     words += ["--evaluation.text", str(tmp_path / "text.txt"), "--evaluation.generation", "none"]
-    words += ["--expert.steps", "1", "--statistics.tokens", "500"]
+    words += ["--method", "memit", "--expert.steps", "1", "--statistics.tokens", "500"]
     assert main([*words, "--output", "first"]) == 0  # the statistics of its own text are kept now
     line = refused(*words, "--statistics.text", "nothing.txt", "--output", "second")
     assert "statistics.text: nothing.txt: no such file" in line

@@ -87,7 +87,7 @@ def test_subjects_are_looked_for_before_the_model_is_loaded(
         "--output",
         str(tmp_path / "o"),
     ]
-    for command, flag in (("attribute", "--method"), ("run", "--attribution.method")):
-        assert main([command, *words, flag, "causal_tracing"]) == 1
+    for command in (["attribute", "--method"], ["run", "--edit.method", "memit", "--attribution.method"]):
+        assert main([command[0], *words, *command[1:], "causal_tracing"]) == 1
         assert "capital-4" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

@@ -42,6 +42,7 @@ class Auto(LocateThenEdit):
 
     Attributes:
         tuning: the fine-tuning of the same blocks.
+        located_names: the weights that memit changes, by full name.
     """
 
     settings: AutoSettings
@@ -54,7 +55,7 @@ class Auto(LocateThenEdit):
 
         super().__init__(llm, layers, options, earlier, solver=solver, by_all_keys=True)
         self.tuning = make_finetune(llm, layers, options.by("finetune"))
-        self.weight_names = list(dict.fromkeys([*self.weight_names, *self.tuning.weight_names]))
+        self.located_names, self.weight_names = self.weight_names, self.tuning.weight_names  # those are among these
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Fine-tune what memit does not suit, then locate the rest in the model as it is then."""
@@ -68,6 +69,8 @@ class Auto(LocateThenEdit):
                 f"{len(located)} by memit"
             )
             self.tuning.run(tuned, runtime, earlier)
+        else:
+            self.weight_names = self.located_names
         if located:
             super().run(located, runtime, [*earlier, *tuned])
 

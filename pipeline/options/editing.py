@@ -35,5 +35,6 @@ class EditOptions(Options):
     """Take the method's settings for edits that will be stacked, as a store's are, where `expert` names none."""
 
     def by(self, method: str) -> "EditOptions":
-        """The same by another method, whose settings are its own."""
-        return replace(self, method=method, expert=self.expert if method == self.method else {})
+        """The same by another method, whose settings are its own; auto's are memit's."""
+        alike = method == self.method or (self.method, method) == ("auto", "memit")
+        return replace(self, method=method, expert=self.expert if alike else {})
