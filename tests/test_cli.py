@@ -263,8 +263,14 @@ def test_an_experts_settings_are_the_methods(method: str) -> None:
     name = "scope" if method == "one_pass" else "batch_size"
     given = {"scope": "mlp", "batch_size": "3"}[name]
     assert str(getattr(settings_of(EditOptions(method=method, expert={name: given})), name)) == given
-    other = "memit" if method != "memit" else "finetune"
-    assert EditOptions(method=method, expert={name: given}).by(other).expert == {}
+    options, other = (
+        EditOptions(method=method, expert={name: given}),
+        "lora" if method == "finetune" else "finetune",
+    )
+    assert options.by(other).expert == {}, "which has its own"
+    assert options.by("memit").expert == (options.expert if method in ("auto", "memit") else {}), (
+        "auto's are memit's"
+    )
 
 
 def test_a_stores_edits_start_from_settings_of_their_own() -> None:
