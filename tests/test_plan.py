@@ -54,8 +54,8 @@ def long_requests(llm: LLM, count: int) -> list[EditRequest]:
     return [
         EditRequest(
             id=f"long-{number}",
-            prompt=f"In Norway it is said {words} {1800 + number} and its capital that {words} the city of",
-            subject=str(1800 + number),
+            prompt=f"it is said {words} {1800 + number} Norway and its capital that {words} the city of",
+            subject=f"{1800 + number} Norway",
             new_answer="Oslo in the north",
             old_answer="Rome in the south",
         )
@@ -127,7 +127,7 @@ def test_what_is_planned_is_what_is_measured(medium: LLM, editing: EditOptions, 
     for name, way in ways.items():
         weights, beside = weights_of(medium), most_alive(way)
         assert planned[name].weights == pytest.approx(weights, rel=0.01)
-        assert planned[name].beside == pytest.approx(beside, rel=0.25), name
+        assert planned[name].beside == pytest.approx(beside, rel=0.2), name
         assert planned[name].total == pytest.approx(weights + beside, rel=0.2), name
 
 
