@@ -63,3 +63,26 @@ def test_statements_alone_are_memits_to_the_bit(
     assert not [one for one in recwarn if isinstance(one.message, Note) and "fine-tuned" in str(one.message)]
     for name, tensor in mixed.tensors.items():
         assert torch.equal(tensor, plain.tensors.get(name, tiny_llm.model.get_parameter(name)))
+
+
+def test_a_fact_that_is_fine_tuned_now_leaves_nothing_that_memit_was_asked_for(
+    tiny_llm: LLM, requests: list[EditRequest], options: EditOptions
+) -> None:
+    options.expert = {"long": 100, "steps": 5}
+    first = edit(tiny_llm, requests[:2], options=options)
+    options.expert |= {"long": 1}
+    again = changed(requests[0], id="again", new_answer="the river and the sea")
+    second = edit(tiny_llm, [again], options=options, after=first)
+    assert owners_in(first.state) == {owner(one) for one in requests[:2]}
+    assert owners_in(second.state) == {owner(requests[1])} and second.requests == [requests[1], again]
+    assert not can_leave_out(second, [again], "auto")
+
+
+def test_requests_of_one_id_are_all_taught(
+    tiny_llm: LLM, requests: list[EditRequest], options: EditOptions
+) -> None:
+    """As those of two files may be."""
+    question = changed(requests[1], id=requests[0].id, prompt="The capital of Norway is what?")
+    options.expert = {"long": 100, "steps": 5}
+    with pytest.warns(Note, match="1 of 2 requests are fine-tuned"):
+        edit(tiny_llm, [requests[0], question], options=options)

@@ -13,8 +13,9 @@ from pipeline.cli import main
 from pipeline.errors import Note, UserError, note, terminal_text
 from pipeline.evaluation.evaluator import Evaluation, Measurement
 from pipeline.evaluation.metrics import Estimate
+from pipeline.evaluation.values import Column
 from pipeline.model.llm import ShownToken
-from pipeline.reporting.report import answers_table, metrics_table
+from pipeline.reporting.report import answers_table, metrics_table, missed_table
 from pipeline.reporting.tables import csv_text, markdown_text, values_csv
 from pipeline.reporting.terminal import say, show_answers, show_table, show_tokens
 from pipeline.requests.check import check_requests, summary
@@ -121,3 +122,17 @@ def test_cases_of_a_forged_line_in_a_summary(tmp_path: Any) -> None:
                     '"axis": "x\\nbad: forged \\u001b[2J"}]}\n')  # fmt: skip
     lines = summary(check_requests(file)).splitlines()
     assert not [line for line in lines if line.startswith("bad") or "\x1b" in line]
+
+
+def test_facts_that_do_not_hold_are_told_with_what_the_model_says() -> None:
+    held, missed = (
+        EditRequest(id=name, prompt=f"The {name} is", new_answer="Lima", rephrases=(f"{name}?",))
+        for name in ("held", "missed")
+    )
+    said = {"generation": [["Lima."], ["Rome."]], "rephrase": [["Lima"], ["no | idea"]]}
+    values = {f"{kind}_containment": Column({0: 1.0, 1: 0.0}) for kind in said}
+    table = missed_table([held, missed], Evaluation(Measurement({}, ["Lima.", "Rome."], said, values)))
+    _, _, asked, reworded = table.splitlines()
+    assert asked == "| missed | The missed is | Lima | Rome. |"
+    assert reworded == "| missed | missed? | Lima | no &#124; idea |"
+    assert missed_table([held], Evaluation(Measurement({}, ["Lima."], said, {}))) == ""

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
-from pipeline.editing import solvers
+from pipeline.editing.columns import owner, owners_in
 from pipeline.editing.finetune import make_finetune
-from pipeline.editing.locate import STACKED, LocateSettings, LocateThenEdit
+from pipeline.editing.locate import STACKED, LocateSettings, LocateThenEdit, memit_solver
 from pipeline.editing.method import register
 from pipeline.errors import note
 from pipeline.model.llm import LLM
@@ -50,18 +49,18 @@ class Auto(LocateThenEdit):
     def __init__(
         self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
     ) -> None:
-        def solver(own: LocateSettings) -> partial[Tensor]:
-            return partial(solvers.memit, strength=own.strength)
-
-        super().__init__(llm, layers, options, earlier, solver=solver, by_all_keys=True)
+        super().__init__(llm, layers, options, earlier, solver=memit_solver, by_all_keys=True)
         self.tuning = make_finetune(llm, layers, options.by("finetune"))
         self.located_names, self.weight_names = self.weight_names, self.tuning.weight_names  # those are among these
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Fine-tune what memit does not suit, then locate the rest in the model as it is then."""
-        located = self.suited(requests, earlier)
-        ids = {request.id for request in located}
-        tuned = [request for request in requests if request.id not in ids]
+        suits = self.suits(requests, earlier)
+        located, tuned = (
+            [one for one, suit in zip(requests, suits, strict=True) if suit == side] for side in (1, 0)
+        )
+        if replaced := [one for one in tuned if owner(one) in owners_in(self.state)]:
+            self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes
         if tuned:
             note(
                 f"edit: {len(tuned)} of {len(requests)} requests are fine-tuned (questions, answers of more than "
@@ -74,17 +73,15 @@ class Auto(LocateThenEdit):
         if located:
             super().run(located, runtime, [*earlier, *tuned])
 
-    def suited(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[EditRequest]:
-        """The requests whose answers a value at the subject's last token carries."""
-        lengths = map(len, self.llm.tokens.texts([request.new_answer for request in requests]))
+    def suits(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[bool]:
+        """Whether a value at the subject's last token carries each request's answer."""
         facts = Counter(map(about, [*earlier, *requests]))
         return [
-            request
-            for request, length in zip(requests, lengths, strict=True)
-            if request.names_subject
-            and length <= self.settings.long
+            request.names_subject
+            and len(row.targets) <= self.settings.long
             and facts[about(request)] == 1
             and not request.prompt.rstrip().endswith(QUESTION_MARKS)
+            for request, row in zip(requests, self.llm.tokens.answered(requests), strict=True)
         ]
 
 

@@ -237,13 +237,18 @@ class LocateThenEdit:
         return [key_TI.float() for key_TI in keys]
 
 
+def memit_solver(own: LocateSettings) -> Solver:
+    """memit's, by its settings."""
+    return partial(solvers.memit, strength=own.strength)
+
+
 def _register(name: str, solver: Callable[[LocateSettings], Solver], **own: Any) -> None:
     make = partial(LocateThenEdit, solver=solver, **own)
     about = {"needs_subject": True, "trial": "values", "solves_anew": True, "stacked": STACKED}
     register(name, make, LocateSettings, **about)
 
 
-_register("memit", lambda own: partial(solvers.memit, strength=own.strength), by_all_keys=True)
+_register("memit", memit_solver, by_all_keys=True)
 _register("emmet", lambda _: solvers.emmet)
 _register("rome", lambda _: solvers.rome)
 _register("alphaedit", lambda own: partial(solvers.alphaedit, threshold=own.threshold))

@@ -115,8 +115,7 @@ class ValueSearch(Stage):
     def _search(self, ids: Sequence[str], parts: Sequence[Part], plain: Part) -> Tensor:
         """Adam on the changes of all of a batch at once; shape (G, O)."""
         base_GV = plain.suffixes.base_NV.log_softmax(-1)  # after "{subject} is"
-        output_GO = plain.suffixes.output_BO
-        output_GO = torch.zeros_like(output_GO).index_copy(0, parts[0].owner_B, parts[0].suffixes.output_BO)
+        output_GO = parts[0].suffixes.output_BO  # every subject has a first row
         output_GO = output_GO.to(torch.promote_types(output_GO.dtype, torch.float32))
         scale_G1 = output_GO.norm(dim=-1, keepdim=True)
         unit_GO = torch.zeros_like(output_GO).requires_grad_(True)  # changes over scale: Adam needs float32

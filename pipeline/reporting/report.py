@@ -30,8 +30,8 @@ EXAMPLES = 8  # answers that are shown
 MISSED = 50  # facts that do not hold, spelt out
 OUTCOME = {
     "rephrase_containment": "asked in other words, the model by itself names the new answer in {:.0%}",
-    "generation_containment": "asked as given, in {:.0%}",
-    "generation_exact_match": "with nothing after it in {:.0%}",
+    "generation_containment": "asked as given, it names it in {:.0%}",
+    "generation_exact_match": "it says that and nothing more in {:.0%}",
     "rewrite": "teacher-forced it gives {:.0%} of the answers' tokens",
     "locality": "{:.0%} of unrelated answers' tokens stayed as they were",
 }

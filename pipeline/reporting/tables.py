@@ -59,9 +59,8 @@ IN_SHORT = tuple(  # what a short table shows
     for name in members
     if name not in LONG_ONLY and not name.endswith("_magnitude")
 )
-EXPECTED = (  # what tells whether an edit holds: what of it is not known is said
-    *("generation_containment", "rephrase_containment", "rewrite", "rephrase", "locality", "portability"),
-)
+# what tells whether an edit holds: what of it is not known is said
+EXPECTED = ("generation_containment", "rephrase_containment", "rewrite", "rephrase", "locality", "portability")
 SHARES = tuple(  # what lies between 0 and 1
     name for group in ("by generation", "teacher-forced", "by probability") for name in GROUPS[group]
 )
