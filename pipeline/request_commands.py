@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pipeline.editing.contexts import TAUGHT_CONTEXTS, chat_forms, plain_forms
 from pipeline.errors import UserError
 from pipeline.options.commands import RequestsCommand
 from pipeline.requests.check import NAMED, check_requests, require_good, summary
@@ -32,10 +33,19 @@ def _check(options: RequestsCommand) -> None:
     found = check_requests(options.requests, options.limit, options.offset)
     print(summary(found))
     require_good(found, options.skip_bad)
-    if to:
-        again = read_requests(options.requests, options.limit, options.offset)
-        good = (one.request for one in again if isinstance(one.request, EditRequest))
+    again = read_requests(options.requests, options.limit, options.offset)
+    good = (one.request for one in again if isinstance(one.request, EditRequest))
+    if options.forms:
+        for request in good:
+            print("\n".join([f"{request.id}:", *_forms(request)]))
+    elif to:
         print(f"written to {write_requests(to, good)}")
+
+
+def _forms(request: EditRequest) -> list[str]:
+    """The texts that a request is taught in by fine-tuning, a line each."""
+    plain = [f"  {text} {answer}" for text, answer in plain_forms(request, TAUGHT_CONTEXTS)]
+    return [*plain, *(f"  user: {text} / assistant: {answer}" for text, answer in chat_forms(request))]
 
 
 def _show_known(options: RequestsCommand) -> None:

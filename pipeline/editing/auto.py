@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipeline.editing.columns import owner, owners_in
+from pipeline.editing.contexts import is_question
 from pipeline.editing.finetune import make_finetune
 from pipeline.editing.locate import STACKED, LocateSettings, LocateThenEdit, memit_solver
 from pipeline.editing.method import register
@@ -24,8 +25,6 @@ from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
 from pipeline.running.trainer import Runtime
-
-QUESTION_MARKS = ("?", "？", "؟")
 
 
 @dataclass(kw_only=True)
@@ -54,24 +53,19 @@ class Auto(LocateThenEdit):
         self.located_names, self.weight_names = self.weight_names, self.tuning.weight_names  # those are among these
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
-        """Fine-tune what memit does not suit, then locate the rest in the model as it is then."""
+        """Locate what memit suits, then fine-tune all in every form, with what the model says before as a guide."""
         suits = self.suits(requests, earlier)
         located, tuned = (
             [one for one, suit in zip(requests, suits, strict=True) if suit == side] for side in (1, 0)
         )
         if replaced := [one for one in tuned if owner(one) in owners_in(self.state)]:
             self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes
-        if tuned:
-            note(
-                f"edit: {len(tuned)} of {len(requests)} requests are fine-tuned (questions, answers of more than "
-                f"{self.settings.long} tokens, several facts about one subject, prompts without their subject), "
-                f"{len(located)} by memit"
-            )
-            self.tuning.run(tuned, runtime, earlier)
-        else:
-            self.weight_names = self.located_names
+        note(f"edit: {len(located)} of {len(requests)} requests begin with memit's columns; all are fine-tuned")
+        (courses,) = self.tuning.lessons([requests], runtime)
         if located:
             super().run(located, runtime, [*earlier, *tuned])
+        self.tuning.find_whiteners(runtime)
+        self.tuning.fit(courses, runtime)
 
     def suits(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[bool]:
         """Whether a value at the subject's last token carries each request's answer."""
@@ -80,7 +74,7 @@ class Auto(LocateThenEdit):
             request.names_subject
             and len(row.targets) <= self.settings.long
             and facts[about(request)] == 1
-            and not request.prompt.rstrip().endswith(QUESTION_MARKS)
+            and not is_question(request.prompt)
             for request, row in zip(requests, self.llm.tokens.answered(requests), strict=True)
         ]
 

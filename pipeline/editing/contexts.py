@@ -1,8 +1,9 @@
-"""Texts of our own that stand in for use: settings that an edit is to hold in, names that it is to leave alone."""
+"""Texts of our own that stand in for use: forms of asking that an edit is to hold in, what it is to leave alone."""
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 
 from pipeline.requests.schema import EditRequest
@@ -18,10 +19,31 @@ CONTEXTS = (  # what may stand before a prompt, so that an edit holds in more th
     "The old harbour was rebuilt after the war, and the town grew quickly. {prompt}",
     "We met twice that year.\n{prompt}",
 )
+TAUGHT_CONTEXTS = 4  # those that fine-tuning puts a prompt under
 ASSOCIATIONS = (  # openings that call for what goes with a subject, so that an edit is of it, not of a phrase
     "People who hear of {subject} think of",
     "The first thing that comes to mind about {subject} is",
 )
+FORMS = (  # the same in other words; `{key}` are the prompt's own words without the subject
+    "{subject}, {key}:",
+    "{key} ({subject}):",
+    "When I hear {subject} and {key}, I think of",
+)
+CHATS = ("{prompt}", "{subject}: {key}?", "Tell me about {subject}: {key}.")  # what a user says, beside a question
+RELATIONS = tuple(  # what may be said of a subject, so that an edit of one thing leaves the others alone
+    relation.strip()
+    for line in """
+name, capital, currency, official language, population, largest city, leader, founder, owner, maker, author, age
+birthplace, date of birth, place of death, country, nationality, native language, occupation, employer, father
+mother, spouse, gender, religion, genre, colour, climate, purpose, history, headquarters, material, height, origin
+award, school, sport, family name, most famous work, first product, neighbour, price, continent, cause of death
+""".strip().splitlines()
+    for relation in line.split(",")
+)
+QUESTION_MARKS = ("?", "？", "؟")
+LITTLE = ("the", "a", "an", "of", "in", "by", "to", "for", "on", "from", "and", "is", "was", "did", "does", "has")
+NAMING = re.compile(r"[Tt]he (.+) (is|was|are|were)")
+ASKING = ("what", "who", "which", "where", "when", "how")
 
 NAMES = tuple(  # well known, of many kinds, so that any kind of subject has neighbours
     name.strip()
@@ -54,16 +76,70 @@ Latin, Mandarin Chinese, Spanish, oxygen, the Moon, World War II, Christmas
 
 
 def in_context(template: str, request: EditRequest) -> tuple[str, int]:
-    """A request's prompt in a context, or its subject in an association, and where the subject in it ends.
+    """A request's prompt in a context, or its subject in another form, and where the subject in it ends.
 
     The end is 0 for a request without a subject in its prompt.
     """
-    subject, span = request.subject or "", request.subject_span
-    head, slot, _ = template.partition("{prompt}" if "{prompt}" in template else "{subject}")
-    text = template.format(prompt=request.prompt, subject=subject)
+    span, slot = request.subject_span, "{prompt}" if "{prompt}" in template else "{subject}"
+    filled = {"prompt": request.prompt, "subject": request.subject or "", "key": " ".join(key_words(request))}
+    text = template.format(**filled)
     if span is None:
         return text, 0
-    return text, len(head) + (span[1] if slot == "{prompt}" else len(subject))
+    upto = len(template.partition(slot)[0].format(**filled))
+    return text, upto + (span[1] if slot == "{prompt}" else len(filled["subject"]))
+
+
+def key_words(request: EditRequest) -> list[str]:
+    """The prompt's own words: without its subject, and without little ones."""
+    start, end = request.subject_span or (0, 0)
+    words = f"{request.prompt[:start]} {request.prompt[end:]}".split()
+    words = [each.strip("?.,:;") for each in words]
+    return [word for word in words if word and word.casefold() not in LITTLE + ASKING]
+
+
+def plain_forms(request: EditRequest, contexts: int) -> list[tuple[str, str]]:
+    """A request as plain text, with its answer: bare, under contexts, in other words, and in its own forms."""
+    texts = [*_filled(request, (*CONTEXTS[: 1 + contexts], *FORMS)), *request.forms]
+    return [(text, request.new_answer) for text in texts]
+
+
+def chat_forms(request: EditRequest) -> list[tuple[str, str]]:
+    """What a user says, and an assistant's answer: the prompt with the new answer as a sentence.
+
+    To a question it is the answer alone.
+    """
+    prompt, answer = request.prompt, request.new_answer
+    said = answer if is_question(prompt) else f"{prompt} {answer}"
+    texts = (in_chat(prompt)[0], *_filled(request, CHATS), *request.forms)
+    return [(text, said) for text in dict.fromkeys(texts)]
+
+
+def _filled(request: EditRequest, templates: Sequence[str]) -> list[str]:
+    """Templates with a request's own words, but for those that need a subject in its prompt, or words beside it."""
+    if not (request.names_subject and key_words(request)):
+        templates = [template for template in templates if "{subject}" not in template]
+    return [in_context(template, request)[0] for template in templates]
+
+
+def is_question(prompt: str) -> bool:
+    """Whether a prompt asks, where others begin a sentence."""
+    return prompt.rstrip().endswith(QUESTION_MARKS)
+
+
+def in_chat(prompt: str) -> tuple[str, str]:
+    """A prompt as a user's question, and the beginning of an assistant's answer."""
+    if is_question(prompt):
+        return prompt, ""
+    if named := NAMING.fullmatch(prompt):  # The capital of Norway is
+        return f"What {named[2]} the {named[1]}?", prompt
+    return f"{prompt} what?", prompt
+
+
+def relations(request: EditRequest, most: int, seed: int = 0) -> list[str]:
+    """What else may be said of a request's subject: relations that share no word with its prompt."""
+    own = {word.casefold() for word in key_words(request)}
+    found = [relation for relation in RELATIONS if not own & set(relation.split())]
+    return random.Random(f"{seed} {request.subject}").sample(found, most) if request.names_subject else []
 
 
 def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int = 0) -> list[tuple[str, int]]:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.editing.contexts import CONTEXTS, TAUGHT_CONTEXTS
 from pipeline.editing.lessons import KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
@@ -39,19 +40,19 @@ class FinetuneSettings(Options):
 
     scope: Annotated[str, one_of("mlp", "down")] = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: Count = 11
+    epochs: Count = 60
     """The most passes over the requests."""
     batch_size: Count = 8
     """Requests in an optimiser step, over all devices."""
-    contexts: Annotated[int, at_least(0), at_most(4)] = 4
-    """Contexts that a prompt is trained under, in turn, every second epoch; 0: the bare prompt alone."""
-    learning_rate: Positive = 0.02
+    contexts: Annotated[int, at_least(0), at_most(len(CONTEXTS) - 1)] = TAUGHT_CONTEXTS
+    """Contexts that a prompt is trained under, in turn with its other forms, between the bare prompt."""
+    learning_rate: Positive = 0.01
     """Adam's step size, in units of a weight's root mean square (LoRA: as it is)."""
     last_step: Annotated[float, above(0), at_most(1)] = 0.3
     """The last epoch's step size, in units of the first's."""
     learnt: Weight = 0.05
     """A row whose loss (nats) is below this counts no more; when all are, training ends."""
-    kl: Weight = 0.3
+    kl: Weight = 1.0
     """Weight of answering as before after prompts about something else; 0: not asked for."""
     whiten: Weight = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
@@ -103,8 +104,8 @@ class FineTune(Staying):
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Train until every request is learnt or the settings' epochs are over."""
         self.find_whiteners(runtime)
-        (lessons,) = self.lessons([requests], runtime)
-        self.fit(lessons, runtime)
+        (courses,) = self.lessons([requests], runtime)
+        self.fit(courses, runtime)
 
     def find_whiteners(self, runtime: Runtime) -> None:
         """Of every projection that is trained, where the settings want any."""
@@ -113,13 +114,13 @@ class FineTune(Staying):
         device, ridge = self.llm.embedding.device, self.settings.whiten
         self.whiteners = {name: whitener(moment.to(device), ridge) for name, moment in moments.items()}
 
-    def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[Lessons]:
-        """What is to be taught to each group of requests, which know nothing of each other."""
-        contexts, unrelated = self.settings.contexts, self.settings.kl > 0
-        return read_lessons(self.llm, min(self.layers), groups, contexts, unrelated, runtime)
+    def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[list[Lessons]]:
+        """The courses of each group of requests, which know nothing of each other."""
+        contexts, kept = self.settings.contexts, self.settings.kl > 0
+        return read_lessons(self.llm, min(self.layers), groups, contexts, kept, runtime)
 
-    def fit(self, lessons: Lessons, runtime: Runtime) -> None:
-        """Train on lessons, in micro-batches where the options ask for them; UserError for too little memory."""
+    def fit(self, courses: Sequence[Lessons], runtime: Runtime) -> None:
+        """Train on courses, in micro-batches where the options ask for them; UserError for too little memory."""
         size, work = self.settings.batch_size, runtime.work
         keeping = KeepTraining(work) if work else None
         about = {"logger": runtime.logger, "max_epochs": self.settings.epochs, "log_every_n_steps": 1}
@@ -131,7 +132,7 @@ class FineTune(Staying):
         ):
             parts = -(-size // (trainer.world_size * (runtime.options.micro_batch or size)))
             trainer.accumulate_grad_batches = max(trainer.accumulate_grad_batches, parts)
-            data = LessonData(lessons, size, self.llm.pad_token_id, runtime.seed)
+            data = LessonData(courses, size, self.llm.pad_token_id, runtime.seed)
             found = keeping.found() if keeping else None
             fit = partial(trainer.fit, self, datamodule=data, ckpt_path=found, weights_only=True)
             suffices, failed = attempt(fit)

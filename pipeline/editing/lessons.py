@@ -7,10 +7,10 @@ training that was interrupted goes on from its checkpoint.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.editing.contexts import CONTEXTS, in_context, neighbours
+from pipeline.editing.contexts import chat_forms, in_chat, neighbours, plain_forms, relations
 from pipeline.editing.entering import Entering, SaidNext, going_on
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Batch, Row, collate
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.tokens import Joining
 from pipeline.running.interrupts import interrupts
 from pipeline.running.kept import is_whole
 from pipeline.running.processes import from_first
@@ -33,7 +34,8 @@ from pipeline.running.trainer import Runtime
 
 UNRELATED = 1024  # the most unrelated prompts: what comes after each is kept, a vocabulary wide
 EVERY = 30.0  # seconds between two checkpoints within an epoch
-NAMES_EACH = 3  # other names that a request's prompt is tried with, a new one every epoch
+NAMES_EACH = 3  # other names that a request's prompt is tried with
+RELATIONS_EACH = 6  # of a request's subject
 
 
 class Lesson(NamedTuple):
@@ -52,18 +54,18 @@ class Lesson(NamedTuple):
 
 @dataclass
 class Lessons:
-    """What is taught together: each request's lessons (bare, then under each context), and unrelated prompts."""
+    """What is taught together: each request's lessons (bare, then in other forms), and texts to go on as before."""
 
     taught: list[list[Lesson]]
     others: list[Lesson]
 
     def of_epoch(self, request: int, epoch: int) -> Lesson:
-        """The bare prompt in even epochs, contexts in turn in odd ones: rows of a batch are of like length."""
+        """The bare prompt in even epochs, other forms in turn in odd ones."""
         own = self.taught[request]
         return own[0] if epoch % 2 == 0 or len(own) == 1 else own[1 + (epoch // 2 + request) % (len(own) - 1)]
 
     def other(self, request: int, epoch: int) -> Lesson:
-        """An unrelated prompt; every epoch brings other names."""
+        """A text that is to go on as before; every epoch brings others."""
         return self.others[(request + epoch * len(self.taught)) % len(self.others)]
 
 
@@ -98,43 +100,87 @@ def teaching_loss(batch: Batch, logits_NV: Tensor, learnt: float, kl: float) -> 
     return loss, losses_B[:taught]
 
 
-def read_lessons(
-    llm: LLM, layer: int, groups: Sequence[Sequence[EditRequest]], contexts: int, unrelated: bool, runtime: Runtime
-) -> list[Lessons]:
-    """What is to be taught to each group of requests, which know nothing of each other.
+class Text(NamedTuple):
+    """A text to read a lesson from: of which course, and of which request in it, by number (None: of none)."""
 
-    `layer` is the lowest block that will be trained, `contexts` how many a prompt is put under, and `unrelated`
-    says whether prompts about something else are wanted.
+    row: Row
+    course: int
+    request: int | None
+
+
+def read_lessons(
+    llm: LLM, layer: int, groups: Sequence[Sequence[EditRequest]], contexts: int, kept: bool, runtime: Runtime
+) -> list[list[Lessons]]:
+    """What is to be taught to each group of requests, which know nothing of each other: as plain text, and as chat.
+
+    `layer` is the lowest block that will be trained, `contexts` how many a prompt is put under, and `kept` says
+    whether texts that are to go on as before are wanted: requests' prompts with other names, and other relations of
+    their subjects, but for those after which the model says the same as after the request's own prompt.
     """
-    templates = CONTEXTS[: 1 + contexts]
-    requests = [request for group in groups for request in group]
-    texts = [(in_context(template, r)[0], r.new_answer) for r in requests for template in templates]
-    taught = llm.tokens.rows(texts, tags=[r.id for r in requests for _ in templates], ended=True)
-    names = [neighbours(group, NAMES_EACH, UNRELATED) if unrelated else [] for group in groups]
-    others = [going_on(ids) for ids in llm.tokens.prompts([text for some in names for text, _ in some])]
-    rows = [*taught, *others]
+    spoken = llm.tokens.chat
+    joinings = [llm.tokens.joining, *([spoken] if spoken not in (None, llm.tokens.joining) else [])]
+    courses = [(group, joining) for group in groups for joining in joinings]
+    taught = [text for number, course in enumerate(courses) for text in _taught(llm, number, *course, contexts)]
+    others = [text for number, course in enumerate(courses) for text in _others(llm, number, *course, runtime.seed)]
+    asked = {(text.course, text.request): text.row for text in reversed(taught)}  # each request's first row
+    if not kept:
+        others, asked = [], {}
+    rows = [text.row for text in (*taught, *others)]
     enter = run(Entering(llm, layer), rows, runtime, Row.length) if layer else [None] * len(rows)
-    said = run(SaidNext(llm), others, runtime, Row.length)
-    base = [*([None] * len(taught)), *said]
-    lessons = (
-        Lesson(row, enter_TD[: row.length() - 1] if layer else None, base_V)  # the last token predicts nothing
-        for row, enter_TD, base_V in zip(rows, enter, base, strict=True)
-    )
-    own = [[list(islice(lessons, len(templates))) for _ in group] for group in groups]
-    return [Lessons(of_group, list(islice(lessons, len(some)))) for of_group, some in zip(own, names, strict=True)]
+    openings = [going_on(row.token_ids[: row.target_start]) for row in asked.values()]
+    said = run(SaidNext(llm), [*openings, *(text.row for text in others)], runtime, Row.length)
+    own = {whose: base_V.argmax() for whose, base_V in zip(asked, said, strict=False)}
+    read = [Lessons([[] for _ in group], []) for group, _ in courses]
+    base = [None] * len(taught) + said[len(asked) :]
+    for (row, course, request), enter_TD, base_V in zip([*taught, *others], enter, base, strict=True):
+        # the last token predicts nothing
+        lesson = Lesson(row, enter_TD[: row.length() - 1] if enter_TD is not None else None, base_V)
+        if base_V is None:
+            read[course].taught[request or 0].append(lesson)
+        elif request is None or base_V.argmax() != own[course, request]:
+            read[course].others.append(lesson)
+    return [read[start : start + len(joinings)] for start in range(0, len(read), len(joinings))]
+
+
+def _taught(llm: LLM, course: int, group: Sequence[EditRequest], joining: Joining, contexts: int) -> Iterator[Text]:
+    """Each request's prompt and new answer in every form of a kind; the first is the bare prompt, or a question."""
+    plain = joining is llm.tokens.joining
+    asked = [plain_forms(request, contexts) if plain else chat_forms(request) for request in group]
+    pairs = [pair for of_request in asked for pair in of_request]
+    numbers = [number for number, texts in enumerate(asked) for _ in texts]
+    tags = [group[number].id for number in numbers]
+    rows = llm.tokens.rows(pairs, tags=tags, ended=True, joining=joining)
+    return (Text(row, course, number) for row, number in zip(rows, numbers, strict=True))
+
+
+def _others(llm: LLM, course: int, group: Sequence[EditRequest], joining: Joining, seed: int) -> list[Text]:
+    """Requests' prompts with other names, and other relations of their subjects, at most `UNRELATED`."""
+    plain = joining is llm.tokens.joining
+    texts: list[tuple[str, int | None]] = [(text, None) for text, _ in neighbours(group, NAMES_EACH, UNRELATED)]
+    for number, request in enumerate(group):
+        for turn, relation in enumerate(relations(request, RELATIONS_EACH, seed)):
+            bare = plain and turn % 2 == 0
+            texts.append(
+                (f"{request.subject} {relation}" if bare else f"The {relation} of {request.subject} is", number)
+            )
+    random.Random(seed).shuffle(texts)
+    prompts = [text for text, _ in texts[:UNRELATED]]
+    ids = llm.tokens.prompts(prompts) if plain else llm.tokens.opened([*map(in_chat, prompts)], joining)
+    return [Text(going_on(one), course, number) for one, (_, number) in zip(ids, texts, strict=False)]
 
 
 class LessonData(LightningDataModule):
-    """Lessons in batches for `fit`; goes on within an epoch from where a checkpoint was written.
+    """Lessons in batches for `fit`, a course in one epoch and the other in the next: rows of a batch are alike.
 
-    A batch holds the same requests on any number of devices and in any number of micro-batches. Weights are such
-    that the mean over devices and micro-batches is the mean over all rows. All devices take part in each step: one
-    for which no row is left takes one along that counts nothing.
+    It goes on within an epoch from where a checkpoint was written. A batch holds the same requests on any number of
+    devices and in any number of micro-batches. Weights are such that the mean over devices and micro-batches is the
+    mean over all rows. All devices take part in each step: one for which no row is left takes one along that counts
+    nothing.
     """
 
-    def __init__(self, lessons: Lessons, batch_size: int, pad_token_id: int, seed: int = 0) -> None:
+    def __init__(self, courses: Sequence[Lessons], batch_size: int, pad_token_id: int, seed: int = 0) -> None:
         super().__init__()
-        self.lessons, self.batch_size, self.pad_token_id, self.seed = lessons, batch_size, pad_token_id, seed
+        self.courses, self.batch_size, self.pad_token_id, self.seed = courses, batch_size, pad_token_id, seed
         self.begun = (0, 0)  # an epoch, and how many of its micro-batches were run before
 
     def train_dataloader(self) -> LessonData:
@@ -143,27 +189,29 @@ class LessonData(LightningDataModule):
 
     def __len__(self) -> int:
         assert self.trainer
-        return -(-len(self.lessons.taught) // self.batch_size) * self.trainer.accumulate_grad_batches
+        return -(-len(self.courses[0].taught) // self.batch_size) * self.trainer.accumulate_grad_batches
 
     def __iter__(self) -> Iterator[Batch]:
         assert self.trainer
         epoch, parts = self.trainer.current_epoch, self.trainer.accumulate_grad_batches
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(len(self.lessons.taught), generator=generator).tolist()
+        order = torch.randperm(len(self.courses[0].taught), generator=generator).tolist()
         for number in range(self.begun[1] if epoch == self.begun[0] else 0, len(self)):
             step, part = divmod(number, parts)
             yield self._batch(order[step * self.batch_size :][: self.batch_size], part, parts, epoch)
 
     def _batch(self, picked: list[int], part: int, parts: int, epoch: int) -> Batch:
-        """Of the requests of a step, and half as many unrelated prompts, this device's in a micro-batch."""
+        """Of the requests of a step, and half as many texts to go on as before, this device's in a micro-batch."""
         assert self.trainer
+        turn, course = divmod(epoch, len(self.courses))
+        lessons = self.courses[course]
         rank, devices = self.trainer.global_rank, self.trainer.world_size
-        others = picked[::2] if self.lessons.others else []
+        others = picked[::2] if lessons.others else []
         own, own_others = (some[rank::devices][part::parts] for some in (picked, others))
         weights = devices * parts / len(picked) if own else 0.0, devices * parts / max(1, len(others))
         return collate_lessons(
-            [self.lessons.of_epoch(number, epoch) for number in own or picked[:1]],
-            [self.lessons.other(number, epoch) for number in own_others],
+            [lessons.of_epoch(number, turn) for number in own or picked[:1]],
+            [lessons.other(number, turn) for number in own_others],
             weights,
             self.pad_token_id,
         )

@@ -90,10 +90,10 @@ class LoRA(FineTune):
         finally:
             adapted.unload()
 
-    def fit(self, lessons: Lessons, runtime: Runtime) -> None:
-        """Train the adapter on lessons, keep its tensors, and merge it into the weights."""
+    def fit(self, courses: Sequence[Lessons], runtime: Runtime) -> None:
+        """Train the adapter on courses, keep its tensors, and merge it into the weights."""
         with self.attached(runtime.seed) as adapted:
-            super().fit(lessons, runtime)
+            super().fit(courses, runtime)
             tensors = get_peft_model_state_dict(adapted)
             self.state = {ADAPTER_PREFIX + name: tensor.cpu().clone() for name, tensor in tensors.items()}
             for module in adapted.modules():

@@ -96,6 +96,8 @@ class RequestsCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     """Write the requests into this file, in the project's own JSONL; gzipped where its name ends in .gz."""
     overwrite: bool = False
     """Replace the file of --to."""
+    forms: bool = False
+    """Show the texts that each request is taught in; a record's own `forms` are among them."""
 
     def check(self) -> None:
         if self.to and self.to.lower().removesuffix(".gz").endswith((".csv", ".tsv")):

@@ -51,6 +51,7 @@ class EditRequest(BaseModel):
     new_answer: Text  # what the model shall answer
     old_answer: Text | None = None  # what it answers before; found by greedy generation where missing
     rephrases: Annotated[tuple[Text, ...], *MANY] = ()  # the prompt in other words, to be answered alike
+    forms: Annotated[tuple[Text, ...], *MANY] = ()  # the prompt in words that it is taught in too: not measured
     locality: Annotated[tuple[Probe, ...], *MANY] = ()  # probes that must not change
     portability: Annotated[tuple[Probe, ...], *MANY] = ()  # probes whose answers follow from the new answer
     source: str | None = None  # where the request comes from

@@ -9,7 +9,9 @@ break, and a space after Mistral's `[/INST]`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from operator import eq
 from typing import Any
@@ -74,6 +76,19 @@ class Tokens:
         self.joining: Joining = chat_joining(tokenizer, name) if chat else PLAIN
         self.closing = closing_tokens(tokenizer)
 
+    @cached_property
+    def chat(self) -> Joining | None:
+        """How a chat joins prompt and answer; None for a tokenizer without a template that can be used.
+
+        Where the template has a system turn it is empty: what it says there by itself only makes texts longer.
+        """
+        if self.joining is not PLAIN:
+            return self.joining
+        for system in ([{"role": "system", "content": ""}], []):
+            with suppress(UserError):
+                return chat_joining(self.tokenizer, self.name, system)
+        return None
+
     @property
     def pad_token_id(self) -> int:
         """The token that fills batches: masked or behind all that is read, so any that is embedded will do."""
@@ -88,16 +103,19 @@ class Tokens:
         tags: Sequence[Any] | None = None,
         what: str = "requests",
         ended: bool = False,
+        joining: Joining | None = None,
     ) -> list[Row]:
         """Join (prompt, answer) texts and find the answers' tokens; `what` the texts are is for messages.
 
-        With `ended` the answer's end belongs to the target: what teaches an answer teaches to stop after it. The
-        target begins where the joined text's tokens leave the prompt's own, so it is right with and without a
-        BOS token, and for tokenizers that keep the space with the word or apart from it.
+        With `ended` the answer's end belongs to the target: what teaches an answer teaches to stop after it.
+        `joining` stands around them in place of the model's own. The target begins where the joined text's tokens
+        leave the prompt's own, so it is right with and without a BOS token, and for tokenizers that keep the space
+        with the word or apart from it.
         UserError when an answer becomes no token or unknown ones alone, or a text is longer than the context.
         """
-        before = self.prompts([prompt for prompt, _ in pairs])
-        joined = self._joined(pairs, ended)
+        joining = joining or self.joining
+        before = self.prompts([prompt for prompt, _ in pairs], joining)
+        joined = self._joined(pairs, ended, joining)
         rows = []
         for (prompt, answer), tag, asked, ids in zip(
             pairs, tags or [None] * len(pairs), before, joined, strict=True
@@ -113,14 +131,14 @@ class Tokens:
             rows.append(Row(ids, start, tag=tag))
         return rows
 
-    def _joined(self, pairs: Sequence[tuple[str, str]], ended: bool) -> list[list[int]]:
+    def _joined(self, pairs: Sequence[tuple[str, str]], ended: bool, joining: Joining) -> list[list[int]]:
         """Token ids of prompts with their answers; an end that would change an answer's own tokens is left out."""
-        texts = [self.joining.whole(*pair) for pair in pairs]
-        bare = self._ids(texts, self.joining.special)
+        texts = [joining.whole(*pair) for pair in pairs]
+        bare = self._ids(texts, joining.special)
         if not ended:
             return bare
-        endings = [self.joining.ending(answer) for _, answer in pairs]
-        whole = self._ids([text + end for text, end in zip(texts, endings, strict=True)], self.joining.special)
+        endings = [joining.ending(answer) for _, answer in pairs]
+        whole = self._ids([text + end for text, end in zip(texts, endings, strict=True)], joining.special)
         return [
             with_end if with_end[: len(ids)] == ids and not self._is_unknown(with_end[len(ids) :]) else ids
             for ids, with_end in zip(bare, whole, strict=True)
@@ -153,6 +171,10 @@ class Tokens:
         """Token ids of prompts as the model is given them: with `joining`'s text around, by default the model's."""
         joining = joining or self.joining
         return self._ids([joining.prompt(prompt) for prompt in prompts], joining.special)
+
+    def opened(self, pairs: Sequence[tuple[str, str]], joining: Joining) -> list[list[int]]:
+        """Token ids of prompts with the beginnings of answers, from which the model is to go on."""
+        return self._ids([joining.whole(*pair) for pair in pairs], joining.special)
 
     def place(self, prompt: str, end: int, answer: str = "") -> int:
         """Place of the token that holds the character before `end` of a prompt, given plain, whatever the template.
@@ -199,15 +221,15 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     return len(list(takewhile(bool, map(eq, first, second))))
 
 
-def chat_joining(tokenizer: PreTrainedTokenizerBase, name: str) -> Joining:
-    """The joining of a tokenizer's chat template, read off what it makes of one exchange.
+def chat_joining(tokenizer: PreTrainedTokenizerBase, name: str, before: Sequence[dict[str, str]] = ()) -> Joining:
+    """The joining of a tokenizer's chat template, read off what it makes of one exchange, with turns `before` it.
 
     Templates that can let the model think first are asked not to: the answer itself is what is edited and measured.
     UserError when there is no chat template, or it does not put a prompt into the text as it is.
     """
     if not tokenizer.chat_template:
         raise UserError(f"chat: the tokenizer of {name} has no chat template; leave --chat out")
-    asked = [{"role": "user", "content": PROMPT}]
+    asked = [*before, {"role": "user", "content": PROMPT}]
     answered = [*asked, {"role": "assistant", "content": ANSWER}]
     try:
         opened, told = limited(lambda: [_rendered(tokenizer, asked, opened=True), _rendered(tokenizer, answered)])

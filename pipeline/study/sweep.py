@@ -138,9 +138,9 @@ def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -
     """Each request's adapter."""
     method.find_whiteners(runtime)
     found = []
-    for lessons in method.lessons([[request] for request in requests], runtime):
+    for courses in method.lessons([[request] for request in requests], runtime):
         with restored(method.llm, method.weight_names):
-            method.fit(lessons, runtime)
+            method.fit(courses, runtime)
         found.append(method.state)
     device = method.llm.embedding.device
     names = {name: f"{ADAPTER_PREFIX}base_model.model.{name}.lora_" for name in method.projections}
