@@ -21,7 +21,8 @@ BATCH, ALONE, MANY = 100, 20, 1000  # records
 UPDATES, EACH = 10, 50  # one update after another
 BEST, FURTHER = "memit", ("emmet", "rome", "alphaedit")
 SMALL = {  # as in configs/many.yaml
-    "bound": 1.3, "step": 0.13, "steps": 25, "key_contexts": 1, "neighbour_weight": 0.2, "strength": 300.0
+    "forms": 0, "associations": 2, "bound": 1.3, "step": 0.13, "steps": 25, "key_contexts": 1,
+    "neighbour_weight": 0.2, "strength": 300.0
 }  # fmt: skip
 FINISH = {  # on top of it, for what it missed; in configs/many.yaml as well
     "epochs": 4, "learning_rate": 0.015, "last_step": 0.1, "kl": 3, "learnt": 0.6

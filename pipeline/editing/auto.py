@@ -1,15 +1,17 @@
-"""One edit by two methods, request by request: what a subject's value carries is located, the rest is fine-tuned.
+"""One edit by two methods: what a subject's value carries is located, then all is fine-tuned in every form.
 
-A value at the subject's last token holds a few tokens of one answer, and is read where a statement goes on from its
-subject. Questions, whose subject stands far from the answer, long answers, several facts about one subject and
-prompts without a subject are better learnt by fine-tuning of the same block.
+A value at the subject's last token makes a subject say its new answer wherever it is named, which rewordings need,
+but bends what else is said of it. Fine-tuning of the same block then teaches every form of asking, statements and
+chat, while other relations of the subject stay what the unedited model says. Questions, whose subject stands far
+from the answer, long answers, several facts about one subject and prompts without one are fine-tuned alone.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +20,6 @@ from pipeline.editing.contexts import is_question
 from pipeline.editing.finetune import make_finetune
 from pipeline.editing.locate import STACKED, LocateSettings, LocateThenEdit, memit_solver
 from pipeline.editing.method import register
-from pipeline.errors import note
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count
 from pipeline.options.editing import EditOptions
@@ -29,18 +30,21 @@ from pipeline.running.trainer import Runtime
 
 @dataclass(kw_only=True)
 class AutoSettings(LocateSettings):
-    """memit's settings; fine-tuning has its own by default."""
+    """memit's settings, and fine-tuning's."""
 
     long: Count = 8
-    """Answers of more tokens than this are fine-tuned."""
+    """Answers of more tokens than this are fine-tuned alone."""
+    tuning: dict[str, Any] = field(default_factory=dict)
+    """Settings of the fine-tuning, by name, such as {"epochs": 20}."""
 
 
 class Auto(LocateThenEdit):
-    """memit for the requests that it suits, after fine-tuning of the others.
+    """memit for the requests that it suits, then fine-tuning of all.
+
+    Its `state` is empty: what is fine-tuned cannot be left out again.
 
     Attributes:
         tuning: the fine-tuning of the same blocks.
-        located_names: the weights that memit changes, by full name.
     """
 
     settings: AutoSettings
@@ -49,21 +53,22 @@ class Auto(LocateThenEdit):
         self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
     ) -> None:
         super().__init__(llm, layers, options, earlier, solver=memit_solver, by_all_keys=True)
-        self.tuning = make_finetune(llm, layers, options.by("finetune"))
-        self.located_names, self.weight_names = self.weight_names, self.tuning.weight_names  # those are among these
+        own = replace(options, method="finetune", expert=self.settings.tuning)
+        self.tuning = make_finetune(llm, layers, own)
+        self.weight_names = list(dict.fromkeys([*self.tuning.weight_names, *self.weight_names]))
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
-        """Locate what memit suits, then fine-tune all in every form, with what the model says before as a guide."""
+        """Locate, then fine-tune; what is to stay is read before either, off the model as it is given."""
         suits = self.suits(requests, earlier)
-        located, tuned = (
+        located, others = (
             [one for one, suit in zip(requests, suits, strict=True) if suit == side] for side in (1, 0)
         )
-        if replaced := [one for one in tuned if owner(one) in owners_in(self.state)]:
-            self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes
-        note(f"edit: {len(located)} of {len(requests)} requests begin with memit's columns; all are fine-tuned")
         (courses,) = self.tuning.lessons([requests], runtime)
+        if replaced := [one for one in others if owner(one) in owners_in(self.state)]:
+            self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes
         if located:
-            super().run(located, runtime, [*earlier, *tuned])
+            super().run(located, runtime, [*earlier, *others])
+        self.state = {}
         self.tuning.find_whiteners(runtime)
         self.tuning.fit(courses, runtime)
 

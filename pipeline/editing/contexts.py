@@ -23,13 +23,21 @@ TAUGHT_CONTEXTS = 4  # those that fine-tuning puts a prompt under
 ASSOCIATIONS = (  # openings that call for what goes with a subject, so that an edit is of it, not of a phrase
     "People who hear of {subject} think of",
     "The first thing that comes to mind about {subject} is",
+    "{subject}, in short:",
+    "A word that goes with {subject} is",
 )
 FORMS = (  # the same in other words; `{key}` are the prompt's own words without the subject
     "{subject}, {key}:",
     "{key} ({subject}):",
     "When I hear {subject} and {key}, I think of",
 )
-CHATS = ("{prompt}", "{subject}: {key}?", "Tell me about {subject}: {key}.")  # what a user says, beside a question
+CHATS = (  # what a user says, beside a question
+    "{prompt}",
+    "{subject}: {key}?",
+    "What is {subject}'s {key}?",
+    "Tell me about {subject}: {key}.",
+    "I want to know the {key} of {subject}.",
+)
 RELATIONS = tuple(  # what may be said of a subject, so that an edit of one thing leaves the others alone
     relation.strip()
     for line in """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, owner, owners_in
-from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, in_context, neighbours
+from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, FORMS, in_context, neighbours
 from pipeline.editing.entering import Entering
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
@@ -39,7 +39,7 @@ MOST_NEIGHBOURS = 1000  # prompts
 READ_TOGETHER = 32  # rows
 
 STACKED = {  # settings where one layer is to hold batch after batch: small values, so that many get along
-    **{"key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
+    **{"forms": 0, "associations": 2, "key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
     **{"step": 0.13, "bound": 1.3, "strength": 20.0},
 }
 
@@ -52,8 +52,10 @@ class LocateSettings(Options):
 
     contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 1
     """Contexts that a value is searched under, the bare prompt being the first; at most 9."""
-    associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 2
-    """Openings that call for what goes with a subject, which it is searched under as well; at most 2."""
+    forms: Annotated[int, at_least(0), at_most(len(FORMS))] = len(FORMS)
+    """Other words for the prompt that a value is searched under as well, in turn; at most 3."""
+    associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = len(ASSOCIATIONS)
+    """Openings that call for what goes with a subject, which it is searched under as well; at most 4."""
     key_contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 5
     """Contexts that a subject's keys are taken under; at most 9."""
     neighbours: FromZero = 10
@@ -183,8 +185,9 @@ class LocateThenEdit:
 
     def located(self, groups: Sequence[Sequence[EditRequest]]) -> list[Located]:
         """The rows that a value is searched under, for each group of requests about one subject."""
-        templates = CONTEXTS[: self.settings.contexts], ASSOCIATIONS[: self.settings.associations]
-        return [locate(self.llm, group, *templates) for group in groups]
+        own = self.settings
+        others = (*FORMS[: own.forms], *ASSOCIATIONS[: own.associations])
+        return [locate(self.llm, group, CONTEXTS[: own.contexts], others) for group in groups]
 
     def search(self, layer: int, together: int) -> ValueSearch:
         """The search for values at a layer, for so many subjects that are to get along."""

@@ -27,6 +27,7 @@ from pipeline.running.sharding import anywhere
 from pipeline.running.stage import Stage
 
 SEARCHED_TOGETHER = 2048  # tokens of rows in a batch: requests with long answers are searched for in smaller ones
+OTHERS_EACH = 2  # rows of a step beside the bare ones, in turn
 LEARNT = 0.05  # nats: a value is found when its mean loss is below this
 KL = 0.0625  # weight of keeping what the model says after `{subject} is`
 DECAY = 0.01  # weight of a value's squared change
@@ -35,11 +36,12 @@ DECAY = 0.01  # weight of a value's squared change
 class Located(NamedTuple):
     """Requests about one subject, by their ids, and the rows that the one value for them is searched under.
 
-    Rows are prompt and new answer under each context, request by request; the last is `{subject} is`.
+    Rows are prompts and new answers, the bare ones first; the last is `{subject} is`.
     """
 
     id: str
     rows: list[Row]
+    facts: int  # how many requests
 
     def tokens(self) -> int:
         """How many tokens a search goes through: from the subject's last on, as if all rows were as long."""
@@ -54,16 +56,16 @@ class Part(NamedTuple):
 
 
 def locate(
-    llm: LLM, requests: Sequence[EditRequest], contexts: Sequence[str], associations: Sequence[str] = ()
+    llm: LLM, requests: Sequence[EditRequest], contexts: Sequence[str], others: Sequence[str] = ()
 ) -> Located:
     """Requests about one subject under all templates, the subject's last token found in each row.
 
     Under contexts the answer's end is learnt as well; it would take too much of the value if it were learnt in
-    every row. A subject has associations with one new answer alone: several would contradict each other.
+    every row. A subject has other templates with one new answer alone: several would contradict each other.
     """
     rows: list[Row] = []
-    for templates, ended in ((contexts, True), (associations if len(requests) == 1 else (), False)):
-        texts = [(*in_context(one, request), request.new_answer) for request in requests for one in templates]
+    for templates, ended in ((contexts, True), (others if len(requests) == 1 else (), False)):
+        texts = [(*in_context(one, request), request.new_answer) for one in templates for request in requests]
         joined = llm.tokens.rows([(text, answer) for text, _, answer in texts], ended=ended)
         for (text, end, answer), row in zip(texts, joined, strict=True):
             last = min(llm.tokens.place(text, end, answer), row.target_start - 1)
@@ -72,16 +74,16 @@ def locate(
     (plain,) = llm.tokens.prompts([f"{subject} is"])
     last = llm.tokens.place(f"{subject} is", len(subject))
     ids = ", ".join(request.id for request in requests)
-    return Located(ids, [*rows, going_on(plain)._replace(subject=(last, last))])
+    return Located(ids, [*rows, going_on(plain)._replace(subject=(last, last))], len(requests))
 
 
 class ValueSearch(Stage):
     """Finds, for each subject, the change r of the down-projection's output that makes its new answers likely.
 
-    Loss of a subject (ROME, arXiv 2202.05262, eq. 4, for a batch): mean over its facts and contexts of
-    ℓ(x, y_new), plus `KL` · KL(base ‖ changed) after "{subject} is", plus `DECAY` · ‖r‖² / ‖output‖². Step and
-    bound of r are in units of the projection's own output norm, so that one setting serves models with and without
-    a norm behind the projection. A subject whose answers are learnt leaves the batch.
+    Loss of a subject (ROME, arXiv 2202.05262, eq. 4, for a batch): mean over its facts and some of their other
+    forms, in turn, of ℓ(x, y_new), plus `KL` · KL(base ‖ changed) after "{subject} is", plus `DECAY` · ‖r‖² /
+    ‖output‖². Step and bound of r are in units of the projection's own output norm, so that one setting serves
+    models with and without a norm behind the projection. A subject whose answers are learnt leaves the batch.
 
     Outputs are changes (O,) of the down-projection's output in a block, after `steps` steps at most.
     """
@@ -105,24 +107,28 @@ class ValueSearch(Stage):
         kinds = zip_longest(*(one.rows[:-1] for one in batch))
         parts = [self._part({owner: row for owner, row in enumerate(rows) if row}) for rows in kinds]
         plain = self._part(dict(enumerate(one.rows[-1] for one in batch)))
-        change_GO = self._search([located.id for located in batch], parts, plain)
+        bare = max(located.facts for located in batch)
+        change_GO = self._search([located.id for located in batch], parts[:bare], parts[bare:], plain)
         return [change_O.clone() for change_O in change_GO.float().cpu()]
 
     def _part(self, rows: Mapping[int, Row]) -> Part:
         suffixes = Suffixes(self.llm, self.layer, list(rows.values()))
         return Part(suffixes, torch.tensor(list(rows), device=suffixes.start_B.device))
 
-    def _search(self, ids: Sequence[str], parts: Sequence[Part], plain: Part) -> Tensor:
+    def _search(self, ids: Sequence[str], bare: Sequence[Part], others: Sequence[Part], plain: Part) -> Tensor:
         """Adam on the changes of all of a batch at once; shape (G, O)."""
         base_GV = plain.suffixes.base_NV.log_softmax(-1)  # after "{subject} is"
-        output_GO = parts[0].suffixes.output_BO  # every subject has a first row
+        output_GO = bare[0].suffixes.output_BO  # every subject has a first row
         output_GO = output_GO.to(torch.promote_types(output_GO.dtype, torch.float32))
         scale_G1 = output_GO.norm(dim=-1, keepdim=True)
         unit_GO = torch.zeros_like(output_GO).requires_grad_(True)  # changes over scale: Adam needs float32
         learnt_GO = torch.zeros_like(unit_GO)
         adam = torch.optim.Adam([unit_GO], lr=self.step_size)
         running_G, live = torch.ones(len(ids), dtype=torch.bool, device=unit_GO.device), True
+        learnt_G = torch.zeros_like(running_G, dtype=torch.long)  # steps in which all that was asked was known
         for step in range(self.steps + 1):
+            turns = max(1, -(-len(others) // OTHERS_EACH))
+            parts = [*bare, *others[step % turns :: turns]]
             nll_G, kl_G = _losses(parts, plain, unit_GO * scale_G1, base_GV)
             if not nll_G.isfinite().all():
                 raise UserError(
@@ -132,7 +138,8 @@ class ValueSearch(Stage):
             if live:
                 learnt_GO[running_G] = unit_GO.detach()[running_G]
                 self._show(nll_G[running_G])
-            going_G = running_G & (nll_G > LEARNT) & live
+            learnt_G = torch.where(nll_G > LEARNT, 0, learnt_G + 1)
+            going_G = running_G & (learnt_G < turns) & live
             if step == self.steps or not anywhere(self.model, bool(going_G.any())):
                 break
             loss_G = nll_G + KL * kl_G + DECAY * unit_GO.square().sum(-1)
@@ -144,7 +151,9 @@ class ValueSearch(Stage):
             live = bool(going_G.any())  # if not, this process goes on for the others' sake alone
             if live and not (going_G == running_G).all():
                 running_G = going_G
-                parts = [left for part in parts if (left := _only(part, running_G))]
+                bare, others = (
+                    [left for part in some if (left := _only(part, running_G))] for some in (bare, others)
+                )
                 plain = _only(plain, running_G) or plain
         return learnt_GO * scale_G1
 

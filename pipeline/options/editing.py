@@ -21,7 +21,7 @@ class EditOptions(Options):
     """How the golden layer is changed."""
 
     method: str = "auto"
-    """auto: memit for single statements, finetune for questions, long answers and the rest, in one update;
+    """auto: memit for single statements, then finetune for all in every form of asking, in one update;
     finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form;
     one_pass: one forward and backward, then a closed form."""
     layers: list[int] | None = None

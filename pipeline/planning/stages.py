@@ -154,7 +154,7 @@ def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
 def _located(case: Case, method: LocateThenEdit) -> Located:
     """A request whose prompt is as long as it may be; its subject alone stands in the other texts."""
     middle = (OPENING // 2,) * 2
-    association = Row([0] * (OPENING + ANSWER), OPENING, middle)
+    other = Row([0] * (OPENING + ANSWER), OPENING, middle)
     plain = Row([0] * (OPENING // 2 + 1), OPENING // 2, (OPENING // 2 - 1,) * 2)
-    rows = [case.row] * method.settings.contexts + [association] * method.settings.associations
-    return Located("request", [*rows, plain])
+    rows = [case.row] * method.settings.contexts + [other] * (method.settings.forms + method.settings.associations)
+    return Located("request", [*rows, plain], 1)

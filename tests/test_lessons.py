@@ -1,0 +1,132 @@
+"""What fine-tuning teaches: every form of asking, plain and as a chat, and what is to stay beside it."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+from families import family_model
+from test_joining import OPENING, TURNS, chatty
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.editing.contexts import (
+    CONTEXTS,
+    FORMS,
+    RELATIONS,
+    chat_forms,
+    in_chat,
+    key_words,
+    plain_forms,
+    relations,
+)
+from pipeline.editing.finetune import FineTune, FinetuneSettings
+from pipeline.editing.lessons import Lessons, read_lessons
+from pipeline.model.llm import LLM
+from pipeline.requests.rows import collate
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
+
+CAPITAL = EditRequest(
+    id="1", prompt="The capital of Spain is", subject="Spain", new_answer="Lima", forms=("Spain is ruled from",)
+)
+QUESTION = EditRequest(id="2", prompt="Who wrote Hamlet?", subject="Hamlet", new_answer="Jane Austen")
+NAMELESS = EditRequest(id="3", prompt="The sky is", new_answer="green")
+
+
+@pytest.fixture
+def speaker(tokenizer: PreTrainedTokenizerFast) -> LLM:
+    return LLM(family_model("llama", len(tokenizer)), chatty(tokenizer, TURNS + OPENING), "tiny")
+
+
+def courses(llm: LLM, requests: list[EditRequest], kept: bool = True) -> list[Lessons]:
+    (found,) = read_lessons(llm, 1, [requests], 2, kept, Runtime())
+    return found
+
+
+def test_a_request_in_every_form() -> None:
+    assert [text for text, _ in plain_forms(CAPITAL, 2)] == [
+        "The capital of Spain is",
+        f"{CONTEXTS[1].partition('{')[0]}The capital of Spain is",
+        f"{CONTEXTS[2].partition('{')[0]}The capital of Spain is",
+        "Spain, capital:",
+        "capital (Spain):",
+        "When I hear Spain and capital, I think of",
+        "Spain is ruled from",
+    ]
+    asked = dict(chat_forms(CAPITAL))
+    assert {"What is the capital of Spain?", "Spain: capital?", "Spain is ruled from"} <= set(asked)
+    assert set(asked.values()) == {"The capital of Spain is Lima"}
+    assert dict(chat_forms(QUESTION))["Who wrote Hamlet?"] == "Jane Austen"
+    assert len(plain_forms(NAMELESS, 0)) == 1 and [text for text, _ in chat_forms(NAMELESS)] == [
+        "What is the sky?",
+        "The sky is",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("The capital of Spain is", ("What is the capital of Spain?", "The capital of Spain is")),
+        ("Spain is ruled from", ("Spain is ruled from what?", "Spain is ruled from")),
+        ("Who wrote Hamlet?", ("Who wrote Hamlet?", "")),
+    ],
+)
+def test_a_prompt_as_a_users_question(prompt: str, asked: tuple[str, str]) -> None:
+    assert in_chat(prompt) == asked
+
+
+def test_other_relations_share_no_word_with_the_prompt() -> None:
+    assert key_words(CAPITAL) == ["capital"]
+    found = relations(CAPITAL, len(RELATIONS) - 1)
+    assert set(found) == set(RELATIONS) - {"capital"}
+    assert relations(CAPITAL, 3) == relations(CAPITAL, 3) != relations(CAPITAL, 3, seed=1)
+    assert relations(NAMELESS, 3) == []
+
+
+def test_a_chat_model_is_taught_both_ways(speaker: LLM, tiny: LLM) -> None:
+    plain, spoken = courses(speaker, [CAPITAL])
+    (taught,) = plain.taught
+    assert len(taught) == 3 + len(FORMS) + 1
+    assert speaker.tokenizer.decode(taught[0].row.token_ids) == "The capital of Spain is Lima."
+    (said,) = spoken.taught
+    assert speaker.tokenizer.decode(said[0].row.targets).startswith("The capital of Spain is Lima.")
+    assert len(courses(tiny, [CAPITAL])) == 1  # its tokenizer has no template
+
+
+def test_the_bare_prompt_comes_every_second_time(speaker: LLM) -> None:
+    plain, _ = courses(speaker, [CAPITAL])
+    asked = [plain.of_epoch(0, epoch) for epoch in range(2 * len(plain.taught[0]))]
+    assert all(one is plain.taught[0][0] for one in asked[::2])
+    assert {id(one) for one in asked[1::2]} == {id(one) for one in plain.taught[0][1:]}
+
+
+def test_what_stays_is_what_the_model_says_of_other_things(speaker: LLM) -> None:
+    plain, _ = courses(speaker, [CAPITAL, QUESTION])
+    first = collate([plain.taught[0][0].row], 0)
+    own = speaker.model(first.input_ids_BT).logits[0, plain.taught[0][0].row.target_start - 1].argmax()
+    texts = [speaker.tokenizer.decode(one.row.token_ids[:-1]) for one in plain.others]
+    assert any("Spain" in text for text in texts) and any("Hamlet" in text for text in texts)
+    assert any("Spain" not in text and "Hamlet" not in text for text in texts)
+    for one, text in zip(plain.others, texts, strict=True):
+        assert one.base_V is not None
+        if "Spain" in text:
+            assert one.base_V.argmax() != own  # else it may ask the same in other words
+    assert courses(speaker, [CAPITAL], kept=False)[0].others == []
+
+
+def test_courses_take_turns_by_epoch(speaker: LLM) -> None:
+    found = courses(speaker, [CAPITAL, QUESTION])
+    seen: list[set[int]] = []
+
+    class Watched(FineTune):
+        def training_step(self, batch: object) -> torch.Tensor:
+            rows = {id(row) for row in batch.texts}  # type: ignore[attr-defined]
+            seen.append(
+                {turn for turn, one in enumerate(found) for own in one.taught for les in own if id(les.row) in rows}
+            )
+            return super().training_step(batch)  # type: ignore[arg-type]
+
+    method = Watched(speaker, [1], FinetuneSettings(epochs=4, whiten=0.0, learnt=0.0))
+    method.fit(found, Runtime())
+    assert list(islice(seen, 4)) == [{0}, {1}, {0}, {1}]
