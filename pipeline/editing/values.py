@@ -104,11 +104,12 @@ class ValueSearch(Stage):
 
         Rows of a kind (under one context, or `{subject} is`) are of like length, and run as one batch.
         """
-        kinds = zip_longest(*(one.rows[:-1] for one in batch))
-        parts = [self._part({owner: row for owner, row in enumerate(rows) if row}) for rows in kinds]
+        bare, others = (
+            [self._part({owner: row for owner, row in enumerate(rows) if row}) for rows in zip_longest(*own)]
+            for own in ([one.rows[: one.facts] for one in batch], [one.rows[one.facts : -1] for one in batch])
+        )
         plain = self._part(dict(enumerate(one.rows[-1] for one in batch)))
-        bare = max(located.facts for located in batch)
-        change_GO = self._search([located.id for located in batch], parts[:bare], parts[bare:], plain)
+        change_GO = self._search([located.id for located in batch], bare, others, plain)
         return [change_O.clone() for change_O in change_GO.float().cpu()]
 
     def _part(self, rows: Mapping[int, Row]) -> Part:
