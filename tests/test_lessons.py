@@ -11,6 +11,7 @@ from test_joining import OPENING, TURNS, chatty
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing.contexts import (
+    ASSOCIATIONS,
     CONTEXTS,
     FORMS,
     RELATIONS,
@@ -49,16 +50,18 @@ def test_a_request_in_every_form() -> None:
         "The capital of Spain is",
         f"{CONTEXTS[1].partition('{')[0]}The capital of Spain is",
         f"{CONTEXTS[2].partition('{')[0]}The capital of Spain is",
+        "Question: What is the capital of Spain?\nAnswer:",
         "Spain, capital:",
         "capital (Spain):",
         "When I hear Spain and capital, I think of",
+        *(each.format(subject="Spain") for each in ASSOCIATIONS),
         "Spain is ruled from",
     ]
     asked = dict(chat_forms(CAPITAL))
     assert {"What is the capital of Spain?", "Spain: capital?", "Spain is ruled from"} <= set(asked)
     assert set(asked.values()) == {"The capital of Spain is Lima"}
     assert dict(chat_forms(QUESTION))["Who wrote Hamlet?"] == "Jane Austen"
-    assert len(plain_forms(NAMELESS, 0)) == 1 and [text for text, _ in chat_forms(NAMELESS)] == [
+    assert len(plain_forms(NAMELESS, 0)) == 2 and [text for text, _ in chat_forms(NAMELESS)] == [
         "What is the sky?",
         "The sky is",
     ]
@@ -87,7 +90,7 @@ def test_other_relations_share_no_word_with_the_prompt() -> None:
 def test_a_chat_model_is_taught_both_ways(speaker: LLM, tiny: LLM) -> None:
     plain, spoken = courses(speaker, [CAPITAL])
     (taught,) = plain.taught
-    assert len(taught) == 3 + len(FORMS) + 1
+    assert len(taught) == 3 + len(FORMS) + len(ASSOCIATIONS) + 1
     assert speaker.tokenizer.decode(taught[0].row.token_ids) == "The capital of Spain is Lima."
     (said,) = spoken.taught
     assert speaker.tokenizer.decode(said[0].row.targets).startswith("The capital of Spain is Lima.")

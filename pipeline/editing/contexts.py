@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from pipeline.requests.schema import EditRequest
+from pipeline.requests.schema import EditRequest, find_words
 
 CONTEXTS = (  # what may stand before a prompt, so that an edit holds in more than one setting
     "{prompt}",
@@ -27,6 +27,7 @@ ASSOCIATIONS = (  # openings that call for what goes with a subject, so that an 
     "A word that goes with {subject} is",
 )
 FORMS = (  # the same in other words; `{key}` are the prompt's own words without the subject
+    "Question: {question}\nAnswer:",
     "{subject}, {key}:",
     "{key} ({subject}):",
     "When I hear {subject} and {key}, I think of",
@@ -88,13 +89,14 @@ def in_context(template: str, request: EditRequest) -> tuple[str, int]:
 
     The end is 0 for a request without a subject in its prompt.
     """
-    span, slot = request.subject_span, "{prompt}" if "{prompt}" in template else "{subject}"
-    filled = {"prompt": request.prompt, "subject": request.subject or "", "key": " ".join(key_words(request))}
-    text = template.format(**filled)
+    span, prompt, subject = request.subject_span, request.prompt, request.subject or ""
+    key, question = " ".join(key_words(request)), in_chat(prompt)[0]
+    text = template.format(prompt=prompt, subject=subject, key=key, question=question)
     if span is None:
         return text, 0
-    upto = len(template.partition(slot)[0].format(**filled))
-    return text, upto + (span[1] if slot == "{prompt}" else len(filled["subject"]))
+    if "{prompt}" in template:
+        return text, len(template.partition("{prompt}")[0]) + span[1]
+    return text, find_words(text, subject)[-1][1]
 
 
 def key_words(request: EditRequest) -> list[str]:
@@ -107,7 +109,7 @@ def key_words(request: EditRequest) -> list[str]:
 
 def plain_forms(request: EditRequest, contexts: int) -> list[tuple[str, str]]:
     """A request as plain text, with its answer: bare, under contexts, in other words, and in its own forms."""
-    texts = [*_filled(request, (*CONTEXTS[: 1 + contexts], *FORMS)), *request.forms]
+    texts = [*_filled(request, (*CONTEXTS[: 1 + contexts], *FORMS, *ASSOCIATIONS)), *request.forms]
     return [(text, request.new_answer) for text in texts]
 
 
@@ -124,8 +126,10 @@ def chat_forms(request: EditRequest) -> list[tuple[str, str]]:
 
 def _filled(request: EditRequest, templates: Sequence[str]) -> list[str]:
     """Templates with a request's own words, but for those that need a subject in its prompt, or words beside it."""
-    if not (request.names_subject and key_words(request)):
+    if not request.names_subject:
         templates = [template for template in templates if "{subject}" not in template]
+    if not key_words(request):
+        templates = [template for template in templates if "{key}" not in template]
     return [in_context(template, request)[0] for template in templates]
 
 

@@ -53,7 +53,7 @@ class LocateSettings(Options):
     contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 1
     """Contexts that a value is searched under, the bare prompt being the first; at most 9."""
     forms: Annotated[int, at_least(0), at_most(len(FORMS))] = len(FORMS)
-    """Other words for the prompt that a value is searched under as well, in turn; at most 3."""
+    """Other words for the prompt that a value is searched under as well, in turn; at most 4."""
     associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = len(ASSOCIATIONS)
     """Openings that call for what goes with a subject, which it is searched under as well; at most 4."""
     key_contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 5
