@@ -9,7 +9,9 @@ break, and a space after Mistral's `[/INST]`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from operator import eq
 from typing import Any
@@ -73,6 +75,15 @@ class Tokens:
         self.vocabulary, self.context_length = vocabulary or len(tokenizer), context_length
         self.joining: Joining = chat_joining(tokenizer, name) if chat else PLAIN
         self.closing = closing_tokens(tokenizer)
+
+    @cached_property
+    def template(self) -> Joining | None:
+        """The chat template's joining where prompts are given plain although there is one that works."""
+        if self.joining is not PLAIN or not self.tokenizer.chat_template:
+            return None
+        with suppress(UserError):
+            return chat_joining(self.tokenizer, self.name)
+        return None
 
     @property
     def pad_token_id(self) -> int:
