@@ -144,7 +144,7 @@ class Evaluator:
         said: dict[str, list[list[str]]] = {}
         asked: dict[str, list[list[str]]] = {}
         for one in self.plan.prompts:
-            for by_kind, new in ((asked, one.prompt), (said, readings.answers[one.question])):
+            for by_kind, new in ((asked, one.prompt), (said, readings.answers[one.asked])):
                 by_kind.setdefault(one.kind, [[] for _ in self.plan.requests])[one.request].append(new)
         answers = [own[0] if own else "" for own in said.get("generation", [[]] * len(self.plan.requests))]
         metrics = {name: figure.estimate() for name, figure in found.items()}

@@ -16,6 +16,7 @@ OF_SUBJECT = ("subject", "Relation_Specificity")  # axes of locality probes abou
 
 FINISH, ANSWER = "Finish this sentence: {prompt}", "Question: {question}\nAnswer:"
 WONDER = "I would like to know this: {question}"
+CONTENT = re.compile(r"\b(?<!{)\w{4,}")  # words that tell what a text is about, roughly
 QUESTION_MARKS = ("?", "？", "؟")
 SUBJECTS = (  # things said of any subject
     *("The history of {subject} began", "People like {subject} because", "{subject} is known for"),
@@ -73,8 +74,8 @@ def _of_request(request: EditRequest, edited: set[str], chat: bool) -> dict[str,
         found["made_rephrase"] = _asked(request, ANSWER)
         found |= {"made_chat": _asked(request, WONDER)} if chat else {}
     if request.subject and not axes & {*OF_SUBJECT}:
-        taken = _content(request.prompt)
-        others = [text for text in _from(SUBJECTS, request) if not taken & _content(text)]
+        taken = {*CONTENT.findall(request.prompt.casefold())}
+        others = [text for text in _from(SUBJECTS, request) if not taken & {*CONTENT.findall(text)}]
         found["made_subject"] = [text.format(subject=request.subject) for text in others]
     if request.subject_span and not axes - {*OF_SUBJECT}:
         (start, end), prompt = request.subject_span, request.prompt
@@ -95,8 +96,3 @@ def _from(items: Sequence[str], request: EditRequest) -> Iterator[str]:
     """All items, from a place on that hangs on the request alone."""
     start = crc32(request.prompt.encode()) % len(items)
     yield from (*items[start:], *items[:start])
-
-
-def _content(text: str) -> set[str]:
-    """The words of a text that tell what it is about, roughly."""
-    return {word for word in re.findall(r"\w+", text.casefold()) if len(word) > 3} - {"subject"}

@@ -54,7 +54,7 @@ class Prompt(NamedTuple):
     answer: str
 
     @property
-    def question(self) -> Asked:
+    def asked(self) -> Asked:
         """What tells its question from others."""
         return self.prompt, self.kind == "made_chat"
 
@@ -86,8 +86,7 @@ class Plan:
         asked = [one for one in made if one.kind in MADE_ASKED and asks and options.generation == "all"]
         self.prompts += [Prompt(*one, requests[one.request].new_answer) for one in asked]
         self.questions = self._questions(llm, options.max_new_tokens)
-        # by request, what the model goes on from at length
-        self.long = long_questions(llm, requests, options.fluency) if "fluency" in kinds else {}
+        self.long = long_questions(llm, requests, options.fluency) if "fluency" in kinds else {}  # by request
 
     def _questions(self, llm: LLM, most: int | None) -> dict[Asked, Question]:
         """Each different prompt is one question, with room for every answer that is looked for: else a limit, not
@@ -95,7 +94,7 @@ class Plan:
         """
         answers: dict[Asked, list[str]] = {}
         for one in self.prompts:
-            answers.setdefault(one.question, []).append(one.answer)
+            answers.setdefault(one.asked, []).append(one.answer)
         different = list({one.answer: None for one in self.prompts})
         lengths = dict(zip(different, map(len, llm.tokens.texts(different)), strict=True))
         found = {}
@@ -129,7 +128,7 @@ class Plan:
             for one in self.prompts
             if "generation" in kinds and one.request in wanted and (one.kind not in MADE_ASKED or "made" in kinds)
         ]
-        part.questions = {one.question: self.questions[one.question] for one in part.prompts}
+        part.questions = {one.asked: self.questions[one.asked] for one in part.prompts}
         part.long = {n: question for n, question in self.long.items() if "fluency" in kinds and n in wanted}
         return part
 

@@ -66,9 +66,7 @@ def generation_values(prompts: Sequence[Prompt], answers: Mapping[Asked, str]) -
     for kind in dict.fromkeys(one.kind for one in prompts):
         for metric, judge in (("exact_match", is_exact_answer), ("containment", contains_answer)):
             columns[f"{kind}_{metric}"] = Column.of_means(
-                (one.request, float(judge(answers[one.question], one.answer)))
-                for one in prompts
-                if one.kind == kind
+                (one.request, float(judge(answers[one.asked], one.answer))) for one in prompts if one.kind == kind
             )
     return columns
 
@@ -76,9 +74,8 @@ def generation_values(prompts: Sequence[Prompt], answers: Mapping[Asked, str]) -
 def teacher_forced_values(texts: Sequence[Row], now: TextReadings, base: TextReadings) -> Values:
     """Share of an answer's tokens that are the model's first choice when the answer so far is given.
 
-    As EasyEdit computes them: rewrite, rephrase and portability against the answer's own tokens, locality against
-    the base model's first choices; a mean over a request's texts, then over requests. Made probes are compared
-    with the base as well, at their next token.
+    As EasyEdit computes them: rewrite, rephrase and portability against the answer's own tokens, locality (and what
+    is made, at its next token) against the base model's; a mean over a request's texts, then over requests.
     """
     pairs: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in texts:

@@ -10,8 +10,8 @@ from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import terminal_text
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.evaluation.made import MADE_ASKED
 from pipeline.reporting.tables import (
+    HOLDS,
     markdown_table,
     markdown_text,
     metric_table,
@@ -63,7 +63,7 @@ def missed_table(requests: Sequence[EditRequest], evaluation: Evaluation) -> str
     """The facts that do not hold, with what the edited model says, as a Markdown table; empty where all do."""
     measured = evaluation.after or evaluation.before
     rows = []
-    for kind in ("generation", "rephrase", *MADE_ASKED):
+    for kind in HOLDS:
         held = measured.values.get(f"{kind}_containment")
         for number, value in held.values.items() if held else ():
             if value < 1:

@@ -9,10 +9,11 @@ import csv
 import re
 from collections.abc import Collection, Mapping, Sequence
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import terminal_text
-from pipeline.evaluation.made import OF_SUBJECT
+from pipeline.errors import UserError, terminal_text
+from pipeline.evaluation.made import MADE_ASKED, OF_SUBJECT
 from pipeline.evaluation.metrics import Estimate
 
 if TYPE_CHECKING:
@@ -59,21 +60,10 @@ GROUPS: dict[str, dict[str, str]] = {
         "sane_texts": "long generations in which no word or phrase comes over and over",
     },
 }
-LONG_ONLY = (  # and magnitudes
-    *("portability_containment", "distractor_containment", "text_kl"),
-    *("rephrase_exact_match", "made_rephrase_exact_match", "made_chat_exact_match"),
-)
-# of locality probes, those about the subject itself and those of the same relation: ours, and KnowEdit's
-AXES = {
-    "locality/subject": "of them those about the subject itself",
-    "locality/relation": "of them those of the same relation",
-}
-IN_SHORT = tuple(  # what a short table shows
-    name
-    for members in (*GROUPS.values(), AXES)
-    for name in members
-    if name not in LONG_ONLY and not name.endswith("_magnitude")
-)
+AXES = ("locality/subject", "locality/relation")  # probes about the subject itself, and of the same relation
+LONG_ONLY = re.compile(r"(_magnitude|(portability|distractor)_containment|(rephrase|chat)_exact_match|text_kl)$")
+IN_SHORT = tuple(name for members in (*GROUPS.values(), AXES) for name in members if not LONG_ONLY.search(name))
+HOLDS = ("generation", "rephrase", *MADE_ASKED)  # kinds of prompts whose answer tells whether a fact holds
 # what tells whether an edit holds, by any of these figures: what of it is not known is said
 EXPECTED = {
     "generation containment": ("generation_containment",),
@@ -110,7 +100,7 @@ def meaning(name: str) -> str:
     """What a metric counts, in a line."""
     kind, _, axis = name.partition("/")
     counted = next(members[kind] for members in GROUPS.values() if kind in members)
-    return AXES.get(name, f"of them {axis}") if axis else counted
+    return f"of them {axis}" if axis else counted
 
 
 def label(name: str) -> str:
@@ -208,6 +198,23 @@ def values_csv(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
     table.writeheader()
     table.writerows(rows)
     return written.getvalue()
+
+
+def missed_of(requests: Sequence[EditRequest], folder: Path) -> list[EditRequest]:
+    """Those of an update's requests that do not hold, as the values.csv of its folder has them.
+
+    UserError when there is no such file, it is of other requests, or all hold.
+    """
+    names, file = [f"{kind}_containment after" for kind in HOLDS], folder / "values.csv"
+    try:
+        rows = list(csv.DictReader(StringIO(file.read_text(encoding="utf-8"), newline="")))
+        shares = [min(float(row.get(name) or 1) for name in names) for row in rows]
+        missed = [one for one, share in zip(requests, shares, strict=True) if share < 1]
+    except (OSError, ValueError) as error:
+        raise UserError(f"requests: missed: {file} does not tell ({error})") from None
+    if not missed:
+        raise UserError(f"requests: missed: none; all {len(requests)} of {folder} hold")
+    return missed
 
 
 def _row(number: int, request: EditRequest, evaluation: Evaluation) -> dict[str, str]:

@@ -79,10 +79,8 @@ class Tokens:
     @cached_property
     def template(self) -> Joining | None:
         """The chat template's joining where prompts are given plain although there is one that works."""
-        if self.joining is not PLAIN or not self.tokenizer.chat_template:
-            return None
         with suppress(UserError):
-            return chat_joining(self.tokenizer, self.name)
+            return chat_joining(self.tokenizer, self.name) if self.joining is PLAIN else None
         return None
 
     @property
