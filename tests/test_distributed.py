@@ -32,9 +32,15 @@ def text(tmp_path: Path) -> str:
 
 
 def test_scores_figures_and_edits(
-    asked: list[str], request_file: Path, text: str, tiny_folder: Path, tmp_path: Path
+    asked: list[str],
+    request_file: Path,
+    text: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also of an old answer that is to be found, of fewer requests than processes, and of figures that are kept."""
+    monkeypatch.setattr("pipeline.evaluation.plan.FLUENCY_TOKENS", 32)  # as two processes have it
     first, *others = [json.loads(line) for line in request_file.read_text().splitlines()]
     del first["old_answer"]
     lacking, update = tmp_path / "lacking.jsonl", tmp_path / "update"
