@@ -20,6 +20,7 @@ from pipeline.files import write_json
 from pipeline.model.generation import generate as answer
 from pipeline.options import commands as of
 from pipeline.planning.plan import plan_memory
+from pipeline.reporting.tables import missed_of
 from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_requests
 from pipeline.requests.sets import split_by_subject
@@ -78,9 +79,13 @@ def edit(options: of.EditCommand) -> None:
     """Stages two and three, by a profile or at blocks that are named."""
     settings_of(options)
     with working(options, "edit") as log:
-        requests = accept(read_requests(options), options)
-        profile = GoldenProfile.load(options.profile) if options.profile else None
         after = WeightUpdate.load(options.after) if options.after else None
+        if after and options.after and options.requests == "missed":
+            requests = missed_of(after.requests, Path(options.after))[options.offset :][: options.limit]
+        else:
+            requests = read_requests(options)
+        requests = accept(requests, options)
+        profile = GoldenProfile.load(options.profile) if options.profile else None
         if profile is None and not options.layers:
             raise UserError(f"edit: where? give --profile FILE, which `{program()} attribute` makes, or --layers N")
         llm = load(options, requests=requests)

@@ -36,9 +36,9 @@ PROBABILITY = tuple(
 
 METRICS = (
     *GENERATION,
-    *("rewrite", "rephrase", "locality", "portability"),
+    *("rewrite", "rephrase", "locality", "portability", "made_subject"),
     *PROBABILITY,
-    *("rome_score", "perplexity"),
+    *("rome_score", "perplexity", "sane_texts"),
 )
 
 

@@ -69,7 +69,9 @@ def measure(
 
 
 def means(metrics: dict[str, Estimate]) -> dict[str, float]:
-    return {name: estimate.mean for name, estimate in metrics.items()}
+    """Of what is measured by the requests' own texts."""
+    own = {name: estimate for name, estimate in metrics.items() if not name.startswith(("made", "sane"))}
+    return {name: estimate.mean for name, estimate in own.items()}
 
 
 def test_figures_are_those_of_a_plain_loop(
@@ -109,6 +111,7 @@ def test_counts_are_requests_and_tokens(tiny_llm: LLM, requests: list[EditReques
     tokens = len(tiny_llm.tokenizer(TEXT).input_ids)
     fewer = {"rephrase", "portability", "paraphrase", "rome"}
     expected = {name: 6 if name.partition("_")[0] in fewer else 7 for name in metrics}
+    expected |= {"made_rephrase_containment": 1, "made_rephrase_exact_match": 1, "made_subject": 7}
     expected["perplexity"] = tokens - math.ceil(tokens / 128)
     assert {name: estimate.count for name, estimate in metrics.items()} == expected
 
@@ -117,7 +120,8 @@ def test_what_no_request_probes_is_not_reported(tiny_llm: LLM, text_file: Path) 
     requests = [EditRequest(id="a", prompt="The capital of Peru is", new_answer="Rome")]
     metrics = measure(tiny_llm, requests, None, text_file).before.metrics
     asked = [f"{kind}_{name}" for kind in ("generation", "distractor") for name in ("exact_match", "containment")]
-    assert list(metrics) == [*asked, "rewrite", "perplexity"]
+    made = ["made_rephrase_exact_match", "made_rephrase_containment"]  # without a subject nothing else can be
+    assert list(metrics) == [*asked, *made, "rewrite", "perplexity", "sane_texts"]
 
 
 @pytest.mark.parametrize("kind", ["rephrase", "locality"])

@@ -169,7 +169,9 @@ def test_cases_of_a_damaged_file(
         content = bytearray(file.read_bytes())
     if damage == "of another model":
         evaluate(make_tiny("llama", tokenizer, seed=1), requests, None, options)
-        content = bytearray(next(one for one in cache.glob("base-*/texts/*.pt") if one != file).read_bytes())
+        content = bytearray(
+            next(one for one in cache.glob(f"base-*/texts/{file.name}") if one != file).read_bytes()
+        )
     file.write_bytes({"cut": content[:-200], "empty": b"", "other": b"not an archive"}.get(damage, content))
     found: list[Evaluation] = []
     with pytest.warns(Note, match=f"{file}: damaged or of something else"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from pipeline.evaluation import plan, reading
 from pipeline.evaluation.evaluator import Evaluation, Evaluator, evaluate
 from pipeline.evaluation.metrics import Resampled, bootstrap_mean
 from pipeline.evaluation.reading import EVERY
-from pipeline.evaluation.values import harmonic_mean, ngram_entropy
+from pipeline.evaluation.values import harmonic_mean, is_sane
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.options import EvaluationOptions
@@ -72,26 +71,35 @@ def test_divergences_are_those_of_the_whole_vocabulary(
     assert "locality_kl" not in evaluation.before.metrics
 
 
-def test_entropy_of_ngrams_by_hand() -> None:
-    words = ["a", "b", "a", "b", "c", "."]
-    by_hand = 0.0
-    for n, weight in ((2, 2 / 3), (3, 4 / 3)):
-        counts = Counter(tuple(words[at : at + n]) for at in range(len(words) - n + 1))
-        shares = [count / sum(counts.values()) for count in counts.values()]
-        by_hand += weight * sum(-share * math.log2(share) for share in shares) / 2
-    assert ngram_entropy("a b a b c.") == pytest.approx(by_hand)
-    assert ngram_entropy("so so so so so so") == 0 and ngram_entropy("one") == ngram_entropy("") == 0
+@pytest.mark.parametrize(
+    ("text", "sane"),
+    [
+        ("London. It is the largest city of the country, and lies on the river Thames.", True),
+        ("It is a very, very old city.", True),
+        ("In 1990 1,000,000 people lived there.", True),
+        ("1945", True),
+        ("London London London", False),
+        ("It is in London. It is in London. It is in London.", False),
+        ("1. London\n2. London\n3. London", False),
+        ("0 0 0 0", False),
+        ("ロンドンロンドンロンドンロンドンロンドン", False),
+        ("", False),
+        ("......", False),
+    ],
+)
+def test_a_text_that_repeats_itself_is_not_sane(text: str, sane: bool) -> None:
+    assert is_sane(text) == sane
 
 
-def test_fluency_is_of_long_generations(
-    tiny_llm: LLM, requests: list[EditRequest], text_file: Any, monkeypatch: pytest.MonkeyPatch
+def test_long_generations_tell_whether_the_model_repeats_itself(
+    tiny_llm: LLM, requests: list[EditRequest], text_file: Any
 ) -> None:
-    monkeypatch.setattr(plan, "FLUENCY_TOKENS", 40)
     before = measured(tiny_llm, requests, None, text_file, fluency=3).before
-    said = [generate(tiny_llm, [requests[number].prompt], 40)[0] for number in (0, 2, 4)]
-    assert before.metrics["fluency"].count == 3
-    assert before.metrics["fluency"].mean == pytest.approx(np.mean([ngram_entropy(text) for text in said]))
-    assert "fluency" not in measured(tiny_llm, requests, None, text_file).before.metrics
+    said = [generate(tiny_llm, [requests[number].prompt], plan.FLUENCY_TOKENS)[0] for number in (0, 2, 4)]
+    figure = before.metrics["sane_texts"]
+    assert (figure.mean, figure.count) == (pytest.approx(np.mean([is_sane(text) for text in said])), 3)
+    assert measured(tiny_llm, requests, None, text_file).before.metrics["sane_texts"].count == 7, "of all, unasked"
+    assert "sane_texts" not in measured(tiny_llm, requests, None, text_file, fluency=0).before.metrics
 
 
 def test_axes_stand_beside_the_whole(tiny_llm: LLM, requests: list[EditRequest], text_file: Any) -> None:

@@ -131,7 +131,9 @@ def test_facts_that_do_not_hold_are_told_with_what_the_model_says() -> None:
     )
     said = {"generation": [["Lima."], ["Rome."]], "rephrase": [["Lima"], ["no | idea"]]}
     values = {f"{kind}_containment": Column({0: 1.0, 1: 0.0}) for kind in said}
-    table = missed_table([held, missed], Evaluation(Measurement({}, ["Lima.", "Rome."], said, values)))
+    asked = {"generation": [[held.prompt], [missed.prompt]], "rephrase": [[*held.rephrases], [*missed.rephrases]]}
+    measured = Measurement({}, ["Lima.", "Rome."], said, values, asked=asked)
+    table = missed_table([held, missed], Evaluation(measured))
     _, _, asked, reworded = table.splitlines()
     assert asked == "| missed | The missed is | Lima | Rome. |"
     assert reworded == "| missed | missed? | Lima | no &#124; idea |"

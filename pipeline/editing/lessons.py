@@ -117,8 +117,8 @@ def read_lessons(
     whether texts that are to go on as before are wanted: requests' prompts with other names, and other relations of
     their subjects, but for those after which the model says the same as after the request's own prompt.
     """
-    spoken = llm.tokens.chat
-    joinings = [llm.tokens.joining, *([spoken] if spoken not in (None, llm.tokens.joining) else [])]
+    spoken = llm.tokens.bare_template
+    joinings = [llm.tokens.joining, *([spoken] if spoken else [])]
     courses = [(group, joining) for group in groups for joining in joinings]
     taught = [text for number, course in enumerate(courses) for text in _taught(llm, number, *course, contexts)]
     others = [text for number, course in enumerate(courses) for text in _others(llm, number, *course, runtime.seed)]

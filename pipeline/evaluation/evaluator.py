@@ -41,6 +41,7 @@ class Measurement:
     # by metric, each request's value (perplexity and text_kl: each text window's); and resamples, for differences
     values: Values = field(default_factory=dict, compare=False, repr=False)
     resampled: dict[str, Resampled] = field(default_factory=dict, compare=False, repr=False)
+    asked: dict[str, list[list[str]]] = field(default_factory=dict, compare=False)  # the prompts of what is `said`
 
 
 @dataclass
@@ -141,12 +142,13 @@ class Evaluator:
         values = values_of(self.plan, readings, self.first)
         found = figures(values)
         said: dict[str, list[list[str]]] = {}
+        asked: dict[str, list[list[str]]] = {}
         for one in self.plan.prompts:
-            of_kind = said.setdefault(one.kind, [[] for _ in self.plan.requests])
-            of_kind[one.request].append(readings.answers[one.prompt])
-        answers = [texts[0] if texts else "" for texts in said.get("generation", [[]] * len(self.plan.requests))]
+            for by_kind, new in ((asked, one.prompt), (said, readings.answers[one.asked])):
+                by_kind.setdefault(one.kind, [[] for _ in self.plan.requests])[one.request].append(new)
+        answers = [own[0] if own else "" for own in said.get("generation", [[]] * len(self.plan.requests))]
         metrics = {name: figure.estimate() for name, figure in found.items()}
-        return Measurement(metrics, answers, said, values, found)
+        return Measurement(metrics, answers, said, values, found, asked)
 
     def _readings(self, title: str) -> Readings:
         """What the model says, read now or, for the base model, kept from before."""

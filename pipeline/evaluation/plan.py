@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.evaluation.made import MADE_ASKED, MADE_TEXTS, Made, fit, made_probes
 from pipeline.files import digest
 from pipeline.model.generation import Question, questions
 from pipeline.model.llm import LLM
@@ -17,11 +18,13 @@ from pipeline.requests.rows import Row, pack
 from pipeline.requests.schema import EditRequest
 
 T = TypeVar("T")
+Asked = tuple[str, bool]  # a prompt, and whether it is asked as in a chat although others are not
 
 ROOM = 8  # tokens that an answer may take beyond those of the answer looked for
-FLUENCY_TOKENS = 100  # length of what is generated for fluency
+ROOM_IN_CHAT = 20  # the same where the model is given a question as in a chat, and may say it again first
+FLUENCY_TOKENS = 32  # length of what is generated to see whether it repeats itself
 MOST_COMPARED = 2000  # locality probes whose next token's distribution is compared
-KINDS = ("generation", "probes", "probability", "text", "divergence", "fluency")
+KINDS = ("generation", "probes", "probability", "text", "divergence", "made", "fluency")
 ORDINARY_TEXT = Path(__file__).with_name("ordinary_text.txt")
 WINDOW = 256  # tokens of ordinary text read at a time
 DISTRACTORS = (  # sentences about nothing that an edit request is about
@@ -35,7 +38,7 @@ DISTRACTORS = (  # sentences about nothing that an edit request is about
 class Text(NamedTuple):
     """What a text that is read stands for; it is the tag of the text's row, and tells it from all others."""
 
-    kind: str  # rewrite, rephrase, locality or portability, or text for a window of ordinary text
+    kind: str  # rewrite, rephrase, locality, portability, or one of MADE_TEXTS; text: a window of ordinary text
     request: int  # the number of its request, or of its window
     place: int = 0  # its number among the request's texts of that kind
     rival: bool = False  # whether it is the answer that the kind's own is compared with by probability
@@ -49,6 +52,11 @@ class Prompt(NamedTuple):
     request: int
     prompt: str
     answer: str
+
+    @property
+    def asked(self) -> Asked:
+        """What tells its question from others."""
+        return self.prompt, self.kind == "made_chat"
 
 
 class Plan:
@@ -66,6 +74,8 @@ class Plan:
         self.texts: list[Row] = []  # what is read, each tagged with the `Text` that it stands for
         if "probes" in kinds:
             self.texts += probe_rows(llm, requests, "probability" in kinds)
+        made = made_probes(requests, llm.tokens) if "made" in kinds else []
+        self.texts += made_rows(llm, requests, [one for one in made if one.kind in MADE_TEXTS])
         if "text" in kinds:
             self.texts += ordinary_windows(llm, options.text)
         own = [row.tag for row in self.texts if not row.tag.rival and "divergence" in kinds]
@@ -73,28 +83,31 @@ class Plan:
         self.compared = {*probes, *(text for text in own if text.kind == "text")}  # with the base's distributions
         asks = "generation" in kinds and options.generation != "none"
         self.prompts = list(free_prompts(requests, options.generation)) if asks else []
+        asked = [one for one in made if one.kind in MADE_ASKED and asks and options.generation == "all"]
+        self.prompts += [Prompt(*one, requests[one.request].new_answer) for one in asked]
         self.questions = self._questions(llm, options.max_new_tokens)
-        chosen = evenly(range(len(requests)), options.fluency) if "fluency" in kinds else []
-        prompts = [requests[number].prompt for number in chosen]
-        # by request, what the model goes on from at length
-        self.long = dict(zip(chosen, questions(llm, prompts, FLUENCY_TOKENS), strict=True))
+        self.long = long_questions(llm, requests, options.fluency) if "fluency" in kinds else {}  # by request
 
-    def _questions(self, llm: LLM, most: int | None) -> dict[str, Question]:
+    def _questions(self, llm: LLM, most: int | None) -> dict[Asked, Question]:
         """Each different prompt is one question, with room for every answer that is looked for: else a limit, not
         the model, would say that it does not know one.
         """
-        answers: dict[str, list[str]] = {}
+        answers: dict[Asked, list[str]] = {}
         for one in self.prompts:
-            answers.setdefault(one.prompt, []).append(one.answer)
+            answers.setdefault(one.asked, []).append(one.answer)
         different = list({one.answer: None for one in self.prompts})
         lengths = dict(zip(different, map(len, llm.tokens.texts(different)), strict=True))
         found = {}
-        for (prompt, here), question in zip(answers.items(), questions(llm, list(answers), 1), strict=True):
-            longest = max(lengths[answer] for answer in here)
-            limit = max(longest, min(most or longest + ROOM, longest + ROOM))
-            if llm.context_length is not None:
-                limit = min(limit, llm.context_length - len(question.token_ids))
-            found[prompt] = question._replace(limit=limit, inner_ends=max(map(inner_ends, here)))
+        for chat in (False, True):
+            asked = [prompt for prompt in answers if prompt[1] == chat]
+            put = questions(llm, [text for text, _ in asked], 1, llm.tokens.template if chat else None)
+            for prompt, question in zip(asked, put, strict=True):
+                longest = max(lengths[answer] for answer in answers[prompt])
+                room = ROOM_IN_CHAT if chat else ROOM
+                limit = max(longest, min(most or longest + room, longest + room))
+                if llm.context_length is not None:
+                    limit = min(limit, llm.context_length - len(question.token_ids))
+                found[prompt] = question._replace(limit=limit, inner_ends=max(map(inner_ends, answers[prompt])))
         return found
 
     def only(self, numbers: Collection[int], kinds: Sequence[str]) -> Plan:
@@ -104,12 +117,18 @@ class Plan:
         def is_in(text: Text) -> bool:
             if text.kind == "text":
                 return "text" in kinds
+            if text.kind in MADE_TEXTS:
+                return "made" in kinds and text.request in wanted
             return "probes" in kinds and text.request in wanted and ("probability" in kinds or not text.rival)
 
         part.texts = [row for row in self.texts if is_in(row.tag)]
         part.compared = {text for text in self.compared if is_in(text) and "divergence" in kinds}
-        part.prompts = [one for one in self.prompts if "generation" in kinds and one.request in wanted]
-        part.questions = {one.prompt: self.questions[one.prompt] for one in part.prompts}
+        part.prompts = [
+            one
+            for one in self.prompts
+            if "generation" in kinds and one.request in wanted and (one.kind not in MADE_ASKED or "made" in kinds)
+        ]
+        part.questions = {one.asked: self.questions[one.asked] for one in part.prompts}
         part.long = {n: question for n, question in self.long.items() if "fluency" in kinds and n in wanted}
         return part
 
@@ -150,6 +169,22 @@ def probe_rows(llm: LLM, requests: Sequence[EditRequest], with_rivals: bool) -> 
                     tags.append(Text(kind, number, place, True, axis))
                     pairs.append((prompt, rival))
     return llm.tokens.rows(pairs, tags)
+
+
+def made_rows(llm: LLM, requests: Sequence[EditRequest], made: Sequence[Made]) -> list[Row]:
+    """Made probes of which only the next token counts: which answer stands there makes no difference."""
+    tags = [Text(one.kind, one.request, place) for place, one in enumerate(made)]
+    rows = llm.tokens.rows([(one.prompt, requests[one.request].new_answer) for one in made], tags)
+    return [row._replace(token_ids=row.token_ids[: row.target_start + 1]) for row in rows]
+
+
+def long_questions(llm: LLM, requests: Sequence[EditRequest], most: int) -> dict[int, Question]:
+    """At most so many requests' prompts to go on from, by the request; in a chat where there is a template."""
+    joining, prompts = llm.tokens.template, [request.prompt for request in requests]
+    fits = fit(llm.tokens, prompts, FLUENCY_TOKENS, joining) if most else []
+    chosen = evenly([number for number, its in enumerate(fits) if its], most)
+    asked = questions(llm, [prompts[number] for number in chosen], FLUENCY_TOKENS, joining)
+    return dict(zip(chosen, asked, strict=True))
 
 
 def free_prompts(requests: Sequence[EditRequest], generation: str) -> Iterator[Prompt]:

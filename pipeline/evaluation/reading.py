@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from pipeline.evaluation.plan import Plan, Text
+from pipeline.evaluation.plan import Asked, Plan, Text
 from pipeline.model.activations import head_reads, wide_logits
 from pipeline.model.generation import Question, Saying
 from pipeline.model.llm import LLM
@@ -52,7 +52,7 @@ class Readings:
     """What a model says: of texts, to prompts, and by request at length."""
 
     texts: dict[Text, TextReading]
-    answers: dict[str, str]
+    answers: dict[Asked, str]
     long: dict[int, str]
 
 

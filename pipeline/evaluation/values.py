@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.evaluation.made import MADE_TEXTS
 from pipeline.evaluation.metrics import Resampled, bootstrap_mean
-from pipeline.evaluation.plan import Plan, Prompt, Text
+from pipeline.evaluation.plan import Asked, Plan, Prompt, Text
 from pipeline.evaluation.reading import Readings, TextReadings
 from pipeline.requests.answers import contains_answer, is_exact_answer
 from pipeline.requests.rows import Row
 
 # as ROME calls them
 BY_PROBABILITY = {"rewrite": "efficacy", "rephrase": "paraphrase", "locality": "neighbourhood"}
-NGRAMS = {2: 2 / 3, 3: 4 / 3}  # weights of 2- and 3-grams of words
 IN_SCORE = tuple(f"{name}_success" for name in BY_PROBABILITY.values())
 
 
@@ -56,16 +56,17 @@ def values_of(plan: Plan, readings: Readings, base: TextReadings) -> Values:
     )
 
 
-def generation_values(prompts: Sequence[Prompt], answers: Mapping[str, str]) -> Values:
+def generation_values(prompts: Sequence[Prompt], answers: Mapping[Asked, str]) -> Values:
     """Exact match and containment of the model's own greedy answers, by kind of prompt.
 
-    `generation` are the requests' prompts, `distractor` the same after a sentence about something else.
+    `generation` are the requests' prompts, `distractor` the same after a sentence about something else, `made_…`
+    the same in words that `pipeline.evaluation.made` has.
     """
     columns: Values = {}
     for kind in dict.fromkeys(one.kind for one in prompts):
         for metric, judge in (("exact_match", is_exact_answer), ("containment", contains_answer)):
             columns[f"{kind}_{metric}"] = Column.of_means(
-                (one.request, float(judge(answers[one.prompt], one.answer))) for one in prompts if one.kind == kind
+                (one.request, float(judge(answers[one.asked], one.answer))) for one in prompts if one.kind == kind
             )
     return columns
 
@@ -73,21 +74,21 @@ def generation_values(prompts: Sequence[Prompt], answers: Mapping[str, str]) -> 
 def teacher_forced_values(texts: Sequence[Row], now: TextReadings, base: TextReadings) -> Values:
     """Share of an answer's tokens that are the model's first choice when the answer so far is given.
 
-    As EasyEdit computes them: rewrite, rephrase and portability against the answer's own tokens, locality against
-    the base model's first choices; a mean over a request's texts, then over requests.
+    As EasyEdit computes them: rewrite, rephrase and portability against the answer's own tokens, locality (and what
+    is made, at its next token) against the base model's; a mean over a request's texts, then over requests.
     """
     pairs: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in texts:
         text: Text = row.tag
         if text.rival or text.kind == "text":
             continue
-        expected = base[text].choices if text.kind == "locality" else row.targets
+        expected = base[text].choices if text.kind in ("locality", *MADE_TEXTS) else row.targets
         hits = [a == b for a, b in zip(now[text].choices, expected, strict=True)]
         share = sum(hits) / len(hits)
         pairs[text.kind].append((text.request, share))
         if text.axis:
             pairs[f"{text.kind}/{text.axis}"].append((text.request, share))
-    order = ("rewrite", "rephrase", "locality", "portability")
+    order = ("rewrite", "rephrase", "locality", "portability", *MADE_TEXTS)
     names = sorted(pairs, key=lambda name: (order.index(name.partition("/")[0]), name))
     return {name: Column.of_means(pairs[name]) for name in names}
 
@@ -117,7 +118,7 @@ def probability_values(texts: Collection[Text], now: TextReadings) -> Values:
 
 
 def damage_values(texts: Sequence[Row], readings: Readings) -> Values:
-    """Perplexity's losses by window, divergences from the base's distributions, and fluency."""
+    """Perplexity's losses by window, divergences from the base's distributions, and repetition."""
     windows = {row.tag: len(row.targets) for row in texts if row.tag.kind == "text"}
     columns: Values = {}
     if windows:
@@ -129,7 +130,7 @@ def damage_values(texts: Sequence[Row], readings: Readings) -> Values:
         if column.values:
             columns[name] = column
     if readings.long:
-        columns["fluency"] = Column({unit: ngram_entropy(said) for unit, said in readings.long.items()})
+        columns["sane_texts"] = Column({unit: float(is_sane(said)) for unit, said in readings.long.items()})
     return columns
 
 
@@ -152,15 +153,19 @@ def harmonic_mean(parts: Sequence[Resampled]) -> Resampled:
     return Resampled(np.asarray(values), min(part.count for part in parts))
 
 
-def ngram_entropy(text: str) -> float:
-    """ROME's fluency: the mean of the weighted entropies, in bits, of a text's 2- and 3-grams of words.
+def is_sane(text: str) -> bool:
+    """Whether a text has words, and no word or phrase comes three times in a row, numbers between them or not.
 
-    Repetition lowers it. A text too short for any 2-gram has none: 0.
+    Letters may do so four times: what a script without spaces repeats is no word of its own.
     """
-    words = re.findall(r"\w+|[^\w\s]", text)
-    entropy = 0.0
-    for n, weight in NGRAMS.items():
-        counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
-        shares = [count / counts.total() for count in counts.values()]
-        entropy -= weight * sum(share * math.log2(share) for share in shares)
-    return entropy / len(NGRAMS)
+    words, unnumbered = re.findall(r"\w+", text.casefold()), re.findall(r"[^\W\d_]+", text.casefold())
+    return bool(words) and not (repeats(words, 3) or repeats(unnumbered, 3) or repeats([*"".join(unnumbered)], 5))
+
+
+def repeats(items: list[str], times: int) -> bool:
+    """Whether some part of a sequence comes so many times in a row."""
+    return any(
+        items[start : start + size] * times == items[start : start + size * times]
+        for size in range(1, len(items) // times + 1)
+        for start in range(len(items) - size * times + 1)
+    )

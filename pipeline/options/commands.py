@@ -61,7 +61,8 @@ class EditCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptio
     profile: str | None = None
     """The golden profile to edit by: FILE of `attribute`, or its folder."""
     after: str | None = None
-    """A folder that an earlier `edit` or `run` wrote: edit on top of it; what is written holds both."""
+    """A folder that an earlier `edit` or `run` wrote: edit on top of it; what is written holds both. With
+    `--requests missed` its own requests that do not hold are edited again."""
     evaluation: EvaluationOptions = group(EvaluationOptions)
 
 

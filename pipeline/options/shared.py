@@ -127,5 +127,5 @@ class EvaluationOptions(Options):
     than that has. It ends with its statement."""
     text: str | None = None
     """A plain text file for perplexity; default: the one that comes with the project."""
-    fluency: FromZero = 0
-    """How many prompts the model goes on from for 100 tokens, to see whether it repeats itself."""
+    fluency: FromZero = 16
+    """How many of the prompts the model goes on from for 32 tokens, to see whether it repeats itself."""

@@ -11,6 +11,7 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.errors import terminal_text
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.reporting.tables import (
+    HOLDS,
     markdown_table,
     markdown_text,
     metric_table,
@@ -30,8 +31,14 @@ EXAMPLES = 8  # answers that are shown
 MISSED = 50  # facts that do not hold, spelt out
 OUTCOME = {
     "rephrase_containment": "asked in other words, the model by itself names the new answer in {:.0%}",
+    "made_rephrase_containment": "asked in made words, it names it in {:.0%}",
+    "made_chat_containment": "asked so in a chat, in {:.0%}",
     "generation_containment": "asked as given, it names it in {:.0%}",
     "generation_exact_match": "it says that and nothing more in {:.0%}",
+    "locality/subject": "other probes about the same subject kept {:.0%} of their answers' tokens",
+    "made_subject": "{:.0%} of made prompts about the same subject go on as before",
+    "made_neighbour": "{:.0%} of made prompts with another name do",
+    "sane_texts": "{:.0%} of long texts do not repeat themselves",
     "rewrite": "teacher-forced it gives {:.0%} of the answers' tokens",
     "locality": "{:.0%} of unrelated answers' tokens stayed as they were",
 }
@@ -56,13 +63,12 @@ def missed_table(requests: Sequence[EditRequest], evaluation: Evaluation) -> str
     """The facts that do not hold, with what the edited model says, as a Markdown table; empty where all do."""
     measured = evaluation.after or evaluation.before
     rows = []
-    for kind in ("generation", "rephrase"):
+    for kind in HOLDS:
         held = measured.values.get(f"{kind}_containment")
         for number, value in held.values.items() if held else ():
             if value < 1:
-                request, said = requests[number], " | ".join(measured.said[kind][number])
-                asked = request.prompt if kind == "generation" else " | ".join(request.rephrases)
-                rows.append([request.id, asked, request.new_answer, said])
+                asked, said = (" | ".join(texts[kind][number]) for texts in (measured.asked, measured.said))
+                rows.append([requests[number].id, asked, requests[number].new_answer, said])
     more = f"\nAnd {len(rows) - MISSED} more: `values.csv` has all.\n" if len(rows) > MISSED else ""
     return markdown_table(["id", "asked", "wanted", "says"], rows[:MISSED]) + "\n" + more if rows else ""
 
@@ -89,6 +95,9 @@ def write_report(
         "paired, over the same requests. By generation: greedy, from the prompt alone, to the statement's end. "
         "Teacher-forced figures give the model the answer so far, as EasyEdit does, and so look better than what "
         "it says by itself.\n",
+        "In plain words: containment asks whether the new answer stands anywhere in what the model says, exact "
+        "match whether it says that answer and then stops. What is called made was asked in this report's own "
+        "words about a request that brings no probes of that kind; no edit is taught by these words.\n",
         f"Changed weights, ‖change‖ / ‖before‖: {changes}.\n",
         "![metrics](metrics.png)\n",
         "## The model's own answers\n",

@@ -9,9 +9,11 @@ import csv
 import re
 from collections.abc import Collection, Mapping, Sequence
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import terminal_text
+from pipeline.errors import UserError, terminal_text
+from pipeline.evaluation.made import MADE_ASKED, OF_SUBJECT
 from pipeline.evaluation.metrics import Estimate
 
 if TYPE_CHECKING:
@@ -22,9 +24,15 @@ if TYPE_CHECKING:
 GROUPS: dict[str, dict[str, str]] = {
     "by generation": {
         "rephrase_containment": "rephrases in whose answer, by the model itself, the new answer stands",
+        "made_rephrase_containment": "the same of rephrases made for requests that bring none",
+        "made_chat_containment": "the same, asked as in a chat",
         "generation_containment": "requests in whose answer it stands",
         "generation_exact_match": "requests answered with the new answer and nothing more",
         "rephrase_exact_match": "rephrases answered with the new answer and nothing more",
+        "made_rephrase_exact_match": "made rephrases answered so",
+        "made_chat_exact_match": "the same, asked as in a chat",
+        "made_subject": "other prompts made about the subject, whose next token is what it was",
+        "made_neighbour": "requests' prompts with another name made the subject, whose next token is what it was",
         "portability_exact_match": "portability probes answered with their answer and nothing more",
         "portability_containment": "portability probes in whose answer it stands",
         "distractor_exact_match": "requests after a sentence about something else, answered with that alone",
@@ -49,20 +57,27 @@ GROUPS: dict[str, dict[str, str]] = {
         "perplexity": "on ordinary text; lower is better, unchanged is the aim",
         "locality_kl": "how far next-token distributions after unrelated prompts moved, in nats",
         "text_kl": "the same in ordinary text",
-        "fluency": "entropy of 2- and 3-grams in long generations, in bits; lower is repetitive",
+        "sane_texts": "long generations in which no word or phrase comes over and over",
     },
 }
-LONG_ONLY = ("portability_containment", "distractor_containment")  # and magnitudes
-IN_SHORT = tuple(  # what a short table shows
-    name
-    for members in GROUPS.values()
-    for name in members
-    if name not in LONG_ONLY and not name.endswith("_magnitude")
-)
-# what tells whether an edit holds: what of it is not known is said
-EXPECTED = ("generation_containment", "rephrase_containment", "rewrite", "rephrase", "locality", "portability")
-SHARES = tuple(  # what lies between 0 and 1
-    name for group in ("by generation", "teacher-forced", "by probability") for name in GROUPS[group]
+AXES = ("locality/subject", "locality/relation")  # probes about the subject itself, and of the same relation
+LONG_ONLY = re.compile(r"(_magnitude|(portability|distractor)_containment|(rephrase|chat)_exact_match|text_kl)$")
+IN_SHORT = tuple(name for members in (*GROUPS.values(), AXES) for name in members if not LONG_ONLY.search(name))
+HOLDS = ("generation", "rephrase", *MADE_ASKED)  # kinds of prompts whose answer tells whether a fact holds
+# what tells whether an edit holds, by any of these figures: what of it is not known is said
+EXPECTED = {
+    "generation containment": ("generation_containment",),
+    "rephrase containment": ("rephrase_containment", "made_rephrase_containment"),
+    "rewrite": ("rewrite",),
+    "rephrase": ("rephrase", "made_rephrase_containment"),
+    "the rest of the subject": ("made_subject", *(f"locality/{axis}" for axis in OF_SUBJECT)),
+    "locality": ("locality", "made_neighbour"),
+    "portability": ("portability",),
+    "sane texts": ("sane_texts",),
+}
+SHARES = (  # what lies between 0 and 1
+    *(name for group in ("by generation", "teacher-forced", "by probability") for name in GROUPS[group]),
+    *(*AXES, "sane_texts"),
 )
 MARKS = re.compile(r"[\\`*_{}<>#|!~$&]|\](?=\s*[(\[:])|:(?=//)|(?<=www)\.")  # what Markdown and HTML begin with
 FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(\.\d+)?$)")  # what a spreadsheet's formulas begin with; not numbers
@@ -97,7 +112,7 @@ def figure_text(name: str, estimate: Estimate | None, interval: bool = True) -> 
     """A metric's mean, with or without its interval; nothing where there is none."""
     if estimate is None:
         return ""
-    digits = 2 if name in ("perplexity", "fluency") else 3
+    digits = 2 if name == "perplexity" else 3
     mean = f"{estimate.mean:.{digits}f}"
     return f"{mean} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]" if interval else mean
 
@@ -132,7 +147,7 @@ def metric_table(
 
 def not_measured(metrics: Collection[str]) -> str:
     """A line that names what would tell whether an edit holds, and was not measured; empty where all was."""
-    missing = ", ".join(label(name) for name in EXPECTED if name not in metrics)
+    missing = ", ".join(what for what, names in EXPECTED.items() if not {*names} & {*metrics})
     return f"NOT MEASURED: {missing}" if missing else ""
 
 
@@ -183,6 +198,23 @@ def values_csv(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
     table.writeheader()
     table.writerows(rows)
     return written.getvalue()
+
+
+def missed_of(requests: Sequence[EditRequest], folder: Path) -> list[EditRequest]:
+    """Those of an update's requests that do not hold, as the values.csv of its folder has them.
+
+    UserError when there is no such file, it is of other requests, or all hold.
+    """
+    names, file = [f"{kind}_containment after" for kind in HOLDS], folder / "values.csv"
+    try:
+        rows = list(csv.DictReader(StringIO(file.read_text(encoding="utf-8"), newline="")))
+        shares = [min(float(row.get(name) or 1) for name in names) for row in rows]
+        missed = [one for one, share in zip(requests, shares, strict=True) if share < 1]
+    except (OSError, ValueError) as error:
+        raise UserError(f"requests: missed: {file} does not tell ({error})") from None
+    if not missed:
+        raise UserError(f"requests: missed: none; all {len(requests)} of {folder} hold")
+    return missed
 
 
 def _row(number: int, request: EditRequest, evaluation: Evaluation) -> dict[str, str]:

@@ -77,16 +77,18 @@ class Tokens:
         self.closing = closing_tokens(tokenizer)
 
     @cached_property
-    def chat(self) -> Joining | None:
-        """How a chat joins prompt and answer; None for a tokenizer without a template that can be used.
+    def template(self) -> Joining | None:
+        """The chat template's joining where prompts are given plain although there is one that works."""
+        return self._template([])
 
-        Where the template has a system turn it is empty: what it says there by itself only makes texts longer.
-        """
-        if self.joining is not PLAIN:
-            return self.joining
-        for system in ([{"role": "system", "content": ""}], []):
-            with suppress(UserError):
-                return chat_joining(self.tokenizer, self.name, system)
+    @cached_property
+    def bare_template(self) -> Joining | None:
+        """The same with an empty system turn, where there is one: what it says by itself only makes texts longer."""
+        return self._template([{"role": "system", "content": ""}]) or self.template
+
+    def _template(self, before: Sequence[dict[str, str]]) -> Joining | None:
+        with suppress(UserError):
+            return chat_joining(self.tokenizer, self.name, before) if self.joining is PLAIN else None
         return None
 
     @property

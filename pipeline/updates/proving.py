@@ -23,6 +23,7 @@ from pipeline.updates.gates import OF_BATCH, OF_MODEL, Figures, Gate, missed
 from pipeline.updates.queue import Contradiction, number_of
 
 FOR_GATES = ("probes", "text")  # the kinds of measurement that gates need
+OF_VERSION = tuple(kind for kind in KINDS if kind not in ("made", "fluency"))  # what a version is measured by
 
 
 class HeldBack(NamedTuple):
@@ -86,7 +87,7 @@ class Trial:
         self.accepted: list[int] = []  # places in the batch
         self.held: list[HeldBack] = []
         self.each: list[dict[int, float]] = []  # by gate, what each request reached when last measured
-        self.evaluator = Evaluator(llm, batch, options.evaluation, options.trainer)
+        self.evaluator = Evaluator(llm, batch, options.evaluation, options.trainer, OF_VERSION)
         self.earlier = self._earlier_facts()
         with self.timed("evaluation"):
             text = self.evaluator.only((), ("text",)).measure("Measuring base")
