@@ -83,7 +83,7 @@ class Tokens:
 
     @cached_property
     def bare_template(self) -> Joining | None:
-        """The same with an empty system turn, where there is one: what it says by itself only makes texts longer."""
+        """The same with an empty system turn, where there is one: its own words only make texts longer."""
         return self._template([{"role": "system", "content": ""}]) or self.template
 
     def _template(self, before: Sequence[dict[str, str]]) -> Joining | None:
