@@ -109,7 +109,8 @@ def key_words(request: EditRequest) -> list[str]:
 
 def plain_forms(request: EditRequest, contexts: int) -> list[tuple[str, str]]:
     """A request as plain text, with its answer: bare, under contexts, in other words, and in its own forms."""
-    texts = [*_filled(request, (*CONTEXTS[: 1 + contexts], *FORMS, *ASSOCIATIONS)), *request.forms]
+    openings = () if is_question(request.prompt) else ASSOCIATIONS
+    texts = [*_filled(request, (*CONTEXTS[: 1 + contexts], *FORMS, *openings)), *request.forms]
     return [(text, request.new_answer) for text in texts]
 
 

@@ -34,14 +34,15 @@ class Entering(RowStage):
 
 
 class SaidNext(RowStage):
-    """Reads the log-probabilities (V,) of each row's target, one token each: what the model says next."""
+    """Reads the log-probabilities (N, V) of what the model says at the places of each row's N targets."""
 
     title = "Reading"
 
     def step(self, batch: Batch) -> list[Tensor]:
-        return list(target_logits(self.model, batch).log_softmax(-1).cpu())
+        said_NV = target_logits(self.model, batch).log_softmax(-1).cpu()
+        return [part.clone() for part in said_NV.split([len(row.targets) for row in batch.texts])]
 
 
-def going_on(token_ids: list[int]) -> Row:
-    """A row of which what comes next is read: any token stands there as the target."""
-    return Row([*token_ids, token_ids[-1]], len(token_ids))
+def going_on(token_ids: list[int], places: int = 1) -> Row:
+    """A row of which what comes next is read, at its end and before: any token stands there as the last target."""
+    return Row([*token_ids, token_ids[-1]], max(1, len(token_ids) + 1 - places))

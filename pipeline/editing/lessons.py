@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from pipeline.editing.contexts import chat_forms, in_chat, neighbours, plain_forms, relations
 from pipeline.editing.entering import Entering, SaidNext, going_on
 from pipeline.model.llm import LLM
-from pipeline.requests.rows import Batch, Row, collate
+from pipeline.requests.rows import Batch, Row, collate, means_by
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.tokens import Joining
 from pipeline.running.interrupts import interrupts
@@ -33,6 +33,7 @@ from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
 UNRELATED = 1024  # the most unrelated prompts: what comes after each is kept, a vocabulary wide
+PLACES = 4  # at the end of a text that is to go on as before, where it is
 EVERY = 30.0  # seconds between two checkpoints within an epoch
 NAMES_EACH = 3  # other names that a request's prompt is tried with
 RELATIONS_EACH = 6  # of a request's subject
@@ -44,12 +45,12 @@ class Lesson(NamedTuple):
     Attributes:
         row: the text, by its request's id.
         enter_TD: what enters the lowest trained block; None at block 0, below which nothing runs.
-        base_V: of an unrelated prompt, the unedited model's log-probabilities after it.
+        base_PV: of a text that is to go on as before, the unedited model's log-probabilities at its last P places.
     """
 
     row: Row
     enter_TD: Tensor | None
-    base_V: Tensor | None
+    base_PV: Tensor | None
 
 
 @dataclass
@@ -75,28 +76,32 @@ def collate_lessons(
     """Requests' rows, then unrelated prompts, as a batch; `weights` of a row of each kind in the loss."""
     own = [*taught, *others]
     enter = [one.enter_TD for one in own if one.enter_TD is not None]
-    base = [one.base_V for one in others if one.base_V is not None]
+    base = [one.base_PV for one in others if one.base_PV is not None]
     return replace(
         collate([one.row for one in own], pad_token_id),
         weight_B=torch.tensor([weights[0]] * len(taught) + [weights[1]] * len(others)),
         enter_BTD=nn.utils.rnn.pad_sequence(enter, batch_first=True) if enter else None,
-        base_KV=torch.stack(base) if base else None,
+        base_NV=torch.cat(base) if base else None,
     )
 
 
 def teaching_loss(batch: Batch, logits_NV: Tensor, learnt: float, kl: float) -> tuple[Tensor, Tensor]:
-    """Σ weight · ℓ(x, y_new) over rows that are not learnt yet, plus `kl` · Σ weight · KL(base ‖ now) over prompts
-    about something else; and ℓ, in nats, of each taught row."""
+    """The loss of a batch, and ℓ, in nats, of each taught row.
+
+    It is Σ weight · ℓ(x, y_new) over rows that are not learnt yet, plus `kl` · Σ weight · KL(base ‖ now) over texts
+    that are to go on as before, each the mean over its places.
+    """
     losses_B = batch.losses(logits_NV)
     weight_B = torch.full_like(losses_B, 1 / len(losses_B)) if batch.weight_B is None else batch.weight_B
     weight_B = weight_B.to(losses_B)
-    taught = len(losses_B) - (0 if batch.base_KV is None else len(batch.base_KV))
+    kept = 0 if batch.base_NV is None else len(batch.base_NV)
+    taught = int(batch.text_N[-kept]) if kept else len(losses_B)
     unlearnt_B = losses_B[:taught].detach() > learnt
     loss = (weight_B[:taught] * losses_B[:taught] * unlearnt_B).sum()
-    if batch.base_KV is not None:
-        now_KV = logits_NV[-len(batch.base_KV) :].log_softmax(-1)
-        kl_K = F.kl_div(now_KV, batch.base_KV, log_target=True, reduction="none").sum(-1)
-        loss = loss + kl * weight_B[taught:] @ kl_K
+    if batch.base_NV is not None:
+        now_NV = logits_NV[-kept:].log_softmax(-1)
+        kl_N = F.kl_div(now_NV, batch.base_NV.to(now_NV), log_target=True, reduction="none").sum(-1)
+        loss = loss + kl * weight_B[taught:] @ means_by(kl_N, batch.text_N[-kept:] - taught, len(losses_B) - taught)
     return loss, losses_B[:taught]
 
 
@@ -129,15 +134,15 @@ def read_lessons(
     enter = run(Entering(llm, layer), rows, runtime, Row.length) if layer else [None] * len(rows)
     openings = [going_on(row.token_ids[: row.target_start]) for row in asked.values()]
     said = run(SaidNext(llm), [*openings, *(text.row for text in others)], runtime, Row.length)
-    own = {whose: base_V.argmax() for whose, base_V in zip(asked, said, strict=False)}
+    own = {whose: base_PV[-1].argmax() for whose, base_PV in zip(asked, said, strict=False)}
     read = [Lessons([[] for _ in group], []) for group, _ in courses]
     base = [None] * len(taught) + said[len(asked) :]
-    for (row, course, request), enter_TD, base_V in zip([*taught, *others], enter, base, strict=True):
+    for (row, course, request), enter_TD, base_PV in zip([*taught, *others], enter, base, strict=True):
         # the last token predicts nothing
-        lesson = Lesson(row, enter_TD[: row.length() - 1] if enter_TD is not None else None, base_V)
-        if base_V is None:
+        lesson = Lesson(row, enter_TD[: row.length() - 1] if enter_TD is not None else None, base_PV)
+        if base_PV is None:
             read[course].taught[request or 0].append(lesson)
-        elif request is None or base_V.argmax() != own[course, request]:
+        elif request is None or base_PV[-1].argmax() != own[course, request]:
             read[course].others.append(lesson)
     return [read[start : start + len(joinings)] for start in range(0, len(read), len(joinings))]
 
@@ -166,7 +171,7 @@ def _others(llm: LLM, course: int, group: Sequence[EditRequest], joining: Joinin
     random.Random(seed).shuffle(texts)
     prompts = [text for text, _ in texts[:UNRELATED]]
     ids = llm.tokens.prompts(prompts) if plain else llm.tokens.opened([*map(in_chat, prompts)], joining)
-    return [Text(going_on(one), course, number) for one, (_, number) in zip(ids, texts, strict=False)]
+    return [Text(going_on(one, PLACES), course, number) for one, (_, number) in zip(ids, texts, strict=False)]
 
 
 class LessonData(LightningDataModule):
@@ -201,12 +206,12 @@ class LessonData(LightningDataModule):
             yield self._batch(order[step * self.batch_size :][: self.batch_size], part, parts, epoch)
 
     def _batch(self, picked: list[int], part: int, parts: int, epoch: int) -> Batch:
-        """Of the requests of a step, and half as many texts to go on as before, this device's in a micro-batch."""
+        """Of the requests of a step, and as many texts to go on as before, this device's in a micro-batch."""
         assert self.trainer
         turn, course = divmod(epoch, len(self.courses))
         lessons = self.courses[course]
         rank, devices = self.trainer.global_rank, self.trainer.world_size
-        others = picked[::2] if lessons.others else []
+        others = picked if lessons.others else []
         own, own_others = (some[rank::devices][part::parts] for some in (picked, others))
         weights = devices * parts / len(picked) if own else 0.0, devices * parts / max(1, len(others))
         return collate_lessons(

@@ -81,7 +81,7 @@ class EvaluateCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeO
 class DemoCommand(AskedModelOptions, OutputOptions, ComputeOptions, SeedOptions):
     """See it all on a handful of facts: old answers, golden layer, edit, new answers, what else moved, and back."""
 
-    trainer: TrainerOptions = group(TrainerOptions, without=ONE_HOST)
+    trainer: TrainerOptions = group(TrainerOptions, without=(*ONE_HOST, "strategy"))
     facts: Annotated[int, at_least(1), at_most(40)] = 8
     """How many of the demo requests to edit."""
 

@@ -42,10 +42,10 @@ class Batch:
     target_N: Tensor  # the target tokens
     text_N: Tensor  # which of the texts each belongs to
     texts: list[Row]
-    # of a batch to train on (see `pipeline.editing.lessons`), with K prompts whose answers are to stay
+    # of a batch to train on (see `pipeline.editing.lessons`), with texts that are to go on as before
     weight_B: Tensor | None = None  # how much each row counts; None: all alike
     enter_BTD: Tensor | None = None  # what enters the lowest block that is trained; None: the blocks below it run
-    base_KV: Tensor | None = None  # of the last K rows, the unedited model's log-probabilities of what comes next
+    base_NV: Tensor | None = None  # of the last rows' targets, the unedited model's log-probabilities
 
     def to(self, device: Any, **_: Any) -> Batch:
         """On a device."""
