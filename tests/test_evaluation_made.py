@@ -101,7 +101,7 @@ def test_a_model_without_a_chat_is_asked_in_none(tiny_llm: LLM, talker: LLM, bar
 def test_made_words_teach_nothing() -> None:
     taught = {text.format(prompt="", subject="") for text in (*contexts.CONTEXTS, *contexts.ASSOCIATIONS)}
     forms = (made.FINISH, made.ANSWER, made.WONDER, *made.SUBJECTS)
-    assert not taught & {text.format(prompt="", question="", subject="") for text in forms}
+    assert not taught & {text.format(prompt="", subject="") for text in forms}
     assert not {*contexts.NAMES} & {*made.NAMES}
 
 

@@ -15,8 +15,8 @@ MADE_TEXTS = ("made_subject", "made_neighbour")  # what comes next there is to s
 MADE_ASKED = ("made_rephrase", "made_chat")  # asked so, the model is to give the new answer
 OF_SUBJECT = ("subject", "Relation_Specificity")  # axes of locality probes about the request's own subject
 
-FINISH, ANSWER = "Finish this sentence: {prompt}", "Question: {question}\nAnswer:"
-WONDER = "I would like to know this: {question}"
+FINISH, WONDER = "Finish this sentence: {prompt}", "I would like to know this: {prompt}"
+ANSWER = "Exam, part 7: {prompt}\nSolution:"
 CONTENT = re.compile(r"\b(?<!{)\w{4,}")  # words that tell what a text is about, roughly
 SUBJECTS = (  # things said of any subject
     *("The history of {subject} began", "People like {subject} because", "{subject} is known for"),
@@ -71,8 +71,8 @@ def _of_request(request: EditRequest, edited: set[str], chat: bool) -> dict[str,
     """Prompts by kind, the same for the same request; `edited` are all requests' subjects in lower case."""
     axes, found = {probe.axis for probe in request.locality}, dict[str, list[str]]()
     if not request.rephrases:
-        found["made_rephrase"] = _asked(request, ANSWER)
-        found |= {"made_chat": _asked(request, WONDER)} if chat else {}
+        found["made_rephrase"] = _asked(request, in_chat=False)
+        found |= {"made_chat": _asked(request, in_chat=True)} if chat else {}
     if request.subject and not axes & {*OF_SUBJECT}:
         taken = {*CONTENT.findall(request.prompt.casefold())}
         others = [text for text in _from(SUBJECTS, request) if not taken & {*CONTENT.findall(text)}]
@@ -84,12 +84,12 @@ def _of_request(request: EditRequest, edited: set[str], chat: bool) -> dict[str,
     return found
 
 
-def _asked(request: EditRequest, form: str) -> list[str]:
+def _asked(request: EditRequest, in_chat: bool) -> list[str]:
     """The prompt in other words; a question is not finished, but asked in two ways."""
-    is_question = asks(request.prompt)
-    question = request.prompt if is_question else f"{request.prompt} …?"
-    forms = (ANSWER, WONDER) if is_question else (FINISH, form)
-    return [one.format(prompt=request.prompt, question=question) for one in forms]
+    prompt = request.prompt
+    if asks(prompt):
+        return [form.format(prompt=prompt) for form in (ANSWER, WONDER)]
+    return [FINISH.format(prompt=prompt), WONDER.format(prompt=f"{prompt} …?" if in_chat else prompt)]
 
 
 def _from(items: Sequence[str], request: EditRequest) -> Iterator[str]:

@@ -18,6 +18,7 @@ from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.lga import Attribution, kept_of_a_token, tokens_of
 from pipeline.attribution.selector import tokens_at_once
 from pipeline.editing.finetune import FineTune
+from pipeline.editing.lessons import PLACES
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS
@@ -124,15 +125,15 @@ def _ready(case: Case, module: FineTune) -> Iterator[None]:
 
 
 def _lesson(case: Case, module: FineTune, batch: int) -> Batch:
-    """A device's share of requests, and of as many unrelated prompts as go with them."""
+    """A device's share of requests, and as many texts that are to go on as before."""
     rows = -(-batch // case.devices)
-    others = -(-batch // (2 * case.devices)) if module.settings.kl else 0
-    unrelated = case.row._replace(target_start=case.length - 1)
+    others = rows if module.settings.kl else 0
+    unrelated = case.row._replace(target_start=case.length - PLACES)
     made = collate([case.row] * rows + [unrelated] * others)
     width, hidden = made.input_ids_BT.shape[1], case.config.hidden_size
     enter = torch.empty(rows + others, width, hidden, dtype=case.shape.model.dtype) if case.layer else None
-    base = torch.empty(others, case.config.vocab_size) if others else None
-    return replace(made, weight_B=torch.ones(rows + others), enter_BTD=enter, base_KV=base)
+    base = torch.empty(others * PLACES, case.config.vocab_size) if others else None
+    return replace(made, weight_B=torch.ones(rows + others), enter_BTD=enter, base_NV=base)
 
 
 def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
