@@ -99,9 +99,11 @@ def test_a_model_without_a_chat_is_asked_in_none(tiny_llm: LLM, talker: LLM, bar
 
 
 def test_made_words_teach_nothing() -> None:
-    taught = {text.format(prompt="", subject="") for text in (*contexts.CONTEXTS, *contexts.ASSOCIATIONS)}
+    used = (*contexts.CONTEXTS, *contexts.ASSOCIATIONS, *contexts.FORMS, *contexts.CHATS)
+    empty = dict.fromkeys(("prompt", "subject", "key", "question"), "")
+    taught = {text.format(**empty) for text in used}
     forms = (made.FINISH, made.ANSWER, made.WONDER, *made.SUBJECTS)
-    assert not taught & {text.format(prompt="", subject="") for text in forms}
+    assert not taught & {text.format(**empty) for text in forms}
     assert not {*contexts.NAMES} & {*made.NAMES}
 
 
@@ -114,7 +116,7 @@ def test_made_prompts_leave_alone_what_is_edited_and_what_is_asked(tiny_llm: LLM
     assert not [one for one in probes if one.kind == "made_subject" and "known" in one.prompt]
     question = EditRequest(id="q", prompt="Who wrote Hamlet?", subject="Hamlet", new_answer="Jane Austen")
     texts = [one.prompt for one in made_probes([question], tiny_llm.tokens)]
-    assert texts[:2] == ["Question: Who wrote Hamlet?\nAnswer:", "I would like to know this: Who wrote Hamlet?"]
+    assert texts[:2] == ["Exam, part 7: Who wrote Hamlet?\nSolution:", "I would like to know this: Who wrote Hamlet?"]
     assert not [text for text in texts if "{" in text or "?…" in text or "? …" in text]
 
 
