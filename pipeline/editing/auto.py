@@ -73,10 +73,14 @@ class Auto(LocateThenEdit):
         self.tuning.fit(courses, runtime)
 
     def suits(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[bool]:
-        """Whether a value at the subject's last token carries each request's answer."""
+        """Whether a value at the subject's last token carries each request's answer.
+
+        At a text's first token a decoder puts what belongs to no token (an attention sink): nothing is read there.
+        """
         facts = Counter(map(about, [*earlier, *requests]))
         return [
-            request.names_subject
+            row.subject is not None
+            and row.subject[1] > 0
             and len(row.targets) <= self.settings.long
             and facts[about(request)] == 1
             and not is_question(request.prompt)

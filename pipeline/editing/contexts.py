@@ -50,6 +50,7 @@ award, school, sport, family name, most famous work, first product, neighbour, p
     for relation in line.split(",")
 )
 QUESTION_MARKS = ("?", "？", "؟")
+STEM = 5  # letters: a founder has founded
 LITTLE = ("the", "a", "an", "of", "in", "by", "to", "for", "on", "from", "and", "is", "was", "did", "does", "has")
 NAMING = re.compile(r"[Tt]he (.+) (is|was|are|were)")
 ASKING = ("what", "who", "which", "where", "when", "how")
@@ -149,9 +150,9 @@ def in_chat(prompt: str) -> tuple[str, str]:
 
 
 def relations(request: EditRequest, most: int, seed: int = 0) -> list[str]:
-    """What else may be said of a request's subject: relations that share no word with its prompt."""
-    own = {word.casefold() for word in key_words(request)}
-    found = [relation for relation in RELATIONS if not own & set(relation.split())]
+    """What else may be said of a request's subject: relations whose words begin otherwise than its prompt's own."""
+    own = {word.casefold()[:STEM] for word in key_words(request)}
+    found = [relation for relation in RELATIONS if not own & {word[:STEM] for word in relation.split()}]
     return random.Random(f"{seed} {request.subject}").sample(found, most) if request.names_subject else []
 
 

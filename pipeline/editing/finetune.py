@@ -40,20 +40,20 @@ class FinetuneSettings(Options):
 
     scope: Annotated[str, one_of("mlp", "down")] = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: Count = 60
+    epochs: Count = 40
     """The most passes over the requests."""
     batch_size: Count = 8
     """Requests in an optimiser step, over all devices."""
     contexts: Annotated[int, at_least(0), at_most(len(CONTEXTS) - 1)] = TAUGHT_CONTEXTS
     """Contexts that a prompt is trained under, in turn with its other forms, between the bare prompt."""
-    learning_rate: Positive = 0.01
+    learning_rate: Positive = 0.007
     """Adam's step size, in units of a weight's root mean square (LoRA: as it is)."""
     last_step: Annotated[float, above(0), at_most(1)] = 0.3
     """The last epoch's step size, in units of the first's."""
     learnt: Weight = 0.05
     """A row whose loss (nats) is below this counts no more; when all are, training ends."""
-    kl: Weight = 1.0
-    """Weight of answering as before after prompts about something else; 0: not asked for."""
+    kl: Weight = 0.5
+    """Weight of going on as before after other names, and other relations of a subject; 0: not asked for."""
     whiten: Weight = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
     bound: Weight = 0.0

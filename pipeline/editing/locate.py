@@ -25,7 +25,7 @@ from pipeline.editing.statistics import key_moments
 from pipeline.editing.values import SEARCHED_TOGETHER, Located, ValueSearch, locate
 from pipeline.model.blocks import as_stored
 from pipeline.model.llm import LLM
-from pipeline.options.base import Count, FromZero, Most, Options, Positive, Weight, above, at_least, at_most
+from pipeline.options.base import Count, FromZero, Most, Options, Positive, Weight, at_least, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
@@ -68,9 +68,8 @@ class LocateSettings(Options):
     """The most optimiser steps of a value; default: 40 for up to 10 requests, 22 for more."""
     step: Positive = 0.16
     """Adam's step size for a value, in units of the projection's output norm."""
-    bound: Annotated[float | None, above(0)] = None
-    """Largest change of a value, in units of the projection's output norm; default: 2 for up to 10 requests, else
-    1.6."""
+    bound: Positive = 2.25
+    """Largest change of a value, in units of the projection's output norm."""
     strength: Positive = 80.0
     """memit: weight of what is to stay against the requests, free of the keys' scale."""
     threshold: Positive = 0.02
@@ -191,9 +190,8 @@ class LocateThenEdit:
 
     def search(self, layer: int, together: int) -> ValueSearch:
         """The search for values at a layer, for so many subjects that are to get along."""
-        bound, steps = (2.0, 40) if together <= FEW else (1.6, 22)
         own = self.settings
-        return ValueSearch(self.llm, layer, own.steps or steps, own.step, own.bound or bound)
+        return ValueSearch(self.llm, layer, own.steps or (40 if together <= FEW else 22), own.step, own.bound)
 
     def find(
         self, search: ValueSearch, located: Sequence[Located], runtime: Runtime, kept: str | None = None
