@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline.editing import contexts, lessons
 from pipeline.errors import UserError
 from pipeline.model.activations import target_losses
 from pipeline.model.llm import LLM
@@ -76,6 +77,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
         texts, trainers.BpeTrainer(vocab_size=500, special_tokens=["<end>"], initial_alphabet=alphabet)
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+
+
+@pytest.fixture
+def few_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What training keeps of requests lies in the CPU's memory: little of it, where a step's own is measured."""
+    monkeypatch.setattr(lessons, "NAMES_EACH", 1)
+    monkeypatch.setattr(lessons, "RELATIONS_EACH", 0)
+    for name in ("FORMS", "ASSOCIATIONS", "CHATS"):
+        monkeypatch.setattr(contexts, name, ())
 
 
 def edit_options(folder: Path, method: str, tokens: int, **settings: Any) -> EditOptions:

@@ -148,7 +148,9 @@ def test_two_processes_send_the_golden_layers_gradients_alone(small: Callable[..
 
 
 @pytest.mark.parametrize("method", full_size.EXPERT)
-def test_a_model_of_llamas_shape(method: str, small: Callable[..., None], tiny_llm: LLM, text_file: Path) -> None:
+def test_a_model_of_llamas_shape(
+    method: str, small: Callable[..., None], tiny_llm: LLM, text_file: Path, few_lessons: None
+) -> None:
     shape = full_size.LLAMA_3_8B | {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 5}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 2000}
     text_file.write_text(text_file.read_text() * 8)
@@ -157,4 +159,4 @@ def test_a_model_of_llamas_shape(method: str, small: Callable[..., None], tiny_l
     on = TrainerOptions(accelerator="cpu", precision="bf16-true")
     figures = full_size.edited(llm, load_requests("demo", limit=16), method, str(text_file), on)
     assert figures["seconds of a first edit"] > figures["seconds of a later edit"] / 2 > 0
-    assert 0.5 < figures["planned memory in GB"] / figures["peak memory in GB"] < 1.2
+    assert 0.5 < figures["planned memory in GB"] / figures["peak memory in GB"] < 1.4

@@ -112,7 +112,7 @@ def test_training_ends_when_every_loss_is_low(tiny_llm: LLM, requests: list[Edit
             losses.append([mean_loss(tiny_llm, [request], ended=True) for request in requests])
     to_the_end, when_learnt = losses
     assert sum(to_the_end) < sum(when_learnt)
-    assert 4.0 < max(when_learnt) < 4.22, "the last request is learnt as well, and no further"
+    assert 4.0 < max(when_learnt) < 4.3, "the last request is learnt as well, and no further"
 
 
 def test_a_loss_that_is_not_a_number_names_the_requests(tiny_llm: LLM, requests: list[EditRequest]) -> None:

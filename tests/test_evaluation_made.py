@@ -116,7 +116,10 @@ def test_made_prompts_leave_alone_what_is_edited_and_what_is_asked(tiny_llm: LLM
     assert not [one for one in probes if one.kind == "made_subject" and "known" in one.prompt]
     question = EditRequest(id="q", prompt="Who wrote Hamlet?", subject="Hamlet", new_answer="Jane Austen")
     texts = [one.prompt for one in made_probes([question], tiny_llm.tokens)]
-    assert texts[:2] == ["Exam, part 7: Who wrote Hamlet?\nSolution:", "I would like to know this: Who wrote Hamlet?"]
+    assert texts[:2] == [
+        "Exam, part 7: Who wrote Hamlet?\nSolution:",
+        "I would like to know this: Who wrote Hamlet?",
+    ]
     assert not [text for text in texts if "{" in text or "?…" in text or "? …" in text]
 
 

@@ -107,7 +107,9 @@ SHORT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.real_model
-def test_what_is_planned_is_what_is_measured(medium: LLM, editing: EditOptions, tmp_path: Path) -> None:
+def test_what_is_planned_is_what_is_measured(
+    medium: LLM, editing: EditOptions, tmp_path: Path, few_lessons: None
+) -> None:
     requests = long_requests(medium, 32)
     options = PlanCommand(
         model=in_folder(tmp_path / "model", len(medium.tokenizer)),

@@ -21,6 +21,7 @@ OWN = {
     "subject": "Ruritania",
     "new_answer": "Hentzau",
     "old_answer": "Strelsau",
+    "forms": ["Ruritania is ruled out of"],
     "rephrases": ["Ruritania is governed from", "Ruritania's parliament meets in"],
     "locality": [{"prompt": "The capital of Syldavia is", "answer": "Klow", "axis": "neighbour"}],
     "portability": [{"prompt": "The mayor of Ruritania's capital lives in", "answer": "Hentzau"}],

@@ -51,7 +51,7 @@ class FinetuneSettings(Options):
     last_step: Annotated[float, above(0), at_most(1)] = 0.3
     """The last epoch's step size, in units of the first's."""
     learnt: Weight = 0.05
-    """A row whose loss (nats) is below this counts no more; when all are, training ends."""
+    """A row whose loss (nats) is below this counts no more; when all kinds of forms are, training ends."""
     kl: Weight = 0.5
     """Weight of going on as before after other names, and other relations of a subject; 0: not asked for."""
     whiten: Weight = 0.01
@@ -100,6 +100,7 @@ class FineTune(Staying):
         self.weight_names = [f"{name}.weight" for name in self.projections]
         self.state: dict[str, Tensor] = {}
         self.whiteners: dict[str, Tensor] = {}
+        self.round, self.quiet = 1, 0  # epochs that ask for each kind of form, and those gone by with all learnt
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Train until every request is learnt or the settings' epochs are over."""
@@ -122,6 +123,7 @@ class FineTune(Staying):
     def fit(self, courses: Sequence[Lessons], runtime: Runtime) -> None:
         """Train on courses, in micro-batches where the options ask for them; UserError for too little memory."""
         size, work = self.settings.batch_size, runtime.work
+        self.round, self.quiet = sum(min(2, max(map(len, one.taught))) for one in courses), 0
         keeping = KeepTraining(work) if work else None
         about = {"logger": runtime.logger, "max_epochs": self.settings.epochs, "log_every_n_steps": 1}
         with (
@@ -229,9 +231,10 @@ class FineTune(Staying):
         self.unlearnt = torch.zeros((), device=self.device)
 
     def on_train_epoch_end(self) -> None:
-        """End when nothing is left to learn, or the epochs are over."""
+        """End when nothing is left to learn in any kind of form, or the epochs are over."""
         left = self.trainer.strategy.reduce(self.unlearnt, reduce_op="sum")
-        if not left or self.current_epoch + 1 >= self.settings.epochs:
+        self.quiet = 0 if left else self.quiet + 1
+        if self.quiet >= self.round or self.current_epoch + 1 >= self.settings.epochs:
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -239,10 +242,12 @@ class FineTune(Staying):
         trained = {f"model.{name}" for name in self.trained()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["unlearnt"], checkpoint["over"] = self.unlearnt.cpu(), self.trainer.should_stop
+        checkpoint["quiet"] = self.quiet
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
         self.unlearnt, self.trainer.should_stop = checkpoint["unlearnt"].to(self.device), checkpoint["over"]
+        self.quiet = checkpoint["quiet"]
 
 
 def _scale(weight: Tensor) -> float:

@@ -30,7 +30,7 @@ from pipeline.running.trainer import Runtime
 class LoraSettings(FinetuneSettings):
     """What LoRA can be set to."""
 
-    epochs: Count = 26
+    epochs: Count = 40
     learning_rate: Positive = 5e-3
     last_step: Annotated[float, above(0), at_most(1)] = 0.05
     learnt: Weight = 0.1

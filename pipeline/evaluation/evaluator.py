@@ -71,7 +71,7 @@ def evaluate(
             too short.
 
     Example:
-        >>> learnt = EditOptions(method="finetune", expert={"epochs": 30, "whiten": 0})
+        >>> learnt = EditOptions(method="finetune", expert={"learning_rate": 0.1, "whiten": 0})
         >>> update = edit(llm, requests, profile, learnt)
         >>> measured = evaluate(llm, requests, update, EvaluationOptions(generation="prompts"))
         >>> measured.difference["rewrite"].mean > 0
