@@ -132,7 +132,7 @@ def test_a_signal_loses_nothing(
 @pytest.mark.parametrize("back", [0, 1, 2])
 def test_a_training_that_ends_early_does_so_when_resumed(
     back: int, tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, tmp_path: Path, steps: Steps,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, few_lessons: None,
 ) -> None:  # fmt: skip
     """An epoch's unlearnt rows count those before the break; once all are learnt, no step is taken."""
     options.expert |= {"epochs": 60, "learnt": 4.5, "learning_rate": 0.1, "contexts": 0, "kl": 0.0}

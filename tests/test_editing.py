@@ -103,7 +103,9 @@ def test_the_same_seed_gives_the_same_edit(tiny_llm: LLM, requests: list[EditReq
     assert not torch.equal(first[name], other[name])
 
 
-def test_training_ends_when_every_loss_is_low(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+def test_training_ends_when_every_loss_is_low(
+    tiny_llm: LLM, requests: list[EditRequest], few_lessons: None
+) -> None:
     bare = {"epochs": 60, "batch_size": 7, "learning_rate": 0.1, "contexts": 0, "kl": 0}
     losses = []
     for learnt in (0.0, 4.2):
@@ -112,7 +114,7 @@ def test_training_ends_when_every_loss_is_low(tiny_llm: LLM, requests: list[Edit
             losses.append([mean_loss(tiny_llm, [request], ended=True) for request in requests])
     to_the_end, when_learnt = losses
     assert sum(to_the_end) < sum(when_learnt)
-    assert 4.0 < max(when_learnt) < 4.3, "the last request is learnt as well, and no further"
+    assert 4.0 < max(when_learnt) < 4.22, "the last request is learnt as well, and no further"
 
 
 def test_a_loss_that_is_not_a_number_names_the_requests(tiny_llm: LLM, requests: list[EditRequest]) -> None:
@@ -277,4 +279,4 @@ def test_bad_settings(
 def test_stores_have_settings_of_their_own() -> None:
     assert settings_of(EditOptions(stacked=True)).bound == 1.3
     assert settings_of(EditOptions(stacked=True, expert={"bound": 2})).bound == 2
-    assert settings_of(EditOptions()).bound is None
+    assert settings_of(EditOptions()).bound == 2.25

@@ -153,9 +153,11 @@ def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
 
 
 def _located(case: Case, method: LocateThenEdit) -> Located:
-    """A request whose prompt is as long as it may be; its subject alone stands in the other texts."""
+    """A request whose prompt is as long as it may be, and half of its forms; the other texts are short."""
     middle = (OPENING // 2,) * 2
     other = Row([0] * (OPENING + ANSWER), OPENING, middle)
     plain = Row([0] * (OPENING // 2 + 1), OPENING // 2, (OPENING // 2 - 1,) * 2)
-    rows = [case.row] * method.settings.contexts + [other] * (method.settings.forms + method.settings.associations)
+    own = method.settings
+    long = own.contexts + own.forms // 2
+    rows = [case.row] * long + [other] * (own.contexts + own.forms + own.associations - long)
     return Located("request", [*rows, plain], 1)
