@@ -25,13 +25,15 @@ from pipeline.errors import UserError
 from pipeline.model.activations import Activations, checkpointing, target_logits
 from pipeline.model.blocks import Projection
 from pipeline.model.llm import LLM
-from pipeline.options.base import Count, Options, Positive, Weight, above, at_least, at_most, one_of
+from pipeline.options.base import Count, Most, Options, Positive, Weight, above, at_least, at_most, one_of
 from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.rows import Batch
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import as_spread, whole
 from pipeline.running.stage import Staying, attempt
 from pipeline.running.trainer import Runtime, trainer_of
+
+EPOCHS, LEAST_STEPS = 40, 80
 
 
 @dataclass(kw_only=True)
@@ -40,8 +42,8 @@ class FinetuneSettings(Options):
 
     scope: Annotated[str, one_of("mlp", "down")] = "mlp"
     """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
-    epochs: Count = 40
-    """The most passes over the requests."""
+    epochs: Most = None
+    """The most passes over the requests; default: 40, and for few requests as many as make 80 steps."""
     batch_size: Count = 8
     """Requests in an optimiser step, over all devices."""
     contexts: Annotated[int, at_least(0), at_most(len(CONTEXTS) - 1)] = TAUGHT_CONTEXTS
@@ -100,6 +102,7 @@ class FineTune(Staying):
         self.weight_names = [f"{name}.weight" for name in self.projections]
         self.state: dict[str, Tensor] = {}
         self.whiteners: dict[str, Tensor] = {}
+        self.epochs = self.settings.epochs or EPOCHS
         self.round, self.quiet = 1, 0  # epochs that ask for each kind of form, and those gone by with all learnt
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
@@ -123,9 +126,11 @@ class FineTune(Staying):
     def fit(self, courses: Sequence[Lessons], runtime: Runtime) -> None:
         """Train on courses, in micro-batches where the options ask for them; UserError for too little memory."""
         size, work = self.settings.batch_size, runtime.work
+        steps = -(-len(courses[0].taught) // size)  # of an epoch
+        self.epochs = self.settings.epochs or max(EPOCHS, -(-LEAST_STEPS // max(1, steps)))
         self.round, self.quiet = sum(min(2, max(map(len, one.taught))) for one in courses), 0
         keeping = KeepTraining(work) if work else None
-        about = {"logger": runtime.logger, "max_epochs": self.settings.epochs, "log_every_n_steps": 1}
+        about = {"logger": runtime.logger, "max_epochs": self.epochs, "log_every_n_steps": 1}
         with (
             trainer_of(
                 runtime, "Editing", [keeping] if keeping else [], enable_checkpointing=bool(keeping), **about
@@ -169,8 +174,8 @@ class FineTune(Staying):
             [{"params": [weight], "lr": rate * self.unit(name)} for name, weight in trained.items()],
             {weight: found for name, weight in trained.items() if (found := self.whitening(name))},
         )
-        epochs = self.settings.epochs
-        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, self.settings.last_step, total_iters=epochs)
+        last = self.settings.last_step
+        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, last, total_iters=self.epochs)
         return {"optimizer": adam, "lr_scheduler": falling}
 
     def unit(self, name: str) -> float:
@@ -234,7 +239,7 @@ class FineTune(Staying):
         """End when nothing is left to learn in any kind of form, or the epochs are over."""
         left = self.trainer.strategy.reduce(self.unlearnt, reduce_op="sum")
         self.quiet = 0 if left else self.quiet + 1
-        if self.quiet >= self.round or self.current_epoch + 1 >= self.settings.epochs:
+        if self.quiet >= self.round or self.current_epoch + 1 >= self.epochs:
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

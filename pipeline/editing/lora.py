@@ -20,7 +20,7 @@ from pipeline.editing.update import ADAPTER_PREFIX
 from pipeline.errors import UserError
 from pipeline.model.blocks import sizes
 from pipeline.model.llm import LLM
-from pipeline.options.base import Count, Positive, Weight, above, at_most
+from pipeline.options.base import Count, Most, Positive, Weight, above, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.running.sharding import add
 from pipeline.running.trainer import Runtime
@@ -30,7 +30,7 @@ from pipeline.running.trainer import Runtime
 class LoraSettings(FinetuneSettings):
     """What LoRA can be set to."""
 
-    epochs: Count = 40
+    epochs: Most = 40
     learning_rate: Positive = 5e-3
     last_step: Annotated[float, above(0), at_most(1)] = 0.05
     learnt: Weight = 0.1
