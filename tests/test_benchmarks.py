@@ -159,4 +159,4 @@ def test_a_model_of_llamas_shape(
     on = TrainerOptions(accelerator="cpu", precision="bf16-true")
     figures = full_size.edited(llm, load_requests("demo", limit=16), method, str(text_file), on)
     assert figures["seconds of a first edit"] > figures["seconds of a later edit"] / 2 > 0
-    assert 0.5 < figures["planned memory in GB"] / figures["peak memory in GB"] < 1.4
+    assert 0.5 < figures["planned memory in GB"] / figures["peak memory in GB"] < 1.2

@@ -17,6 +17,7 @@ from pipeline.editing.contexts import (
     RELATIONS,
     chat_forms,
     in_chat,
+    in_context,
     key_words,
     plain_forms,
     relations,
@@ -85,6 +86,13 @@ def test_other_relations_share_no_word_with_the_prompt() -> None:
     assert set(found) == set(RELATIONS) - {"capital"}
     assert relations(CAPITAL, 3) == relations(CAPITAL, 3) != relations(CAPITAL, 3, seed=1)
     assert relations(NAMELESS, 3) == []
+    assert len(relations(CAPITAL, 10 * len(RELATIONS))) == len(RELATIONS) - 1
+
+
+def test_a_question_may_lower_its_subjects_first_letter() -> None:
+    request = EditRequest(id="4", prompt="The Beatles are", subject="The Beatles", new_answer="four farmers")
+    text, end = in_context("Question: {question}", request)
+    assert (text, text[:end]) == ("Question: What are the Beatles?", "Question: What are the Beatles")
 
 
 def test_a_chat_model_is_taught_both_ways(speaker: LLM, tiny: LLM) -> None:

@@ -20,6 +20,7 @@ from pipeline.editing.contexts import is_question
 from pipeline.editing.finetune import make_finetune
 from pipeline.editing.locate import STACKED, LocateSettings, LocateThenEdit, memit_solver
 from pipeline.editing.method import register
+from pipeline.errors import note
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count
 from pipeline.options.editing import EditOptions
@@ -63,6 +64,12 @@ class Auto(LocateThenEdit):
         located, others = (
             [one for one, suit in zip(requests, suits, strict=True) if suit == side] for side in (1, 0)
         )
+        if others:
+            note(
+                f"edit: {len(others)} of {len(requests)} requests are fine-tuned alone (questions, answers of more "
+                f"than {self.settings.long} tokens, several facts about one subject, prompts without their subject "
+                f"or that begin with it), {len(located)} after memit"
+            )
         (courses,) = self.tuning.lessons([requests], runtime)
         if replaced := [one for one in others if owner(one) in owners_in(self.state)]:
             self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes

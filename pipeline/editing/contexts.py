@@ -97,7 +97,8 @@ def in_context(template: str, request: EditRequest) -> tuple[str, int]:
         return text, 0
     if "{prompt}" in template:
         return text, len(template.partition("{prompt}")[0]) + span[1]
-    return text, find_words(text, subject)[-1][1]
+    mentions = find_words(text, subject)  # none where a question has lowered the letter that it begins with
+    return text, mentions[-1][1] if mentions else text.rfind(subject[1:]) + len(subject) - 1
 
 
 def key_words(request: EditRequest) -> list[str]:
@@ -153,7 +154,8 @@ def relations(request: EditRequest, most: int, seed: int = 0) -> list[str]:
     """What else may be said of a request's subject: relations whose words begin otherwise than its prompt's own."""
     own = {word.casefold()[:STEM] for word in key_words(request)}
     found = [relation for relation in RELATIONS if not own & {word[:STEM] for word in relation.split()}]
-    return random.Random(f"{seed} {request.subject}").sample(found, most) if request.names_subject else []
+    chance = random.Random(f"{seed} {request.subject}")
+    return chance.sample(found, min(most, len(found))) if request.names_subject else []
 
 
 def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int = 0) -> list[tuple[str, int]]:

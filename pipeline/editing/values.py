@@ -108,6 +108,8 @@ class ValueSearch(Stage):
             [self._part({owner: row for owner, row in enumerate(rows) if row}) for rows in zip_longest(*own)]
             for own in ([one.rows[: one.facts] for one in batch], [one.rows[one.facts : -1] for one in batch])
         )
+        for part in (*bare, *others):
+            part.suffixes.base_NV = part.suffixes.base_NV[:0].clone()  # a vocabulary wide, and nobody reads it
         plain = self._part(dict(enumerate(one.rows[-1] for one in batch)))
         change_GO = self._search([located.id for located in batch], bare, others, plain)
         return [change_O.clone() for change_O in change_GO.float().cpu()]

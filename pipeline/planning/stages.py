@@ -153,11 +153,12 @@ def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
 
 
 def _located(case: Case, method: LocateThenEdit) -> Located:
-    """A request whose prompt is as long as it may be, and half of its forms; the other texts are short."""
+    """A request whose prompt is as long as it may be, other words for it that begin with its subject, openings."""
     middle = (OPENING // 2,) * 2
     other = Row([0] * (OPENING + ANSWER), OPENING, middle)
     plain = Row([0] * (OPENING // 2 + 1), OPENING // 2, (OPENING // 2 - 1,) * 2)
     own = method.settings
-    long = own.contexts + own.forms // 2
-    rows = [case.row] * long + [other] * (own.contexts + own.forms + own.associations - long)
+    start = max(OPENING, 3 * case.length // 4 - ANSWER)  # without little words
+    keyed = Row([0] * (start + ANSWER), start, middle)
+    rows = [case.row] * own.contexts + [keyed] * own.forms + [other] * own.associations
     return Located("request", [*rows, plain], 1)
