@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.editing.contexts import TAUGHT_CONTEXTS, chat_forms, plain_forms
@@ -33,19 +34,26 @@ def _check(options: RequestsCommand) -> None:
     found = check_requests(options.requests, options.limit, options.offset)
     print(summary(found))
     require_good(found, options.skip_bad)
-    again = read_requests(options.requests, options.limit, options.offset)
-    good = (one.request for one in again if isinstance(one.request, EditRequest))
     if options.forms:
-        for request in good:
-            print("\n".join([f"{request.id}:", *_forms(request)]))
-    elif to:
-        print(f"written to {write_requests(to, good)}")
+        print("\n".join(line for request in _good(options) for line in _forms(request)))
+    if to:
+        print(f"written to {write_requests(to, _good(options))}")
+
+
+def _good(options: RequestsCommand) -> Iterator[EditRequest]:
+    """The requests that are good, one by one."""
+    read = read_requests(options.requests, options.limit, options.offset)
+    return (one.request for one in read if isinstance(one.request, EditRequest))
 
 
 def _forms(request: EditRequest) -> list[str]:
-    """The texts that a request is taught in by fine-tuning, a line each."""
+    """A request's id, and the texts that it is taught in by fine-tuning, a line each."""
     plain = [f"  {text} {answer}" for text, answer in plain_forms(request, TAUGHT_CONTEXTS)]
-    return [*plain, *(f"  user: {text} / assistant: {answer}" for text, answer in chat_forms(request))]
+    return [
+        f"{request.id}:",
+        *plain,
+        *(f"  user: {text} / assistant: {answer}" for text, answer in chat_forms(request)),
+    ]
 
 
 def _show_known(options: RequestsCommand) -> None:

@@ -45,7 +45,7 @@ def test_each_request_goes_the_way_that_suits_it(
     solved = []
     monkeypatch.setattr(Columns, "and_asked", lambda self, owners, *_: solved.append(owners) or self)
     before = mean_loss(tiny, asked)
-    with pytest.warns(Note, match=r"5 of 6 requests are fine-tuned alone \(questions, .*\), 1 after memit"):
+    with pytest.warns(Note, match=r"fine-tuned alone.*: 5 of 6 requests \(questions, "):
         update = edit(tiny, asked, options=options)
     assert solved == [[owner(requests[0])]]
     assert set(update.tensors) == set(tiny.blocks[1].weight_names("mlp"))

@@ -54,8 +54,7 @@ class Auto(LocateThenEdit):
         self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
     ) -> None:
         super().__init__(llm, layers, options, earlier, solver=memit_solver, by_all_keys=True)
-        own = replace(options, method="finetune", expert=self.settings.tuning)
-        self.tuning = make_finetune(llm, layers, own)
+        self.tuning = make_finetune(llm, layers, replace(options, method="finetune", expert=self.settings.tuning))
         self.weight_names = list(dict.fromkeys([*self.tuning.weight_names, *self.weight_names]))
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
@@ -65,11 +64,8 @@ class Auto(LocateThenEdit):
             [one for one, suit in zip(requests, suits, strict=True) if suit == side] for side in (1, 0)
         )
         if others:
-            note(
-                f"edit: {len(others)} of {len(requests)} requests are fine-tuned alone (questions, answers of more "
-                f"than {self.settings.long} tokens, several facts about one subject, prompts without their subject "
-                f"or that begin with it), {len(located)} after memit"
-            )
+            kinds = "questions, long answers, several facts about one subject, no subject after a text's beginning"
+            note(f"edit: fine-tuned alone, not after memit: {len(others)} of {len(requests)} requests ({kinds})")
         (courses,) = self.tuning.lessons([requests], runtime)
         if replaced := [one for one in others if owner(one) in owners_in(self.state)]:
             self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes

@@ -40,24 +40,23 @@ CHATS = (  # what a user says, beside a question
     "I want to know the {key} of {subject}.",
 )
 RELATIONS = tuple(  # what may be said of a subject, so that an edit of one thing leaves the others alone
-    relation.strip()
-    for line in """
-name, capital, currency, official language, population, largest city, leader, founder, owner, maker, author, age
-birthplace, date of birth, place of death, country, nationality, native language, occupation, employer, father
+    """
+name, capital, currency, official language, population, largest city, leader, founder, owner, maker, author
+age, birthplace, date of birth, place of death, country, nationality, native language, occupation, employer, father
 mother, spouse, gender, religion, genre, colour, climate, purpose, history, headquarters, material, height, origin
 award, school, sport, family name, most famous work, first product, neighbour, price, continent, cause of death
-""".strip().splitlines()
-    for relation in line.split(",")
+""".strip()
+    .replace("\n", ", ")
+    .split(", ")
 )
 QUESTION_MARKS = ("?", "？", "؟")
 STEM = 5  # letters: a founder has founded
-LITTLE = ("the", "a", "an", "of", "in", "by", "to", "for", "on", "from", "and", "is", "was", "did", "does", "has")
+LITTLE = ("the", "a", "an", "of", "in", "by", "to", "for", "on", "from", "and", "is", "was", "are", "did", "has")
 NAMING = re.compile(r"[Tt]he (.+) (is|was|are|were)")
 ASKING = ("what", "who", "which", "where", "when", "how")
 
 NAMES = tuple(  # well known, of many kinds, so that any kind of subject has neighbours
-    name.strip()
-    for line in """
+    """
 Isaac Newton, Marie Curie, Pablo Picasso, Nelson Mandela, Winston Churchill, Johann Sebastian Bach
 Serena Williams, Diego Maradona, Frida Kahlo, Charles Darwin, Virginia Woolf, Napoleon Bonaparte, Cleopatra
 Mahatma Gandhi, Fidel Castro, Elvis Presley, Albert Camus, Immanuel Kant, Sigmund Freud, Akira Kurosawa
@@ -80,8 +79,9 @@ Manchester United, FC Barcelona, the New York Yankees, the Chicago Bulls, Harvar
 the Catholic Church, Buddhism, Islam, the Eiffel Tower, the Louvre, Wikipedia, the Roman Empire
 the United Nations, NATO
 Latin, Mandarin Chinese, Spanish, oxygen, the Moon, World War II, Christmas
-""".strip().splitlines()
-    for name in line.split(",")
+""".strip()
+    .replace("\n", ", ")
+    .split(", ")
 )
 
 
@@ -104,8 +104,7 @@ def in_context(template: str, request: EditRequest) -> tuple[str, int]:
 def key_words(request: EditRequest) -> list[str]:
     """The prompt's own words: without its subject, and without little ones."""
     start, end = request.subject_span or (0, 0)
-    words = f"{request.prompt[:start]} {request.prompt[end:]}".split()
-    words = [each.strip("?.,:;") for each in words]
+    words = [each.strip("?.,:;") for each in f"{request.prompt[:start]} {request.prompt[end:]}".split()]
     return [word for word in words if word and word.casefold() not in LITTLE + ASKING]
 
 
