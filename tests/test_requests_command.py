@@ -209,3 +209,13 @@ def test_every_command_leaves_bad_records_out_where_asked_for(
     assert "line 2" in capsys.readouterr().err
     assert main([*words, "--skip-bad", "--max_new_tokens", "2"]) == 0
     assert "note: left out 4 bad of 6 records; the first: " in " ".join(capsys.readouterr().out.split())
+
+
+def test_forms_are_shown_and_the_file_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, to = written(tmp_path, REQUEST | {"forms": ["Ruritania is ruled from"]}), tmp_path / "own.jsonl"
+    assert main(["requests", str(file), "--forms", "--to", str(to)]) == 0
+    shown = capsys.readouterr().out
+    assert "\n  Ruritania is ruled from Zenda\n" in shown
+    assert "\n  user: What is the capital of Ruritania? / assistant: The capital of Ruritania is Zenda\n" in shown
+    (request,) = load_requests(str(to))
+    assert request.forms == ("Ruritania is ruled from",)
