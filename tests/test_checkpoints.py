@@ -94,7 +94,6 @@ def test_within_an_epoch(
     options: EditOptions, tmp_path: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     options.method = method
-    options.expert["bound"] = 0.3
     trainer = TrainerOptions(micro_batch=micro_batch)
     expected = edit(tiny_llm, requests, options=options, trainer=trainer)
     total = steps.done

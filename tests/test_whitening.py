@@ -96,12 +96,3 @@ def test_kl_keeps_answers_about_something_else(tiny_llm: LLM, requests: list[Edi
             divergence += (before.exp() * (before - after)).sum().item()
         moved.append(divergence)
     assert moved[1] < 0.5 * moved[0]
-
-
-def test_a_bound_holds_every_entry(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    expert = {"epochs": 10, "learnt": 0.0, "learning_rate": 0.1, "bound": 0.05, "whiten": 0.0, "kl": 0.0}
-    update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], expert=expert))
-    for name, tensor in update.tensors.items():
-        base = tiny_llm.model.get_parameter(name).detach()
-        most = 0.05 * base.square().mean().sqrt()
-        assert 0.99 * most < (tensor - base).abs().max() <= 1.001 * most

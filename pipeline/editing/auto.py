@@ -1,9 +1,10 @@
 """One edit by two methods: what a subject's value carries is located, then all is fine-tuned in every form.
 
 A value at the subject's last token makes a subject say its new answer wherever it is named, which rewordings need,
-but bends what else is said of it. Fine-tuning of the same block then teaches every form of asking, statements and
-chat, while other relations of the subject stay what the unedited model says. Questions, whose subject stands far
-from the answer, long answers, several facts about one subject and prompts without one are fine-tuned alone.
+but bends what else is said of it. Fine-tuning then teaches every form of asking, statements and chat, while other
+relations of the subject stay what the unedited model says. It trains the golden layer and two blocks further up:
+fine-tuning's own best blocks are late ones, values' are early ones. Questions, whose subject stands far from the
+answer, long answers, several facts about one subject and prompts without one are fine-tuned alone.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class AutoSettings(LocateSettings):
 
     long: Count = 8
     """Answers of more tokens than this are fine-tuned alone."""
+    depths: list[float] = field(default_factory=lambda: [0.4, 0.67])
+    """Further blocks that are fine-tuned beside the golden layers, each by its depth in the model: 0 to 1."""
     tuning: dict[str, Any] = field(default_factory=dict)
     """Settings of the fine-tuning, by name, such as {"epochs": 20}."""
 
@@ -45,7 +48,7 @@ class Auto(LocateThenEdit):
     Its `state` is empty: what is fine-tuned cannot be left out again.
 
     Attributes:
-        tuning: the fine-tuning of the same blocks.
+        tuning: the fine-tuning of these blocks and further ones.
     """
 
     settings: AutoSettings
@@ -54,7 +57,8 @@ class Auto(LocateThenEdit):
         self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
     ) -> None:
         super().__init__(llm, layers, options, earlier, solver=memit_solver, by_all_keys=True)
-        self.tuning = make_finetune(llm, layers, replace(options, method="finetune", expert=self.settings.tuning))
+        expert = {"depths": self.settings.depths, **self.settings.tuning}
+        self.tuning = make_finetune(llm, layers, replace(options, method="finetune", expert=expert))
         self.weight_names = list(dict.fromkeys([*self.tuning.weight_names, *self.weight_names]))
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
@@ -72,7 +76,7 @@ class Auto(LocateThenEdit):
         if located:
             super().run(located, runtime, [*earlier, *others])
         self.state = {}
-        self.tuning.find_whiteners(runtime)
+        self.tuning.find_whiteners(requests, runtime)
         self.tuning.fit(courses, runtime)
 
     def suits(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[bool]:

@@ -86,7 +86,7 @@ def edit(
         model=llm.name,
         fingerprint=llm.fingerprint,
         method=options.method,
-        layers=sorted({*earlier.layers, *layers}),
+        layers=sorted({*earlier.layers, *llm.blocks_of(method.weight_names)}),
         tensors={**earlier.tensors, **changed},
         requests=[*left, *requests],
         options=settings,

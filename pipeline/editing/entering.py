@@ -26,11 +26,8 @@ class Entering(RowStage):
     def step(self, batch: Batch) -> list[Tensor]:
         with self.activations.up_to_block(self.blocks), self.activations.entering(self.name) as seen:
             self.activations.run(batch.input_ids_BT)
-        read = []
-        for row, enter_TD in zip(batch.texts, by_row(seen[self.name], len(batch.texts)), strict=True):
-            first, last = row.subject or (0, len(row.token_ids) - 1)
-            read.append(enter_TD[first : last + 1].cpu().clone())
-        return read
+        entered = by_row(seen[self.name], len(batch.texts))
+        return [enter_TD[row.span].cpu().clone() for row, enter_TD in zip(batch.texts, entered, strict=True)]
 
 
 class SaidNext(RowStage):

@@ -7,7 +7,7 @@ Breadth-first mini-batches at one well-chosen layer are what makes plain fine-tu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
@@ -16,10 +16,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.contexts import CONTEXTS, TAUGHT_CONTEXTS
+from pipeline.editing.contexts import CONTEXTS, MOST_NEIGHBOURS, TAUGHT_CONTEXTS, neighbours
 from pipeline.editing.lessons import KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
-from pipeline.editing.statistics import key_moments
+from pipeline.editing.statistics import key_moments, with_near
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model.activations import Activations, checkpointing, target_logits
@@ -29,11 +29,12 @@ from pipeline.options.base import Count, Most, Options, Positive, Weight, above,
 from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.rows import Batch
 from pipeline.requests.schema import EditRequest
-from pipeline.running.sharding import as_spread, whole
+from pipeline.running.sharding import whole
 from pipeline.running.stage import Staying, attempt
 from pipeline.running.trainer import Runtime, trainer_of
 
 EPOCHS, LEAST_STEPS = 40, 80
+NEAR = 10  # other names in each prompt
 
 
 @dataclass(kw_only=True)
@@ -48,18 +49,20 @@ class FinetuneSettings(Options):
     """Requests in an optimiser step, over all devices."""
     contexts: Annotated[int, at_least(0), at_most(len(CONTEXTS) - 1)] = TAUGHT_CONTEXTS
     """Contexts that a prompt is trained under, in turn with its other forms, between the bare prompt."""
-    learning_rate: Positive = 0.007
+    learning_rate: Positive = 0.006
     """Adam's step size, in units of a weight's root mean square (LoRA: as it is)."""
     last_step: Annotated[float, above(0), at_most(1)] = 0.3
     """The last epoch's step size, in units of the first's."""
     learnt: Weight = 0.05
     """A row whose loss (nats) is below this counts no more; when all kinds of forms are, training ends."""
-    kl: Weight = 0.5
+    kl: Weight = 0.6
     """Weight of going on as before after other names, and other relations of a subject; 0: not asked for."""
     whiten: Weight = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
-    bound: Weight = 0.0
-    """Largest change of a trained weight's entry, in units of the weight's root mean square; 0: none."""
+    neighbour_weight: Weight = 2.0
+    """Weight, in these statistics, of other names in the requests' prompts against ordinary text."""
+    depths: list[float] = field(default_factory=list)
+    """Further blocks that are trained beside the golden layers, each by its depth in the model: 0 to 1."""
 
 
 class FineTune(Staying):
@@ -93,11 +96,13 @@ class FineTune(Staying):
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds what is trained
-        self.llm, self.model, self.layers = llm, llm.model, list(layers)
-        self.activations = Activations(llm)
+        self.llm, self.model, self.activations = llm, llm.model, Activations(llm)
         self.settings, self.statistics = settings or FinetuneSettings(), statistics or StatisticsOptions()
+        if wrong := [depth for depth in self.settings.depths if not 0 <= depth < 1]:
+            raise UserError(f"edit: depths: {wrong[0]}; expected parts of the model's depth, from 0 to below 1")
+        self.layers = sorted({*layers, *(int(depth * len(llm.blocks)) for depth in self.settings.depths)})
         self.projections: dict[str, Projection] = {}
-        for layer in layers:
+        for layer in self.layers:
             self.projections |= llm.blocks[layer].projections(self.settings.scope)
         self.weight_names = [f"{name}.weight" for name in self.projections]
         self.state: dict[str, Tensor] = {}
@@ -107,14 +112,17 @@ class FineTune(Staying):
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Train until every request is learnt or the settings' epochs are over."""
-        self.find_whiteners(runtime)
+        self.find_whiteners(requests, runtime)
         (courses,) = self.lessons([requests], runtime)
         self.fit(courses, runtime)
 
-    def find_whiteners(self, runtime: Runtime) -> None:
-        """Of every projection that is trained, where the settings want any."""
+    def find_whiteners(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
+        """Of every projection that is trained, where the settings want any; other names' tokens count as text."""
         names = list(self.projections) if self.settings.whiten else []
         moments = key_moments(self.llm, names, self.statistics, runtime)
+        near = neighbours(requests, NEAR, MOST_NEIGHBOURS, runtime.seed)
+        if names and near and self.settings.neighbour_weight:
+            moments = with_near(moments, self.llm, near, self.settings.neighbour_weight, runtime)
         device, ridge = self.llm.embedding.device, self.settings.whiten
         self.whiteners = {name: whitener(moment.to(device), ridge) for name, moment in moments.items()}
 
@@ -223,13 +231,6 @@ class FineTune(Staying):
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
         self.log("edit/loss", loss, on_step=True, **about)
         self.log_dict({"edit/accuracy": accuracy, "edit/unlearnt": unlearnt}, on_step=False, **about)
-
-    @torch.no_grad()
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Keep every entry of a weight near its start, where there is a bound (FT-L's norm constraint)."""
-        for name, weight in self.trained().items() if self.settings.bound else ():
-            start, most = as_spread(self.start[name], weight), self.settings.bound * _scale(self.start[name])
-            weight.copy_(torch.clamp(weight, start - most, start + most))
 
     def on_train_epoch_start(self) -> None:
         """Count what is not learnt yet."""

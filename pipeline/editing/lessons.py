@@ -35,8 +35,8 @@ from pipeline.running.trainer import Runtime
 UNRELATED = 1024  # the most unrelated prompts: what comes after each is kept, a vocabulary wide
 PLACES = 4  # at the end of a text that is to go on as before, where it is
 EVERY = 30.0  # seconds between two checkpoints within an epoch
-NAMES_EACH = 3  # other names that a request's prompt is tried with
-RELATIONS_EACH = 4  # of a request's subject
+NAMES_EACH = 9  # other names that a request's prompt is tried with
+RELATIONS_EACH = 3  # of a request's subject
 
 
 class Lesson(NamedTuple):

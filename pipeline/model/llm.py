@@ -103,6 +103,10 @@ class LLM:
         assert isinstance(weight, Tensor)
         return weight
 
+    def blocks_of(self, names: Collection[str]) -> list[int]:
+        """The numbers of the blocks that weights or modules of these full names are in."""
+        return [block.index for block in self.blocks if any(name.startswith(f"{block.name}.") for name in names)]
+
     def check_layers(self, layers: Collection[int], flag: str = "layers") -> None:
         """Raise UserError when a block number does not exist."""
         last = len(self.blocks) - 1

@@ -54,7 +54,7 @@ def attributed_together(case: Case) -> int:
 def key_statistics(case: Case, scope: str, batch: int) -> int:
     """Windows of ordinary text up to the golden layer, and the second moments of its inputs."""
     names = list(case.shape.blocks[case.layer].projections(scope))
-    return case.peak(KeyMoments(case.shape, names), [[0] * WINDOW] * batch)
+    return case.peak(KeyMoments(case.shape, names), [Row([0] * WINDOW, WINDOW)] * batch)
 
 
 def evaluation(case: Case, batch: int) -> int:
@@ -131,7 +131,7 @@ def _lesson(case: Case, module: FineTune, batch: int) -> Batch:
     unrelated = case.row._replace(target_start=case.length - PLACES)
     made = collate([case.row] * rows + [unrelated] * others)
     width, hidden = made.input_ids_BT.shape[1], case.config.hidden_size
-    enter = torch.empty(rows + others, width, hidden, dtype=case.shape.model.dtype) if case.layer else None
+    enter = torch.empty(rows + others, width, hidden, dtype=case.shape.model.dtype) if min(module.layers) else None
     base = torch.empty(others * PLACES, case.config.vocab_size) if others else None
     return replace(made, weight_B=torch.ones(rows + others), enter_BTD=enter, base_NV=base)
 

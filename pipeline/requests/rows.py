@@ -27,6 +27,12 @@ class Row(NamedTuple):
         """The target tokens."""
         return self.token_ids[self.target_start :]
 
+    @property
+    def span(self) -> slice:
+        """The places of its subject; of all tokens where it has none."""
+        first, last = self.subject or (0, self.length() - 1)
+        return slice(first, last + 1)
+
     def length(self) -> int:
         """How many tokens it has."""
         return len(self.token_ids)

@@ -136,7 +136,7 @@ def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest],
 
 def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -> Changes:
     """Each request's adapter."""
-    method.find_whiteners(runtime)
+    method.find_whiteners(requests, runtime)
     found = []
     for courses in method.lessons([[request] for request in requests], runtime):
         with restored(method.llm, method.weight_names):
