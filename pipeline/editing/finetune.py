@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.contexts import CONTEXTS, MOST_NEIGHBOURS, TAUGHT_CONTEXTS, neighbours
+from pipeline.editing.contexts import CONTEXTS, MOST_NEIGHBOURS, TAUGHT_CONTEXTS, is_question, neighbours
 from pipeline.editing.lessons import KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments, with_near
@@ -60,7 +60,7 @@ class FinetuneSettings(Options):
     whiten: Weight = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
     neighbour_weight: Weight = 2.0
-    """Weight, in these statistics, of other names in the requests' prompts against ordinary text."""
+    """Weight, in these statistics, of other names in statements' prompts against ordinary text."""
     depths: list[float] = field(default_factory=list)
     """Further blocks that are trained beside the golden layers, each by its depth in the model: 0 to 1."""
 
@@ -120,7 +120,8 @@ class FineTune(Staying):
         """Of every projection that is trained, where the settings want any; other names' tokens count as text."""
         names = list(self.projections) if self.settings.whiten else []
         moments = key_moments(self.llm, names, self.statistics, runtime)
-        near = neighbours(requests, NEAR, MOST_NEIGHBOURS, runtime.seed)
+        statements = [request for request in requests if not is_question(request.prompt)]  # it hurts at questions
+        near = neighbours(statements, NEAR, MOST_NEIGHBOURS, runtime.seed)
         if names and near and self.settings.neighbour_weight:
             moments = with_near(moments, self.llm, near, self.settings.neighbour_weight, runtime)
         device, ridge = self.llm.embedding.device, self.settings.whiten
