@@ -43,12 +43,12 @@ def hparams_row(
     profile: GoldenProfile | None,
 ) -> dict[str, str | float]:
     """A run's row in HPARAMS; all runs have the same columns, as TensorBoard shows the first run's."""
-    by_profile = profile is not None and update is not None and update.layers[0] in profile.golden_layers
+    golden = [layer for layer in profile.golden_layers if layer in update.layers] if profile and update else []
     settings = update.options if update else {}
     return {
         "method": update.method if update else "none",
-        "block": float(update.layers[0]) if update else -1.0,
-        "block chosen by": f"{profile.method}, {profile.order}" if profile and by_profile else "hand",
+        "block": float((golden or update.layers)[0]) if update else -1.0,
+        "block chosen by": f"{profile.method}, {profile.order}" if profile and golden else "hand",
         "requests": float(requests),
         "request set": str(options.get("requests", "")),
         "model": model,

@@ -81,12 +81,12 @@ def write_report(
     folder: Path,
 ) -> str:
     """The whole report of an edit."""
-    layers = ", ".join(map(str, update.layers))
+    layers = f"block{'s' * (len(update.layers) > 1)} {', '.join(map(str, update.layers))}"
     model, where = (terminal_text(text).replace("`", "'") for text in (update.model, str(folder)))
     changes = "; ".join(f"{markdown_text(name)} {change:.2%}" for name, change in evaluation.weights.items())
     parts = [
         f"# Edit of {markdown_text(update.model)}\n",
-        f"{len(requests)} facts were changed by {markdown_text(update.method)} in block {layers} alone. "
+        f"{len(requests)} facts were changed by {markdown_text(update.method)} in {layers} alone. "
         f"{_outcome(evaluation)}\n",
         "## Before and after\n",
         metrics_table(evaluation) + "\n",
