@@ -100,7 +100,7 @@ def editing(tmp_path: Path) -> EditOptions:
 
 SHORT: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "contexts": 0},
-    "lora": {"epochs": 1, "contexts": 0, "neighbour_weight": 0.0},  # reading them is planned as key statistics
+    "lora": {"epochs": 1, "contexts": 0},
     "memit": {"steps": 1, "neighbours": 2},
     "one_pass": {},
 }
