@@ -97,6 +97,7 @@ def apart(expected: dict[str, Tensor], found: dict[str, Tensor], base: Path) -> 
     return max(share.item() for share in shares)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_path: Path) -> None:
     broken = [
         "--layers",
@@ -135,11 +136,14 @@ def gpt2(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_same_edit(request_file: Path, text: str, gpt2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "methods", [("finetune", "memit"), pytest.param(("lora", "one_pass"), marks=pytest.mark.slow)]
+)
+def test_the_same_edit(methods: tuple[str, ...], request_file: Path, text: str, gpt2: Path, tmp_path: Path) -> None:
     """The main job by each method: scores, the change of the golden layer, and every teacher-forced figure."""
     words = ["run", "--model", str(gpt2), "--requests", str(request_file), *LOGIC, "--proxy_fraction", "0.4"]
     words += ["--edit.statistics.text", text, "--edit.statistics.tokens", "256", "--evaluation.text", text]
-    commands = {method: [*words, "--edit.method", method, *own] for method, own in METHODS.items()}
+    commands = {method: [*words, "--edit.method", method, *METHODS[method]] for method in methods}
     for method, (one, several) in in_both_ways(tmp_path, commands, STRATEGIES).items():
         the_same(one, several, gpt2)
         for side in ("before", "after"):

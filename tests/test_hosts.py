@@ -77,7 +77,7 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_dies_ends_the_others(rank: int, asked: list[str], tmp_path: Path) -> None:
     """Killed in the middle of its work, be it the first, its end is told once, and in time."""
     words = ["attribute", *asked, *CPU, "--expert.batch_size", "1", "--output", str(tmp_path / "out")]
@@ -116,7 +116,7 @@ def dying_program(folder: Path, rank: int) -> Path:
     return dying
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_dies_on_another_host(rank: int, asked: list[str], tmp_path: Path) -> None:
     """Both hosts' commands end in time; the one that lives says why in one line."""
     port, dying, began = free_port(), dying_program(tmp_path, rank), time.monotonic()

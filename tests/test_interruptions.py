@@ -52,7 +52,7 @@ TRAINED = "--expert.epochs 3 --expert.batch_size 3 --expert.learnt 0 --expert.wh
 COMMANDS = {
     "attribute": "attribute --expert.batch_size 2 --old_answers model",
     "memit": f"{EDIT} memit --statistics.tokens 1024 --expert.batch_size 3 --expert.steps 2",
-    "finetune": f"{EDIT} finetune {TRAINED} --expert.bound 0.5",
+    "finetune": f"{EDIT} finetune {TRAINED}",
     "lora": f"{EDIT} lora {TRAINED}",
     "evaluate": "evaluate --generation prompts --max_new_tokens 3 --fluency 2",
     "study": "study --limit 3 --proxy 3 --every 2 --selectors gradient_norm middle --methods memit "

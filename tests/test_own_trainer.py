@@ -203,6 +203,7 @@ if trainer.is_global_zero:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes(tiny_folder: Path, request_file: Path, tmp_path: Path) -> None:
     program = tmp_path / "theirs.py"

@@ -125,7 +125,7 @@ class FineTune(Staying):
         if names and near and self.settings.neighbour_weight:
             moments = with_near(moments, self.llm, near, self.settings.neighbour_weight, runtime)
         device, ridge = self.llm.embedding.device, self.settings.whiten
-        self.whiteners = {name: whitener(moment.to(device), ridge) for name, moment in moments.items()}
+        self.whiteners = {name: whitener(moments.pop(name).to(device), ridge) for name in list(moments)}
 
     def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[list[Lessons]]:
         """The courses of each group of requests, which know nothing of each other."""

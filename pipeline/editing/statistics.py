@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, distributed
 
-from pipeline.editing.ordinary_text import OPENINGS, WINDOW, lines, own_text, windows
+from pipeline.editing.ordinary_text import OPENINGS, lines, own_text, windows
 from pipeline.errors import UserError, note
 from pipeline.files import cached, digest, read_sealed, write_sealed
 from pipeline.model.activations import RowStage
@@ -24,8 +24,7 @@ from pipeline.running.processes import of_all, world_size
 from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime, own_precision
 
-READ_TOGETHER = 8  # windows
-NEAR_TOGETHER = 32  # rows
+READ_TOGETHER = 8  # windows or rows
 ROUNDING = 1e-5  # of the trace: eigenvalues of a float32 sum may lie that far below nought
 
 
@@ -125,16 +124,16 @@ def _write(file: Path | None, about: dict[str, Any], moment: Tensor) -> None:
 
 
 def with_near(
-    moments: Mapping[str, Tensor], llm: LLM, near: Sequence[tuple[str, int]], weight: float, runtime: Runtime
+    moments: dict[str, Tensor], llm: LLM, near: Sequence[tuple[str, int]], weight: float, runtime: Runtime
 ) -> dict[str, Tensor]:
     """Second moments of text's keys, and with so much weight of those from names on in texts near requests.
 
-    `near` are texts, each with where its name ends; see `kept_moment`.
+    `near` are texts, each with where its name ends; see `kept_moment`. `moments` are let go on the way.
     """
     stage = KeyMoments(llm, list(moments))
-    run(stage, from_name(llm, near), runtime, Row.length, NEAR_TOGETHER, READ_TOGETHER * WINDOW)
+    run(stage, from_name(llm, near), runtime, Row.length, READ_TOGETHER)
     of_near = stage.moments()
-    return {name: kept_moment(text_II, of_near.pop(name), weight) for name, text_II in moments.items()}
+    return {name: kept_moment(moments.pop(name), of_near.pop(name), weight) for name in list(moments)}
 
 
 def from_name(llm: LLM, texts: Sequence[tuple[str, int]]) -> list[Row]:
