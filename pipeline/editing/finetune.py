@@ -120,7 +120,7 @@ class FineTune(Staying):
         """Of every projection that is trained, where the settings want any; other names' tokens count as text."""
         names = list(self.projections) if self.settings.whiten else []
         moments = key_moments(self.llm, names, self.statistics, runtime)
-        statements = [request for request in requests if not is_question(request.prompt)]  # it hurts at questions
+        statements = [request for request in requests if not is_question(request.prompt)]  # as zsRE was measured
         near = neighbours(statements, NEAR, MOST_NEIGHBOURS, runtime.seed)
         if names and near and self.settings.neighbour_weight:
             moments = with_near(moments, self.llm, near, self.settings.neighbour_weight, runtime)
