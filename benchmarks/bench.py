@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -163,6 +164,7 @@ def peak_bytes(llm: LLM, way: Callable[[], object], on: TrainerOptions) -> float
 
 def most_alive(way: Callable[[], object]) -> int:
     """The most bytes of tensors made on the CPU that were alive at once while `way` ran."""
+    gc.collect()  # what others have left would be freed meanwhile, and count as less
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         way()
     results = profiled.profiler.kineto_results

@@ -32,9 +32,8 @@ LEAST: dict[str, Figures] = {
     BEST: {"rewrite": 0.95, "rephrase": 0.30, "locality": 0.85},
     "finetune": {"rewrite": 0.95, "rephrase": 0.30, "locality": 0.50},
     "lora": {"rewrite": 0.95, "rephrase": 0.25, "locality": 0.45},
-    "one_pass": {},
 }
-COST = {BEST: 80.0, "finetune": 60.0, "one_pass": 4.0}
+COST = {BEST: 80.0, "finetune": 60.0}
 
 
 class Editing:

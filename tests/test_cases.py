@@ -169,7 +169,7 @@ def test_an_edit_without_a_change_says_so(
 # 6: mixed precision
 
 
-@pytest.mark.parametrize("method", ["memit", "finetune", "lora", "one_pass"])
+@pytest.mark.parametrize("method", ["memit", "finetune", "lora"])
 def test_every_method_edits_in_mixed_precision(
     method: str, tiny: LLM, requests: list[EditRequest], tmp_path: Path
 ) -> None:

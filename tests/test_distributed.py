@@ -119,11 +119,12 @@ def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_pat
 
 
 STRATEGIES = ("ddp", "fsdp2")
+TUNING = '{"batch_size": 4, "epochs": 3, "learnt": 0}'
 METHODS = {
+    "auto": ["--edit.expert.batch_size", "2", "--edit.expert.tuning", TUNING],
     "finetune": ["--edit.expert.batch_size", "4", "--edit.expert.epochs", "3", "--edit.expert.learnt", "0"],
     "lora": ["--edit.expert.batch_size", "4", "--edit.expert.epochs", "3", "--edit.expert.learnt", "0"],
     "memit": ["--edit.expert.batch_size", "2"],
-    "one_pass": [],
 }
 
 
@@ -137,7 +138,7 @@ def gpt2(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "methods", [("finetune", "memit"), pytest.param(("lora", "one_pass"), marks=pytest.mark.slow)]
+    "methods", [("auto",), pytest.param(("finetune", "memit", "lora"), marks=pytest.mark.slow)]
 )
 def test_the_same_edit(methods: tuple[str, ...], request_file: Path, text: str, gpt2: Path, tmp_path: Path) -> None:
     """The main job by each method: scores, the change of the golden layer, and every teacher-forced figure."""

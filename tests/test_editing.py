@@ -266,7 +266,6 @@ def test_a_kind_of_edit_is_registered_once() -> None:
         ("finetune", {"epochs": True}, "edit.expert.epochs: expected a whole number, found True"),
         ("memit", {"bound": "far"}, "edit.expert.bound: expected a number, found far"),
         ("lora", {"rank": 0}, "edit.expert.rank: 0 is too small"),
-        ("one_pass", {"scope": "attention"}, "edit.expert.scope: 'attention' does not exist"),
     ],
 )
 def test_bad_settings(

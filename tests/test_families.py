@@ -31,7 +31,6 @@ LOCATE = {"steps": 2, "key_contexts": 2, "associations": 1, "neighbours": 1}
 QUICK: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "contexts": 0, "learning_rate": 0.1},
     "lora": {"epochs": 1, "contexts": 0, "rank": 2, "learning_rate": 0.1},
-    "one_pass": {},
 }
 
 
@@ -135,7 +134,8 @@ def test_an_edit_changes_its_weights_alone_and_is_undone(
 
 @torch.no_grad()
 def test_an_export_is_the_edited_model(llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    update = edit(llm, requests[:3], options=EditOptions(method="one_pass", layers=[LAYER]))
+    options = EditOptions(method="finetune", layers=[LAYER], expert=QUICK["finetune"] | {"whiten": 0})
+    update = edit(llm, requests[:3], options=options)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     base = llm.model(input_ids=ids).logits
     with update.applied(llm):

@@ -44,7 +44,7 @@ pytestmark = [
 ]
 CPU, GPU = (TrainerOptions(accelerator=accelerator, devices=1) for accelerator in ("cpu", "gpu"))
 ROOT = Path(__file__).parent.parent
-QUICK: dict[str, dict[str, Any]] = {"finetune": {"epochs": 3}, "lora": {"epochs": 3}, "one_pass": {}}
+QUICK: dict[str, dict[str, Any]] = {"finetune": {"epochs": 3}, "lora": {"epochs": 3}}
 WIDE = {"hidden_size": 768, "intermediate_size": 1536, "num_attention_heads": 8, "num_hidden_layers": 12}
 
 

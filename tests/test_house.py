@@ -14,8 +14,8 @@ import pytest
 # bounds, fingerprints; 350 for a store that keeps what is learnt once, and a line where most of a batch fails;
 # 300 for `auto`, ends of answers, one value a subject, Wilson's intervals, what does not hold or was not measured;
 # 150 for probes that are made where a request brings none, and texts that repeat themselves; 220 for a fact in
-# every form of asking, and what of its subject is to stay; 40 for further blocks and neighbours' statistics
-LINES = 15_410
+# every form of asking, and what of its subject is to stay; 40 for further blocks
+LINES = 15_190
 OPTIONS_OF_RUN, OPTIONS_OF_ALL = 38, 350
 CHAIN = 15
 REACHING = 1

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commanding import FINETUNE
 from conftest import refusal
 from families import family_llm, family_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -280,7 +281,7 @@ def test_an_edit_in_a_chat(tokenizer: PreTrainedTokenizerFast, requests: list[Ed
     for row in locate(llm, [requests[0]], CONTEXTS[:3]).rows:
         assert llm.tokenizer.decode(row.token_ids).startswith("<user>")
         assert row.subject and llm.tokenizer.decode(row.token_ids[: row.subject[1] + 1]).endswith("Spain")
-    options = EditOptions(method="one_pass", layers=[1])
+    options = EditOptions(method="finetune", layers=[1], expert={"epochs": 1, "contexts": 0, "whiten": 0})
     update = edit(llm, requests, options=options)
     update.save(tmp_path)
     assert WeightUpdate.load(tmp_path).chat
@@ -336,6 +337,6 @@ def test_a_profile_made_otherwise_is_noted(
     assert "has no chat template" in capsys.readouterr().err
     file = tmp_path / "profile" / "golden_profile.json"
     file.write_text(file.read_text().replace('"chat": false', '"chat": true'))
-    words = ["edit", *asked, "--profile", str(file), "--method", "one_pass", "--output", str(tmp_path / "edit")]
+    words = ["edit", *asked, "--profile", str(file), *FINETUNE, "1", "--output", str(tmp_path / "edit")]
     assert main([*words, "--evaluation.max_new_tokens", "2"]) == 0
     assert "note: the profile was made with --chat and is used without it" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def options_of(folder: Path, method: str, **settings: Any) -> EditOptions:
     few = {"epochs": 3, "batch_size": 4}
     if method == "memit":
         few = {"batch_size": 4, "steps": 3, "neighbours": 3}
-    return edit_options(folder, method, 1024, **({} if method == "one_pass" else few | settings))
+    return edit_options(folder, method, 1024, **few | settings)
 
 
 @pytest.mark.parametrize("error", list(ERRORS))
@@ -88,11 +88,8 @@ def test_attribution(method: str, error: str, tiny: LLM, requests: list[EditRequ
     np.testing.assert_allclose(found.values, expected.values, rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["memit", "one_pass"])
-def test_edits(
-    method: str, tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = options_of(tmp_path, method)
+def test_edits(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options_of(tmp_path, "memit")
     expected = edit(tiny_llm, requests, options=options)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     with room_for(tiny_llm, 3) as seen:

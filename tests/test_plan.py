@@ -37,7 +37,7 @@ from pipeline.running.trainer import Runtime
 
 CPU = TrainerOptions(accelerator="cpu", devices=1)
 LAYER = 1
-ONE_PASS = EditOptions(method="one_pass")
+FINETUNE = EditOptions(method="finetune", expert={"whiten": 0})
 SHAPE: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 768,
@@ -102,7 +102,6 @@ SHORT: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "contexts": 0},
     "lora": {"epochs": 1, "contexts": 0},
     "memit": {"steps": 1, "neighbours": 2},
-    "one_pass": {},
 }
 
 
@@ -137,7 +136,7 @@ def test_what_is_planned_is_what_is_measured(
 @pytest.mark.real_model
 def test_the_bundled_model_takes_what_was_planned(smollm2: LLM) -> None:
     requests = long_requests(smollm2, 2)
-    options = PlanCommand(length=tokens(smollm2, requests), batch=2, method=["one_pass"], trainer=CPU)
+    options = PlanCommand(length=tokens(smollm2, requests), batch=2, method=["memit"], trainer=CPU)
     need = plan_memory(options).stages[0]
     assert need.stage == "attribution"
     measured = most_alive(lambda: score_requests(smollm2, requests, AttributionOptions(batch_size=2), CPU))
@@ -154,7 +153,6 @@ def test_every_family_is_gone_through(family: str) -> None:
         "attribution": stages.attribution(case, AttributionOptions(), 2),
         "lora": stages.editing(case, EditOptions(method="lora", expert={"rank": 4}), 2),
         "memit": stages.editing(case, EditOptions(method="memit"), 1),
-        "one_pass": stages.editing(case, ONE_PASS, 2),
         "evaluation": stages.evaluation(case, 2),
     }
     assert all(1e4 < size < 1e7 for size in beside.values())
@@ -175,9 +173,9 @@ def test_strategies_and_precisions() -> None:
         ("fsdp", 3, ends + 4 * block / 3 + 2 * block),  # an own part, and the block at work and the next
     ):
         assert weight_bytes(case.shape, strategy, devices) == pytest.approx(expected, rel=0.001)
-    mixed = stages.editing(replace(case, precision="bf16-mixed"), ONE_PASS, 4)
-    half = stages.editing(a_case(dtype=torch.bfloat16, precision="bf16-true"), ONE_PASS, 4)
-    assert half < stages.editing(case, ONE_PASS, 4) * 0.6
+    mixed = stages.editing(replace(case, precision="bf16-mixed"), FINETUNE, 4)
+    half = stages.editing(a_case(dtype=torch.bfloat16, precision="bf16-true"), FINETUNE, 4)
+    assert half < stages.editing(case, FINETUNE, 4) * 0.6
     assert half < mixed  # which makes a copy of every weight
     training = EditOptions(method="finetune")
     shared = stages.editing(replace(case, devices=2, sharded=True), training, 8)
@@ -200,14 +198,14 @@ def test_ddp_sends_from_buffers_of_its_own(tmp_path: Path) -> None:
 
 def test_the_longest_batch_just_fits() -> None:
     case, room = a_case(), 30_000_000
-    longest = longest_batch(partial(stages.editing, case, ONE_PASS), 4, room)
-    assert stages.editing(case, ONE_PASS, longest) <= room
-    assert stages.editing(case, ONE_PASS, longest + 1) > room
+    longest = longest_batch(partial(stages.editing, case, FINETUNE), 4, room)
+    assert stages.editing(case, FINETUNE, longest) <= room
+    assert stages.editing(case, FINETUNE, longest + 1) > room
 
 
 def test_attribution_stops_where_it_would_take_too_much(tmp_path: Path) -> None:
     asked = PlanCommand(
-        model=in_folder(tmp_path, 500), memory=1, length=100, batch=1000, method=["one_pass"], trainer=CPU
+        model=in_folder(tmp_path, 500), memory=1, length=100, batch=1000, method=["memit"], trainer=CPU
     )
     attribution, *_, evaluation = plan_memory(asked).stages
     for need in (attribution, evaluation):
@@ -224,13 +222,13 @@ def test_a_line_tells_what_fits(fitting: int, most: int | None) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = in_folder(tmp_path / "model", 500, num_hidden_layers=2), tmp_path / "out"
-    words = ["plan", "--model", model, "--devices", "2", "--memory", "0.5", "--method", "one_pass"]
+    words = ["plan", "--model", model, "--devices", "2", "--memory", "0.5", "--method", "memit"]
     assert main([*words, "--output", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "rows of 64 tokens" in shown and "longest batch in 0.5 GB" in shown
     plan = json.loads((out / "plan.json").read_text())
     assert (plan["devices"], plan["memory"], plan["blocks"]) == (2, 500_000_000, 2)
-    assert [stage["stage"] for stage in plan["stages"]] == ["attribution", "one_pass", "evaluation"]
+    assert [stage["stage"] for stage in plan["stages"]] == ["attribution", "key statistics", "memit", "evaluation"]
     for need in (Need(**stage) for stage in plan["stages"]):
         assert need.total == need.weights + need.beside
         assert f"{need.stage} " in shown
@@ -245,7 +243,7 @@ def test_what_cannot_be_planned_for(tmp_path: Path) -> None:
 
     assert "no such folder" in refused(model=str(tmp_path / "none"))
     assert "holds no config.json" in refused(model=str(tmp_path / "empty"))
-    assert "there is" in refused(method=["sft"]) and "one_pass" in refused(method=["sft"])
+    assert "there is" in refused(method=["sft"]) and "memit" in refused(method=["sft"])
     assert "there is auto, ddp, fsdp, fsdp2" in refusal(lambda: TrainerOptions(strategy="deepspeed"))
     assert "it has 0 to 1" in refused(layer=2)
     assert "the context of" in refused(length=513)

@@ -83,7 +83,7 @@ def few_steps(name: str, words: list[str]) -> list[str]:
     group = "edit." if hasattr(options, "edit") else ""
     edit = getattr(options, "edit", options)
     method = edit.method if isinstance(edit, EditOptions) else ""
-    quick = {"one_pass": "rate 1", "finetune": "epochs 1", "lora": "epochs 1"}.get(method, "steps 2")
+    quick = {"finetune": "epochs 1", "lora": "epochs 1"}.get(method, "steps 2")
     return f"--{group}expert.{quick}".split() if method and name != "plan" else []
 
 

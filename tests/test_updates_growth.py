@@ -92,8 +92,8 @@ def test_what_is_gathered_is_what_was_edited(seed: int, team: Team, monkeypatch:
     monkeypatch.setattr("pipeline.updates.making.publish", noting)
     for turn in range(14):
         team.options.edit.layers = chance.choice(([1], [1], [2], [1, 2]))
-        team.options.edit.method = chance.choice(("memit", "memit", "rome", "one_pass"))
-        team.options.edit.expert = {"steps": 2} if team.options.edit.method != "one_pass" else {}
+        team.options.edit.method = chance.choice(("memit", "memit", "rome"))
+        team.options.edit.expert = {"steps": 2}
         held = sorted(in_force(team.store, team.store.current))
         what = chance.choice(("learn", "learn", "renew", "renew", "retract", "back", "prune"))
         if what == "retract" and held:

@@ -8,16 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.editing.contexts import MOST_NEIGHBOURS, neighbours
+from pipeline.editing.contexts import neighbours
 from pipeline.editing.editor import edit
-from pipeline.editing.finetune import NEAR, FineTune, FinetuneSettings
-from pipeline.editing.statistics import key_moments
+from pipeline.editing.finetune import FineTune, FinetuneSettings
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.schema import EditRequest
-from pipeline.running.trainer import Runtime
 
 
 @pytest.fixture
@@ -102,33 +100,7 @@ def test_kl_keeps_answers_about_something_else(tiny_llm: LLM, requests: list[Edi
     assert moved[1] < 0.5 * moved[0]
 
 
-@pytest.mark.parametrize("asked", ["{}", "{} what?"])
-def test_names_in_statements_prompts_count_beside_text(
-    asked: str, tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 60)
-    statistics, some = StatisticsOptions(text=str(text), tokens=1024), []
-    for request in requests:
-        some.append(request.model_copy(update={"prompt": asked.format(request.prompt)}))
-    settings = FinetuneSettings(scope="down", neighbour_weight=3.0)
-    training = FineTune(tiny_llm, [1], settings, statistics)
-    ((name, down),) = training.projections.items()
-    with tiny_llm.frozen():
-        training.find_whiteners(some, Runtime())
-        expected_II = key_moments(tiny_llm, [name], statistics)[name]
-        keys: list[torch.Tensor] = []
-        with down.register_forward_pre_hook(lambda _, args: keys.append(args[0][0])):
-            for near, end in neighbours(requests, NEAR, MOST_NEIGHBOURS, 0):
-                (ids,) = tiny_llm.tokens.texts([near])
-                first = next(n for n in range(len(ids)) if len(tiny_llm.tokenizer.decode(ids[: n + 1])) >= end)
-                tiny_llm.model(torch.tensor([ids]))
-                keys[-1] = keys[-1][first:]
-    near_II = torch.cat(keys).T @ torch.cat(keys)
-    if asked == "{}":
-        expected_II = expected_II / expected_II.trace() + 3 * near_II / near_II.trace()
-    torch.testing.assert_close(
-        training.whiteners[name], whitener(expected_II, settings.whiten), rtol=1e-3, atol=1e-3
-    )
+def test_depths_lie_within_the_model(tiny_llm: LLM) -> None:
+    assert FineTune(tiny_llm, [1], FinetuneSettings(depths=[0.5])).layers == [1, len(tiny_llm.blocks) // 2]
     with pytest.raises(UserError, match=r"depths: 1.5; expected parts"):
         FineTune(tiny_llm, [1], FinetuneSettings(depths=[1.5]))

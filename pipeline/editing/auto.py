@@ -76,7 +76,7 @@ class Auto(LocateThenEdit):
         if located:
             super().run(located, runtime, [*earlier, *others])
         self.state = {}
-        self.tuning.find_whiteners(requests, runtime)
+        self.tuning.find_whiteners(runtime)
         self.tuning.fit(courses, runtime)
 
     def suits(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[bool]:

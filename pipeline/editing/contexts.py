@@ -19,7 +19,6 @@ CONTEXTS = (  # what may stand before a prompt, so that an edit holds in more th
     "The old harbour was rebuilt after the war, and the town grew quickly. {prompt}",
     "We met twice that year.\n{prompt}",
 )
-MOST_NEIGHBOURS = 1000  # prompts with other names
 TAUGHT_CONTEXTS = 4  # those that fine-tuning puts a prompt under
 ASSOCIATIONS = (  # openings that call for what goes with a subject, so that an edit is of it, not of a phrase
     "People who hear of {subject} think of",

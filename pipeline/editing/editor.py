@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing import auto, finetune, locate, lora, one_pass  # noqa: F401  each registers its own kinds
+from pipeline.editing import auto, finetune, locate, lora  # noqa: F401  each registers its own kinds
 from pipeline.editing.columns import owner, owners_in
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.update import WeightUpdate

@@ -16,10 +16,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.contexts import CONTEXTS, MOST_NEIGHBOURS, TAUGHT_CONTEXTS, is_question, neighbours
+from pipeline.editing.contexts import CONTEXTS, TAUGHT_CONTEXTS
 from pipeline.editing.lessons import KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
-from pipeline.editing.statistics import key_moments, with_near
+from pipeline.editing.statistics import key_moments
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model.activations import Activations, checkpointing, target_logits
@@ -34,7 +34,6 @@ from pipeline.running.stage import Staying, attempt
 from pipeline.running.trainer import Runtime, trainer_of
 
 EPOCHS, LEAST_STEPS = 40, 80
-NEAR = 10  # other names in each prompt
 
 
 @dataclass(kw_only=True)
@@ -59,8 +58,6 @@ class FinetuneSettings(Options):
     """Weight of going on as before after other names, and other relations of a subject; 0: not asked for."""
     whiten: Weight = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
-    neighbour_weight: Weight = 2.0
-    """Weight, in these statistics, of other names in statements' prompts against ordinary text."""
     depths: list[float] = field(default_factory=list)
     """Further blocks that are trained beside the golden layers, each by its depth in the model: 0 to 1."""
 
@@ -112,20 +109,16 @@ class FineTune(Staying):
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Train until every request is learnt or the settings' epochs are over."""
-        self.find_whiteners(requests, runtime)
+        self.find_whiteners(runtime)
         (courses,) = self.lessons([requests], runtime)
         self.fit(courses, runtime)
 
-    def find_whiteners(self, requests: Sequence[EditRequest], runtime: Runtime) -> None:
-        """Of every projection that is trained, where the settings want any; other names' tokens count as text."""
+    def find_whiteners(self, runtime: Runtime) -> None:
+        """Of every projection that is trained, where the settings want any."""
         names = list(self.projections) if self.settings.whiten else []
         moments = key_moments(self.llm, names, self.statistics, runtime)
-        statements = [request for request in requests if not is_question(request.prompt)]  # as zsRE was measured
-        near = neighbours(statements, NEAR, MOST_NEIGHBOURS, runtime.seed)
-        if names and near and self.settings.neighbour_weight:
-            moments = with_near(moments, self.llm, near, self.settings.neighbour_weight, runtime)
         device, ridge = self.llm.embedding.device, self.settings.whiten
-        self.whiteners = {name: whitener(moments.pop(name).to(device), ridge) for name in list(moments)}
+        self.whiteners = {name: whitener(moments.pop(name).to(device), ridge) for name in names}
 
     def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[list[Lessons]]:
         """The courses of each group of requests, which know nothing of each other."""

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, owner, owners_in
-from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, FORMS, MOST_NEIGHBOURS, in_context, neighbours
+from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, FORMS, in_context, neighbours
 from pipeline.editing.entering import Entering
 from pipeline.editing.method import register, settings_of
-from pipeline.editing.statistics import from_name, kept_moment, key_moments
+from pipeline.editing.statistics import key_moments
 from pipeline.editing.values import SEARCHED_TOGETHER, Located, ValueSearch, locate
 from pipeline.model.blocks import as_stored
 from pipeline.model.llm import LLM
@@ -35,6 +35,7 @@ from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
 FEW = 10  # requests, which seldom get in each other's way
+MOST_NEIGHBOURS = 1000  # prompts
 READ_TOGETHER = 32  # rows
 
 STACKED = {  # settings where one layer is to hold batch after batch: small values, so that many get along
@@ -222,16 +223,17 @@ class LocateThenEdit:
         for some in texts:
             key_NI = torch.cat(list(islice(keys, len(some)))).to(text_II.device)
             near_II = key_NI.T @ key_NI / len(key_NI)
-            yield kept_moment(text_II, near_II, self.settings.neighbour_weight)
+            yield text_II / text_II.trace() + self.settings.neighbour_weight * near_II / near_II.trace()
 
     def _read(
         self, layer: int, placed: Sequence[tuple[str, int]], to_the_end: bool, runtime: Runtime
     ) -> list[Tensor]:
         """Of texts, the keys (places, I) of the token at which a name in it ends, and maybe of all after it."""
         (down,) = self.llm.blocks[layer].down
-        rows = from_name(self.llm, placed)
-        if not to_the_end:
-            rows = [row._replace(subject=(row.span.start, row.span.start)) for row in rows]
+        rows = []
+        for (text, end), ids in zip(placed, self.llm.tokens.prompts([text for text, _ in placed]), strict=True):
+            first = self.llm.tokens.place(text, end)
+            rows.append(Row(ids, len(ids), (first, len(ids) - 1 if to_the_end else first)))
         keys = run(Entering(self.llm, layer, down), rows, runtime, Row.length, READ_TOGETHER)
         return [key_TI.float() for key_TI in keys]
 

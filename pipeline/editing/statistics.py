@@ -15,16 +15,15 @@ from torch import Tensor, distributed
 from pipeline.editing.ordinary_text import OPENINGS, lines, own_text, windows
 from pipeline.errors import UserError, note
 from pipeline.files import cached, digest, read_sealed, write_sealed
-from pipeline.model.activations import RowStage
-from pipeline.model.blocks import by_row, sizes
+from pipeline.model.activations import Activations
+from pipeline.model.blocks import sizes
 from pipeline.model.llm import LLM
 from pipeline.options.editing import StatisticsOptions
-from pipeline.requests.rows import Batch, Row
 from pipeline.running.processes import of_all, world_size
-from pipeline.running.stage import run
+from pipeline.running.stage import Stage, run
 from pipeline.running.trainer import Runtime, own_precision
 
-READ_TOGETHER = 8  # windows or rows
+READ_TOGETHER = 8  # windows
 ROUNDING = 1e-5  # of the trace: eigenvalues of a float32 sum may lie that far below nought
 
 
@@ -57,7 +56,7 @@ def key_moments(
         _check_size(llm, missing, sum(map(len, read)), options)
         stage = KeyMoments(llm, missing)
         with llm.frozen():
-            run(stage, [Row(ids, len(ids)) for ids in read], runtime, batch_size=READ_TOGETHER)
+            run(stage, read, runtime, batch_size=READ_TOGETHER)
         for name, moment in stage.moments().items():
             if wrong := _wrong(moment, about[name]):
                 raise UserError(
@@ -123,35 +122,8 @@ def _write(file: Path | None, about: dict[str, Any], moment: Tensor) -> None:
     write_sealed(file, about, save({"moment": moment}))
 
 
-def with_near(
-    moments: dict[str, Tensor], llm: LLM, near: Sequence[tuple[str, int]], weight: float, runtime: Runtime
-) -> dict[str, Tensor]:
-    """Second moments of text's keys, and with so much weight of those from names on in texts near requests.
-
-    `near` are texts, each with where its name ends; see `kept_moment`. `moments` are let go on the way.
-    """
-    stage = KeyMoments(llm, list(moments))
-    run(stage, from_name(llm, near), runtime, Row.length, READ_TOGETHER)
-    of_near = stage.moments()
-    return {name: kept_moment(moments.pop(name), of_near.pop(name), weight) for name in list(moments)}
-
-
-def from_name(llm: LLM, texts: Sequence[tuple[str, int]]) -> list[Row]:
-    """Rows of texts in which a name ends, whose span are the token at which it does and all after it."""
-    all_ids = llm.tokens.prompts([text for text, _ in texts])
-    spans = [(llm.tokens.place(text, end), len(ids) - 1) for (text, end), ids in zip(texts, all_ids, strict=True)]
-    return [Row(ids, len(ids), span) for ids, span in zip(all_ids, spans, strict=True)]
-
-
-def kept_moment(text_II: Tensor, near_II: Tensor, weight: float) -> Tensor:
-    """What ordinary text uses and, with so much weight, what near texts use, each in units of its own trace."""
-    return (near_II * (weight / near_II.trace())).add_(text_II, alpha=1 / float(text_II.trace()))
-
-
-class KeyMoments(RowStage):
-    """Sums k kᵀ of what enters each of some projections, over rows' tokens; nothing is put out.
-
-    Of a row that names a subject, only that one's tokens count.
+class KeyMoments(Stage):
+    """Sums k kᵀ of what enters each of some projections, over all positions of windows of text; nothing is put out.
 
     Args:
         llm: the model, of which the blocks up to the last of these projections run.
@@ -161,28 +133,26 @@ class KeyMoments(RowStage):
     title = "Key statistics"
 
     def __init__(self, llm: LLM, names: Sequence[str]) -> None:
-        super().__init__(llm)
-        self.names = list(names)
+        super().__init__(llm.model)
+        self.activations, self.names = Activations(llm), list(names)
         self.above = 1 + max(llm.blocks_of(names))
         self.sums: dict[str, Tensor] = {}  # float64: no buffers, which Lightning would cast with the weights
         self.count = 0
 
-    def step(self, batch: Batch) -> list[None]:
+    def collate(self, items: list[list[int]]) -> Tensor:
+        return torch.tensor(items)
+
+    def step(self, batch: Tensor) -> list[None]:
         with self.activations.up_to_block(self.above), self.activations.entering(*self.names) as seen:
-            self.activations.run(batch.input_ids_BT)
-        counts, products = 0 if self.again else 1, {}
-        for name, key_BTI in seen.items():
-            keys = by_row(key_BTI, len(batch.texts))
-            key_NI = torch.cat([key_TI[row.span] for key_TI, row in zip(keys, batch.texts, strict=True)])
-            key_NI = key_NI.to(torch.promote_types(key_NI.dtype, torch.float32))
+            self.activations.run(batch)
+        counts = 0 if self.again else 1
+        for name, key_BTI in seen.items():  # summed when the pass is over: one that fails counts nothing
+            key_NI = key_BTI.flatten(0, -2).to(torch.promote_types(key_BTI.dtype, torch.float32))
             with own_precision(key_NI.device):
-                products[name] = key_NI.T @ key_NI
-        for name, product_II in products.items():  # summed when the pass is over: one that fails counts nothing
-            if name not in self.sums:
-                self.sums[name] = torch.zeros_like(product_II, dtype=torch.float64)
-            self.sums[name].add_(product_II, alpha=counts)
-        self.count += counts * len(key_NI)
-        return [None] * len(batch.texts)
+                total_II = counts * (key_NI.T @ key_NI).double()
+            self.sums[name] = self.sums[name] + total_II if name in self.sums else total_II
+        self.count += counts * batch.numel()
+        return [None] * len(batch)
 
     def moments(self) -> dict[str, Tensor]:
         """The means over all processes' positions, by name, on the CPU; the sums are let go."""

@@ -74,14 +74,14 @@ class WeightUpdate:
         tensors: full tensors by name.
         requests: everything that the edited model has learnt beyond the base, in the order it was learnt.
         options: the method's options.
-        state: what a later edit on top of this one goes on from (keys, running statistics), by name.
+        state: what a later edit on top of this one goes on from (keys, values), by name.
         adapter: LoraConfig's arguments, when the whole change is that of one LoRA adapter.
         chat: whether the facts were taught in the tokenizer's chat template.
         undoes: whether its tensors were in the model before, and so go into it unchecked.
         kept: where a store keeps its requests and columns, when it was read from there.
 
     Example:
-        >>> options = EditOptions(method="one_pass", expert={"rate": 2.0})
+        >>> options = EditOptions(method="finetune", expert={"epochs": 20})
         >>> edit(llm, requests, profile, options).save(folder)
         >>> update = WeightUpdate.load(folder)
         >>> with update.applied(llm):

@@ -22,8 +22,7 @@ class EditOptions(Options):
 
     method: str = "auto"
     """auto: memit for single statements, then finetune for all in every form of asking, in one update;
-    finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form;
-    one_pass: one forward and backward, then a closed form."""
+    finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form."""
     layers: list[int] | None = None
     """Blocks to edit, counted from 0, in place of the profile's golden layers."""
     last_wins: bool = False

@@ -22,7 +22,6 @@ from pipeline.editing.lessons import PLACES
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS
-from pipeline.editing.one_pass import Capturing
 from pipeline.editing.ordinary_text import WINDOW
 from pipeline.editing.statistics import KeyMoments
 from pipeline.editing.values import SEARCHED_TOGETHER, Located
@@ -54,7 +53,7 @@ def attributed_together(case: Case) -> int:
 def key_statistics(case: Case, scope: str, batch: int) -> int:
     """Windows of ordinary text up to the golden layer, and the second moments of its inputs."""
     names = list(case.shape.blocks[case.layer].projections(scope))
-    return case.peak(KeyMoments(case.shape, names), [Row([0] * WINDOW, WINDOW)] * batch)
+    return case.peak(KeyMoments(case.shape, names), [[0] * WINDOW] * batch)
 
 
 def evaluation(case: Case, batch: int) -> int:
@@ -80,9 +79,7 @@ def editing(case: Case, options: EditOptions, batch: int) -> int:
     made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
     if isinstance(made, FineTune):
         return _training(case, made, batch)
-    if isinstance(made, LocateThenEdit):
-        return _locating(case, made, batch)
-    return case.peak(Capturing(case.shape, list(made.projections)), [case.row] * batch)
+    return _locating(case, made, batch)
 
 
 def searched_together(case: Case, options: EditOptions) -> int | None:

@@ -136,10 +136,9 @@ def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest],
 
 def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -> Changes:
     """Each request's adapter."""
+    method.find_whiteners(runtime)
     found = []
-    for request, courses in zip(requests, method.lessons([[one] for one in requests], runtime), strict=True):
-        if not method.whiteners or method.settings.neighbour_weight:
-            method.find_whiteners([request], runtime)
+    for courses in method.lessons([[request] for request in requests], runtime):
         with restored(method.llm, method.weight_names):
             method.fit(courses, runtime)
         found.append(method.state)
