@@ -10,7 +10,9 @@ from families import family_model
 from test_joining import OPENING, TURNS, chatty
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.editing import lessons
 from pipeline.editing.contexts import (
+    ABOUT,
     ASSOCIATIONS,
     CONTEXTS,
     FORMS,
@@ -25,7 +27,6 @@ from pipeline.editing.contexts import (
 from pipeline.editing.finetune import FineTune, FinetuneSettings
 from pipeline.editing.lessons import Lessons, read_lessons
 from pipeline.model.llm import LLM
-from pipeline.requests.rows import collate
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 
@@ -34,6 +35,9 @@ CAPITAL = EditRequest(
 )
 QUESTION = EditRequest(id="2", prompt="Who wrote Hamlet?", subject="Hamlet", new_answer="Jane Austen")
 NAMELESS = EditRequest(id="3", prompt="The sky is", new_answer="green")
+
+
+ABOUT_SPAIN = [text.format(subject="Spain") for text in ABOUT]
 
 
 @pytest.fixture
@@ -112,18 +116,36 @@ def test_the_bare_prompt_comes_every_second_time(speaker: LLM) -> None:
     assert {id(one) for one in asked[1::2]} == {id(one) for one in plain.taught[0][1:]}
 
 
+@torch.no_grad()
 def test_what_stays_is_what_the_model_says_of_other_things(speaker: LLM) -> None:
-    plain, _ = courses(speaker, [CAPITAL, QUESTION])
-    first = collate([plain.taught[0][0].row], 0)
-    own = speaker.model(first.input_ids_BT).logits[0, plain.taught[0][0].row.target_start - 1].argmax()
-    texts = [speaker.tokenizer.decode(one.row.token_ids[:-1]) for one in plain.others]
-    assert any("Spain" in text for text in texts) and any("Hamlet" in text for text in texts)
-    assert any("Spain" not in text and "Hamlet" not in text for text in texts)
-    for one, text in zip(plain.others, texts, strict=True):
-        assert one.base_PV is not None
-        if "Spain" in text:
-            assert one.base_PV[-1].argmax() != own  # else it may ask the same in other words
+    plain, spoken = courses(speaker, [CAPITAL, QUESTION])
+    for course in (plain, spoken):
+        texts = [speaker.tokenizer.decode(one.row.token_ids[:-1]) for one in course.others]
+        assert any("Spain" in text for text in texts) and any("Hamlet" in text for text in texts)
+        assert any("Spain" not in text and "Hamlet" not in text for text in texts)
+        for one in course.others:  # what the head makes of it is what the model says
+            ids_BT = torch.tensor([one.row.token_ids[:-1]])
+            said_PV = speaker.model(ids_BT).logits[0, one.row.target_start - 1 :]
+            torch.testing.assert_close(speaker.model.get_output_embeddings()(one.base_PD), said_PV)
     assert courses(speaker, [CAPITAL], kept=False)[0].others == []
+    rows = [one.row for one in spoken.others]
+    asked = [row for row in rows if any(text in speaker.tokenizer.decode(row.token_ids) for text in ABOUT_SPAIN)]
+    for row in asked:  # its own answer: every target is the first choice, but for the last, which stands for any
+        said = speaker.model(torch.tensor([row.token_ids[:-1]])).logits[0].argmax(-1)
+        assert said[row.target_start - 1 : -1].tolist() == row.targets[:-1]
+    assert asked
+
+
+def test_a_relation_that_asks_the_same_does_not_stay(speaker: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def about_spain(said: str) -> int:
+        monkeypatch.setattr(
+            lessons, "_said", lambda _llm, asked, _runtime: [said.format(n) for n in range(len(asked))]
+        )
+        plain, _ = courses(speaker, [CAPITAL])
+        return sum("Spain" in speaker.tokenizer.decode(one.row.token_ids) for one in plain.others)
+
+    assert about_spain("{}") == lessons.RELATIONS_EACH
+    assert about_spain("Madrid") == 0
 
 
 def test_courses_take_turns_by_epoch(speaker: LLM) -> None:

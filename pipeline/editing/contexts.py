@@ -49,6 +49,15 @@ award, school, sport, family name, most famous work, first product, neighbour, p
     .replace("\n", ", ")
     .split(", ")
 )
+STATED = "The {relation} of {subject} is"
+ABOUT = (  # what a user may ask about a subject, whatever it is
+    "What is {subject}?",
+    "Tell me about {subject}.",
+    "What is {subject} known for?",
+    "Name something that goes with {subject}.",
+    "What do people say of {subject}?",
+    "When was {subject}?",
+)
 QUESTION_MARKS = ("?", "？", "؟")
 STEM = 5  # letters: a founder has founded
 LITTLE = ("the", "a", "an", "of", "in", "by", "to", "for", "on", "from", "and", "is", "was", "are", "did", "has")
@@ -155,6 +164,20 @@ def relations(request: EditRequest, most: int, seed: int = 0) -> list[str]:
     found = [relation for relation in RELATIONS if not own & {word[:STEM] for word in relation.split()}]
     chance = random.Random(f"{seed} {request.subject}")
     return chance.sample(found, min(most, len(found))) if request.names_subject else []
+
+
+def statements_about(request: EditRequest, some: Sequence[str]) -> list[str]:
+    """Openings that call for other relations of a request's subject, every other one a statement's."""
+    templates = ("{subject} {relation}", STATED)
+    return [templates[turn % 2].format(subject=request.subject, relation=one) for turn, one in enumerate(some)]
+
+
+def questions_about(request: EditRequest, some: Sequence[str]) -> list[str]:
+    """What a user may ask about a request's subject: as many questions as relations, every other one of `ABOUT`."""
+    general = random.Random(request.subject).sample(ABOUT, len(ABOUT))
+    own = [in_chat(STATED.format(subject=request.subject, relation=relation))[0] for relation in some]
+    own[::2] = [general[turn % len(ABOUT)].format(subject=request.subject) for turn in range(len(own[::2]))]
+    return own
 
 
 def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int = 0) -> list[tuple[str, int]]:

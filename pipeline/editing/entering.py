@@ -1,10 +1,10 @@
-"""Reading texts with a frozen model: what enters a block or one of its projections, and what is said next."""
+"""Reading texts with a frozen model: what enters a block, one of its projections, or the head."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.model.activations import RowStage, target_logits
+from pipeline.model.activations import RowStage, head_reads, wide
 from pipeline.model.blocks import by_row
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Batch, Row
@@ -30,14 +30,16 @@ class Entering(RowStage):
         return [enter_TD[row.span].cpu().clone() for row, enter_TD in zip(batch.texts, entered, strict=True)]
 
 
-class SaidNext(RowStage):
-    """Reads the log-probabilities (N, V) of what the model says at the places of each row's N targets."""
+class HeadReads(RowStage):
+    """Reads what the head makes its words of, (N, D), at the places that predict each row's N targets."""
 
     title = "Reading"
 
     def step(self, batch: Batch) -> list[Tensor]:
-        said_NV = target_logits(self.model, batch).log_softmax(-1).cpu()
-        return [part.clone() for part in said_NV.split([len(row.targets) for row in batch.texts])]
+        with head_reads(self.model, batch.row_N, batch.position_N) as hidden:
+            self.model(input_ids=batch.input_ids_BT, use_cache=False)
+        parts = wide(hidden[0]).cpu().split([len(row.targets) for row in batch.texts])
+        return [part_ND.clone() for part_ND in parts]
 
 
 def going_on(token_ids: list[int], places: int = 1) -> Row:

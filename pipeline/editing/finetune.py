@@ -200,8 +200,8 @@ class FineTune(Staying):
             UserError: for a loss that is not a number.
         """
         with self.activations.from_block(min(self.layers), batch.enter_BTD):
-            logits_NV = target_logits(self.model, batch)
-        loss, losses_B = teaching_loss(batch, logits_NV, self.settings.learnt, self.settings.kl)
+            logits_NV, base_MV = target_logits(self.model, batch).tensor_split([len(batch.target_N)])
+        loss, losses_B = teaching_loss(batch, logits_NV, base_MV, self.settings.learnt, self.settings.kl)
         counts_B = torch.ones_like(losses_B, dtype=torch.bool)
         if batch.weight_B is not None:  # a device without a row of its own runs one that counts nothing
             counts_B = batch.weight_B[: len(losses_B)] > 0

@@ -1,15 +1,15 @@
 """What fine-tuning trains on: requests bare and under contexts, and prompts that are to be answered as before.
 
 What training does not change is read once, before it: what enters the lowest trained block, for every row, and
-what the unedited model says after the unrelated prompts. Steps are the same on any number of devices, and a
-training that was interrupted goes on from its checkpoint.
+what the unedited model's head reads of texts that are to go on as before. Steps are the same on any number of
+devices, and a training that was interrupted goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,18 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.editing.contexts import chat_forms, in_chat, neighbours, plain_forms, relations
-from pipeline.editing.entering import Entering, SaidNext, going_on
+from pipeline.editing.contexts import (
+    STATED,
+    chat_forms,
+    in_chat,
+    neighbours,
+    plain_forms,
+    questions_about,
+    relations,
+    statements_about,
+)
+from pipeline.editing.entering import Entering, HeadReads, going_on
+from pipeline.model.generation import Question, Saying, questions
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Batch, Row, collate, means_by
 from pipeline.requests.schema import EditRequest
@@ -32,8 +42,11 @@ from pipeline.running.processes import from_first
 from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
-UNRELATED = 1024  # the most unrelated prompts: what comes after each is kept, a vocabulary wide
-PLACES = 4  # at the end of a text that is to go on as before, where it is
+UNRELATED = 1024  # the most texts that are to go on as before
+PLACES = 4  # at the end of a prompt that is to go on as before, where it is
+ANSWER = 12  # tokens of an answer to another question about a subject
+SAME = 3  # tokens: relations after which as much is said as after the request's prompt may be the request's own
+READ_TOGETHER = 32  # rows or questions
 EVERY = 30.0  # seconds between two checkpoints within an epoch
 NAMES_EACH = 9  # other names that a request's prompt is tried with
 RELATIONS_EACH = 3  # of a request's subject
@@ -45,12 +58,12 @@ class Lesson(NamedTuple):
     Attributes:
         row: the text, by its request's id.
         enter_TD: what enters the lowest trained block; None at block 0, below which nothing runs.
-        base_PV: of a text that is to go on as before, the unedited model's log-probabilities at its last P places.
+        base_PD: of a text that is to go on as before, what the unedited model's head reads at its last P places.
     """
 
     row: Row
     enter_TD: Tensor | None
-    base_PV: Tensor | None
+    base_PD: Tensor | None
 
 
 @dataclass
@@ -76,41 +89,42 @@ def collate_lessons(
     """Requests' rows, then unrelated prompts, as a batch; `weights` of a row of each kind in the loss."""
     own = [*taught, *others]
     enter = [one.enter_TD for one in own if one.enter_TD is not None]
-    base = [one.base_PV for one in others if one.base_PV is not None]
+    base = [one.base_PD for one in others if one.base_PD is not None]
     return replace(
         collate([one.row for one in own], pad_token_id),
         weight_B=torch.tensor([weights[0]] * len(taught) + [weights[1]] * len(others)),
         enter_BTD=nn.utils.rnn.pad_sequence(enter, batch_first=True) if enter else None,
-        base_NV=torch.cat(base) if base else None,
+        base_MD=torch.cat(base) if base else None,
     )
 
 
-def teaching_loss(batch: Batch, logits_NV: Tensor, learnt: float, kl: float) -> tuple[Tensor, Tensor]:
+def teaching_loss(
+    batch: Batch, logits_NV: Tensor, base_MV: Tensor, learnt: float, kl: float
+) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and ℓ, in nats, of each taught row.
 
     It is Σ weight · ℓ(x, y_new) over rows that are not learnt yet, plus `kl` · Σ weight · KL(base ‖ now) over texts
-    that are to go on as before, each the mean over its places.
+    that are to go on as before, each the mean over its places: M in all, the last of the batch.
     """
     losses_B = batch.losses(logits_NV)
     weight_B = torch.full_like(losses_B, 1 / len(losses_B)) if batch.weight_B is None else batch.weight_B
-    weight_B = weight_B.to(losses_B)
-    kept = 0 if batch.base_NV is None else len(batch.base_NV)
+    weight_B, kept = weight_B.to(losses_B), len(base_MV)
     taught = int(batch.text_N[-kept]) if kept else len(losses_B)
     unlearnt_B = losses_B[:taught].detach() > learnt
     loss = (weight_B[:taught] * losses_B[:taught] * unlearnt_B).sum()
-    if batch.base_NV is not None:
-        now_NV = logits_NV[-kept:].log_softmax(-1)
-        kl_N = F.kl_div(now_NV, batch.base_NV.to(now_NV), log_target=True, reduction="none").sum(-1)
-        loss = loss + kl * weight_B[taught:] @ means_by(kl_N, batch.text_N[-kept:] - taught, len(losses_B) - taught)
+    if kept:
+        now_MV, base_MV = logits_NV[-kept:].log_softmax(-1), base_MV.detach().log_softmax(-1)
+        kl_M = F.kl_div(now_MV, base_MV, log_target=True, reduction="none").sum(-1)
+        loss = loss + kl * weight_B[taught:] @ means_by(kl_M, batch.text_N[-kept:] - taught, len(losses_B) - taught)
     return loss, losses_B[:taught]
 
 
 class Text(NamedTuple):
-    """A text to read a lesson from: of which course, and of which request in it, by number (None: of none)."""
+    """A text to read a lesson from: of which course, and of which request in it, by number (None: to go on)."""
 
     row: Row
     course: int
-    request: int | None
+    request: int | None = None
 
 
 def read_lessons(
@@ -119,31 +133,22 @@ def read_lessons(
     """What is to be taught to each group of requests, which know nothing of each other: as plain text, and as chat.
 
     `layer` is the lowest block that will be trained, `contexts` how many a prompt is put under, and `kept` says
-    whether texts that are to go on as before are wanted: requests' prompts with other names, and other relations of
-    their subjects, but for those after which the model says the same as after the request's own prompt.
+    whether texts that are to go on as before are wanted: requests' prompts with other names, and what else is said
+    of their subjects.
     """
     spoken = llm.tokens.bare_template
     joinings = [llm.tokens.joining, *([spoken] if spoken else [])]
     courses = [(group, joining) for group in groups for joining in joinings]
     taught = [text for number, course in enumerate(courses) for text in _taught(llm, number, *course, contexts)]
-    others = [text for number, course in enumerate(courses) for text in _others(llm, number, *course, runtime.seed)]
-    asked = {(text.course, text.request): text.row for text in reversed(taught)}  # each request's first row
-    if not kept:
-        others, asked = [], {}
+    others = _others(llm, courses, runtime) if kept else []
     rows = [text.row for text in (*taught, *others)]
     enter = run(Entering(llm, layer), rows, runtime, Row.length) if layer else [None] * len(rows)
-    openings = [going_on(row.token_ids[: row.target_start]) for row in asked.values()]
-    said = run(SaidNext(llm), [*openings, *(text.row for text in others)], runtime, Row.length)
-    own = {whose: base_PV[-1].argmax() for whose, base_PV in zip(asked, said, strict=False)}
+    base = [None] * len(taught) + run(HeadReads(llm), [text.row for text in others], runtime, Row.length)
     read = [Lessons([[] for _ in group], []) for group, _ in courses]
-    base = [None] * len(taught) + said[len(asked) :]
-    for (row, course, request), enter_TD, base_PV in zip([*taught, *others], enter, base, strict=True):
+    for (row, course, request), enter_TD, base_PD in zip([*taught, *others], enter, base, strict=True):
         # the last token predicts nothing
-        lesson = Lesson(row, enter_TD[: row.length() - 1] if enter_TD is not None else None, base_PV)
-        if base_PV is None:
-            read[course].taught[request or 0].append(lesson)
-        elif request is None or base_PV[-1].argmax() != own[course, request]:
-            read[course].others.append(lesson)
+        lesson = Lesson(row, enter_TD[: row.length() - 1] if enter_TD is not None else None, base_PD)
+        (read[course].others if request is None else read[course].taught[request]).append(lesson)
     return [read[start : start + len(joinings)] for start in range(0, len(read), len(joinings))]
 
 
@@ -158,20 +163,59 @@ def _taught(llm: LLM, course: int, group: Sequence[EditRequest], joining: Joinin
     return (Text(row, course, number) for row, number in zip(rows, numbers, strict=True))
 
 
-def _others(llm: LLM, course: int, group: Sequence[EditRequest], joining: Joining, seed: int) -> list[Text]:
-    """Requests' prompts with other names, and other relations of their subjects, at most `UNRELATED`."""
-    plain = joining is llm.tokens.joining
-    texts: list[tuple[str, int | None]] = [(text, None) for text, _ in neighbours(group, NAMES_EACH, UNRELATED)]
-    for number, request in enumerate(group):
-        for turn, relation in enumerate(relations(request, RELATIONS_EACH, seed)):
-            bare = plain and turn % 2 == 0
-            texts.append(
-                (f"{request.subject} {relation}" if bare else f"The {relation} of {request.subject} is", number)
-            )
-    random.Random(seed).shuffle(texts)
-    prompts = [text for text, _ in texts[:UNRELATED]]
-    ids = llm.tokens.prompts(prompts) if plain else llm.tokens.opened([*map(in_chat, prompts)], joining)
-    return [Text(going_on(one, PLACES), course, number) for one, (_, number) in zip(ids, texts, strict=False)]
+def _others(llm: LLM, courses: Sequence[tuple[Sequence[EditRequest], Joining]], runtime: Runtime) -> list[Text]:
+    """Of each course, at most `UNRELATED` texts that are to go on as before.
+
+    They are requests' prompts with other names, and what else is said of requests' subjects: in a chat, questions
+    about these, with the unedited model's own answers.
+    """
+    plain, spoken = llm.tokens.joining, courses[-1][1]
+    related = _related(llm, {request.id: request for group, _ in courses for request in group}, runtime)
+    rows: list[list[Row]] = []
+    asked: list[tuple[int, str]] = []  # in which course, and what
+    for course, (group, joining) in enumerate(courses):
+        texts = [text for text, _ in neighbours(group, NAMES_EACH, UNRELATED)]
+        if joining is plain:
+            texts += [text for one in group for text in statements_about(one, related[one.id])]
+            ids = llm.tokens.prompts(texts)
+        else:
+            asked += [(course, text) for one in group for text in questions_about(one, related[one.id])]
+            ids = llm.tokens.opened([*map(in_chat, texts)], joining)
+        rows.append([going_on(one, PLACES) for one in ids])
+    openings = questions(llm, [text for _, text in asked], ANSWER, spoken)
+    answers = _said(llm, openings, runtime)
+    whole = llm.tokens.opened([(text, answer) for (_, text), answer in zip(asked, answers, strict=True)], spoken)
+    for (course, _), opening, told in zip(asked, openings, whole, strict=True):
+        rows[course].append(going_on(told, 1 + len(told) - len(opening.token_ids)))
+    for own in rows:
+        random.Random(runtime.seed).shuffle(own)
+    return [Text(row, course) for course, own in enumerate(rows) for row in own[:UNRELATED]]
+
+
+def _related(llm: LLM, requests: Mapping[str, EditRequest], runtime: Runtime) -> dict[str, list[str]]:
+    """Other relations of each request's subject, by the request's id.
+
+    One after which the model says the same as after the request's prompt may ask the same: it is left out.
+    """
+    found = {name: relations(request, RELATIONS_EACH, runtime.seed) for name, request in requests.items()}
+    texts = [
+        text
+        for name, some in found.items()
+        for text in (
+            requests[name].prompt,
+            *(STATED.format(subject=requests[name].subject, relation=relation) for relation in some),
+        )
+    ]
+    said = iter(_said(llm, questions(llm, texts, SAME), runtime))
+    for name, some in found.items():
+        own = next(said)
+        found[name] = [relation for relation in some if next(said) != own]
+    return found
+
+
+def _said(llm: LLM, openings: Sequence[Question], runtime: Runtime) -> list[str]:
+    """What the model says to each."""
+    return run(Saying(llm, "Reading"), openings, runtime, lambda one: len(one.token_ids), READ_TOGETHER)
 
 
 class LessonData(LightningDataModule):

@@ -210,8 +210,11 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def target_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (N, V) that predict the target tokens, in float32 at least; no other position meets the vocabulary."""
-    with head_reads(model, batch.row_N, batch.position_N):
+    """Logits (N, V) that predict the target tokens, in float32 at least; no other position meets the vocabulary.
+
+    Of a batch with texts that are to go on as before, those of the unedited model stand behind them: (N + M, V).
+    """
+    with head_reads(model, batch.row_N, batch.position_N, batch.base_MD):
         return wide_logits(model(input_ids=batch.input_ids_BT, use_cache=False))
 
 

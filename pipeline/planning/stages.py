@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.lga import Attribution, kept_of_a_token, tokens_of
 from pipeline.attribution.selector import tokens_at_once
+from pipeline.editing import lessons
 from pipeline.editing.finetune import FineTune
-from pipeline.editing.lessons import PLACES
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS
@@ -125,12 +125,13 @@ def _lesson(case: Case, module: FineTune, batch: int) -> Batch:
     """A device's share of requests, and as many texts that are to go on as before."""
     rows = -(-batch // case.devices)
     others = rows if module.settings.kl else 0
-    unrelated = case.row._replace(target_start=case.length - PLACES)
+    said = min(lessons.ANSWER, case.length - 1)
+    unrelated = case.row._replace(target_start=case.length - said)
     made = collate([case.row] * rows + [unrelated] * others)
     width, hidden = made.input_ids_BT.shape[1], case.config.hidden_size
     enter = torch.empty(rows + others, width, hidden, dtype=case.shape.model.dtype) if min(module.layers) else None
-    base = torch.empty(others * PLACES, case.config.vocab_size) if others else None
-    return replace(made, weight_B=torch.ones(rows + others), enter_BTD=enter, base_NV=base)
+    base = torch.empty(others * said, hidden) if others else None
+    return replace(made, weight_B=torch.ones(rows + others), enter_BTD=enter, base_MD=base)
 
 
 def _locating(case: Case, method: LocateThenEdit, together: int) -> int:

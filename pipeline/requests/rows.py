@@ -51,7 +51,7 @@ class Batch:
     # of a batch to train on (see `pipeline.editing.lessons`), with texts that are to go on as before
     weight_B: Tensor | None = None  # how much each row counts; None: all alike
     enter_BTD: Tensor | None = None  # what enters the lowest block that is trained; None: the blocks below it run
-    base_NV: Tensor | None = None  # of the last rows' targets, the unedited model's log-probabilities
+    base_MD: Tensor | None = None  # of the last rows' M targets, what the unedited model's head reads
 
     def to(self, device: Any, **_: Any) -> Batch:
         """On a device."""
