@@ -12,18 +12,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from pipeline.editing.columns import owner, owners_in
-from pipeline.editing.contexts import is_question
+from pipeline.editing.contexts import ASSOCIATIONS, is_question
 from pipeline.editing.finetune import make_finetune
 from pipeline.editing.locate import STACKED, LocateSettings, LocateThenEdit, memit_solver
 from pipeline.editing.method import register
 from pipeline.errors import note
 from pipeline.model.llm import LLM
-from pipeline.options.base import Count
+from pipeline.options.base import Count, at_least, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
@@ -32,8 +32,12 @@ from pipeline.running.trainer import Runtime
 
 @dataclass(kw_only=True)
 class AutoSettings(LocateSettings):
-    """memit's settings, and fine-tuning's."""
+    """memit's settings, and fine-tuning's.
 
+    What goes with a subject is left to fine-tuning: in a value it bends whatever else is said of the subject.
+    """
+
+    associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 0
     long: Count = 8
     """Answers of more tokens than this are fine-tuned alone."""
     depths: list[float] = field(default_factory=lambda: [0.4, 0.67])

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.editing.contexts import in_context
+from pipeline.editing.contexts import STATED, in_context, relations
 from pipeline.editing.entering import going_on
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
@@ -29,14 +29,15 @@ from pipeline.running.stage import Stage
 SEARCHED_TOGETHER = 2048  # tokens of rows in a batch: requests with long answers are searched for in smaller ones
 OTHERS_EACH = 2  # rows of a step beside the bare ones, in turn
 LEARNT = 0.05  # nats: a value is found when its mean loss is below this
-KL = 0.0625  # weight of keeping what the model says after `{subject} is`
+KEPT = 4  # rows whose next words are to stay: after `{subject} is`, and after other relations of the subject
+KL = 0.25  # their weight; a step looks at one of them, in turn
 DECAY = 0.01  # weight of a value's squared change
 
 
 class Located(NamedTuple):
     """Requests about one subject, by their ids, and the rows that the one value for them is searched under.
 
-    Rows are prompts and new answers, the bare ones first; the last is `{subject} is`.
+    Rows are prompts and new answers, the bare ones first; the last `KEPT` are what else is said of the subject.
     """
 
     id: str
@@ -71,19 +72,23 @@ def locate(
             last = min(llm.tokens.place(text, end, answer), row.target_start - 1)
             rows.append(row._replace(subject=(last, last)))
     subject = requests[0].subject or ""
-    (plain,) = llm.tokens.prompts([f"{subject} is"])
-    last = llm.tokens.place(f"{subject} is", len(subject))
+    stays = [STATED.format(relation=one, subject=subject) for one in relations(requests[0], KEPT - 1)]
+    stays = [text.removesuffix(" is") for text in (f"{subject} is", *stays)]
+    for text, plain in zip(stays, llm.tokens.prompts([f"{text} is" for text in stays]), strict=True):
+        last = llm.tokens.place(f"{text} is", len(text))
+        rows.append(going_on(plain)._replace(subject=(last, last)))
     ids = ", ".join(request.id for request in requests)
-    return Located(ids, [*rows, going_on(plain)._replace(subject=(last, last))], len(requests))
+    return Located(ids, rows, len(requests))
 
 
 class ValueSearch(Stage):
     """Finds, for each subject, the change r of the down-projection's output that makes its new answers likely.
 
     Loss of a subject (ROME, arXiv 2202.05262, eq. 4, for a batch): mean over its facts and some of their other
-    forms, in turn, of ℓ(x, y_new), plus `KL` · KL(base ‖ changed) after "{subject} is", plus `DECAY` · ‖r‖² /
-    ‖output‖². Step and bound of r are in units of the projection's own output norm, so that one setting serves
-    models with and without a norm behind the projection. A subject whose answers are learnt leaves the batch.
+    forms, in turn, of ℓ(x, y_new), plus `KL` · KL(base ‖ changed) after one of what else is said of it, in turn,
+    plus `DECAY` · ‖r‖² / ‖output‖². Step and bound of r are in units of the projection's own output norm, so that
+    one setting serves models with and without a norm behind the projection. A subject whose answers are learnt
+    leaves the batch.
 
     Outputs are changes (O,) of the down-projection's output in a block, after `steps` steps at most.
     """
@@ -102,25 +107,27 @@ class ValueSearch(Stage):
     def step(self, batch: list[Located]) -> list[Tensor]:
         """Search the values of one batch to the end.
 
-        Rows of a kind (under one context, or `{subject} is`) are of like length, and run as one batch.
+        Rows of a kind (under one context, or about one relation) are of like length, and run as one batch.
         """
         bare, others = (
             [self._part({owner: row for owner, row in enumerate(rows) if row}) for rows in zip_longest(*own)]
-            for own in ([one.rows[: one.facts] for one in batch], [one.rows[one.facts : -1] for one in batch])
+            for own in ([one.rows[: one.facts] for one in batch], [one.rows[one.facts : -KEPT] for one in batch])
         )
         for part in (*bare, *others):
             part.suffixes.base_NV = part.suffixes.base_NV[:0].clone()  # a vocabulary wide, and nobody reads it
-        plain = self._part(dict(enumerate(one.rows[-1] for one in batch)))
-        change_GO = self._search([located.id for located in batch], bare, others, plain)
+        stays = [self._part(dict(enumerate(one.rows[turn] for one in batch))) for turn in range(-KEPT, 0)]
+        change_GO = self._search([located.id for located in batch], bare, others, stays)
         return [change_O.clone() for change_O in change_GO.float().cpu()]
 
     def _part(self, rows: Mapping[int, Row]) -> Part:
         suffixes = Suffixes(self.llm, self.layer, list(rows.values()))
         return Part(suffixes, torch.tensor(list(rows), device=suffixes.start_B.device))
 
-    def _search(self, ids: Sequence[str], bare: Sequence[Part], others: Sequence[Part], plain: Part) -> Tensor:
+    def _search(
+        self, ids: Sequence[str], bare: Sequence[Part], others: Sequence[Part], stays: list[Part]
+    ) -> Tensor:
         """Adam on the changes of all of a batch at once; shape (G, O)."""
-        base_GV = plain.suffixes.base_NV.log_softmax(-1)  # after "{subject} is"
+        bases = [part.suffixes.base_NV.log_softmax(-1) for part in stays]  # (G, V) each
         output_GO = bare[0].suffixes.output_BO  # every subject has a first row
         output_GO = output_GO.to(torch.promote_types(output_GO.dtype, torch.float32))
         scale_G1 = output_GO.norm(dim=-1, keepdim=True)
@@ -132,7 +139,7 @@ class ValueSearch(Stage):
         for step in range(self.steps + 1):
             turns = max(1, -(-len(others) // OTHERS_EACH))
             parts = [*bare, *others[step % turns :: turns]]
-            nll_G, kl_G = _losses(parts, plain, unit_GO * scale_G1, base_GV)
+            nll_G, kl_G = _losses(parts, stays[step % KEPT], unit_GO * scale_G1, bases[step % KEPT])
             if not nll_G.isfinite().all():
                 raise UserError(
                     f"edit: the loss is not a number in step {step}, in the batch of requests {', '.join(ids)}; "
@@ -157,7 +164,7 @@ class ValueSearch(Stage):
                 bare, others = (
                     [left for part in some if (left := _only(part, running_G))] for some in (bare, others)
                 )
-                plain = _only(plain, running_G) or plain
+                stays = [_only(part, running_G) or part for part in stays]
         return learnt_GO * scale_G1
 
     def _show(self, nll_G: Tensor) -> None:
@@ -173,12 +180,12 @@ def _only(part: Part, running_G: Tensor) -> Part | None:
     return Part(part.suffixes.subset(rows), part.owner_B[rows]) if len(rows) else None
 
 
-def _losses(parts: Sequence[Part], plain: Part, change_GO: Tensor, base_GV: Tensor) -> tuple[Tensor, Tensor]:
-    """Each value's mean loss over its rows, and its divergence after "{subject} is"; (G,), 0 where none is left."""
+def _losses(parts: Sequence[Part], stays: Part, change_GO: Tensor, base_GV: Tensor) -> tuple[Tensor, Tensor]:
+    """Each value's mean loss over its rows, and its divergence where the model is to say the same; (G,)."""
     losses = [part.suffixes.batch.losses(part.suffixes.run(change_GO[part.owner_B])) for part in parts]
     owner_R = torch.cat([part.owner_B for part in parts])
     nll_G = losses[0].new_zeros(len(change_GO)).index_add(0, owner_R, torch.cat(losses))
     nll_G = nll_G / torch.bincount(owner_R, minlength=len(change_GO)).clamp(min=1)
-    now_RV = plain.suffixes.run(change_GO[plain.owner_B]).log_softmax(-1)
-    kl_R = F.kl_div(now_RV, base_GV[plain.owner_B], log_target=True, reduction="none").sum(-1)
-    return nll_G, torch.zeros_like(nll_G).index_copy(0, plain.owner_B, kl_R)
+    now_RV = stays.suffixes.run(change_GO[stays.owner_B]).log_softmax(-1)
+    kl_R = F.kl_div(now_RV, base_GV[stays.owner_B], log_target=True, reduction="none").sum(-1)
+    return nll_G, torch.zeros_like(nll_G).index_copy(0, stays.owner_B, kl_R)
