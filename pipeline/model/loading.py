@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import cache
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import gguf as gguf_files
 import torch
 import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -32,6 +34,18 @@ BUNDLED = "smollm2"
 CONTRADICTIONS = (ArithmeticError, IndexError, TypeError, AttributeError, AssertionError)
 
 
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside the `with`, a GGUF file is parsed once, not for its config, its tokenizer and its weights each."""
+    own = gguf_files.GGUFReader
+    gguf_files.GGUFReader = cache(own)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf_files.GGUFReader = own  # type: ignore[misc]
+
+
+@_parsed_once()
 def load_model(
     name: str = BUNDLED,
     dtype: torch.dtype = torch.float32,
