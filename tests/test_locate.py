@@ -20,7 +20,7 @@ from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.solvers import emmet
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.update import WeightUpdate
-from pipeline.editing.values import KEPT, ValueSearch, locate
+from pipeline.editing.values import ValueSearch, locate
 from pipeline.model.llm import LLM
 from pipeline.model.suffix import Suffixes
 from pipeline.options.editing import EditOptions, StatisticsOptions
@@ -80,10 +80,8 @@ def test_found_values_make_the_new_answers_likelier(
     search = ValueSearch(tiny, 1, steps=25, step=1.0, bound=10.0)
     with tiny.frozen():
         found = run(search, located)
-        rows = Suffixes(tiny, 1, [row for one in located for row in one.rows[:-KEPT]])
-        change_BO = torch.stack(
-            [change for change, one in zip(found, located, strict=True) for _ in one.rows[:-KEPT]]
-        )
+        rows = Suffixes(tiny, 1, [row for one in located for row in one.rows[:-1]])
+        change_BO = torch.stack([change for change, one in zip(found, located, strict=True) for _ in one.rows[:-1]])
         after_NV = rows.run(change_BO)
     before, after = (F.cross_entropy(x, rows.batch.target_N).item() for x in (rows.base_NV, after_NV))
     assert after < before - 0.03  # random models resist
@@ -139,9 +137,7 @@ def test_blocks_below_the_layer_run_once(tiny_llm: LLM, requests: list[EditReque
     edit(tiny_llm, requests, options=options)
     for handle in handles:
         handle.remove()
-    assert rows[0] <= (29 + 3 * KEPT) * len(requests) < rows[3], (
-        "what values and keys are read from, not the search's steps"
-    )
+    assert rows[0] <= 35 * len(requests) < rows[3], "what values and keys are read from, not the search's steps"
 
 
 def _count(rows: dict[int, int], layer: int, _: object, args: tuple[Tensor], output: Tensor) -> None:
@@ -150,7 +146,7 @@ def _count(rows: dict[int, int], layer: int, _: object, args: tuple[Tensor], out
 
 def test_the_subjects_last_token_is_found_under_every_context(tiny: LLM, requests: list[EditRequest]) -> None:
     located = locate(tiny, [requests[1]], CONTEXTS)
-    assert len(located.rows) == len(CONTEXTS) + KEPT
+    assert len(located.rows) == len(CONTEXTS) + 1
     for row in located.rows:
         upto = tiny.tokenizer.decode(row.token_ids[: row.subject[1] + 1])
         assert upto.endswith("Norway")
@@ -158,10 +154,36 @@ def test_the_subjects_last_token_is_found_under_every_context(tiny: LLM, request
         tiny.tokenizer.decode(located.rows[0].token_ids[located.rows[0].target_start :]).strip()
         == "Nairobi and more."
     )
-    first, *others = [tiny.tokenizer.decode(row.token_ids[: row.target_start]) for row in located.rows[-KEPT:]]
-    assert first == "Norway is" and len(set(others)) == KEPT - 1
-    for text in others:  # what else may be said of it, in other words than the prompt's own
+    plain = located.rows[-1]
+    assert tiny.tokenizer.decode(plain.token_ids[: plain.target_start]) == "Norway is"
+
+
+def test_other_relations_of_a_subject_are_to_stay(tiny: LLM, requests: list[EditRequest]) -> None:
+    located = locate(tiny, [requests[1]], CONTEXTS, related=3)
+    assert (len(located.rows), located.stays) == (len(CONTEXTS) + 4, 4)
+    first, *others = [tiny.tokenizer.decode(row.token_ids[: row.target_start]) for row in located.rows[-4:]]
+    assert first == "Norway is" and len(set(others)) == 3
+    for row, text in zip(located.rows[-3:], others, strict=True):
         assert text.startswith("The ") and text.endswith(" of Norway is") and "capital" not in text
+        assert tiny.tokenizer.decode(row.token_ids[: row.subject[1] + 1]).endswith("Norway")
+
+
+def test_what_is_to_stay_bends_less(
+    tiny: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The divergence after a subject's other relations, with and without asking that they stay."""
+    located = [locate(tiny, [request], CONTEXTS[:2], related=3) for request in requests]
+    rows = Suffixes(tiny, 1, [row for one in located for row in one.rows[-3:]])
+    base_NV = rows.run(torch.zeros(len(rows.batch.texts), rows.output_BO.shape[-1])).log_softmax(-1)
+    moved = []
+    for weight in (0.0, 1e3):
+        monkeypatch.setattr(values, "KL", weight)
+        with tiny.frozen():
+            found = run(ValueSearch(tiny, 1, steps=40, step=0.02, bound=10.0), located)
+            change_BO = torch.stack([change for change in found for _ in range(3)])
+            now_NV = rows.run(change_BO).log_softmax(-1)
+        moved.append(F.kl_div(now_NV, base_NV, log_target=True, reduction="batchmean").item())
+    assert moved[1] < 0.5 * moved[0]
 
 
 def test_a_subject_that_ends_within_a_token(tiny_llm: LLM) -> None:

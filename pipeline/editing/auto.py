@@ -23,7 +23,7 @@ from pipeline.editing.locate import STACKED, LocateSettings, LocateThenEdit, mem
 from pipeline.editing.method import register
 from pipeline.errors import note
 from pipeline.model.llm import LLM
-from pipeline.options.base import Count, at_least, at_most
+from pipeline.options.base import Count, FromZero, at_least, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
@@ -38,6 +38,7 @@ class AutoSettings(LocateSettings):
     """
 
     associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 0
+    relations: FromZero = 3
     long: Count = 8
     """Answers of more tokens than this are fine-tuned alone."""
     depths: list[float] = field(default_factory=lambda: [0.4, 0.67])

@@ -56,6 +56,8 @@ class LocateSettings(Options):
     """Other words for the prompt that a value is searched under as well, in turn; at most 4."""
     associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = len(ASSOCIATIONS)
     """Openings that call for what goes with a subject, which it is searched under as well; at most 4."""
+    relations: FromZero = 0
+    """Other relations of a subject that a value is to leave alone, beside `{subject} is`."""
     key_contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 5
     """Contexts that a subject's keys are taken under; at most 9."""
     neighbours: FromZero = 10
@@ -186,7 +188,7 @@ class LocateThenEdit:
         """The rows that a value is searched under, for each group of requests about one subject."""
         own = self.settings
         others = (*FORMS[: own.forms], *ASSOCIATIONS[: own.associations])
-        return [locate(self.llm, group, CONTEXTS[: own.contexts], others) for group in groups]
+        return [locate(self.llm, group, CONTEXTS[: own.contexts], others, own.relations) for group in groups]
 
     def search(self, layer: int, together: int) -> ValueSearch:
         """The search for values at a layer, for so many subjects that are to get along."""

@@ -29,20 +29,20 @@ from pipeline.running.stage import Stage
 SEARCHED_TOGETHER = 2048  # tokens of rows in a batch: requests with long answers are searched for in smaller ones
 OTHERS_EACH = 2  # rows of a step beside the bare ones, in turn
 LEARNT = 0.05  # nats: a value is found when its mean loss is below this
-KEPT = 4  # rows whose next words are to stay: after `{subject} is`, and after other relations of the subject
-KL = 0.25  # their weight; a step looks at one of them, in turn
+KL = 0.0625  # weight of what is to stay after `{subject} is`, and after each other relation
 DECAY = 0.01  # weight of a value's squared change
 
 
 class Located(NamedTuple):
     """Requests about one subject, by their ids, and the rows that the one value for them is searched under.
 
-    Rows are prompts and new answers, the bare ones first; the last `KEPT` are what else is said of the subject.
+    Rows are prompts and new answers, the bare ones first, then what else is said of the subject.
     """
 
     id: str
     rows: list[Row]
     facts: int  # how many requests
+    stays: int  # how many rows after which the model is to say the same, the last ones
 
     def tokens(self) -> int:
         """How many tokens a search goes through: from the subject's last on, as if all rows were as long."""
@@ -57,12 +57,13 @@ class Part(NamedTuple):
 
 
 def locate(
-    llm: LLM, requests: Sequence[EditRequest], contexts: Sequence[str], others: Sequence[str] = ()
+    llm: LLM, requests: Sequence[EditRequest], contexts: Sequence[str], others: Sequence[str] = (), related: int = 0
 ) -> Located:
     """Requests about one subject under all templates, the subject's last token found in each row.
 
     Under contexts the answer's end is learnt as well; it would take too much of the value if it were learnt in
-    every row. A subject has other templates with one new answer alone: several would contradict each other.
+    every row. A subject has other templates with one new answer alone: several would contradict each other. So many
+    `related` statements are to stay, beside `{subject} is`.
     """
     rows: list[Row] = []
     for templates, ended in ((contexts, True), (others if len(requests) == 1 else (), False)):
@@ -72,20 +73,20 @@ def locate(
             last = min(llm.tokens.place(text, end, answer), row.target_start - 1)
             rows.append(row._replace(subject=(last, last)))
     subject = requests[0].subject or ""
-    stays = [STATED.format(relation=one, subject=subject) for one in relations(requests[0], KEPT - 1)]
+    stays = [STATED.format(relation=one, subject=subject) for one in relations(requests[0], related)]
     stays = [text.removesuffix(" is") for text in (f"{subject} is", *stays)]
     for text, plain in zip(stays, llm.tokens.prompts([f"{text} is" for text in stays]), strict=True):
         last = llm.tokens.place(f"{text} is", len(text))
         rows.append(going_on(plain)._replace(subject=(last, last)))
     ids = ", ".join(request.id for request in requests)
-    return Located(ids, rows, len(requests))
+    return Located(ids, rows, len(requests), len(stays))
 
 
 class ValueSearch(Stage):
     """Finds, for each subject, the change r of the down-projection's output that makes its new answers likely.
 
     Loss of a subject (ROME, arXiv 2202.05262, eq. 4, for a batch): mean over its facts and some of their other
-    forms, in turn, of ℓ(x, y_new), plus `KL` · KL(base ‖ changed) after one of what else is said of it, in turn,
+    forms, in turn, of ℓ(x, y_new), plus `KL` · KL(base ‖ changed) after all else that is said of it, one in turn,
     plus `DECAY` · ‖r‖² / ‖output‖². Step and bound of r are in units of the projection's own output norm, so that
     one setting serves models with and without a norm behind the projection. A subject whose answers are learnt
     leaves the batch.
@@ -111,11 +112,17 @@ class ValueSearch(Stage):
         """
         bare, others = (
             [self._part({owner: row for owner, row in enumerate(rows) if row}) for rows in zip_longest(*own)]
-            for own in ([one.rows[: one.facts] for one in batch], [one.rows[one.facts : -KEPT] for one in batch])
+            for own in (
+                [one.rows[: one.facts] for one in batch],
+                [one.rows[one.facts : -one.stays] for one in batch],
+            )
         )
         for part in (*bare, *others):
             part.suffixes.base_NV = part.suffixes.base_NV[:0].clone()  # a vocabulary wide, and nobody reads it
-        stays = [self._part(dict(enumerate(one.rows[turn] for one in batch))) for turn in range(-KEPT, 0)]
+        stays = [
+            self._part(dict(enumerate(rows)))
+            for rows in zip(*[one.rows[-one.stays :] for one in batch], strict=True)
+        ]
         change_GO = self._search([located.id for located in batch], bare, others, stays)
         return [change_O.clone() for change_O in change_GO.float().cpu()]
 
@@ -139,7 +146,8 @@ class ValueSearch(Stage):
         for step in range(self.steps + 1):
             turns = max(1, -(-len(others) // OTHERS_EACH))
             parts = [*bare, *others[step % turns :: turns]]
-            nll_G, kl_G = _losses(parts, stays[step % KEPT], unit_GO * scale_G1, bases[step % KEPT])
+            turn = step % len(stays)
+            nll_G, kl_G = _losses(parts, stays[turn], unit_GO * scale_G1, bases[turn])
             if not nll_G.isfinite().all():
                 raise UserError(
                     f"edit: the loss is not a number in step {step}, in the batch of requests {', '.join(ids)}; "
@@ -152,7 +160,7 @@ class ValueSearch(Stage):
             going_G = running_G & (learnt_G < turns) & live
             if step == self.steps or not anywhere(self.model, bool(going_G.any())):
                 break
-            loss_G = nll_G + KL * kl_G + DECAY * unit_GO.square().sum(-1)
+            loss_G = nll_G + KL * len(stays) * kl_G + DECAY * unit_GO.square().sum(-1)
             adam.zero_grad()
             loss_G[going_G].sum().backward()
             adam.step()

@@ -24,7 +24,7 @@ from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS
 from pipeline.editing.ordinary_text import WINDOW
 from pipeline.editing.statistics import KeyMoments
-from pipeline.editing.values import KEPT, SEARCHED_TOGETHER, Located
+from pipeline.editing.values import SEARCHED_TOGETHER, Located
 from pipeline.evaluation.plan import WINDOW as READ_WINDOW
 from pipeline.evaluation.plan import Text
 from pipeline.evaluation.reading import EVERY, Reading
@@ -159,4 +159,4 @@ def _located(case: Case, method: LocateThenEdit) -> Located:
     start = max(OPENING, 3 * case.length // 4 - ANSWER)  # without little words
     keyed = Row([0] * (start + ANSWER), start, middle)
     rows = [case.row] * own.contexts + [keyed] * own.forms + [other] * own.associations
-    return Located("request", [*rows, *[plain] * KEPT], 1)
+    return Located("request", [*rows, *[plain] * (1 + own.relations)], 1, 1 + own.relations)
