@@ -88,13 +88,14 @@ def edited(llm: LLM, requests: Sequence[EditRequest], method: str, text: str | N
     options = EditOptions(method=method, layers=[LAYER], expert=EXPERT[method], statistics=statistics)
     once = partial(edit, llm, requests, None, options, on)
     first = timed(once)
-    peaks: list[float] = []
-    later = timed(lambda: peaks.append(peak_bytes(llm, once, on)))
+    times: list[float] = []
+    peak = peak_bytes(llm, lambda: times.append(timed(once)), on)
+    (later,) = times
     return {
         "seconds of a first edit": first,
         "seconds of a later edit": later,
         "requests a second": len(requests) / later,
-        "peak memory in GB": peaks[0] / 1e9,
+        "peak memory in GB": peak / 1e9,
     } | planned(llm, method, requests, on)
 
 
