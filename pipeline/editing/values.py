@@ -121,7 +121,7 @@ class ValueSearch(Stage):
             part.suffixes.base_NV = part.suffixes.base_NV[:0].clone()  # a vocabulary wide, and nobody reads it
         stays = [
             self._part(dict(enumerate(rows)))
-            for rows in zip(*[one.rows[-one.stays :] for one in batch], strict=True)
+            for rows in zip(*[one.rows[-one.stays :] for one in batch], strict=False)  # as many as all have
         ]
         change_GO = self._search([located.id for located in batch], bare, others, stays)
         return [change_O.clone() for change_O in change_GO.float().cpu()]
