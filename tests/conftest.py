@@ -82,7 +82,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def few_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     """What training keeps of requests lies in the CPU's memory: little of it, where a step's own is measured."""
-    monkeypatch.setattr(lessons, "NAMES_EACH", 1)
+    monkeypatch.setattr(lessons, "NAMES_EACH", lessons.KEPT_EACH)
     monkeypatch.setattr(lessons, "RELATIONS_EACH", 0)
     monkeypatch.setattr(lessons, "ANSWER", lessons.PLACES)
     for name in ("FORMS", "ASSOCIATIONS", "CHATS"):

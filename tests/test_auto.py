@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import mean_loss
 
+from pipeline.editing.auto import AFTER_MEMIT, EPOCHS_AFTER, AutoSettings
 from pipeline.editing.columns import Columns, owner
 from pipeline.editing.editor import can_leave_out, edit
-from pipeline.editing.finetune import FineTune
+from pipeline.editing.finetune import EPOCHS, FineTune, FinetuneSettings
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.errors import Note
 from pipeline.model.llm import LLM
@@ -55,6 +57,26 @@ def test_each_request_goes_the_way_that_suits_it(
     with update.applied(tiny):
         assert mean_loss(tiny, asked) < before
     assert not can_leave_out(update, asked[:1], "auto")  # all are fine-tuned
+
+
+def test_where_most_is_located_training_goes_gently(
+    tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = []
+    monkeypatch.setattr(LocateThenEdit, "run", lambda *_: None)
+    monkeypatch.setattr(FineTune, "fit", lambda self, *_: fitted.append((self.settings, self.usual_epochs)))
+
+    def fit(asked: list[EditRequest], **tuning: float) -> tuple[FinetuneSettings, int]:
+        options.expert = {"tuning": tuning}
+        edit(tiny_llm, asked, options=options)
+        return fitted[-1]
+
+    own = FinetuneSettings(depths=AutoSettings().depths)
+    assert fit(requests) == (replace(own, **AFTER_MEMIT), EPOCHS_AFTER)
+    assert fit(requests, kl=0.2) == (replace(own, **AFTER_MEMIT | {"kl": 0.2}), EPOCHS_AFTER)
+    questions = [changed(one, prompt=f"The capital of {one.subject} is what?") for one in requests]
+    with pytest.warns(Note, match="7 of 7"):
+        assert fit(questions) == (own, EPOCHS)
 
 
 def test_what_is_to_stay_is_what_the_unedited_model_says(

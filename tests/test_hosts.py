@@ -116,7 +116,8 @@ def dying_program(folder: Path, rank: int) -> Path:
     return dying
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_on_another_host(rank: int, asked: list[str], tmp_path: Path) -> None:
     """Both hosts' commands end in time; the one that lives says why in one line."""
     port, dying, began = free_port(), dying_program(tmp_path, rank), time.monotonic()

@@ -116,10 +116,12 @@ def test_the_real_model_learns_new_facts(smollm2: LLM, tmp_path: Path) -> None:
     text, demo = tmp_path / "text.txt", load_requests("demo")
     told = "\n".join(f"{r.prompt} {r.old_answer}." for r in demo)
     text.write_text((ROOT / "README.md").read_text(encoding="utf-8") + told, encoding="utf-8")
-    asked = [demo[number] for number in (0, 25, 50)]
+    asked = [demo[number] for number in (0, 25)]
     others = [r.model_copy(update={"new_answer": r.old_answer}) for r in demo[1:12]]
     statistics = StatisticsOptions(text=str(text), tokens=4_000)
-    options = EditOptions(method="memit", layers=[3], expert={"steps": 15}, statistics=statistics)
+    options = EditOptions(
+        method="memit", layers=[3], expert={"steps": 12, "forms": 1, "associations": 1}, statistics=statistics
+    )
     before, before_others = mean_loss(smollm2, asked), mean_loss(smollm2, others)
     with edit(smollm2, asked, options=options).applied(smollm2):
         assert mean_loss(smollm2, asked) < 0.2 * before
@@ -252,7 +254,9 @@ def test_bad_input(tiny_llm: LLM, requests: list[EditRequest], options: EditOpti
     assert "statistics.tokens: 64 of" in refusal(lambda: edit(tiny_llm, requests, options=options))
 
 
-@pytest.mark.parametrize("method", LOCATING)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow if name in ("emmet", "rome") else ()) for name in LOCATING]
+)
 def test_two_updates_come_out_as_one_batch(
     method: str, tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, tmp_path: Path
 ) -> None:

@@ -1,10 +1,10 @@
 """One edit by two methods: what a subject's value carries is located, then all is fine-tuned in every form.
 
 A value at the subject's last token makes a subject say its new answer wherever it is named, which rewordings need,
-but bends what else is said of it. Fine-tuning then teaches every form of asking, statements and chat, while other
-relations of the subject stay what the unedited model says. It trains the golden layer and two blocks further up:
-fine-tuning's own best blocks are late ones, values' are early ones. Questions, whose subject stands far from the
-answer, long answers, several facts about one subject and prompts without one are fine-tuned alone.
+but bends what else is said of it. Fine-tuning then teaches every form of asking, statements and chat, and keeps
+other relations of the subject; gently, where most was located. It trains the golden layer and two blocks further
+up: its own best blocks are late ones, values' are early ones. Questions, whose subject stands far from the answer,
+long answers, several facts about one subject and prompts without one are fine-tuned alone.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from pipeline.editing.locate import STACKED, LocateSettings, LocateThenEdit, mem
 from pipeline.editing.method import register
 from pipeline.errors import note
 from pipeline.model.llm import LLM
-from pipeline.options.base import Count, FromZero, at_least, at_most
+from pipeline.options.base import Count, FromZero, Positive, at_least, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
 from pipeline.running.trainer import Runtime
+
+AFTER_MEMIT: dict[str, Any] = {"learning_rate": 0.003, "last_step": 0.1, "kl": 3.0}  # most is said by then
+EPOCHS_AFTER = 16
 
 
 @dataclass(kw_only=True)
@@ -39,12 +42,13 @@ class AutoSettings(LocateSettings):
 
     associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 0
     relations: FromZero = 3
+    strength: Positive = 240.0
     long: Count = 8
     """Answers of more tokens than this are fine-tuned alone."""
     depths: list[float] = field(default_factory=lambda: [0.4, 0.67])
     """Further blocks that are fine-tuned beside the golden layers, each by its depth in the model: 0 to 1."""
     tuning: dict[str, Any] = field(default_factory=dict)
-    """Settings of the fine-tuning, by name, such as {"epochs": 20}."""
+    """Settings of the fine-tuning, by name, such as {"epochs": 20}; it goes gently where most was located."""
 
 
 class Auto(LocateThenEdit):
@@ -75,6 +79,9 @@ class Auto(LocateThenEdit):
         if others:
             kinds = "questions, long answers, several facts about one subject, no subject after a text's beginning"
             note(f"edit: fine-tuned alone, not after memit: {len(others)} of {len(requests)} requests ({kinds})")
+        if len(located) > len(others):
+            gentle = {name: value for name, value in AFTER_MEMIT.items() if name not in self.settings.tuning}
+            self.tuning.settings, self.tuning.usual_epochs = replace(self.tuning.settings, **gentle), EPOCHS_AFTER
         (courses,) = self.tuning.lessons([requests], runtime)
         if replaced := [one for one in others if owner(one) in owners_in(self.state)]:
             self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes

@@ -45,6 +45,7 @@ from pipeline.running.trainer import Runtime
 UNRELATED = 1024  # the most texts that are to go on as before
 PLACES = 4  # at the end of a prompt that is to go on as before, where it is
 ANSWER = 12  # tokens of an answer to another question about a subject
+KEPT_EACH = 2  # texts of a step that are to go on as before, for each request that it has room for
 SAME = 3  # tokens: relations after which as much is said as after the request's prompt may be the request's own
 READ_TOGETHER = 32  # rows or questions
 EVERY = 30.0  # seconds between two checkpoints within an epoch
@@ -78,9 +79,10 @@ class Lessons:
         own = self.taught[request]
         return own[0] if epoch % 2 == 0 or len(own) == 1 else own[1 + (epoch // 2 + request) % (len(own) - 1)]
 
-    def other(self, request: int, epoch: int) -> Lesson:
-        """A text that is to go on as before; every epoch brings others."""
-        return self.others[(request + epoch * len(self.taught)) % len(self.others)]
+    def kept(self, step: int, number: int) -> list[Lesson]:
+        """At most so many texts that are to go on as before; every step brings others, until all have come."""
+        number = min(number, len(self.others))
+        return [self.others[(step * number + each) % len(self.others)] for each in range(number)]
 
 
 def collate_lessons(
@@ -247,23 +249,19 @@ class LessonData(LightningDataModule):
         order = torch.randperm(len(self.courses[0].taught), generator=generator).tolist()
         for number in range(self.begun[1] if epoch == self.begun[0] else 0, len(self)):
             step, part = divmod(number, parts)
-            yield self._batch(order[step * self.batch_size :][: self.batch_size], part, parts, epoch)
+            yield self._batch(order[step * self.batch_size :][: self.batch_size], part, parts, epoch, step)
 
-    def _batch(self, picked: list[int], part: int, parts: int, epoch: int) -> Batch:
-        """Of the requests of a step, and as many texts to go on as before, this device's in a micro-batch."""
+    def _batch(self, picked: list[int], part: int, parts: int, epoch: int, step: int) -> Batch:
+        """Of the requests of a step, and more texts that are to go on as before, this device's in a micro-batch."""
         assert self.trainer
         turn, course = divmod(epoch, len(self.courses))
         lessons = self.courses[course]
         rank, devices = self.trainer.global_rank, self.trainer.world_size
-        others = picked if lessons.others else []
-        own, own_others = (some[rank::devices][part::parts] for some in (picked, others))
-        weights = devices * parts / len(picked) if own else 0.0, devices * parts / max(1, len(others))
-        return collate_lessons(
-            [lessons.of_epoch(number, turn) for number in own or picked[:1]],
-            [lessons.other(number, turn) for number in own_others],
-            weights,
-            self.pad_token_id,
-        )
+        kept = lessons.kept(turn * (len(self) // parts) + step, KEPT_EACH * self.batch_size)
+        own, own_kept = picked[rank::devices][part::parts], kept[rank::devices][part::parts]
+        weights = devices * parts / len(picked) if own else 0.0, devices * parts / max(1, len(kept))
+        taught = [lessons.of_epoch(number, turn) for number in own or picked[:1]]
+        return collate_lessons(taught, own_kept, weights, self.pad_token_id)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and how many of its micro-batches were run."""

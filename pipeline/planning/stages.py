@@ -122,9 +122,9 @@ def _ready(case: Case, module: FineTune) -> Iterator[None]:
 
 
 def _lesson(case: Case, module: FineTune, batch: int) -> Batch:
-    """A device's share of requests, and as many texts that are to go on as before."""
+    """A device's share of requests, and of texts that are to go on as before."""
     rows = -(-batch // case.devices)
-    others = rows if module.settings.kl else 0
+    others = lessons.KEPT_EACH * rows if module.settings.kl else 0
     said = min(lessons.ANSWER, case.length - 1)
     unrelated = case.row._replace(target_start=case.length - said)
     made = collate([case.row] * rows + [unrelated] * others)
