@@ -59,7 +59,7 @@ def test_each_request_goes_the_way_that_suits_it(
     assert not can_leave_out(update, asked[:1], "auto")  # all are fine-tuned
 
 
-def test_where_most_is_located_training_goes_gently(
+def test_after_many_located_requests_training_goes_gently(
     tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted = []
@@ -72,6 +72,8 @@ def test_where_most_is_located_training_goes_gently(
         return fitted[-1]
 
     own = FinetuneSettings(depths=AutoSettings().depths)
+    assert fit(requests) == (own, EPOCHS)
+    monkeypatch.setattr("pipeline.editing.auto.MANY", len(requests) // 2)
     assert fit(requests) == (replace(own, **AFTER_MEMIT), EPOCHS_AFTER)
     assert fit(requests, kl=0.2) == (replace(own, **AFTER_MEMIT | {"kl": 0.2}), EPOCHS_AFTER)
     questions = [changed(one, prompt=f"The capital of {one.subject} is what?") for one in requests]

@@ -2,7 +2,7 @@
 
 A value at the subject's last token makes a subject say its new answer wherever it is named, which rewordings need,
 but bends what else is said of it. Fine-tuning then teaches every form of asking, statements and chat, and keeps
-other relations of the subject; gently, where most was located. It trains the golden layer and two blocks further
+other relations of the subject; gently, where many were located. It trains the golden layer and two blocks further
 up: its own best blocks are late ones, values' are early ones. Questions, whose subject stands far from the answer,
 long answers, several facts about one subject and prompts without one are fine-tuned alone.
 """
@@ -30,7 +30,7 @@ from pipeline.requests.sets import about
 from pipeline.running.trainer import Runtime
 
 AFTER_MEMIT: dict[str, Any] = {"learning_rate": 0.003, "last_step": 0.1, "kl": 3.0}  # most is said by then
-EPOCHS_AFTER = 16
+MANY, EPOCHS_AFTER = 32, 16  # requests, beyond which training takes so many steps that it bends other texts
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ class AutoSettings(LocateSettings):
     depths: list[float] = field(default_factory=lambda: [0.4, 0.67])
     """Further blocks that are fine-tuned beside the golden layers, each by its depth in the model: 0 to 1."""
     tuning: dict[str, Any] = field(default_factory=dict)
-    """Settings of the fine-tuning, by name, such as {"epochs": 20}; it goes gently where most was located."""
+    """Settings of the fine-tuning, by name, such as {"epochs": 20}; it goes gently after many located ones."""
 
 
 class Auto(LocateThenEdit):
@@ -79,7 +79,7 @@ class Auto(LocateThenEdit):
         if others:
             kinds = "questions, long answers, several facts about one subject, no subject after a text's beginning"
             note(f"edit: fine-tuned alone, not after memit: {len(others)} of {len(requests)} requests ({kinds})")
-        if len(located) > len(others):
+        if len(located) > max(MANY, len(others)):
             gentle = {name: value for name, value in AFTER_MEMIT.items() if name not in self.settings.tuning}
             self.tuning.settings, self.tuning.usual_epochs = replace(self.tuning.settings, **gentle), EPOCHS_AFTER
         (courses,) = self.tuning.lessons([requests], runtime)
