@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import mean_loss
 
-from pipeline.editing.auto import AFTER_MEMIT, EPOCHS_AFTER, AutoSettings
+from pipeline.editing.auto import GENTLY, AutoSettings
 from pipeline.editing.columns import Columns, owner
 from pipeline.editing.editor import can_leave_out, edit
-from pipeline.editing.finetune import EPOCHS, FineTune, FinetuneSettings
+from pipeline.editing.finetune import FineTune, FinetuneSettings
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.errors import Note
 from pipeline.model.llm import LLM
@@ -64,21 +64,21 @@ def test_after_many_located_requests_training_goes_gently(
 ) -> None:
     fitted = []
     monkeypatch.setattr(LocateThenEdit, "run", lambda *_: None)
-    monkeypatch.setattr(FineTune, "fit", lambda self, *_: fitted.append((self.settings, self.usual_epochs)))
+    monkeypatch.setattr(FineTune, "fit", lambda self, *_: fitted.append(self.settings))
 
-    def fit(asked: list[EditRequest], **tuning: float) -> tuple[FinetuneSettings, int]:
+    def fit(asked: list[EditRequest], **tuning: float) -> FinetuneSettings:
         options.expert = {"tuning": tuning}
         edit(tiny_llm, asked, options=options)
         return fitted[-1]
 
     own = FinetuneSettings(depths=AutoSettings().depths)
-    assert fit(requests) == (own, EPOCHS)
+    assert fit(requests) == own
     monkeypatch.setattr("pipeline.editing.auto.MANY", len(requests) // 2)
-    assert fit(requests) == (replace(own, **AFTER_MEMIT), EPOCHS_AFTER)
-    assert fit(requests, kl=0.2) == (replace(own, **AFTER_MEMIT | {"kl": 0.2}), EPOCHS_AFTER)
+    assert fit(requests) == replace(own, **GENTLY)
+    assert fit(requests, kl=0.2) == replace(own, **GENTLY | {"kl": 0.2})
     questions = [changed(one, prompt=f"The capital of {one.subject} is what?") for one in requests]
     with pytest.warns(Note, match="7 of 7"):
-        assert fit(questions) == (own, EPOCHS)
+        assert fit(questions) == own
 
 
 def test_what_is_to_stay_is_what_the_unedited_model_says(

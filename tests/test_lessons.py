@@ -136,6 +136,15 @@ def test_what_stays_is_what_the_model_says_of_other_things(speaker: LLM) -> None
     assert asked
 
 
+def test_every_step_brings_other_texts_to_keep(speaker: LLM) -> None:
+    _, spoken = courses(speaker, [CAPITAL, QUESTION])
+    every = {id(one) for one in spoken.others}
+    number = len(every) // 2 + 1
+    steps = [[id(one) for one in spoken.kept(step, number)] for step in range(2)]
+    assert {*steps[0], *steps[1]} == every and len({*steps[0]}) == number
+    assert len(spoken.kept(0, 10 * len(every))) == len(every)
+
+
 def test_a_relation_that_asks_the_same_does_not_stay(speaker: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def about_spain(said: str) -> int:
         monkeypatch.setattr(

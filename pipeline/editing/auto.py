@@ -29,8 +29,8 @@ from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
 from pipeline.running.trainer import Runtime
 
-AFTER_MEMIT: dict[str, Any] = {"learning_rate": 0.003, "last_step": 0.1, "kl": 3.0}  # most is said by then
-MANY, EPOCHS_AFTER = 32, 16  # requests, beyond which training takes so many steps that it bends other texts
+MANY = 32  # located requests: beyond, training takes so many steps that it bends other texts
+GENTLY: dict[str, Any] = {"epochs": 16, "learning_rate": 0.003, "last_step": 0.1, "kl": 3.0}
 
 
 @dataclass(kw_only=True)
@@ -80,8 +80,7 @@ class Auto(LocateThenEdit):
             kinds = "questions, long answers, several facts about one subject, no subject after a text's beginning"
             note(f"edit: fine-tuned alone, not after memit: {len(others)} of {len(requests)} requests ({kinds})")
         if len(located) > max(MANY, len(others)):
-            gentle = {name: value for name, value in AFTER_MEMIT.items() if name not in self.settings.tuning}
-            self.tuning.settings, self.tuning.usual_epochs = replace(self.tuning.settings, **gentle), EPOCHS_AFTER
+            self.tuning.settings = replace(self.tuning.settings, **GENTLY | self.settings.tuning)
         (courses,) = self.tuning.lessons([requests], runtime)
         if replaced := [one for one in others if owner(one) in owners_in(self.state)]:
             self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes

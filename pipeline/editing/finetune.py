@@ -104,8 +104,7 @@ class FineTune(Staying):
         self.weight_names = [f"{name}.weight" for name in self.projections]
         self.state: dict[str, Tensor] = {}
         self.whiteners: dict[str, Tensor] = {}
-        self.usual_epochs = EPOCHS
-        self.epochs = self.settings.epochs or self.usual_epochs
+        self.epochs = self.settings.epochs or EPOCHS
         self.round, self.quiet = 1, 0  # epochs that ask for each kind of form, and those gone by with all learnt
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
@@ -130,7 +129,7 @@ class FineTune(Staying):
         """Train on courses, in micro-batches where the options ask for them; UserError for too little memory."""
         size, work = self.settings.batch_size, runtime.work
         steps = -(-len(courses[0].taught) // size)  # of an epoch
-        self.epochs = self.settings.epochs or max(self.usual_epochs, -(-LEAST_STEPS // max(1, steps)))
+        self.epochs = self.settings.epochs or max(EPOCHS, -(-LEAST_STEPS // max(1, steps)))
         self.round, self.quiet = sum(min(2, max(map(len, one.taught))) for one in courses), 0
         keeping = KeepTraining(work) if work else None
         about = {"logger": runtime.logger, "max_epochs": self.epochs, "log_every_n_steps": 1}
