@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from programs import RUN, TIMEOUT, Program
+
 from pipeline.cli import main
 
-RUN = Path(__file__).parent.parent / "run.py"
 IN_TURN = Path(__file__).parent / "in_turn.py"
 CPU = ("--trainer.accelerator", "cpu")
-TIMEOUT = 180  # seconds: processes that wait for each other wait for ever
 
 
 def processes(
@@ -75,16 +76,32 @@ def in_both_ways(
         for strategy in strategies
     ]
     (folder / "commands.json").write_text(json.dumps(several))
-    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
-    cache = folder / "cache"  # its own: statistics of one process would hide what several make of them
-    told = in_group(*agent, str(IN_TURN), str(folder / "commands.json"), cache=cache)
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("written to") == len(several)
+    cache = {"XDG_CACHE_HOME": str(folder / "cache")}  # its own: what one process has kept would be taken up
+    port, words = free_port(), (IN_TURN, folder / "commands.json")
+    with ExitStack() as stack:
+        own = [cache | of_rank(rank, number, port) for rank in range(number)]
+        started = [stack.enter_context(Program(*words, folder=folder, environment=one)) for one in own]
+        ended = [one.finished() for one in started]
+    assert [one.returncode for one in ended] == [0] * number, [one.stderr for one in ended]
+    assert sum(one.stdout.count("written to") for one in ended) == len(several)
     for name, words in commands.items():
         assert main([*words, *CPU, "--output", str(folder / name / "one")]) == 0
     for expected, found in pairs.values():
         assert kinds(found) == kinds(expected)  # written once: no second events file, nothing of other processes
     return pairs
+
+
+def of_rank(rank: int, number: int, port: int) -> dict[str, str]:
+    """What torchrun tells one of so many processes of a host."""
+    told = {"RANK": rank, "WORLD_SIZE": number, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": number, "GROUP_RANK": 0}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": 1}
+    return {name: str(value) for name, value in told.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 def kinds(folder: Path) -> list[str]:

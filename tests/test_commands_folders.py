@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from commanding import FINETUNE, PROFILE_FILES, ROOT, RUN_FINETUNE, names_in
+from commanding import FINETUNE, PROFILE_FILES, RUN_FINETUNE, names_in
+from programs import RUN, Program, ran, small_files, wait_for
 from test_cli import one_line
 
 from pipeline import commands
@@ -116,11 +112,7 @@ def test_a_disk_that_fills_up(
 ) -> None:
     """Files of more than 12 kB cannot be written: the update's tensors are larger."""
     words = editing if command == "edit" else ["export", *model, "--update", str(made.edited)]
-    told = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words, "--output", "out"],
-        capture_output=True, text=True, timeout=120, cwd=elsewhere, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)),
-    )  # fmt: skip
+    told = ran(RUN, *words, "--output", "out", folder=elsewhere, before=partial(small_files, 12_000))
     assert told.returncode == 1
     assert "no room left on the disk" in one_line(told.stderr)
     assert not list(elsewhere.iterdir())
@@ -170,22 +162,13 @@ def test_an_interrupt_while_measuring_keeps_the_finished_update(
 
 def test_ctrl_c_in_the_middle_of_an_edit(editing: list[str], elsewhere: Path) -> None:
     words = [*editing, *FINETUNE, "1000000", "--output", "out"]
-    command = [sys.executable, str(ROOT / "run.py"), *words]
-    with subprocess.Popen(
-        command, cwd=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        until = time.monotonic() + 90
-        while not list(elsewhere.glob("out/events*")) and time.monotonic() < until:
-            time.sleep(0.1)
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        try:
-            _, shown = process.communicate(timeout=25)
-        finally:
-            process.kill()
-    assert process.returncode == 130
-    assert shown.splitlines()[-1] == "interrupted"
-    assert "Traceback" not in shown
+    with Program(RUN, *words, folder=elsewhere) as program:
+        wait_for(lambda: list(elsewhere.glob("out/unfinished/edit/*/training.ckpt")))
+        program.send_signal(signal.SIGINT)
+        told = program.finished(25)
+    assert told.returncode == 130
+    assert told.stderr.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in told.stderr
     assert names_in(elsewhere / "out") == {"options.yaml", "events", "unfinished"}, "to go on from"
 
 

@@ -37,10 +37,8 @@ def test_scores_figures_and_edits(
     text: str,
     tiny_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also of an old answer that is to be found, of fewer requests than processes, and of figures that are kept."""
-    monkeypatch.setattr("pipeline.evaluation.plan.FLUENCY_TOKENS", 32)  # as two processes have it
     first, *others = [json.loads(line) for line in request_file.read_text().splitlines()]
     del first["old_answer"]
     lacking, update = tmp_path / "lacking.jsonl", tmp_path / "update"
@@ -121,10 +119,10 @@ def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_pat
 STRATEGIES = ("ddp", "fsdp2")
 TUNING = '{"batch_size": 4, "epochs": 3, "learnt": 0}'
 METHODS = {
-    "auto": ["--edit.expert.batch_size", "2", "--edit.expert.tuning", TUNING],
+    "auto": ["--edit.expert.batch_size", "2", "--edit.expert.steps", "4", "--edit.expert.tuning", TUNING],
     "finetune": ["--edit.expert.batch_size", "4", "--edit.expert.epochs", "3", "--edit.expert.learnt", "0"],
     "lora": ["--edit.expert.batch_size", "4", "--edit.expert.epochs", "3", "--edit.expert.learnt", "0"],
-    "memit": ["--edit.expert.batch_size", "2"],
+    "memit": ["--edit.expert.batch_size", "2", "--edit.expert.steps", "4"],
 }
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from processes import CPU, LOGIC, RUN, TIMEOUT, end_group, processes
+from processes import CPU, LOGIC, end_group, free_port, of_rank, processes
+from programs import RUN, TIMEOUT, Program, ran
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.cli import main
@@ -25,39 +26,53 @@ def asked(tiny_folder: Path, request_file: Path) -> list[str]:
     return ["--model", str(tiny_folder), "--requests", str(request_file)]
 
 
-def by_torchrun(rank: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """A host's agent, and nothing of the environment."""
-    agent = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
-    agent += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    return ["-m", "torch.distributed.run", *agent], {}
-
-
-def by_srun(rank: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """A task as SLURM starts it: the environment says which one it is."""
+def of_srun(rank: int, port: int) -> dict[str, str]:
+    """What SLURM tells a task."""
     told = {"NTASKS": 2, "JOB_NAME": "edit", "JOB_ID": 1, "PROCID": rank, "LOCALID": 0, "NODEID": rank}
     told |= {"NTASKS_PER_NODE": 1, "NODELIST": "127.0.0.1", "NNODES": 2}
-    return [], {f"SLURM_{name}": str(value) for name, value in told.items()} | {"MASTER_PORT": str(port)}
+    return {f"SLURM_{name}": str(value) for name, value in told.items()} | {"MASTER_PORT": str(port)}
 
 
-@pytest.mark.parametrize("started_by", [by_torchrun, pytest.param(by_srun, marks=pytest.mark.slow)])
-def test_two_hosts(
-    started_by: Callable[[int, int], tuple[list[str], dict[str, str]]], asked: list[str], tmp_path: Path
-) -> None:
+def of_torchrun(rank: int, port: int) -> dict[str, str]:
+    """What torchrun tells the one process of a host."""
+    return of_rank(rank, 2, port) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
+
+
+def asked_of_two(asked: list[str]) -> list[str]:
+    """The command line on each of two hosts."""
+    on = ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "fsdp2"]
+    return ["attribute", *asked, *LOGIC, *CPU, *on]
+
+
+@pytest.mark.parametrize("told_by", [of_srun, of_torchrun])
+def test_two_hosts(told_by: Callable[[int, int], dict[str, str]], asked: list[str], tmp_path: Path) -> None:
     """Two hosts on the loopback, a process each, name one default output folder and write it once."""
     assert main(["attribute", *asked, *LOGIC, *CPU, "--output", str(tmp_path / "one")]) == 0
     port = free_port()
+    with ExitStack() as stack:
+        told = [{"GOLDEN_LAYERS_STARTED": f"at-{rank}"} | told_by(rank, port) for rank in range(2)]
+        hosts = [
+            stack.enter_context(Program(RUN, *asked_of_two(asked), folder=tmp_path, environment=one))
+            for one in told
+        ]
+        ended = [host.finished() for host in hosts]
+    assert [one.returncode for one in ended] == [0, 0], [one.stderr for one in ended]
+    assert [one.stdout.count("written to") for one in ended] == [1, 0]
+    the_same_scores(tmp_path)
 
-    def host(rank: int) -> subprocess.Popen[str]:
-        agent, told = started_by(rank, port)
-        words = ["attribute", *asked, *LOGIC, *CPU]
-        words += ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "fsdp2"]
-        return subprocess.Popen(
-            [sys.executable, *agent, str(RUN), *words], cwd=tmp_path,
+
+@pytest.mark.slow
+def test_two_hosts_by_torchrun_itself(asked: list[str], tmp_path: Path) -> None:
+    assert main(["attribute", *asked, *LOGIC, *CPU, "--output", str(tmp_path / "one")]) == 0
+    port = free_port()
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, *by_torchrun(rank, port), str(RUN), *asked_of_two(asked)], cwd=tmp_path,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GOLDEN_LAYERS_STARTED": f"at-{rank}"} | told,
-        )  # fmt: skip
-
-    hosts = [host(0), host(1)]
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GOLDEN_LAYERS_STARTED": f"at-{rank}"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
     try:
         said = [started.communicate(timeout=TIMEOUT)[0] for started in hosts]
     finally:
@@ -65,16 +80,22 @@ def test_two_hosts(
             end_group(started.pid)
     assert [started.returncode for started in hosts] == [0, 0], said
     assert [text.count("written to") for text in said] == [1, 0]
-    (folder,) = (tmp_path / "runs").iterdir()  # although hosts would name it differently, by when they started
-    assert folder.name == "attribute-at-0" and not (folder / "unfinished").exists()
-    scores = [GoldenProfile.load(at).scores for at in (tmp_path / "one", folder)]
+    the_same_scores(tmp_path)
+
+
+def by_torchrun(rank: int, port: int) -> list[str]:
+    """A host's agent."""
+    agent = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
+    agent += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return ["-m", "torch.distributed.run", *agent]
+
+
+def the_same_scores(folder: Path) -> None:
+    """One process found what two hosts did, whose folder stands below `runs`."""
+    (together,) = (folder / "runs").iterdir()  # although hosts would name it differently, by when they started
+    assert together.name == "attribute-at-0" and not (together / "unfinished").exists()
+    scores = [GoldenProfile.load(at).scores for at in (folder / "one", together)]
     assert scores[1] == pytest.approx(scores[0], rel=1e-9)
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -84,17 +105,10 @@ def test_a_process_that_dies_ends_the_others(rank: int, asked: list[str], tmp_pa
     words += ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
     dying = dying_program(tmp_path, rank)
     began = time.monotonic()
-    with subprocess.Popen(
-        [sys.executable, str(dying), *words], stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)},
-    ) as started:  # fmt: skip
-        try:
-            failed = started.communicate(timeout=TIMEOUT)[1]
-        finally:
-            end_group(started.pid)
-    assert started.returncode == 1
-    assert failed.count("error:") == 1 and "Traceback" not in failed
-    assert f"error: trainer: process {rank} has ended (SIGKILL)" in failed
+    told = ran(dying, *words, folder=tmp_path, environment={"PYTHONPATH": str(RUN.parent)})
+    assert told.returncode == 1
+    assert told.stderr.count("error:") == 1 and "Traceback" not in told.stderr
+    assert f"error: trainer: process {rank} has ended (SIGKILL)" in told.stderr
     assert time.monotonic() - began < TIMEOUT / 2
 
 
@@ -125,7 +139,7 @@ def test_a_process_that_dies_on_another_host(rank: int, asked: list[str], tmp_pa
     words += ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "fsdp2"]
     hosts = [
         subprocess.Popen(
-            [sys.executable, *by_torchrun(host, port)[0], str(dying), *words],
+            [sys.executable, *by_torchrun(host, port), str(dying), *words],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)},
         )
@@ -181,11 +195,8 @@ def test_hosts_with_different_files(asked: list[str], request_file: Path, tmp_pa
         "sys.exit(main())\n"
     )
     words = ["attribute", *asked, *CPU, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    told = subprocess.run(
-        [sys.executable, str(other), *words, "--output", str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=TIMEOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parent)},
-    )  # fmt: skip
+    words += ["--output", str(tmp_path / "out")]
+    told = ran(other, *words, folder=tmp_path, environment={"PYTHONPATH": str(RUN.parent)})
     assert told.returncode == 1
     assert told.stderr.count("error: requests: not the same in all 2 processes: process 1 on ") == 1
     assert not (tmp_path / "out").exists()

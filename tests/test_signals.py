@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from programs import RUN, Program, wait_for
 
 from pipeline.editing.editor import edit
 from pipeline.editing.finetune import FineTune
@@ -24,48 +23,35 @@ from pipeline.running.interrupts import Interrupted, Interrupts, interrupts
 from pipeline.running.trainer import build_trainer
 from pipeline.updates.schedule import Stopping
 
-RUN = Path(__file__).parent.parent / "run.py"
-LONG = ["--layers", "1", "--method", "finetune", "--expert.whiten", "0", "--expert.learnt", "0"]
-
-
-@contextmanager
-def running(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """A command that would train for hours."""
-    with subprocess.Popen(
-        [sys.executable, str(RUN), "edit", *LONG, "--expert.epochs", "1000000", *words, "--output", "out"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def appears(file: Callable[[], Any]) -> None:
-    until = time.monotonic() + 90
-    while not file() and time.monotonic() < until:
-        time.sleep(0.05)
+# a command that would train for hours
+LONG = ["edit", "--layers", "1", "--method", "finetune", "--expert.whiten", "0", "--expert.learnt", "0"]
+LONG += ["--expert.epochs", "1000000", "--output", "out"]
 
 
 def test_sigterm_while_training(tiny_folder: Path, request_file: Path, tmp_path: Path) -> None:
     words = ["--model", str(tiny_folder), "--requests", str(request_file)]
-    with running(tmp_path, *words) as process:
-        appears(lambda: list(tmp_path.glob("out/unfinished/edit/*/training.ckpt")))
-        process.send_signal(signal.SIGTERM)
-        told, shown = process.communicate(timeout=30)
-    assert process.returncode == 143
-    assert shown.splitlines()[-1] == "interrupted by SIGTERM"
-    assert "the same command with --output out --resume goes on" in " ".join(told.split())
-    assert "Traceback" not in shown
+    with Program(RUN, *LONG, *words, folder=tmp_path) as program:
+        wait_for(lambda: list(tmp_path.glob("out/unfinished/edit/*/training.ckpt")))
+        program.send_signal(signal.SIGTERM)
+        told = program.finished(30)
+    assert told.returncode == 143
+    assert told.stderr.splitlines()[-1] == "interrupted by SIGTERM"
+    assert "the same command with --output out --resume goes on" in " ".join(told.stdout.split())
+    assert "Traceback" not in told.stderr
 
 
 def test_sigterm_while_loading(tiny_folder: Path, request_file: Path, tmp_path: Path) -> None:
     words = ["--model", str(tiny_folder), "--requests", str(request_file)]
-    with running(tmp_path, *words) as process:
-        appears(lambda: (tmp_path / "out" / "options.yaml").exists())  # the model is loaded next
-        process.send_signal(signal.SIGTERM)
-        _, shown = process.communicate(timeout=60)
+    with subprocess.Popen(
+        [sys.executable, str(RUN), *LONG, *words], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            wait_for(lambda: (tmp_path / "out" / "options.yaml").exists())  # the model is loaded next
+            process.send_signal(signal.SIGTERM)
+            _, shown = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 143, shown
     assert shown.splitlines()[-1] == "interrupted by SIGTERM"
     assert "Traceback" not in shown

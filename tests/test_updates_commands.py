@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import yaml
 from conftest import make_tiny, refusal
 from filelock import FileLock
 from peft import PeftModel
+from programs import RUN, Program, ran, small_files, wait_for
 from test_cli import one_line
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -277,11 +275,7 @@ def test_the_disk_fills_up(
 ) -> None:
     """Files of more than 5 kB cannot be written: a version's tensors are larger."""
     told("submit", str(request_file), *at, "--model", str(tiny_folder))
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "update", *at, *quick], capture_output=True, text=True, timeout=120,
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)),
-    )  # fmt: skip
+    run = ran(RUN, "update", *at, *quick, folder=tmp_path, before=partial(small_files, 5_000))
     assert run.returncode == 1
     assert "disk" in one_line(run.stderr)
     with Store(at[1]) as store:
@@ -323,22 +317,14 @@ def test_sigterm_lets_the_batch_finish(
     """Asked to end in the middle of the first of several batches: that one is published, the others wait."""
     told("submit", str(request_file), *at, "--model", str(tiny_folder))
     words = ["schedule", *at, *quick, "--every", "6h", "--batch", "1"]
-    command = [sys.executable, str(ROOT / "run.py"), *words]
-    with (
-        Store(at[1]) as store,
-        subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process,
-    ):
-        until = time.monotonic() + 90
+    with Store(at[1]) as store, Program(RUN, *words, folder=tmp_path) as program:
         taken = "SELECT count(*) FROM requests WHERE state IN ('taken', 'applied')"
-        while not store.database.execute(taken).fetchone()[0] and time.monotonic() < until:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        said, error = process.communicate(timeout=90)
+        wait_for(lambda: store.database.execute(taken).fetchone()[0])
+        program.send_signal(signal.SIGTERM)
+        told = program.finished(90)
         states = [row[0] for row in store.database.execute("SELECT state FROM requests")]
-    assert process.returncode == 0, error
-    assert "asked to end: ended between two batches" in said
+    assert told.returncode == 0, told.stderr
+    assert "asked to end: ended between two batches" in told.stdout
     done = states.count("applied")
     assert 1 <= done < 7 and states.count("queued") == 7 - done
 
