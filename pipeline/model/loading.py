@@ -36,13 +36,13 @@ CONTRADICTIONS = (ArithmeticError, IndexError, TypeError, AttributeError, Assert
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Inside the `with`, a GGUF file is parsed once, not for its config, its tokenizer and its weights each."""
-    own = gguf_files.GGUFReader
-    gguf_files.GGUFReader = cache(own)  # type: ignore[misc, assignment]
+    """Inside the `with`, a GGUF file is parsed, and its names are mapped, once, not for each use of it."""
+    own = gguf_files.GGUFReader, gguf_files.get_tensor_name_map  # the latter by each submodule
+    gguf_files.GGUFReader, gguf_files.get_tensor_name_map = cache(own[0]), cache(own[1])  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        gguf_files.GGUFReader = own  # type: ignore[misc]
+        gguf_files.GGUFReader, gguf_files.get_tensor_name_map = own  # type: ignore[misc]
 
 
 @_parsed_once()
