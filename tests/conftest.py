@@ -224,6 +224,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> LLM:
             llm = load_model("smollm2")
             llm.model.save_pretrained(folder)
             llm.tokenizer.save_pretrained(folder)
+            return llm
     found = load_model(str(folder))
     return LLM(found.model, found.tokenizer, "smollm2")
 

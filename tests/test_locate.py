@@ -55,7 +55,7 @@ def statistics(text: Path) -> StatisticsOptions:
 
 @pytest.fixture
 def options(statistics: StatisticsOptions) -> EditOptions:
-    settings = {"batch_size": 3, "threshold": 0.2}  # of so few inputs, text uses nearly all
+    settings = {"batch_size": 3, "steps": 4, "threshold": 0.2}  # of so few inputs, text uses nearly all
     return EditOptions(method="memit", layers=[1], expert=settings, statistics=statistics)
 
 
@@ -129,6 +129,7 @@ def test_the_real_model_learns_new_facts(smollm2: LLM, tmp_path: Path) -> None:
 
 
 def test_blocks_below_the_layer_run_once(tiny_llm: LLM, requests: list[EditRequest], options: EditOptions) -> None:
+    options.expert["steps"] = 25
     edit(tiny_llm, requests, options=options)  # the statistics are there now
     rows: dict[int, int] = {0: 0, 3: 0}
     handles = []
