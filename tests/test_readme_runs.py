@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.attribution.selector import SELECTORS
 from pipeline.cli import main
+from pipeline.editing import finetune
 from pipeline.editing.editor import METHODS as EDITS
 from pipeline.editing.update import WeightUpdate
 from pipeline.model.loading import load_model
@@ -85,6 +86,15 @@ def few_steps(name: str, words: list[str]) -> list[str]:
     method = edit.method if isinstance(edit, EditOptions) else ""
     quick = {"finetune": "epochs 1", "lora": "epochs 1"}.get(method, "steps 2")
     return f"--{group}expert.{quick}".split() if method and name != "plan" else []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short() -> Iterator[None]:
+    """One epoch, where a command says nothing else."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(finetune, "EPOCHS", 1)
+        patched.setattr(finetune, "LEAST_STEPS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
