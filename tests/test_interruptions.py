@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_loop import TEXT
 from safetensors.torch import load_file
 
 from pipeline import commands
@@ -47,16 +48,17 @@ INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 ENDS = {INT: 130, TERM: 143, KILL: -9}
 STEPS = (SideBySideEvaluator, Reading, Saying, Attribution, ValueSearch, FineTune)
 
-EDIT = "edit --layers 1 --evaluation.generation prompts --evaluation.max_new_tokens 3 --method"
+EDIT = "edit --layers 1 --evaluation.generation prompts --evaluation.max_new_tokens 3 --evaluation.text text.txt"
 TRAINED = "--expert.epochs 3 --expert.batch_size 3 --expert.learnt 0 --expert.whiten 0 --expert.contexts 2"
 COMMANDS = {
     "attribute": "attribute --expert.batch_size 2 --old_answers model",
-    "memit": f"{EDIT} memit --statistics.tokens 1024 --expert.batch_size 3 --expert.steps 2",
-    "finetune": f"{EDIT} finetune {TRAINED}",
-    "lora": f"{EDIT} lora {TRAINED}",
-    "evaluate": "evaluate --generation prompts --max_new_tokens 3 --fluency 2",
+    "memit": f"{EDIT} --method memit --statistics.tokens 512 --statistics.text text.txt "
+    "--expert.batch_size 3 --expert.steps 2",
+    "finetune": f"{EDIT} --method finetune {TRAINED}",
+    "lora": f"{EDIT} --method lora {TRAINED}",
+    "evaluate": "evaluate --generation prompts --max_new_tokens 3 --fluency 2 --text text.txt",
     "study": "study --limit 3 --proxy 3 --every 2 --selectors gradient_norm middle --methods memit "
-    "--edit.expert.steps 2 --edit.statistics.tokens 1024",
+    "--edit.expert.steps 2 --edit.statistics.tokens 512 --edit.statistics.text text.txt",
 }
 
 
@@ -98,6 +100,7 @@ class Scene:
     def __init__(self, folder: Path, words: list[str]) -> None:
         self.folder, self.words = folder, words
         folder.mkdir()
+        (folder / "text.txt").write_text(TEXT * 3)
 
     def child(self, *words: str, before: Callable[[], Any] = lambda: None) -> int:
         """Run the command in a child; its exit code, negative for the signal that killed it."""

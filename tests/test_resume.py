@@ -50,7 +50,9 @@ def test_resumed_equals_uninterrupted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     searches = METHODS[method].trial == "values"
-    own = {"batch_size": 2, "threshold": 0.2} if searches else {"epochs": 5, "batch_size": 3, "learnt": 0.0}
+    own: dict[str, Any] = {"epochs": 5, "batch_size": 3, "learnt": 0.0}
+    if searches:
+        own = {"batch_size": 2, "steps": 6, "threshold": 0.2}
     options = edit_options(tmp_path, method, 512, **own)
     expected = edit(tiny_llm, requests, options=options)
     stage = (ValueSearch, "predict_step") if searches else (FineTune, "training_step")
