@@ -45,10 +45,26 @@ def requests(requests: list[EditRequest]) -> list[EditRequest]:
     return [first.model_copy(update=more), *rest]
 
 
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    """Models that were taught, by family; tests leave them as they found them, which one of them checks."""
+    return {}
+
+
 @pytest.fixture(params=FAMILIES)
-def taught(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest]) -> LLM:
+def taught(
+    request: pytest.FixtureRequest,
+    models: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    requests: list[EditRequest],
+) -> LLM:
     """A tiny model that has learned some of the new answers, so that no figure is all or nothing."""
-    model = make_tiny(request.param, tokenizer).model.eval()
+    if request.param not in models:
+        models[request.param] = teach(make_tiny(request.param, tokenizer).model.eval(), tokenizer, requests)
+    return LLM(models[request.param].eval(), tokenizer, request.param)
+
+
+def teach(model: Any, tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest]) -> Any:
     texts = [f"{r.prompt} {r.new_answer}.\n" for r in requests[:4]]
     texts += [f"{r.rephrases[0]} {r.new_answer}.\n" for r in requests[:3]]
     texts += [f"{p.prompt} {p.answer}.\n" for r in requests[2:5] for p in r.portability]
@@ -59,7 +75,7 @@ def taught(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, r
         model(input_ids=ids_BT, labels=labels_BT).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return LLM(model, tokenizer, request.param)
+    return model
 
 
 def measure(
@@ -212,9 +228,9 @@ def test_a_text_that_cannot_be_scored_is_refused(
 @pytest.mark.real_model
 def test_the_bundled_model_knows_the_demos_old_answers(smollm2: LLM, text_file: Path) -> None:
     """And METHODS: teacher forcing overstates what the model says by itself."""
-    requests = load_requests("demo", limit=40)
+    requests = load_requests("demo", limit=20)
     known = [EditRequest(id=r.id, prompt=r.prompt, new_answer=r.old_answer or "") for r in requests]
-    options = EvaluationOptions(text=str(text_file), max_new_tokens=4, generation="prompts")
+    options = EvaluationOptions(text=str(text_file), max_new_tokens=4, generation="prompts", fluency=0)
     old = means(evaluate(smollm2, known, options=options).before.metrics)
     assert old["rewrite"] >= 0.5
     assert old["generation_exact_match"] <= old["rewrite"]
@@ -222,7 +238,7 @@ def test_the_bundled_model_knows_the_demos_old_answers(smollm2: LLM, text_file: 
 
 @pytest.mark.real_model
 def test_the_bundled_model_does_not_know_the_demos_new_answers(smollm2: LLM, text_file: Path) -> None:
-    requests = [EditRequest(id=r.id, prompt=r.prompt, new_answer=r.new_answer) for r in load_requests("demo", 40)]
-    options = EvaluationOptions(text=str(text_file), max_new_tokens=1, generation="none")
+    requests = [EditRequest(id=r.id, prompt=r.prompt, new_answer=r.new_answer) for r in load_requests("demo", 20)]
+    options = EvaluationOptions(text=str(text_file), max_new_tokens=1, generation="none", fluency=0)
     figures = means(evaluate(smollm2, requests, options=options).before.metrics)
     assert figures["rewrite"] < 0.2
