@@ -173,7 +173,7 @@ def test_an_edit_without_a_change_says_so(
 def test_every_method_edits_in_mixed_precision(
     method: str, tiny: LLM, requests: list[EditRequest], tmp_path: Path
 ) -> None:
-    options = edit_options(tmp_path, method, 1024, **({"steps": 4} if method == "memit" else {}))
+    options = edit_options(tmp_path, method, 1024, **({"steps": 4} if method == "memit" else {"epochs": 4}))
     expected = edit(tiny, requests, None, options, TrainerOptions(accelerator="cpu"))
     found = edit(tiny, requests, None, options, TrainerOptions(accelerator="cpu", precision="bf16-mixed"))
     for name, tensor in expected.tensors.items():

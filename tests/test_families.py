@@ -13,7 +13,7 @@ from test_suffix import ROWS, plain_logits
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.attribution.find import find_golden_layer
-from pipeline.editing.editor import METHODS, edit
+from pipeline.editing.editor import edit
 from pipeline.editing.export import export_merged
 from pipeline.model.activations import Activations, target_logits
 from pipeline.model.generation import generate
@@ -102,7 +102,7 @@ def test_suffixes_equal_the_whole(llm: LLM, layer: int) -> None:
 
 
 def test_batches_answer_as_single_prompts_do(llm: LLM, requests: list[EditRequest]) -> None:
-    prompts = [prompt for r in requests[:3] for prompt in (r.prompt, *r.rephrases)]
+    prompts = [prompt for r in requests[:2] for prompt in (r.prompt, *r.rephrases)]
     alone = [generate(llm, [prompt], max_new_tokens=4)[0] for prompt in prompts]
     assert generate(llm, prompts, max_new_tokens=4) == alone
     assert len(set(alone)) > 1
@@ -113,7 +113,7 @@ def test_batches_answer_as_single_prompts_do(llm: LLM, requests: list[EditReques
     assert torch.equal(single.argmax(-1), together.argmax(-1))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "auto"])  # which is memit and finetune
+@pytest.mark.parametrize("method", ["finetune", "lora", "memit"])  # others solve for the same values as memit does
 def test_an_edit_changes_its_weights_alone_and_is_undone(
     llm: LLM, requests: list[EditRequest], method: str, statistics: StatisticsOptions
 ) -> None:
@@ -121,7 +121,7 @@ def test_an_edit_changes_its_weights_alone_and_is_undone(
     options = EditOptions(method=method, layers=[LAYER], expert=expert, statistics=statistics)
     update = edit(llm, requests[:3], options=options)
     assert all(torch.equal(base[name], tensor) for name, tensor in llm.model.state_dict().items()), "edit restores"
-    scope = "mlp" if method in ("finetune", "lora") else "down"
+    scope = "down" if method == "memit" else "mlp"
     assert list(update.tensors) == llm.blocks[LAYER].weight_names(scope)
     undo = update.apply(llm)
     edited = snapshot(llm)

@@ -18,7 +18,7 @@ from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
 
-FEW = {"rank": 4, "epochs": 30, "batch_size": 4, "learning_rate": 0.05, "learnt": 0.0, "whiten": 0.0}
+FEW = {"rank": 4, "epochs": 12, "batch_size": 4, "learning_rate": 0.05, "learnt": 0.0, "whiten": 0.0}
 
 
 def lora(layers: list[int], **settings: Any) -> EditOptions:
@@ -31,7 +31,7 @@ def test_plain_peft_loads_the_adapter(
 ) -> None:
     base = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
     before = mean_loss(tiny, requests)
-    options = lora([1, 2], scope=scope)
+    options = lora([1, 2], scope=scope, epochs=30)
     update = edit(tiny, requests, options=options)
     assert {n: t for n, t in tiny.model.state_dict().items() if not torch.equal(t, base[n])} == {}, "left its mark"
     assert list(tiny.model.state_dict()) == list(base), "no adapter stays in the model"
