@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import refusal
+from conftest import make_tiny, refusal
 from teams import Team, other, same
+from transformers import PreTrainedTokenizerFast
 
+from pipeline.model.llm import LLM
 from pipeline.reporting.dashboards import show_on_board
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import (
@@ -156,18 +159,34 @@ def test_cases_of_names_that_mean_none_or_two(team: Team, requests: list[EditReq
     assert team.states() == ["queued"] * 3
 
 
+@pytest.fixture(scope="module")
+def four_versions(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a store of four versions, which brought a fact each."""
+    team = Team(make_tiny("llama", tokenizer), tmp_path_factory.mktemp("team"))
+    for name in ("Chad", "Chile", "Cuba", "Fiji"):
+        team.submit([EditRequest(id=name, prompt=f"The capital of {name} is", subject=name, new_answer="Lima")])
+        team.update()
+    show_on_board(team.store)
+    team.store.close()
+    return team.store.folder
+
+
 @pytest.mark.parametrize(
     ("keep", "back_to", "gone"),
     [(1, [], [1, 2, 3]), (2, [], [1, 2]), (9, [], []), (1, [2, 4], [1, 3]), (1, [1], [2, 3]), (1, [0], [1, 2, 3])],
 )
 def test_cases_of_pruning(
-    keep: int, back_to: list[int], gone: list[int], team: Team, requests: list[EditRequest]
+    keep: int,
+    back_to: list[int],
+    gone: list[int],
+    four_versions: Path,
+    tiny_llm: LLM,
+    requests: list[EditRequest],
+    tmp_path: Path,
 ) -> None:
     """Never the version in force, the newest, or one that was gone back to; and what was is still known."""
-    for one in requests[:4]:
-        team.submit([one])
-        team.update()
-    show_on_board(team.store)
+    shutil.copytree(four_versions, tmp_path / "store", symlinks=True)
+    team = Team(tiny_llm, tmp_path)
     for version in back_to:
         rollback(team.store, version)
     before = {number: in_force(team.store, number) for number in range(5)}
