@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,10 @@ def test_nothing_of_a_run_stays(
 ) -> None:
     """A tensor whose graph holds hooks that hold the tensor is a ring that no collector finds."""
     monkeypatch.undo()
+    turns = count()
 
     def run() -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{next(turns)}"))  # where nothing is found
         if stage_name in METHODS:
             few = BRIEFLY.get(stage_name, {"steps": 2})
             edit(tiny_llm, requests, None, edit_options(tmp_path, stage_name, 512, **few))
