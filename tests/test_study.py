@@ -186,7 +186,8 @@ def test_research_is_no_method_of_attribution(tiny_llm: LLM, requests: list[Edit
 def test_so_does_the_sweep(one_block: LLM, editing: EditOptions, tmp_path: Path) -> None:
     editing.method, editing.expert = "lora", {"rank": 4, "whiten": 0.0, "learning_rate": 0.02}
     grid = sweep_of(one_block, editing, tmp_path, together=8).run("lora", load_requests("demo")[:3], range(4))
-    assert grid.best == WINNER
+    winner, *others = grid.scores.mean(0)
+    assert grid.best == WINNER and winner > max(others) + 0.2, "of blocks alike the first would be the best"
 
 
 def test_what_cannot_be_tried_is_known_at_once(requests: list[EditRequest]) -> None:
