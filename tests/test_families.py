@@ -113,7 +113,11 @@ def test_batches_answer_as_single_prompts_do(llm: LLM, requests: list[EditReques
     assert torch.equal(single.argmax(-1), together.argmax(-1))
 
 
-@pytest.mark.parametrize("method", ["finetune", "lora", "memit"])  # others solve for the same values as memit does
+@pytest.mark.parametrize(
+    "method",
+    ["finetune", "lora", "memit"]  # others solve for the same values as memit does
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("emmet", "rome", "alphaedit")],
+)
 def test_an_edit_changes_its_weights_alone_and_is_undone(
     llm: LLM, requests: list[EditRequest], method: str, statistics: StatisticsOptions
 ) -> None:
@@ -121,7 +125,7 @@ def test_an_edit_changes_its_weights_alone_and_is_undone(
     options = EditOptions(method=method, layers=[LAYER], expert=expert, statistics=statistics)
     update = edit(llm, requests[:3], options=options)
     assert all(torch.equal(base[name], tensor) for name, tensor in llm.model.state_dict().items()), "edit restores"
-    scope = "down" if method == "memit" else "mlp"
+    scope = "mlp" if method in ("finetune", "lora") else "down"
     assert list(update.tensors) == llm.blocks[LAYER].weight_names(scope)
     undo = update.apply(llm)
     edited = snapshot(llm)
