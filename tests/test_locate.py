@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline.editing import values
 from pipeline.editing.columns import owner
 from pipeline.editing.contexts import CONTEXTS
 from pipeline.editing.editor import METHODS, can_leave_out, edit, leave_out
+from pipeline.editing.entering import Leaving
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.solvers import emmet
 from pipeline.editing.statistics import key_moments
@@ -284,12 +286,44 @@ def test_a_fact_that_changes_again_leaves_nothing_of_its_first_change(
     assert len(second.state["locate.1.owner_n"]) == len(first.state["locate.1.owner_n"])
 
 
-def test_several_layers(tiny: LLM, requests: list[EditRequest], options: EditOptions) -> None:
-    options.layers = [1, 2]
-    update = edit(tiny, requests, options=options)
-    assert list(update.tensors) == [name for layer in (1, 2) for name in tiny.blocks[layer].weight_names("down")]
+def test_blocks_carry_a_value_together(tiny: LLM, requests: list[EditRequest], options: EditOptions) -> None:
+    """Behind the last of them subjects come to what the value alone would bring about, by less change of each.
+
+    Not so where a norm stands behind the projection: there is nothing to add to, and the golden block holds all.
+    """
+    options.expert |= {"key_contexts": 1, "neighbours": 0, "strength": 1e-6, "steps": 5}
     base = dict(tiny.model.named_parameters())
-    assert not any(torch.equal(tensor, base[name]) for name, tensor in update.tensors.items())
+    alone = edit(tiny, requests, options=options)
+    options.expert["spread"] = 2
+    shared = edit(tiny, requests, options=options)
+    changed = {name for name, tensor in shared.tensors.items() if not torch.equal(tensor, base[name])}
+    first, second = (tiny.blocks[layer].weight_names("down")[0] for layer in (1, 2))
+    if tiny.model.config.model_type.startswith("gemma"):
+        assert changed == {first} and torch.equal(shared.tensors[first], alone.tensors[first])
+        return
+    assert changed == {first, second}
+    before, wanted = (
+        read_leaving(tiny, requests, values)
+        for values in ([None] * len(requests), alone.state["locate.1.change_On"].T)
+    )
+    with shared.applied(tiny):
+        found = read_leaving(tiny, requests, [None] * len(requests))
+    assert (found - wanted).norm() < 0.02 * (before - wanted).norm()
+    less = ((update.tensors[first] - base[first]).norm() for update in (shared, alone))
+    assert next(less) < 0.8 * next(less)
+
+
+def read_leaving(llm: LLM, requests: list[EditRequest], values: Iterable[Tensor | None]) -> Tensor:
+    """What leaves block 2 at subjects' last tokens, (G, D), where values are added to what block 1 projects."""
+    rows = zip(llm.tokens.answered(requests), values, strict=True)
+    return torch.stack(run(Leaving(llm, 1, 2), [row._replace(tag=value) for row, value in rows]))[:, 1]
+
+
+def test_several_layers(tiny: LLM, requests: list[EditRequest], options: EditOptions) -> None:
+    """Golden layers that a user names are changed, and none above the last but one by what they spread to."""
+    options.layers, options.expert = [1], options.expert | {"spread": 9}
+    update = edit(tiny, requests[:2], options=options)
+    assert update.layers == [*range(1, len(tiny.blocks) - 1)]
 
 
 @pytest.mark.parametrize("method", LOCATING)

@@ -42,6 +42,7 @@ class AutoSettings(LocateSettings):
 
     associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 0
     relations: FromZero = 3
+    spread: Count = 3
     strength: Positive = 240.0
     long: Count = 8
     """Answers of more tokens than this are fine-tuned alone."""

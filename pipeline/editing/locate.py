@@ -7,7 +7,7 @@ step only, the closed-form solver. Values of a batch of requests are searched fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, owner, owners_in
 from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, FORMS, in_context, neighbours
-from pipeline.editing.entering import Entering
+from pipeline.editing.entering import Entering, Leaving
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.values import SEARCHED_TOGETHER, Located, ValueSearch, locate
@@ -37,6 +37,7 @@ from pipeline.running.trainer import Runtime
 FEW = 10  # requests, which seldom get in each other's way
 MOST_NEIGHBOURS = 1000  # prompts
 READ_TOGETHER = 32  # rows
+ADDED = 0.1  # of a change's norm: what half precision may make of a sum
 
 STACKED = {  # settings where one layer is to hold batch after batch: small values, so that many get along
     **{"forms": 0, "associations": 2, "key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
@@ -64,6 +65,8 @@ class LocateSettings(Options):
     """memit: other names in each prompt, whose outputs are to stay; 0: none."""
     neighbour_weight: Weight = 1.0
     """memit: weight of such names against ordinary text."""
+    spread: Count = 1
+    """Blocks that carry a value together: a golden layer and those above it, never the last."""
     batch_size: Count = 32
     """Requests whose values are searched for together."""
     steps: Most = None
@@ -81,8 +84,8 @@ class LocateSettings(Options):
 class LocateThenEdit:
     """Changes the down-projection of the golden layers in closed form.
 
-    With several layers, each visit finds what the requests still miss in the model as it is by then, so that a
-    value found at one layer is carried forward to the next.
+    A value is found at the golden layer, and carried by it and blocks above it (`spread`) together: each of them
+    then changes less, and so do other texts.
 
     It is made as `EditMethod` says. Its `state` are every layer's `Columns`: earlier keys and values are solved for
     again, together with the new ones.
@@ -105,12 +108,14 @@ class LocateThenEdit:
         solver: Callable[[LocateSettings], Solver],
         by_all_keys: bool = False,
     ) -> None:
-        self.llm, self.layers, self.statistics = llm, list(layers), options.statistics
+        self.llm, self.statistics = llm, options.statistics
         self.settings: LocateSettings = settings_of(options)
+        upto = range(self.settings.spread)
+        self.layers = sorted({min(layer + up, len(llm.blocks) - 2) for layer in layers for up in upto})
         self.solve = solver(self.settings)
         self.by_all_keys = by_all_keys
         self.near = self.settings.neighbours if by_all_keys and self.settings.neighbour_weight else 0
-        self.weight_names = [name for layer in layers for name in llm.blocks[layer].weight_names("down")]
+        self.weight_names = [name for layer in self.layers for name in llm.blocks[layer].weight_names("down")]
         self.state = dict(earlier or {})
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
@@ -148,15 +153,45 @@ class LocateThenEdit:
         moments, asked = self.moments(runtime), [*again, *new]
         subjects = list(dict.fromkeys(map(about, asked)))
         located = self.located([[one for one in asked if about(one) == subject] for subject in subjects])
+        outdated = [owner(request) for request in [*asked, *gone]]
+        # values are found without other updates', and solved with them
+        columns = {layer: self._taken_out(layer).without(outdated) for layer in self.layers}
+        shares = self._shares(located, runtime) if asked else iter(())
         for layer in self.layers:
-            columns = self._taken_out(layer)  # values are found without other updates', and solved with them
-            columns = columns.without([owner(request) for request in [*asked, *gone]])
-            if asked:
-                values = self.find(self.search(layer, len(located)), located, runtime, kept=f"values-{layer}")
-                of_subject = dict(zip(subjects, values, strict=True))
-                value_GO = torch.stack([of_subject[about(request)] for request in asked])
-                columns = columns.and_asked([*map(owner, asked)], self.keys(layer, asked, runtime), value_GO)
-            self._put_in(layer, columns, held, moments[layer], runtime)
+            if share := next(shares, None):
+                of_subject = dict(zip(subjects, share, strict=True))
+                share_GO = torch.stack([of_subject[about(request)] for request in asked])
+                keys_GCI = self.keys(layer, asked, runtime)
+                columns[layer] = columns[layer].and_asked([*map(owner, asked)], keys_GCI, share_GO)
+            self._put_in(layer, columns[layer], held, moments[layer], runtime)
+
+    def _shares(self, located: Sequence[Located], runtime: Runtime) -> Iterator[Sequence[Tensor]]:
+        """By layer, each subject's change (O,) of the output there; asked for once those before hold theirs.
+
+        Values are found at the first layer. What they come to behind the last one is what all layers are to bring
+        about, each an even part of what is missing by then (MEMIT, arXiv 2210.07229, section 4.3). That takes
+        blocks that add their projection's output to the hidden state, maybe by a factor; in others the first layer
+        holds all.
+        """
+        first, last = self.layers[0], self.layers[-1]
+        values = self.find(self.search(first, len(located)), located, runtime, kept=f"values-{first}")
+        if first == last:
+            yield values
+            return
+        reading = Leaving(self.llm, first, last)
+
+        def leaving(changes: Iterable[Tensor | None]) -> Tensor:  # (2, G, O)
+            rows = [one.rows[0]._replace(tag=change) for one, change in zip(located, changes, strict=False)]
+            return torch.stack(run(reading, rows, runtime, Row.length, READ_TOGETHER), dim=1)
+
+        aim_2GO, now_2GO = leaving(values), leaving(repeat(None))
+        factor = _factor(torch.stack(values), (aim_2GO - now_2GO)[0])
+        if not factor:
+            yield values
+            return
+        for left in range(len(self.layers), 0, -1):
+            yield [*(aim_2GO - now_2GO)[1] / (left * factor)]
+            now_2GO = leaving(repeat(None))
 
     def moments(self, runtime: Runtime) -> dict[int, Tensor]:
         """The second moment of ordinary text's keys, by layer."""
@@ -238,6 +273,12 @@ class LocateThenEdit:
             rows.append(Row(ids, len(ids), (first, len(ids) - 1 if to_the_end else first)))
         keys = run(Entering(self.llm, layer, down), rows, runtime, Row.length, READ_TOGETHER)
         return [key_TI.float() for key_TI in keys]
+
+
+def _factor(change_GO: Tensor, moved_GO: Tensor) -> float | None:
+    """By what factor changes of a projection's output are added to the hidden state; None: they are not."""
+    factor = ((moved_GO * change_GO).sum() / change_GO.square().sum()).item()
+    return factor if (moved_GO - factor * change_GO).norm() < ADDED * moved_GO.norm() else None
 
 
 def memit_solver(own: LocateSettings) -> Solver:
