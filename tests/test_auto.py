@@ -49,7 +49,7 @@ def test_each_request_goes_the_way_that_suits_it(
     before = mean_loss(tiny, asked)
     with pytest.warns(Note, match=r"fine-tuned alone.*: 5 of 6 requests \(questions, "):
         update = edit(tiny, asked, options=options)
-    assert solved == [[owner(requests[0])]]
+    assert {*map(tuple, solved)} == {(owner(requests[0]),)}
     layers = sorted({1, int(0.4 * len(tiny.blocks)), int(0.67 * len(tiny.blocks))})
     assert set(update.tensors) == {name for layer in layers for name in tiny.blocks[layer].weight_names("mlp")}
     assert update.layers == layers
