@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -215,13 +215,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in MEMORY_WORDS)
 
 
-def free_memory() -> None:
-    """Let go what an attempt that failed has left."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
     """Whether the memory sufficed for some work, and what it gives, or why not; then what it held is free again."""
     try:
@@ -230,5 +223,5 @@ def attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
         if not is_out_of_memory(error):
             raise
         failed = " ".join(str(error).split())
-    free_memory()  # outside of the `except`: the error holds on to the frames that it went through
+    garbage_collection_cuda()  # outside of the `except`: the error holds on to the frames that it went through
     return False, failed

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,6 @@ class Runtime:
     def precision(self) -> str:
         """Lightning's name of the precision."""
         return str(self.trainer.precision)
-
-    def within(self, name: str) -> Runtime:
-        """With a part of the work folder."""
-        return replace(self, work=self.work / name if self.work else None)
 
 
 def own_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -135,7 +131,7 @@ def build_trainer(
     with trainer_errors():
         return Trainer(
             accelerator=options.accelerator,
-            devices=options.devices_asked,
+            devices=options.devices,
             num_nodes=options.num_nodes,
             strategy=strategy,
             plugins=plugins or None,
