@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, D hidden size, N positions that are read, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -150,14 +150,10 @@ def checkpointing(llm: LLM, wanted: bool = True) -> Iterator[None]:
     Passes must not use a cache.
     """
     modules = [block.module for block in llm.blocks] if wanted else []
-    kept = [partial(checkpoint, module.forward, use_reentrant=False, context_fn=_contexts) for module in modules]
+    settings: Any = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _running_again())}
+    kept = [partial(checkpoint, module.forward, **settings) for module in modules]
     with running_instead(modules, kept):
         yield
-
-
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What surrounds a block's first run, and its second."""
-    return nullcontext(), _running_again()
 
 
 @contextmanager

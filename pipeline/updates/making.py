@@ -117,10 +117,8 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     base = load_version(store, parent)
     assert base
     request = next(one for one in base.requests if number_of(one) == number)
-    trial, (profile, _) = (
-        Trial(llm, parent, base, [request], options),
-        _golden_profile(store, llm, [request], options),
-    )
+    trial = Trial(llm, parent, base, [request], options)
+    profile, _ = _golden_profile(store, llm, [request], options)
     with trial.timed("edit"):
         without = _without(llm, base, request, profile, options)
     result = BatchResult(parent, base, update=without, before=trial.before, seconds=trial.seconds)
