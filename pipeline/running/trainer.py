@@ -22,7 +22,6 @@ from pipeline.running.interrupts import interrupts
 from pipeline.running.processes import trainer_errors, world_size
 from pipeline.running.progress import StageProgressBar
 from pipeline.running.sharding import KeepStep
-from pipeline.running.stopping import StopBetweenBatches
 from pipeline.running.strategy import ShardedStrategy
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
@@ -141,6 +140,36 @@ def build_trainer(
             use_distributed_sampler=False,  # the data modules deal batches out
             **{"enable_checkpointing": False, "logger": False, **precision, **settings},
         )
+
+
+class StopBetweenBatches(Callback):
+    """Postpones Ctrl-C and SIGTERM to the end of the batch at work; a second one ends at once.
+
+    An interrupt that falls anywhere may break the queue that TensorBoard's writer waits on. Lightning's own handler
+    of SIGTERM, which lets a stage run on, is set aside meanwhile.
+    """
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        interrupts.raise_if_noted()
+        interrupts.postponing = True
+
+    def _listen(self, *_: Any) -> None:
+        interrupts.listen()
+
+    def _stop(self, *_: Any) -> None:
+        interrupts.raise_if_noted()
+
+    on_train_start = on_predict_start = _listen  # type: ignore[assignment]
+    # what keeps the results of the batch before was there
+    on_train_batch_start = on_predict_batch_start = _stop  # type: ignore[assignment]
+    on_train_end = on_predict_end = _stop  # type: ignore[assignment]
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        interrupts.postponing = False
+        interrupts.raise_if_noted()
+
+    def on_exception(self, *_: Any) -> None:
+        interrupts.postponing = False
 
 
 def hush(verbose: bool) -> None:
