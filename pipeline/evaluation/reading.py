@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from pipeline.errors import UserError
 from pipeline.evaluation.plan import Asked, Plan, Text
-from pipeline.model.activations import head_reads, wide_logits
+from pipeline.model.activations import RowStage, head_reads, wide_logits
 from pipeline.model.generation import Question, Saying
 from pipeline.model.llm import LLM
 from pipeline.options.shared import TrainerOptions
-from pipeline.requests.rows import Batch, Row, collate, means_by, pack
+from pipeline.requests.rows import Batch, Row, means_by, pack
 from pipeline.requests.schema import EditRequest
-from pipeline.running.stage import Stage, run
+from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
 BATCH_SIZE = 64  # most rows or questions in a batch
@@ -56,7 +56,7 @@ class Readings:
     long: dict[int, str]
 
 
-class Reading(Stage):
+class Reading(RowStage):
     """Reads groups of texts that share a row (see `pack`): an output is what is read of each text of a group.
 
     Distributions of `compared` texts are compared; `base` is what the base's head read of them before, (M, D).
@@ -69,11 +69,8 @@ class Reading(Stage):
         base: Mapping[Text, Tensor] | None = None,
         title: str = "Measuring",
     ) -> None:
-        super().__init__(llm.model)
-        self.llm, self.compared, self.base, self.title = llm, compared, base or {}, title
-
-    def collate(self, items: list[list[Row]]) -> Batch:
-        return collate(items, self.llm.pad_token_id)
+        super().__init__(llm)
+        self.compared, self.base, self.title = compared, base or {}, title
 
     def step(self, batch: Batch) -> list[list[tuple[Any, ...]]]:
         """For each group, the fields of a `TextReading` of each of its texts."""

@@ -30,13 +30,13 @@ Change = Callable[[Tensor, Tensor], Tensor]  # from what enters and leaves a pro
 
 
 class RowStage(Stage):
-    """A stage whose items are rows of a model's."""
+    """A stage whose items are rows of a model's, or texts that share one (see `pack`)."""
 
     def __init__(self, llm: LLM) -> None:
         super().__init__(llm.model)
         self.llm, self.activations = llm, Activations(llm)
 
-    def collate(self, items: list[Row]) -> Batch:
+    def collate(self, items: list[Row] | list[list[Row]]) -> Batch:
         return collate(items, self.llm.pad_token_id)
 
 
