@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.attribution.find import score_requests
 from pipeline.attribution.lga import score_gradients
 from pipeline.model.llm import LLM
-from pipeline.options import AttributionOptions
+from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.study.selectors import ESTIMATORS, RESEARCH

@@ -13,7 +13,8 @@ import pytest
 from pipeline.cli import main
 from pipeline.evaluation import reading
 from pipeline.evaluation.reading import find_known
-from pipeline.model import LLM, generate
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
 from pipeline.requests.check import check_requests
 from pipeline.requests.readers import load_requests
 from pipeline.running.interrupts import Interrupted

@@ -18,7 +18,9 @@ from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.model.activations import target_losses
 from pipeline.model.llm import LLM
-from pipeline.options import AttributionOptions, EditOptions, StatisticsOptions, StudyCommand
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.commands import StudyCommand
+from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.readers import load_requests
 from pipeline.requests.rows import collate
 from pipeline.requests.schema import EditRequest

@@ -22,7 +22,7 @@ from pipeline.editing.editor import edit
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.evaluation.metrics import Estimate
 from pipeline.model.llm import LLM
-from pipeline.options import GateOptions, UpdateCommand
+from pipeline.options.updates import GateOptions, UpdateCommand
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import Store, making, proving, story, submit, update

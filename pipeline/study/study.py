@@ -16,7 +16,7 @@ from pipeline.attribution.selector import Selector, Values
 from pipeline.errors import UserError, check_choice
 from pipeline.files import digest, write_text
 from pipeline.model.llm import LLM
-from pipeline.options import StudyCommand
+from pipeline.options.commands import StudyCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
 from pipeline.running.processes import from_first

@@ -21,7 +21,7 @@ from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
-from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
+from pipeline.options.updates import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.shipped import program
