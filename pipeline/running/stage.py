@@ -32,7 +32,7 @@ SHARED = "devices that share a model's weights cannot repeat a step alone; give 
 
 class Items:
     """Some of a stage's items with their numbers: what one predict step is given; `again` where another device
-    runs them as well, and they count there."""
+    runs them as well, and they count there. No collection, so that Lightning leaves it on the CPU."""
 
     def __init__(self, numbers: Sequence[int], items: Sequence[Any], again: bool = False) -> None:
         self.numbers, self.items, self.again = list(numbers), list(items), again
@@ -115,10 +115,6 @@ class Batches(LightningDataModule):
     def __init__(self, batches: Sequence[Items], in_step: bool = False) -> None:
         super().__init__()
         self.batches, self.in_step = batches, in_step
-
-    def transfer_batch_to_device(self, batch: Items, device: torch.device, dataloader_idx: int) -> Items:
-        """Items stay where they are: what is made of them moves."""
-        return batch
 
     def predict_dataloader(self) -> DataLoader:
         """Batches one by one."""
