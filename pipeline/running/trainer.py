@@ -59,9 +59,9 @@ def own_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def weights_dtype(options: TrainerOptions | None) -> torch.dtype:
+def weights_dtype(options: TrainerOptions) -> torch.dtype:
     """The dtype that the model's weights are loaded in under these options' precision."""
-    return DTYPES.get(options.precision, torch.float32) if options else torch.float32
+    return DTYPES.get(options.precision, torch.float32)
 
 
 @contextmanager

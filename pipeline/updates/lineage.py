@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 SAME_FACT = (  # what is applied about the same fact as a request
     "SELECT o.number FROM requests n JOIN requests o USING (fact) WHERE n.number = ? AND o.state = 'applied'"
 )
-
-
 ROLLED_BACK = "rolled back to version "
 
 

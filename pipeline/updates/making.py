@@ -164,16 +164,12 @@ def _golden_profile(
     else:
         answered = [request for request in requests if request.old_answer] or list(requests)
         profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.trainer, "the queue")
-        if not options.edit.layers and not is_clear(profile):
+        is_clear = profile.stability is None or profile.stability.chosen[profile.golden_layers[0]] >= CLEAR
+        if not options.edit.layers and not is_clear:
             profile, note = settle_layer(llm, profile, requests, options)
             notes.append(note)
     choose_layers(llm, profile, options.edit)
     return profile, notes
-
-
-def is_clear(profile: GoldenProfile) -> bool:
-    """Whether the requests that found the golden layer say plainly which it is."""
-    return profile.stability is None or profile.stability.chosen[profile.golden_layers[0]] >= CLEAR
 
 
 def questioned(profile: GoldenProfile, missed: int, tried: int) -> list[str]:
