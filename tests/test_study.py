@@ -27,8 +27,7 @@ from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.study import sweep
 from pipeline.study.grid import Grid, carried_over, everywhere, golden_against_optimal, rank_correlation
-from pipeline.study.selectors import RESEARCH
-from pipeline.study.study import check_study, parted
+from pipeline.study.study import RESEARCH, check_study, parted
 from pipeline.study.sweep import Sweep
 
 WINNER = 0  # the block of `one_block` that does all the recalling
