@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.bench import Bench, Figures, batch_of, both_answers, in_turns, peak_bytes, plain_passes, run
 from pipeline import LLM, EditRequest, TrainerOptions
-from pipeline.attribution import score_requests
-from pipeline.model import target_losses
+from pipeline.attribution.find import score_requests
+from pipeline.model.activations import target_losses
 
 SOME = 64  # records
 LONGEST = 8  # of them, whose memory is measured

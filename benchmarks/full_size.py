@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.attribution import against_plain
 from benchmarks.bench import Bench, Figures, both_answers, peak_bytes, run
 from pipeline import LLM, EditOptions, EditRequest, StatisticsOptions, TrainerOptions, UserError, edit
-from pipeline.attribution import score_requests
-from pipeline.options import AttributionOptions, PlanCommand
+from pipeline.attribution.find import score_requests
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.commands import PlanCommand
 from pipeline.planning.plan import plan_memory
 
 ATTRIBUTED, EDITED, LAYER = 1024, 64, 3

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.bench import Figures
 from pipeline import LLM, EditRequest, UserError
-from pipeline.options import RetractCommand, UpdateCommand
+from pipeline.options.updates import RetractCommand, UpdateCommand
 from pipeline.requests.readers import write_requests
 from pipeline.updates import (
     BusyError,

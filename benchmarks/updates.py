@@ -13,7 +13,7 @@ from benchmarks.editing import PROXY
 from benchmarks.kills import Scene, kill_at_random
 from pipeline import LiveModel, find_golden_layer
 from pipeline.evaluation.evaluator import Evaluator
-from pipeline.options import UpdateCommand
+from pipeline.options.updates import UpdateCommand
 from pipeline.requests.readers import write_requests
 from pipeline.updates import Store, counts, load_version, rollback, submit, update, versions
 

@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from pipeline.errors import Note, UserError, terminal_text
 from pipeline.options.shared import ComputeOptions
@@ -45,21 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
     """A note as one line; libraries' warnings as they are."""
-    is_note = issubclass(category, Note)
-    text = (
-        f"note: {terminal_text(str(message))}"
-        if is_note
-        else warnings.formatwarning(message, category, filename, lineno, line)
-    )
-    print(text.rstrip(), file=file or sys.stderr)
+    if issubclass(category, Note):
+        text = f"note: {terminal_text(str(message))}"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno)
+    print(text.rstrip(), file=sys.stderr)
 
 
 def _run(words: list[str]) -> int:

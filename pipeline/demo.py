@@ -13,7 +13,8 @@ from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.fingerprints import sample
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
-from pipeline.options import DemoCommand, EditOptions, StatisticsOptions
+from pipeline.options.commands import DemoCommand
+from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.reporting.run_log import RunLog
 from pipeline.reporting.terminal import say, show_answers
 from pipeline.requests.answers import first_statement

@@ -45,9 +45,3 @@ def check_choice(what: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         hint = did_you_mean(value, choices, "'{}'")
         raise UserError(f"{what}: {value!r} does not exist{hint}; there is {', '.join(sorted(choices))}")
-
-
-def check_at_least(what: str, value: float, least: float) -> None:
-    """Raise UserError when `value` is below `least`."""
-    if value < least:
-        raise UserError(f"{what}: {value} is too small; the least is {least}")

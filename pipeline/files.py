@@ -111,9 +111,8 @@ def write_sealed(file: Path | None, about: dict[str, Any], content: bytes) -> No
     """Keep something with its SHA-256 and what it is about; where it cannot be kept, that is told."""
     if file is None:
         return
-    seal = json.dumps({"sha256": _seal(about, content), **about}).encode()
     try:
-        write_shared(file, lambda partial: partial.write_bytes(seal + b"\n" + content))
+        write_shared(file, lambda partial: partial.write_bytes(_seal(about, content) + b"\n" + content))
     except OSError as error:
         unusable(file, error)
 
@@ -129,14 +128,12 @@ def read_sealed(file: Path | None, about: dict[str, Any]) -> bytes | None:
     except OSError as error:
         unusable(file, error)
         return None
-    try:
-        whole = parse_json(head) == {"sha256": _seal(about, content), **about}
-    except ValueError:
-        whole = False
-    if not whole:
-        note(f"cache: {file}: damaged or of something else; it is made anew")
-    return content if whole else None
+    if head == _seal(about, content):
+        return content
+    note(f"cache: {file}: damaged or of something else; it is made anew")
+    return None
 
 
-def _seal(about: dict[str, Any], content: bytes) -> str:
-    return hashlib.sha256(json.dumps(about).encode() + b"\n" + content).hexdigest()
+def _seal(about: dict[str, Any], content: bytes) -> bytes:
+    digest = hashlib.sha256(json.dumps(about).encode() + b"\n" + content).hexdigest()
+    return json.dumps({"sha256": digest, **about}).encode()

@@ -49,11 +49,8 @@ def _good(options: RequestsCommand) -> Iterator[EditRequest]:
 def _forms(request: EditRequest) -> list[str]:
     """A request's id, and the texts that it is taught in by fine-tuning, a line each."""
     plain = [f"  {text} {answer}" for text, answer in plain_forms(request, TAUGHT_CONTEXTS)]
-    return [
-        f"{request.id}:",
-        *plain,
-        *(f"  user: {text} / assistant: {answer}" for text, answer in chat_forms(request)),
-    ]
+    chats = [f"  user: {text} / assistant: {answer}" for text, answer in chat_forms(request)]
+    return [f"{request.id}:", *plain, *chats]
 
 
 def _show_known(options: RequestsCommand) -> None:

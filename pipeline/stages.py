@@ -41,9 +41,8 @@ def prepare(options: CommandOptions) -> None:
 def working(options: Any, command: str, may_change: Collection[str] = ()) -> AbstractContextManager[RunLog]:
     """The command's output folder, tensorboard and report, made once its name is known to be free."""
     prepare(options)
-    resume = getattr(options, "resume", False)
     saved = as_config(options) | {"overwrite": False}  # who repeats the command by them replaces nothing unasked
-    return run_log(command, options.output, options.overwrite, saved, resume, may_change)
+    return run_log(command, options.output, options.overwrite, saved, may_change)
 
 
 def read_requests(options: RequestOptions) -> list[EditRequest]:

@@ -29,7 +29,7 @@ from pipeline.errors import UserError
 from pipeline.model.activations import target_losses
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
-from pipeline.options import EditOptions, StatisticsOptions
+from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.readers import load_requests
 from pipeline.requests.rows import collate
 from pipeline.requests.schema import EditRequest, Probe

@@ -32,7 +32,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
 
 HIDDEN, BLOCKS, CONTEXT = 32, 3, 128
 ENDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}

@@ -38,7 +38,7 @@ def options() -> dict[str, int]:
 
 @cache
 def offers() -> dict[str, str]:
-    """The names that packages offer lazily, such as pipeline.model.LLM, and the modules that these come from."""
+    """The names that packages offer lazily, such as pipeline.LLM, and the modules that these come from."""
     found = {}
     for package, tree in modules().items():
         for node in ast.walk(tree):

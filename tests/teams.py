@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.editing import WeightUpdate
-from pipeline.model import LLM
-from pipeline.options import GateOptions, RetractCommand, UpdateCommand
+from pipeline.model.llm import LLM
+from pipeline.options.updates import GateOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import (
     BatchResult,

@@ -16,7 +16,7 @@ from pipeline.attribution.selection import select
 from pipeline.errors import UserError
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
-from pipeline.options import AttributionOptions
+from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.answers import first_statement
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest

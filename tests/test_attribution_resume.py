@@ -14,7 +14,7 @@ from pipeline.attribution.find import score_requests
 from pipeline.attribution.lga import Attribution
 from pipeline.attribution.selector import Selector
 from pipeline.model.llm import LLM
-from pipeline.options import AttributionOptions
+from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.rows import Batch
 from pipeline.requests.schema import EditRequest
 

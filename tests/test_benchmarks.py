@@ -16,8 +16,9 @@ from conftest import refusal
 from benchmarks import attribution, distributed, editing, evaluation, full_size, updates
 from benchmarks.bench import COUNTERFACT, Bench, most_alive
 from pipeline.evaluation.evaluator import Evaluator
-from pipeline.model import LLM
-from pipeline.options import EvaluationOptions, GateOptions, TrainerOptions, UpdateCommand
+from pipeline.model.llm import LLM
+from pipeline.options.shared import EvaluationOptions, TrainerOptions
+from pipeline.options.updates import GateOptions, UpdateCommand
 from pipeline.requests.readers import load_requests
 
 ROOT = Path(__file__).parent.parent

@@ -29,11 +29,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pipeline.model import (
-    LLM,
-    find_blocks,
-)
-from pipeline.model.blocks import sizes
+from pipeline.model.blocks import find_blocks, sizes
+from pipeline.model.llm import LLM
 
 NAMES = {
     "llama": ("model.layers", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]),

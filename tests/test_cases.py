@@ -29,7 +29,9 @@ from pipeline.evaluation.evaluator import evaluate
 from pipeline.evaluation.plan import Plan
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
-from pipeline.options import AttributionOptions, EditOptions, EvaluationOptions, StatisticsOptions, TrainerOptions
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.requests.answers import contains_answer
 from pipeline.requests.layouts import find_layout, to_request
 from pipeline.requests.schema import EditRequest, find_words

@@ -22,8 +22,9 @@ from pipeline import UserError
 from pipeline.cli import main
 from pipeline.editing.editor import METHODS
 from pipeline.editing.method import settings_of
-from pipeline.options import EditOptions, RunCommand
 from pipeline.options.base import as_config
+from pipeline.options.commands import RunCommand
+from pipeline.options.editing import EditOptions
 from pipeline.parsing import flags_of
 from pipeline.running import launch
 from pipeline.running.interrupts import Interrupted

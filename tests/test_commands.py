@@ -32,10 +32,10 @@ from safetensors.torch import load_file
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.attribution import GoldenProfile
+from pipeline.attribution.profile import GoldenProfile
 from pipeline.cli import main
 from pipeline.editing import WeightUpdate
-from pipeline.model import load_model
+from pipeline.model.loading import load_model
 from pipeline.reporting.dashboards import tag
 from pipeline.reporting.tables import label
 

@@ -16,7 +16,7 @@ from programs import RUN, Program, ran, small_files, wait_for
 from test_cli import one_line
 
 from pipeline import commands
-from pipeline.attribution import GoldenProfile
+from pipeline.attribution.profile import GoldenProfile
 from pipeline.cli import main
 from pipeline.editing import FineTune, WeightUpdate
 from pipeline.reporting.run_log import RunLog

@@ -10,10 +10,10 @@ from conftest import make_tiny
 from test_cli import one_line
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.attribution import GoldenProfile
+from pipeline.attribution.profile import GoldenProfile
 from pipeline.cli import main
 from pipeline.editing import WeightUpdate
-from pipeline.model import load_model
+from pipeline.model.loading import load_model
 from pipeline.requests.readers import load_requests
 
 COLUMNS = 300  # no cell is broken

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.attribution.find import score_requests
+from pipeline.attribution.inner_products import ESTIMATORS
 from pipeline.attribution.lga import score_gradients
 from pipeline.model.llm import LLM
-from pipeline.options import AttributionOptions
+from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
-from pipeline.study.selectors import ESTIMATORS, RESEARCH
+from pipeline.study.study import RESEARCH
 
 Gradients = list[list[Tensor]]  # block by block, weight by weight
 

@@ -25,7 +25,7 @@ from pipeline.evaluation import reading
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.evaluation.metrics import Estimate
 from pipeline.model.llm import LLM
-from pipeline.options import EvaluationOptions
+from pipeline.options.shared import EvaluationOptions
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest, Probe
 

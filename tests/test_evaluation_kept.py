@@ -16,7 +16,7 @@ from pipeline.errors import Note
 from pipeline.evaluation import evaluator
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.model.llm import LLM
-from pipeline.options import EvaluationOptions
+from pipeline.options.shared import EvaluationOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.kept import Kept
 from pipeline.running.stage import Stage

@@ -18,7 +18,7 @@ from pipeline.evaluation.evaluator import evaluate
 from pipeline.evaluation.made import EACH, made_probes
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
-from pipeline.options import EvaluationOptions
+from pipeline.options.shared import EvaluationOptions
 from pipeline.reporting.report import write_report
 from pipeline.reporting.tables import metric_table, values_csv
 from pipeline.requests.answers import contains_answer

@@ -20,7 +20,7 @@ from pipeline.evaluation.reading import EVERY
 from pipeline.evaluation.values import harmonic_mean, is_sane
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
-from pipeline.options import EvaluationOptions
+from pipeline.options.shared import EvaluationOptions
 from pipeline.requests.rows import Row, pack
 from pipeline.requests.schema import EditRequest, Probe
 from pipeline.running.stage import Items, in_batches

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.evaluation.evaluator import Evaluator, Measurement
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.llm import LLM
-from pipeline.options import EvaluationOptions
+from pipeline.options.shared import EvaluationOptions
 from pipeline.requests.schema import EditRequest, Probe
 
 BEGINNINGS = ("The capital of", "The capital of Spain is", "The capital of Spain is in", "People in", "The")

@@ -14,10 +14,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from pipeline.attribution import GoldenProfile, Scores, judge, select
+from pipeline.attribution.profile import GoldenProfile, Scores
+from pipeline.attribution.selection import judge, select
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.evaluation.metrics import Estimate
-from pipeline.options import AttributionOptions
+from pipeline.options.attribution import AttributionOptions
 from pipeline.reporting.figures import (
     BLUE,
     GOLD,
@@ -30,7 +31,8 @@ from pipeline.reporting.figures import (
     sweep_figure,
 )
 from pipeline.reporting.tables import IN_SHORT, SHARES
-from pipeline.study import Grid, Study
+from pipeline.study.grid import Grid
+from pipeline.study.study import Study
 
 LONG = "/data/models/of_a_company$with$signs/and_very_long_names-that-say-all-there-is-to-say-7B-instruct-v0.3"
 SIZES = [(1, 1), (30, 80), (100, 300)]  # blocks, requests

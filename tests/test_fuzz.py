@@ -29,7 +29,8 @@ from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.fingerprints import sample
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
-from pipeline.options import EditOptions, EvaluationOptions, StatisticsOptions
+from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.options.shared import EvaluationOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import version_folder
 

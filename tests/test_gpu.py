@@ -25,14 +25,10 @@ from pipeline.editing.editor import METHODS, edit
 from pipeline.editing.statistics import key_moments
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.llm import LLM
-from pipeline.options import (
-    AttributionOptions,
-    EditOptions,
-    EvaluationOptions,
-    PlanCommand,
-    StatisticsOptions,
-    TrainerOptions,
-)
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.commands import PlanCommand
+from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.planning.plan import plan_memory
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest

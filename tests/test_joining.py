@@ -21,7 +21,7 @@ from pipeline.editing.contexts import CONTEXTS, in_context
 from pipeline.editing.update import WeightUpdate
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
-from pipeline.options import EditOptions
+from pipeline.options.editing import EditOptions
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.tokens import chat_joining

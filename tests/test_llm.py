@@ -7,9 +7,7 @@ import torch
 from conftest import refusal
 from torch import nn
 
-from pipeline.model import (
-    LLM,
-)
+from pipeline.model.llm import LLM
 
 
 def states(model: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:

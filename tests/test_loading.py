@@ -20,9 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.model import (
-    load_model,
-)
+from pipeline.model.loading import load_model
 
 SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

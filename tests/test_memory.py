@@ -26,7 +26,6 @@ from pipeline.options.attribution import AttributionOptions
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.requests.schema import EditRequest
-from pipeline.running import stage
 from pipeline.running.stage import is_out_of_memory
 from pipeline.running.trainer import Runtime
 from pipeline.study.sweep import Sweep
@@ -43,7 +42,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests have a lot of objects, among which looking for rubbish takes longer than any pass here."""
-    monkeypatch.setattr(stage.gc, "collect", lambda: 0)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 @contextmanager

@@ -21,14 +21,10 @@ from pipeline.cli import main
 from pipeline.editing.editor import METHODS
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.llm import LLM
-from pipeline.options import (
-    AttributionOptions,
-    EditOptions,
-    EvaluationOptions,
-    PlanCommand,
-    StatisticsOptions,
-    TrainerOptions,
-)
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.commands import PlanCommand
+from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.planning import stages
 from pipeline.planning.plan import Need, longest_batch, plan_memory, weight_bytes
 from pipeline.planning.shape import Case, shape_of

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from pipeline.cli import main
+from pipeline.evaluation import reading
 from pipeline.evaluation.reading import find_known
-from pipeline.model import LLM, generate
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
 from pipeline.requests.check import check_requests
 from pipeline.requests.readers import load_requests
 from pipeline.running.interrupts import Interrupted
@@ -163,7 +165,7 @@ def test_a_check_imports_no_torch() -> None:
 
 
 @pytest.mark.real_model
-def test_known_answers_are_those_that_the_model_says(smollm2: LLM) -> None:
+def test_known_answers_are_those_that_the_model_says(smollm2: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass over the answers finds what greedy generation begins with."""
     facts = load_requests("demo", limit=12)
     said = [text.split()[0] for text in generate(smollm2, [fact.prompt for fact in facts])]
@@ -171,7 +173,9 @@ def test_known_answers_are_those_that_the_model_says(smollm2: LLM) -> None:
         fact.model_copy(update={"new_answer": first, "old_answer": fact.new_answer})
         for fact, first in zip(facts, said, strict=True)
     ]
-    known, other_way = find_known(smollm2, facts), find_known(smollm2, turned, batch_size=5)
+    known = find_known(smollm2, facts)
+    monkeypatch.setattr(reading, "BATCH_SIZE", 5)
+    other_way = find_known(smollm2, turned)
     assert (known.asked, known.new, known.unusable) == (12, [], [])
     assert sorted(known.old) == sorted(fact.id for fact in facts), "all of the demo's facts are known"
     assert (other_way.asked, other_way.old) == (12, [])

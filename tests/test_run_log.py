@@ -34,7 +34,7 @@ def test_a_resumed_command_shows_its_profile_once(in_progress: bool, tmp_path: P
             (log.work / "edit" / "step-1.ckpt").write_text("")
         raise KeyboardInterrupt
     assert bool(list(out.glob("events.*"))) == in_progress
-    with run_log("run", str(out), False, {"resume": True}, resume=True) as log:
+    with run_log("run", str(out), False, {"resume": True}) as log:
         again = log.profile_kept()
         assert again == profile
         log.keep_profile(again)
@@ -47,7 +47,7 @@ def test_a_resumed_command_shows_its_profile_once(in_progress: bool, tmp_path: P
 def test_a_study_that_grows_is_shown_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for resume in (False, True):
-        with run_log("study", str(out), False, {"resume": resume}, resume=resume) as log:
+        with run_log("study", str(out), False, {"resume": resume}) as log:
             log.going_on()
             log.keep_study(study(3, 2, "demo"))
     board = board_of(out)

@@ -15,7 +15,7 @@ from pipeline.attribution.profile import GoldenProfile
 from pipeline.attribution.selector import Selector, register
 from pipeline.cli import main
 from pipeline.model.llm import LLM
-from pipeline.options import AttributionOptions
+from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.schema import EditRequest
 
 

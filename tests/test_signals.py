@@ -17,7 +17,8 @@ from programs import RUN, Program, wait_for
 from pipeline.editing.editor import edit
 from pipeline.editing.finetune import FineTune
 from pipeline.model.llm import LLM
-from pipeline.options import EditOptions, TrainerOptions
+from pipeline.options.editing import EditOptions
+from pipeline.options.shared import TrainerOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.interrupts import Interrupted, Interrupts, interrupts
 from pipeline.running.trainer import build_trainer

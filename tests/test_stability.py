@@ -12,7 +12,7 @@ from pipeline.attribution.find import choose, find_golden_layer
 from pipeline.attribution.profile import GoldenProfile, Scores
 from pipeline.attribution.selection import judge
 from pipeline.model.llm import LLM
-from pipeline.options import AttributionOptions
+from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.schema import EditRequest
 
 

@@ -18,15 +18,16 @@ from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.model.activations import target_losses
 from pipeline.model.llm import LLM
-from pipeline.options import AttributionOptions, EditOptions, StatisticsOptions, StudyCommand
+from pipeline.options.attribution import AttributionOptions
+from pipeline.options.commands import StudyCommand
+from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.readers import load_requests
 from pipeline.requests.rows import collate
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.study import sweep
 from pipeline.study.grid import Grid, carried_over, everywhere, golden_against_optimal, rank_correlation
-from pipeline.study.selectors import RESEARCH
-from pipeline.study.study import check_study, parted
+from pipeline.study.study import RESEARCH, check_study, parted
 from pipeline.study.sweep import Sweep
 
 WINNER = 0  # the block of `one_block` that does all the recalling

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.attribution.find import check_selector, score_requests
 from pipeline.model.blocks import find_blocks
 from pipeline.model.llm import LLM
-from pipeline.options import AttributionOptions
+from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.schema import EditRequest
 
 SAMPLES = 3

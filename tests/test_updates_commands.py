@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from pipeline import commands
 from pipeline.cli import main
 from pipeline.editing import WeightUpdate
-from pipeline.model import load_model
-from pipeline.options import UpdateCommand
+from pipeline.model.loading import load_model
 from pipeline.options.base import as_config
+from pipeline.options.updates import UpdateCommand
 from pipeline.parsing import parse
 from pipeline.updates import Stopping, Store, run_schedule, trigger
 from pipeline.updates.store import UPDATE_LOCK

@@ -14,7 +14,7 @@ import pytest
 from teams import Team
 
 from benchmarks.kills import BUSY, FINE, REFUSED, Scene, ended, forked, kill_at_random
-from pipeline.model import LLM
+from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import submit, verify
 

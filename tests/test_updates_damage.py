@@ -22,8 +22,8 @@ from pipeline.attribution.profile import PROFILE_FILE
 from pipeline.cli import main
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
-from pipeline.model import LLM
 from pipeline.model.fingerprints import fingerprint
+from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put
 from pipeline.updates import LiveModel, Store, load_version, prune, rollback, story, verify, version_folder

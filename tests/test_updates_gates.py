@@ -22,10 +22,10 @@ from pipeline.editing.editor import edit
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.evaluation.metrics import Estimate
 from pipeline.model.llm import LLM
-from pipeline.options import GateOptions, UpdateCommand
+from pipeline.options.updates import GateOptions, UpdateCommand
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
-from pipeline.updates import Store, proving, settling, story, submit, update
+from pipeline.updates import Store, making, proving, story, submit, update
 from pipeline.updates.gates import Figures
 
 
@@ -197,9 +197,9 @@ def test_cases_an_unclear_layer_is_settled_by_trial_edits(
     team: Team, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unclear(team)
-    monkeypatch.setattr(settling, "CLEAR", 1.1)
+    monkeypatch.setattr(making, "CLEAR", 1.1)
     worth = {0: 0.2, 1: 0.4, 2: 0.9}
-    monkeypatch.setattr(settling, "_worth", lambda llm, layer, *_: worth[layer])
+    monkeypatch.setattr(making, "_worth", lambda llm, layer, *_: worth[layer])
     team.submit(requests)
     (worked,) = team.update()
     assert worked.profile and worked.profile.golden_layers == [2]
@@ -216,7 +216,7 @@ def test_cases_a_layer_on_which_most_of_a_later_batch_fails_is_questioned(
 ) -> None:
     """In a line, with what to do; not by the batch that chose it, nor by few requests, nor where most pass."""
     unclear(team)
-    monkeypatch.setattr(settling, "CLEAR", 0.0)
+    monkeypatch.setattr(making, "CLEAR", 0.0)
     team.submit(requests)
     (first,) = team.update()
     assert first.notes == []
@@ -241,8 +241,8 @@ def test_cases_a_clear_layer_is_taken_as_it_is(
     team: Team, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unclear(team)
-    monkeypatch.setattr(settling, "CLEAR", 0.0)
-    monkeypatch.setattr(settling, "_worth", lambda *_: pytest.fail("nothing is to be tried"))
+    monkeypatch.setattr(making, "CLEAR", 0.0)
+    monkeypatch.setattr(making, "_worth", lambda *_: pytest.fail("nothing is to be tried"))
     team.submit(requests)
     assert team.update()[0].notes == []
 
@@ -251,12 +251,12 @@ def test_cases_a_block_is_worth_what_its_edit_does(team: Team, requests: list[Ed
     options = team.options
     with edit(team.llm, requests[:3], None, replace(options.edit, layers=[0]), options.trainer).applied(team.llm):
         whole = evaluate(team.llm, requests[:3], None, options.evaluation, options.trainer).before.metrics
-    worth = settling._worth(team.llm, 0, requests[:3], options)
+    worth = making._worth(team.llm, 0, requests[:3], options)
     by_base = worth * 3 - whole["rewrite"].mean - whole["rephrase"].mean  # locality, held against the base
     assert 0 <= by_base <= 1
     options.edit.method = "finetune"
     options.edit.expert = {"epochs": 40, "learning_rate": 0.1, "learnt": 0.0, "whiten": 0.0, "kl": 0.0}
-    assert settling._worth(team.llm, 1, requests[:3], options) > worth + 0.1
+    assert making._worth(team.llm, 1, requests[:3], options) > worth + 0.1
 
 
 @given(bad=st.sets(st.integers(0, 15), max_size=5), size=st.integers(1, 16))

@@ -15,8 +15,8 @@ from conftest import make_tiny, refusal
 from teams import Team
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.model import LLM
 from pipeline.model.fingerprints import fingerprint
+from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import LiveModel, Store, load_version, rollback, verify, version_folder
 from pipeline.updates import live as live_module

@@ -73,11 +73,45 @@ def norm(products_QPL: Tensor) -> Tensor:
     return products_QPL[0].clamp(min=0).sqrt()
 
 
+def cosine(products_QPL: Tensor) -> Tensor:
+    """⟨g_old, g_new⟩ / (‖g_old‖ ‖g_new‖): every request counts alike, and so does every block."""
+    across, old, new = products_QPL
+    return across / (old.clamp(min=0).sqrt() * new.clamp(min=0).sqrt()).clamp(min=torch.finfo(across.dtype).tiny)
+
+
 def last_of_subject(batch: Batch, _: int) -> Tensor:
     """The subject's last token alone: that is where a fact is looked up (ROME, arXiv 2202.05262)."""
     places = [text.subject[1] for text in batch.texts if text.subject]
     return torch.tensor(places, device=batch.row_N.device)[:, None]
 
 
-LGA = Estimator(((OLD, NEW),), product)
+def past_shared(batch: Batch, shared: int) -> Tensor:
+    """All positions but those that every prompt of a model begins with: a chat's opening, or the first token."""
+    rows, tokens = batch.input_ids_BT.shape
+    return torch.arange(shared, tokens, device=batch.input_ids_BT.device).expand(rows, -1)
+
+
+def last_of_prompt(batch: Batch, _: int) -> Tensor:
+    """The prompt's last token alone: the one that predicts the answer's first."""
+    places = [text.target_start - 1 for text in batch.texts]
+    return torch.tensor(places, device=batch.row_N.device)[:, None]
+
+
+ACROSS = ((OLD, NEW),)
+COSINE = ((OLD, NEW), (OLD, OLD), (NEW, NEW))
+
+LGA = Estimator(ACROSS, product)
 GRADIENT_NORM_SUBJECT = Estimator(((0, 0),), norm, last_of_subject, sides=1, needs_subject=True)
+
+# Under research, for studies alone. Blocks with massive activations (at the first token, which is the same in every
+# request) dominate ⟨g_old, g_new⟩ for reasons that have nothing to do with the facts. Fences cut them off; leaving
+# that token out, or taking the cosine, in which a large input counts in numerator and denominator alike, keeps what
+# such blocks say about the facts.
+ESTIMATORS = {
+    "lga_past_first": Estimator(ACROSS, product, past_shared),
+    "lga_subject": Estimator(ACROSS, product, last_of_subject, needs_subject=True),
+    "lga_cosine": Estimator(COSINE, cosine),
+    "lga_cosine_past_first": Estimator(COSINE, cosine, past_shared),
+    "lga_cosine_last": Estimator(COSINE, cosine, last_of_prompt),
+    "gradient_norm": Estimator(((0, 0),), norm, sides=1),
+}

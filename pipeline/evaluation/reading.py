@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from pipeline.errors import UserError
 from pipeline.evaluation.plan import Asked, Plan, Text
-from pipeline.model.activations import head_reads, wide_logits
+from pipeline.model.activations import RowStage, head_reads, wide_logits
 from pipeline.model.generation import Question, Saying
 from pipeline.model.llm import LLM
 from pipeline.options.shared import TrainerOptions
-from pipeline.requests.rows import Batch, Row, collate, means_by, pack
+from pipeline.requests.rows import Batch, Row, means_by, pack
 from pipeline.requests.schema import EditRequest
-from pipeline.running.stage import Stage, run
+from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
 BATCH_SIZE = 64  # most rows or questions in a batch
@@ -56,7 +56,7 @@ class Readings:
     long: dict[int, str]
 
 
-class Reading(Stage):
+class Reading(RowStage):
     """Reads groups of texts that share a row (see `pack`): an output is what is read of each text of a group.
 
     Distributions of `compared` texts are compared; `base` is what the base's head read of them before, (M, D).
@@ -69,11 +69,8 @@ class Reading(Stage):
         base: Mapping[Text, Tensor] | None = None,
         title: str = "Measuring",
     ) -> None:
-        super().__init__(llm.model)
-        self.llm, self.compared, self.base, self.title = llm, compared, base or {}, title
-
-    def collate(self, items: list[list[Row]]) -> Batch:
-        return collate(items, self.llm.pad_token_id)
+        super().__init__(llm)
+        self.compared, self.base, self.title = compared, base or {}, title
 
     def step(self, batch: Batch) -> list[list[tuple[Any, ...]]]:
         """For each group, the fields of a `TextReading` of each of its texts."""
@@ -149,14 +146,10 @@ def read(llm: LLM, plan: Plan, base: TextReadings, runtime: Runtime, title: str,
 
 
 def read_groups(
-    stage: Reading,
-    groups: Sequence[list[Row]],
-    runtime: Runtime,
-    batch_size: int | None = None,
-    kept: Path | None = None,
+    stage: Reading, groups: Sequence[list[Row]], runtime: Runtime, kept: Path | None = None
 ) -> dict[Text, TextReading]:
     """What a stage reads of each text, in groups that share a row."""
-    outputs = run(stage, groups, runtime, size, batch_size or BATCH_SIZE, BATCH_TOKENS, kept)
+    outputs = run(stage, groups, runtime, size, BATCH_SIZE, BATCH_TOKENS, kept)
     texts = [text for group in groups for text in group]
     readings = [TextReading(*reading) for output in outputs for reading in output]
     return {text.tag: reading for text, reading in zip(texts, readings, strict=True)}
@@ -178,17 +171,12 @@ class Known:
     unusable: list[str] = field(default_factory=list)  # what is wrong with requests that the model cannot take
 
 
-def find_known(
-    llm: LLM,
-    requests: Sequence[EditRequest],
-    batch_size: int = 16,
-    trainer: TrainerOptions | Trainer | None = None,
-) -> Known:
+def find_known(llm: LLM, requests: Sequence[EditRequest], trainer: TrainerOptions | Trainer | None = None) -> Known:
     """Which old and new answers a model gives, as it is.
 
     An answer is given when the model's greedy continuation of the bare prompt begins with it, token by token. That
     is so exactly when each of its tokens is the model's first choice after the ones before it, so one pass tells.
-    Requests that the model cannot take are named, not raised; a batch holds `batch_size` answers.
+    Requests that the model cannot take are named, not raised.
     """
     known = Known()
     rows: list[Row] = []
@@ -203,7 +191,7 @@ def find_known(
         known.asked += bool(request.old_answer)
     reading = Reading(llm, title="What the model knows")
     with llm.frozen():
-        found = read_groups(reading, pack(rows), Runtime(trainer or TrainerOptions()), batch_size)
+        found = read_groups(reading, pack(rows), Runtime(trainer or TrainerOptions()))
     for row in rows:
         if found[row.tag].choices == row.targets:
             getattr(known, row.tag.kind).append(requests[row.tag.request].id)

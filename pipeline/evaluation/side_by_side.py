@@ -61,20 +61,20 @@ class SideBySideEvaluator(Reading):
             name: (left_BOk[own_B], right_BkI[own_B]) for name, (left_BOk, right_BkI) in self.changes.items()
         }
         enter_BTD = self._entering(batch) if self.layer else None
-        with Activations(self.llm).from_block(self.layer, enter_BTD), changed_rows(self.llm, changes):
+        with self.activations.from_block(self.layer, enter_BTD), changed_rows(self.activations, changes):
             return super().step(batch)
 
     def _entering(self, batch: Batch) -> Tensor:
         key = batch.texts[0].tag, len(batch.input_ids_BT)
         start, enter_BTD = self.entered.get(key, (0, None))
         if enter_BTD is None or start < self.layer:
-            enter_BTD = Activations(self.llm).enter(batch.input_ids_BT, self.layer, start, enter_BTD)
+            enter_BTD = self.activations.enter(batch.input_ids_BT, self.layer, start, enter_BTD)
         self.entered[key] = self.layer, enter_BTD
         return enter_BTD
 
 
 @contextmanager
-def changed_rows(llm: LLM, changes: Changes) -> Iterator[None]:
+def changed_rows(activations: Activations, changes: Changes) -> Iterator[None]:
     """Every row of a pass runs under its own changes: left (right x) is added to what a projection makes of x."""
     with ExitStack() as stack:
         for name, (left_BOk, right_BkI) in changes.items():
@@ -82,5 +82,5 @@ def changed_rows(llm: LLM, changes: Changes) -> Iterator[None]:
             def add(x_BTI: Tensor, y_BTO: Tensor, left: Tensor = left_BOk, right: Tensor = right_BkI) -> Tensor:
                 return y_BTO + ((x_BTI.to(right) @ right.mT) @ left.mT).to(y_BTO.dtype)
 
-            stack.enter_context(Activations(llm).changing(name, len(left_BOk), add))
+            stack.enter_context(activations.changing(name, len(left_BOk), add))
         yield

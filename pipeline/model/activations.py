@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, D hidden size, N positions that are read, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -30,13 +30,13 @@ Change = Callable[[Tensor, Tensor], Tensor]  # from what enters and leaves a pro
 
 
 class RowStage(Stage):
-    """A stage whose items are rows of a model's."""
+    """A stage whose items are rows of a model's, or texts that share one (see `pack`)."""
 
     def __init__(self, llm: LLM) -> None:
         super().__init__(llm.model)
         self.llm, self.activations = llm, Activations(llm)
 
-    def collate(self, items: list[Row]) -> Batch:
+    def collate(self, items: list[Row] | list[list[Row]]) -> Batch:
         return collate(items, self.llm.pad_token_id)
 
 
@@ -150,14 +150,10 @@ def checkpointing(llm: LLM, wanted: bool = True) -> Iterator[None]:
     Passes must not use a cache.
     """
     modules = [block.module for block in llm.blocks] if wanted else []
-    kept = [partial(checkpoint, module.forward, use_reentrant=False, context_fn=_contexts) for module in modules]
+    settings: Any = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _running_again())}
+    kept = [partial(checkpoint, module.forward, **settings) for module in modules]
     with running_instead(modules, kept):
         yield
-
-
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What surrounds a block's first run, and its second."""
-    return nullcontext(), _running_again()
 
 
 @contextmanager

@@ -99,11 +99,9 @@ class SaidEnough(StoppingCriteria):
         return torch.tensor(self.over, device=input_ids.device)
 
 
-def decode(llm: LLM, token_ids: Sequence[Sequence[int]]) -> list[str]:
+def decode(llm: LLM, token_ids: list[list[int]]) -> list[str]:
     """Tokens as texts."""
-    return [
-        str(text) for text in llm.tokenizer.batch_decode([list(row) for row in token_ids], skip_special_tokens=True)
-    ]
+    return [str(text) for text in llm.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
 
 
 def questions(

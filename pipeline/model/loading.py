@@ -154,8 +154,10 @@ def _weights(
             f"model: {name!r}: {key} is of shape {tuple(found)}; its config asks for {tuple(asked)}"
             + (f" (and so in {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
-    if gguf:
-        _forget_quantization(model)
+    if gguf:  # a dequantised model is a plain one; without this it refuses `save_pretrained`
+        vars(model.config).pop("quantization_config", None)
+        for leftover in ("hf_quantizer", "quantization_method", "is_quantized"):
+            vars(model).pop(leftover, None)
     return model
 
 
@@ -263,11 +265,3 @@ def _reachable(name: str) -> str:
         except LocalEntryNotFoundError:
             raise OSError("the hub cannot be reached, and no such model was downloaded before") from None
     return name
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """A dequantised GGUF model is a plain one; without this it refuses `save_pretrained`."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for leftover in ("hf_quantizer", "quantization_method", "is_quantized"):
-        vars(model).pop(leftover, None)

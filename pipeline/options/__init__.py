@@ -4,16 +4,3 @@ This package imports neither torch nor lightning, so that `--help` answers at on
 class, and a command's options are the stages' classes joined. What only experts change is no flag: it is given to
 `expert`, and from Python by its own name.
 """
-
-from pipeline.offered import offered
-
-__getattr__, __all__ = offered(
-    __name__,
-    {
-        "attribution": ("AttributionOptions",),
-        "commands": ("DemoCommand", "PlanCommand", "RunCommand", "StudyCommand"),
-        "editing": ("EditOptions", "StatisticsOptions"),
-        "shared": ("EvaluationOptions", "TrainerOptions"),
-        "updates": ("GateOptions", "ProvingOptions", "RetractCommand", "UpdateCommand"),
-    },
-)

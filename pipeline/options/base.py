@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 import yaml
 from docstring_parser import parse_from_object
 
-from pipeline.errors import UserError, check_at_least, check_choice, did_you_mean
+from pipeline.errors import UserError, check_choice, did_you_mean
 
 DEEPEST = 64  # levels of lists and mappings in each other
 LARGEST_YAML = 1_000_000  # bytes of a config
@@ -82,7 +82,7 @@ def group(options: type, without: Collection[str] = ()) -> Any:
 
 def at_least(least: float) -> Bound:
     """A bound: the value is this, or more."""
-    return lambda name, value: check_at_least(name, value, least)
+    return _bound(lambda value: value >= least, f"is too small; the least is {least}")
 
 
 def at_most(most: float) -> Bound:

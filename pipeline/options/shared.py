@@ -37,11 +37,6 @@ class TrainerOptions(Options):
                 f"trainer.strategy: {self.strategy}; {what} needs the whole model on each device: auto or ddp"
             )
 
-    @property
-    def devices_asked(self) -> int | str:
-        """`devices` as Lightning takes it: a number is how many."""
-        return int(self.devices) if str(self.devices).isdigit() else self.devices
-
 
 @dataclass(kw_only=True)
 class CommandOptions(Options):

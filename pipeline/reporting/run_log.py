@@ -41,14 +41,10 @@ STUDY_FIGURES = {"sweep": sweep_figure, "selectors": selectors_figure}
 
 @contextmanager
 def run_log(
-    command: str,
-    output: str | None,
-    overwrite: bool,
-    options: dict[str, Any],
-    resume: bool = False,
-    may_change: Collection[str] = (),
+    command: str, output: str | None, overwrite: bool, options: dict[str, Any], may_change: Collection[str] = ()
 ) -> Iterator[RunLog]:
     """Open a command's output folder; on an error nothing half-written stays (see `output_folder`)."""
+    resume = options.get("resume", False)
     if resume and not output:
         raise UserError("resume: which? name the interrupted command's folder with --output")
     path = Path(output or f"runs/{command}-{started()}")

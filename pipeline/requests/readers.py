@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import UserError, check_at_least
+from pipeline.errors import UserError
 from pipeline.files import write_shared
+from pipeline.options.base import at_least
 from pipeline.requests.layouts import find_layout, to_request
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sources import raw_records
@@ -81,9 +82,9 @@ def stream_requests(source: str | Path) -> Iterator[EditRequest]:
 
 def read_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> Iterator[Reading]:
     """As `load_requests`, one by one, each record as a request or as what is wrong with it."""
-    check_at_least("offset", offset, 0)
+    at_least(0)("offset", offset)
     if limit is not None:
-        check_at_least("limit", limit, 1)
+        at_least(1)("limit", limit)
     total, used = 0, dict[str, str]()
     for place, record in islice(raw_records(source), None if limit is None else offset + limit):
         if total >= offset:

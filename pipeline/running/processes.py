@@ -35,7 +35,7 @@ def trainer_errors() -> Iterator[None]:
 def devices_here(options: TrainerOptions) -> int:
     """How many devices of this host the options ask for; UserError when they do not exist."""
     with trainer_errors():
-        return Trainer(accelerator=options.accelerator, devices=options.devices_asked, logger=False).num_devices
+        return Trainer(accelerator=options.accelerator, devices=options.devices, logger=False).num_devices
 
 
 def join(options: TrainerOptions) -> torch.device:
@@ -47,7 +47,7 @@ def join(options: TrainerOptions) -> torch.device:
     with trainer_errors():
         fabric = Fabric(
             accelerator=options.accelerator,
-            devices=options.devices_asked if is_one_of_several() else 1,
+            devices=options.devices if is_one_of_several() else 1,
             num_nodes=options.num_nodes,
             strategy="ddp" if options.strategy in SHARDED else options.strategy,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -32,7 +32,7 @@ SHARED = "devices that share a model's weights cannot repeat a step alone; give 
 
 class Items:
     """Some of a stage's items with their numbers: what one predict step is given; `again` where another device
-    runs them as well, and they count there."""
+    runs them as well, and they count there. No collection, so that Lightning leaves it on the CPU."""
 
     def __init__(self, numbers: Sequence[int], items: Sequence[Any], again: bool = False) -> None:
         self.numbers, self.items, self.again = list(numbers), list(items), again
@@ -115,10 +115,6 @@ class Batches(LightningDataModule):
     def __init__(self, batches: Sequence[Items], in_step: bool = False) -> None:
         super().__init__()
         self.batches, self.in_step = batches, in_step
-
-    def transfer_batch_to_device(self, batch: Items, device: torch.device, dataloader_idx: int) -> Items:
-        """Items stay where they are: what is made of them moves."""
-        return batch
 
     def predict_dataloader(self) -> DataLoader:
         """Batches one by one."""
@@ -215,13 +211,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in MEMORY_WORDS)
 
 
-def free_memory() -> None:
-    """Let go what an attempt that failed has left."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
     """Whether the memory sufficed for some work, and what it gives, or why not; then what it held is free again."""
     try:
@@ -230,5 +219,5 @@ def attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
         if not is_out_of_memory(error):
             raise
         failed = " ".join(str(error).split())
-    free_memory()  # outside of the `except`: the error holds on to the frames that it went through
+    garbage_collection_cuda()  # outside of the `except`: the error holds on to the frames that it went through
     return False, failed

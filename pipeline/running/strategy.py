@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -60,8 +58,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimiser's state, whole, on the CPU."""
-        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state: dict[str, Any] = apply_to_collection(own.state_dict(), Tensor, lambda tensor: whole(tensor).cpu())
+        own = Strategy.optimizer_state(self, optimizer)
+        state: dict[str, Any] = apply_to_collection(own, Tensor, lambda tensor: whole(tensor).cpu())
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -73,15 +71,8 @@ class ShardedStrategy(ModelParallelStrategy):
                     if isinstance(value, Tensor) and value.shape == weight.shape:
                         state[name] = as_spread(value, weight)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """As from one device: every process reads it."""
-        torch.cuda.empty_cache()
-        loaded: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
-        return loaded
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
+    load_checkpoint = Strategy.load_checkpoint  # as from one device: every process reads it
+    lightning_restore_optimizer = Strategy.lightning_restore_optimizer
 
 
 def _trained(module: LightningModule | None) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from pipeline.running.interrupts import interrupts
 from pipeline.running.processes import trainer_errors, world_size
 from pipeline.running.progress import StageProgressBar
 from pipeline.running.sharding import KeepStep
-from pipeline.running.stopping import StopBetweenBatches
 from pipeline.running.strategy import ShardedStrategy
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
@@ -54,19 +53,15 @@ class Runtime:
         """Lightning's name of the precision."""
         return str(self.trainer.precision)
 
-    def within(self, name: str) -> Runtime:
-        """With a part of the work folder."""
-        return replace(self, work=self.work / name if self.work else None)
-
 
 def own_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Inside the `with`, arithmetic is in its tensors' own precision, whatever the Trainer's is for the model."""
     return torch.autocast(device.type, enabled=False)
 
 
-def weights_dtype(options: TrainerOptions | None) -> torch.dtype:
+def weights_dtype(options: TrainerOptions) -> torch.dtype:
     """The dtype that the model's weights are loaded in under these options' precision."""
-    return DTYPES.get(options.precision, torch.float32) if options else torch.float32
+    return DTYPES.get(options.precision, torch.float32)
 
 
 @contextmanager
@@ -135,7 +130,7 @@ def build_trainer(
     with trainer_errors():
         return Trainer(
             accelerator=options.accelerator,
-            devices=options.devices_asked,
+            devices=options.devices,
             num_nodes=options.num_nodes,
             strategy=strategy,
             plugins=plugins or None,
@@ -145,6 +140,36 @@ def build_trainer(
             use_distributed_sampler=False,  # the data modules deal batches out
             **{"enable_checkpointing": False, "logger": False, **precision, **settings},
         )
+
+
+class StopBetweenBatches(Callback):
+    """Postpones Ctrl-C and SIGTERM to the end of the batch at work; a second one ends at once.
+
+    An interrupt that falls anywhere may break the queue that TensorBoard's writer waits on. Lightning's own handler
+    of SIGTERM, which lets a stage run on, is set aside meanwhile.
+    """
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        interrupts.raise_if_noted()
+        interrupts.postponing = True
+
+    def _listen(self, *_: Any) -> None:
+        interrupts.listen()
+
+    def _stop(self, *_: Any) -> None:
+        interrupts.raise_if_noted()
+
+    on_train_start = on_predict_start = _listen  # type: ignore[assignment]
+    # what keeps the results of the batch before was there
+    on_train_batch_start = on_predict_batch_start = _stop  # type: ignore[assignment]
+    on_train_end = on_predict_end = _stop  # type: ignore[assignment]
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        interrupts.postponing = False
+        interrupts.raise_if_noted()
+
+    def on_exception(self, *_: Any) -> None:
+        interrupts.postponing = False
 
 
 def hush(verbose: bool) -> None:

@@ -10,22 +10,26 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from pipeline.attribution.find import check_selector, choose, score_requests
+from pipeline.attribution.find import SELECTORS, check_selector, choose, score_requests
+from pipeline.attribution.inner_products import ESTIMATORS, cosine
+from pipeline.attribution.lga import of_gradients
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.attribution.selector import Selector, Values
 from pipeline.errors import UserError, check_choice
 from pipeline.files import digest, write_text
 from pipeline.model.llm import LLM
-from pipeline.options import StudyCommand
+from pipeline.options.commands import StudyCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
 from pipeline.running.processes import from_first
 from pipeline.running.trainer import Runtime
 from pipeline.study.grid import Grid, Row, carried_over, golden_against_optimal, selectors_compared
-from pipeline.study.selectors import RESEARCH
 from pipeline.study.sweep import RESULTS, Sweep, check_trial
 
 SWEEP = "sweep"  # as a selector: requests edited alone at every block by the first of the study's methods
+RESEARCH: dict[str, Selector] = SELECTORS | {  # a cosine has a bound, and needs no fences
+    name: of_gradients(estimator, fenced=estimator.combine is not cosine) for name, estimator in ESTIMATORS.items()
+}
 Tables = dict[str, dict[str, list[Row]]]  # by set and method
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.evaluation.metrics import Estimate
-from pipeline.options import GateOptions
+from pipeline.options.updates import GateOptions
 
 OF_BATCH = ("rewrite", "rephrase", "locality")
 OF_MODEL = ("earlier", "perplexity", "drift")  # whatever the batch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline.editing.learnt import next_part
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.updates.disk import METRICS, PRUNED, remove_version, transaction, write_version
+from pipeline.updates.disk import METRICS, PRUNED, last_lost, remove_version, transaction, write_version
 from pipeline.updates.history import check_number, check_there, check_version
 from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 SAME_FACT = (  # what is applied about the same fact as a request
     "SELECT o.number FROM requests n JOIN requests o USING (fact) WHERE n.number = ? AND o.state = 'applied'"
 )
-
-
 ROLLED_BACK = "rolled back to version "
 
 
@@ -43,8 +41,9 @@ def publish(store: Store, result: BatchResult, retracted: Sequence[int] = ()) ->
     `retracted` are numbers of requests to go. UserError when its `parent` is no longer the current version, OSError
     when the disk has no room: nothing is published then.
     """
-    update, profile, version = result.update, result.profile, store.next
+    update, profile = result.update, result.profile
     assert update and profile
+    version = max(store.newest, last_lost(store.folder)) + 1  # the number of one that was lost is not given again
     part = next_part(update, result.base)
 
     def fill(partial: Path, learnt: tuple[str, str]) -> None:

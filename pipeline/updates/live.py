@@ -12,7 +12,7 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
-from pipeline.options import TrainerOptions
+from pipeline.options.shared import TrainerOptions
 from pipeline.running.sharding import put
 from pipeline.updates.disk import BASE, VERSIONS, version_folder
 from pipeline.updates.store import CURRENT

@@ -1,34 +1,44 @@
 """Making versions: what is due is edited on top of the version in force, proved, and published or held back.
 
-A retraction makes one as well: its fact is edited back, and what it took the place of stays as it is.
+A retraction makes one as well: its fact is edited back, and what it took the place of stays as it is. Where a new
+store edits is found with its first requests; a choice that these leave open is settled by trial edits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import can_leave_out, choose_layers, edit, leave_out
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
+from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
-from pipeline.options import ProvingOptions, RetractCommand, UpdateCommand
+from pipeline.options.updates import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
+from pipeline.shipped import program
 from pipeline.updates.disk import BASE, transaction
 from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find, load_version
 from pipeline.updates.lineage import hold_back, publish
 from pipeline.updates.proving import BatchResult, Trial, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
-from pipeline.updates.settling import is_clear, questioned, settle_layer
 from pipeline.updates.store import Store
 
 PROXY = 128  # requests that find the golden layer, at most
+CLEAR = 0.9  # of resamples name the golden layer
+POSSIBLE = 0.05  # of resamples
+TRIED = 4  # blocks
+TAUGHT = 12  # requests
+ENOUGH = 4  # requests that a doubt needs
 
 
 def update(
@@ -117,10 +127,8 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     base = load_version(store, parent)
     assert base
     request = next(one for one in base.requests if number_of(one) == number)
-    trial, (profile, _) = (
-        Trial(llm, parent, base, [request], options),
-        _golden_profile(store, llm, [request], options),
-    )
+    trial = Trial(llm, parent, base, [request], options)
+    profile, _ = _golden_profile(store, llm, [request], options)
     with trial.timed("edit"):
         without = _without(llm, base, request, profile, options)
     result = BatchResult(parent, base, update=without, before=trial.before, seconds=trial.seconds)
@@ -156,8 +164,55 @@ def _golden_profile(
     else:
         answered = [request for request in requests if request.old_answer] or list(requests)
         profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.trainer, "the queue")
-        if not options.edit.layers and not is_clear(profile):
+        is_clear = profile.stability is None or profile.stability.chosen[profile.golden_layers[0]] >= CLEAR
+        if not options.edit.layers and not is_clear:
             profile, note = settle_layer(llm, profile, requests, options)
             notes.append(note)
     choose_layers(llm, profile, options.edit)
     return profile, notes
+
+
+def questioned(profile: GoldenProfile, missed: int, tried: int) -> list[str]:
+    """A line that doubts the golden layer and says what to do, where most of a batch misses a gate; else none."""
+    if tried < ENOUGH or 2 * missed <= tried:
+        return []
+    return [
+        f"{missed} of {tried} requests miss a gate; block {profile.golden_layers[0]}, which earlier ones chose, "
+        f"may be the wrong one for these, or full: `{program()} attribute` on these finds theirs, `submit --again` "
+        "queues them anew, and `update --profile` edits there from then on"
+    ]
+
+
+def settle_layer(
+    llm: LLM, profile: GoldenProfile, requests: Sequence[EditRequest], options: ProvingOptions
+) -> tuple[GoldenProfile, str]:
+    """The profile with the block that edits best among those that may be golden, and a line that says so.
+
+    A block's trial edits a few of the requests; what counts is the mean of rewrite, rephrase and locality.
+    """
+    assert profile.stability
+    chosen = np.array(profile.stability.chosen)
+    likely = [block for block in np.argsort(-chosen, kind="stable").tolist() if chosen[block] >= POSSIBLE]
+    fit = dict.fromkeys([*likely, *profile.ranking])
+    found: dict[int, float] = {}
+    for block in list(fit)[: TRIED + 1]:
+        (layer,) = choose_layers(llm, profile.model_copy(update={"golden_layers": [block]}), options.edit)
+        if layer not in found and len(found) < TRIED:
+            found[layer] = _worth(llm, layer, requests[:TAUGHT], options)
+    best = max(found, key=lambda block: found[block])
+    told = ", ".join(f"{block} {worth:.3f}" for block, worth in found.items())
+    golden = profile.golden_layers[0]
+    note = (
+        f"{len(requests)} requests leave the golden layer unclear (block {golden} in {chosen[golden]:.0%} of "
+        f"resamples); trial edits of {min(TAUGHT, len(requests))}: {told}; block {best} it is"
+    )
+    return profile.model_copy(update={"golden_layers": [best]}), note
+
+
+def _worth(llm: LLM, layer: int, requests: Sequence[EditRequest], options: ProvingOptions) -> float:
+    evaluator = Evaluator(llm, requests, options.evaluation, options.trainer, ("probes",))
+    evaluator.measure("Trial: base")
+    how = replace(options.edit, layers=[layer])
+    with edit(llm, requests, None, how, options.trainer, seed=options.seed).applied(llm):
+        metrics = evaluator.measure(f"Trial: block {layer}").metrics
+    return float(np.mean([metrics[name].mean for name in ("rewrite", "rephrase", "locality") if name in metrics]))

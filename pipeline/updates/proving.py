@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluator, relative_changes
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.llm import LLM
-from pipeline.options import ProvingOptions
+from pipeline.options.updates import ProvingOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import fact
 from pipeline.updates.gates import OF_BATCH, OF_MODEL, Figures, Gate, missed

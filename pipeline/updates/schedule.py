@@ -6,8 +6,8 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any
 
@@ -35,11 +35,9 @@ class Stopping(threading.Event):
     A second SIGTERM ends it at once: the batch goes back to the queue.
     """
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Inside the `with`, SIGTERM asks."""
-        with interrupts.left_to(self._note, signal.SIGTERM):
-            yield
+        return interrupts.left_to(self._note, signal.SIGTERM)
 
     def _note(self, number: int, _: Any) -> None:
         if self.is_set():

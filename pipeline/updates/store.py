@@ -33,7 +33,6 @@ from pipeline.updates.disk import (
     clear_unknown,
     connect,
     damage,
-    last_lost,
     locked,
     transaction,
     version_folder,
@@ -164,11 +163,6 @@ class Store(AbstractContextManager["Store"]):
     def newest(self) -> int:
         """The number of the version that was made last."""
         return int(self.database.execute("SELECT max(number) FROM versions").fetchone()[0])
-
-    @property
-    def next(self) -> int:
-        """The number of the version to be made next; that of one that was lost is not given again."""
-        return max(self.newest, last_lost(self.folder)) + 1
 
     def point(self) -> None:
         """Set the links: `current` to the version in force, and the profile, for later batches, to the newest's."""
