@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import mean_loss
 
-from pipeline.editing.auto import GENTLY, AutoSettings
+from pipeline.editing.auto import AFTER_FEW, AFTER_MANY, AutoSettings
 from pipeline.editing.columns import Columns, owner
 from pipeline.editing.editor import can_leave_out, edit
 from pipeline.editing.finetune import FineTune, FinetuneSettings
@@ -72,10 +72,11 @@ def test_after_many_located_requests_training_goes_gently(
         return fitted[-1]
 
     own = FinetuneSettings(depths=AutoSettings().depths)
-    assert fit(requests) == own
+    assert fit(requests) == replace(own, **AFTER_FEW)
+    assert fit(requests, kl=0.2) == replace(own, kl=0.2)
     monkeypatch.setattr("pipeline.editing.auto.MANY", len(requests) // 2)
-    assert fit(requests) == replace(own, **GENTLY)
-    assert fit(requests, kl=0.2) == replace(own, **GENTLY | {"kl": 0.2})
+    assert fit(requests) == replace(own, **AFTER_MANY)
+    assert fit(requests, kl=0.2) == replace(own, **AFTER_MANY | {"kl": 0.2})
     questions = [changed(one, prompt=f"The capital of {one.subject} is what?") for one in requests]
     with pytest.warns(Note, match="7 of 7"):
         assert fit(questions) == own

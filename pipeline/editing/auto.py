@@ -1,10 +1,10 @@
 """One edit by two methods: what a subject's value carries is located, then all is fine-tuned in every form.
 
 A value at the subject's last token makes a subject say its new answer wherever it is named, which rewordings need,
-but bends what else is said of it. Fine-tuning then teaches every form of asking, statements and chat, and keeps
-other relations of the subject; gently, where many were located. It trains the golden layer and two blocks further
-up: its own best blocks are late ones, values' are early ones. Questions, whose subject stands far from the answer,
-long answers, several facts about one subject and prompts without one are fine-tuned alone.
+but bends what else is said of it. Fine-tuning then teaches every form of asking, statements and chat, and brings
+other relations of the subject back; gently, after many. It trains the golden layer and two blocks further up: its
+own best blocks are late ones, values' are early ones. Questions, whose subject stands far from the answer, long
+answers, several facts about one subject and prompts without one are fine-tuned alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from pipeline.requests.sets import about
 from pipeline.running.trainer import Runtime
 
 MANY = 32  # located requests: beyond, training takes so many steps that it bends other texts
-GENTLY: dict[str, Any] = {"epochs": 16, "learning_rate": 0.003, "last_step": 0.1, "kl": 3.0}
+AFTER_FEW: dict[str, Any] = {"kl": 2.0}  # what a value bends of its subject is to come back
+AFTER_MANY: dict[str, Any] = {"epochs": 16, "learning_rate": 0.003, "last_step": 0.1, "kl": 3.0}
 
 
 @dataclass(kw_only=True)
@@ -49,7 +50,7 @@ class AutoSettings(LocateSettings):
     depths: list[float] = field(default_factory=lambda: [0.4, 0.67])
     """Further blocks that are fine-tuned beside the golden layers, each by its depth in the model: 0 to 1."""
     tuning: dict[str, Any] = field(default_factory=dict)
-    """Settings of the fine-tuning, by name, such as {"epochs": 20}; it goes gently after many located ones."""
+    """Settings of the fine-tuning, by name, such as {"epochs": 20}; others follow from how many were located."""
 
 
 class Auto(LocateThenEdit):
@@ -80,8 +81,9 @@ class Auto(LocateThenEdit):
         if others:
             kinds = "questions, long answers, several facts about one subject, no subject after a text's beginning"
             note(f"edit: fine-tuned alone, not after memit: {len(others)} of {len(requests)} requests ({kinds})")
-        if len(located) > max(MANY, len(others)):
-            self.tuning.settings = replace(self.tuning.settings, **GENTLY | self.settings.tuning)
+        if len(located) > len(others):
+            usual = AFTER_MANY if len(located) > MANY else AFTER_FEW
+            self.tuning.settings = replace(self.tuning.settings, **usual | self.settings.tuning)
         (courses,) = self.tuning.lessons([requests], runtime)
         if replaced := [one for one in others if owner(one) in owners_in(self.state)]:
             self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes

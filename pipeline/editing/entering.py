@@ -55,13 +55,12 @@ class Leaving(RowStage):
                     changed_BTO[place] += row.tag.to(output_BTO)
             return changed_BTO
 
-        activations = self.activations
         with (
-            activations.up_to_block(self.blocks),
-            activations.leaving(*self.names) as seen,
-            activations.changing(self.down, len(places), change),
+            self.activations.up_to_block(self.blocks),
+            self.activations.leaving(*self.names) as seen,
+            self.activations.changing(self.down, len(places), change),
         ):
-            activations.run(batch.input_ids_BT)
+            self.activations.run(batch.input_ids_BT)
         hidden = [wide(seen[name]) for name in self.names]
         return [torch.stack([hidden_BTD[place] for hidden_BTD in hidden]).cpu() for place in places]
 

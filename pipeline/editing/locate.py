@@ -151,9 +151,8 @@ class LocateThenEdit:
         `held` are all requests that are in force then.
         """
         moments, asked = self.moments(runtime), [*again, *new]
-        subjects = list(dict.fromkeys(map(about, asked)))
+        subjects, outdated = list(dict.fromkeys(map(about, asked))), [*map(owner, [*asked, *gone])]
         located = self.located([[one for one in asked if about(one) == subject] for subject in subjects])
-        outdated = [owner(request) for request in [*asked, *gone]]
         # values are found without other updates', and solved with them
         columns = {layer: self._taken_out(layer).without(outdated) for layer in self.layers}
         shares = self._shares(located, runtime) if asked else iter(())
