@@ -198,6 +198,8 @@ def test_what_cannot_be_tried_is_known_at_once(requests: list[EditRequest]) -> N
 
     assert "finetune" in refused(methods=["finetune"])
     assert "'fixed' does not exist" in refused(selectors=["fixed"])
+    spread = EditOptions(method="memit", expert={"spread": 2})
+    assert "edit.expert.spread: each block is tried by itself" in refused(methods=["memit"], edit=spread)
     requests[5] = requests[5].model_copy(update={"subject": None})
     assert "capital-5" in refused(selectors=["lga_subject"])
     assert "1 of 7" in refused(selectors=["sweep"])

@@ -36,10 +36,7 @@ AFTER_MANY: dict[str, Any] = {"epochs": 16, "learning_rate": 0.003, "last_step":
 
 @dataclass(kw_only=True)
 class AutoSettings(LocateSettings):
-    """memit's settings, and fine-tuning's.
-
-    What goes with a subject is left to fine-tuning: in a value it bends whatever else is said of the subject.
-    """
+    """memit's settings, less what goes with a subject, which would bend the rest in a value; and fine-tuning's."""
 
     associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 0
     relations: FromZero = 3

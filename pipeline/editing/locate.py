@@ -110,8 +110,8 @@ class LocateThenEdit:
     ) -> None:
         self.llm, self.statistics = llm, options.statistics
         self.settings: LocateSettings = settings_of(options)
-        upto = range(self.settings.spread)
-        self.layers = sorted({min(layer + up, len(llm.blocks) - 2) for layer in layers for up in upto})
+        above = (layer + up for layer in layers for up in range(1, self.settings.spread))
+        self.layers = sorted({*layers, *(layer for layer in above if layer < len(llm.blocks) - 1)})
         self.solve = solver(self.settings)
         self.by_all_keys = by_all_keys
         self.near = self.settings.neighbours if by_all_keys and self.settings.neighbour_weight else 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.statistics import key_moments
 from pipeline.editing.update import ADAPTER_PREFIX
-from pipeline.errors import check_choice
+from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.side_by_side import Changes, SideBySideEvaluator
 from pipeline.files import digest
 from pipeline.model.llm import LLM
@@ -157,6 +157,8 @@ def check_trial(method: str, options: EditOptions, requests: Sequence[EditReques
     """Raise UserError for a method that cannot be tried with single edits, or requests that it cannot take."""
     check_choice("methods", method, [name for name, kind in METHODS.items() if kind.trial])
     check_subjects(requests, method, instead="lora")
+    if getattr(settings_of(replace(options, method=method)), "spread", 1) > 1:
+        raise UserError("study: edit.expert.spread: each block is tried by itself; expected 1")
 
 
 def key(request: EditRequest) -> int:
