@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +157,7 @@ def check_trial(method: str, options: EditOptions, requests: Sequence[EditReques
     """Raise UserError for a method that cannot be tried with single edits, or requests that it cannot take."""
     check_choice("methods", method, [name for name, kind in METHODS.items() if kind.trial])
     check_subjects(requests, method, instead="lora")
-    if getattr(settings_of(replace(options, method=method)), "spread", 1) > 1:
+    if getattr(settings_of(options.by(method)), "spread", 1) > 1:
         raise UserError("study: edit.expert.spread: each block is tried by itself; expected 1")
 
 
