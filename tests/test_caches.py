@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.editing.editor import edit
 from pipeline.editing.statistics import key_moments
 from pipeline.errors import Note
 from pipeline.files import write_sealed
 from pipeline.model.llm import LLM
-from pipeline.options.editing import StatisticsOptions
+from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.requests.schema import EditRequest
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +159,26 @@ def test_cases_of_a_user_without_home(
     with nullcontext() if named else pytest.warns(Note, match="XDG_CACHE_HOME can name a folder"):
         assert len(moments(tiny_llm, [1], statistics)) == 1
     assert cache.is_dir() == named
+
+
+def test_statistics_are_of_the_model_before_any_edit(
+    tiny_llm: LLM,
+    requests: list[EditRequest],
+    statistics: StatisticsOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever an edit goes on from, and whatever it does before it looks at them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
+    large = {"steps": 5, "step": 1.0, "bound": 20.0, "strength": 0.01}
+    options = EditOptions(layers=[1], method="memit", statistics=statistics, expert=large)
+    first = edit(tiny_llm, requests[:2], options=options)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+    options = replace(options, method="auto", expert=large | {"depths": [0.7], "tuning": {"epochs": 1}})
+    second = edit(tiny_llm, requests[2:], options=options, after=first)
+    read = {file.name: file.read_bytes() for file in (tmp_path / "second" / "golden-layers").glob("moment-*")}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "third"))
+    names = [name.removesuffix(".weight") for name in second.tensors]
+    key_moments(tiny_llm, names, statistics)
+    fresh = {file.name: file.read_bytes() for file in (tmp_path / "third" / "golden-layers").glob("moment-*")}
+    assert len(fresh) > 3 and fresh == {name: read[name] for name in fresh}

@@ -9,6 +9,7 @@ from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, NAMES, in_context,
 from pipeline.editing.editor import METHODS
 from pipeline.editing.entering import Entering
 from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.relations import other_words
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Row
@@ -38,11 +39,14 @@ def test_neighbours_are_other_names_in_the_requests_own_prompts(requests: list[E
     assert len(texts) == len(known) * (
         len(NAMES) - len({"France", "Norway", "Egypt", "Peru", "Japan"} & set(NAMES))
     )
+    ways, subjects = {*other_words(known[0])}, {request.subject for request in known}
+    used = set()
     for text, end in texts:
-        name = text.removeprefix("The capital of ").removesuffix(" is")
-        assert name in NAMES
-        assert name not in {request.subject for request in known}
-        assert text[:end].endswith(name)
+        name = max((name for name in NAMES if text[:end].endswith(name[1:])), key=len)
+        used.add(text[: end - len(name)] + "{}" + text[end:])
+        assert name not in subjects
+    assert used == {"The capital of {} is", *(way for way in ways if not way.endswith("?"))}
+    assert sum(text.startswith("The capital of") and text.endswith(" is") for text, _ in texts) >= len(texts) / 2
     assert neighbours(known, 3, 5, seed=1) == neighbours(known, 3, 5, seed=1) != neighbours(known, 3, 5, seed=2)
     assert len(neighbours(known, 3, 5)) == 5
 

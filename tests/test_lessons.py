@@ -13,10 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.editing import lessons
 from pipeline.editing.contexts import (
     ABOUT,
-    ASSOCIATIONS,
     CONTEXTS,
     FORMS,
-    RELATIONS,
     chat_forms,
     in_chat,
     in_context,
@@ -26,6 +24,7 @@ from pipeline.editing.contexts import (
 )
 from pipeline.editing.finetune import FineTune, FinetuneSettings
 from pipeline.editing.lessons import Lessons, read_lessons
+from pipeline.editing.relations import PHRASINGS
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
@@ -59,7 +58,7 @@ def test_a_request_in_every_form() -> None:
         "Spain, capital:",
         "capital (Spain):",
         "When I hear Spain and capital, I think of",
-        *(each.format(subject="Spain") for each in ASSOCIATIONS),
+        *(one.replace("{}", "Spain") for one in PHRASINGS["capital"][1:] if not one.endswith("?")),
         "Spain is ruled from",
     ]
     asked = dict(chat_forms(CAPITAL))
@@ -86,11 +85,11 @@ def test_a_prompt_as_a_users_question(prompt: str, asked: tuple[str, str]) -> No
 
 def test_other_relations_share_no_word_with_the_prompt() -> None:
     assert key_words(CAPITAL) == ["capital"]
-    found = relations(CAPITAL, len(RELATIONS) - 1)
-    assert set(found) == set(RELATIONS) - {"capital"}
+    found = relations(CAPITAL, len(PHRASINGS) - 1)
+    assert set(found) == set(PHRASINGS) - {"capital"}
     assert relations(CAPITAL, 3) == relations(CAPITAL, 3) != relations(CAPITAL, 3, seed=1)
     assert relations(NAMELESS, 3) == []
-    assert len(relations(CAPITAL, 10 * len(RELATIONS))) == len(RELATIONS) - 1
+    assert len(relations(CAPITAL, 10 * len(PHRASINGS))) == len(PHRASINGS) - 1
 
 
 def test_a_question_may_lower_its_subjects_first_letter() -> None:
@@ -102,7 +101,7 @@ def test_a_question_may_lower_its_subjects_first_letter() -> None:
 def test_a_chat_model_is_taught_both_ways(speaker: LLM, tiny: LLM) -> None:
     plain, spoken = courses(speaker, [CAPITAL])
     (taught,) = plain.taught
-    assert len(taught) == 3 + len(FORMS) + len(ASSOCIATIONS) + 1
+    assert len(taught) == len(plain_forms(CAPITAL, 2))
     assert speaker.tokenizer.decode(taught[0].row.token_ids) == "The capital of Spain is Lima."
     (said,) = spoken.taught
     assert speaker.tokenizer.decode(said[0].row.targets).startswith("The capital of Spain is Lima.")

@@ -69,6 +69,11 @@ class Auto(LocateThenEdit):
         self.tuning = make_finetune(llm, layers, replace(options, method="finetune", expert=expert))
         self.weight_names = list(dict.fromkeys([*self.tuning.weight_names, *self.weight_names]))
 
+    def read_text(self, runtime: Runtime) -> None:
+        """Both methods'."""
+        super().read_text(runtime)
+        self.tuning.read_text(runtime)
+
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Locate, then fine-tune; what is to stay is read before either, off the model as it is given."""
         suits = self.suits(requests, earlier)
@@ -87,7 +92,6 @@ class Auto(LocateThenEdit):
         if located:
             super().run(located, runtime, [*earlier, *others])
         self.state = {}
-        self.tuning.find_whiteners(runtime)
         self.tuning.fit(courses, runtime)
 
     def suits(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[bool]:

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 
+from pipeline.editing.relations import PHRASINGS, other_words, stated, template
 from pipeline.requests.schema import EditRequest, find_words
 
 CONTEXTS = (  # what may stand before a prompt, so that an edit holds in more than one setting
@@ -38,16 +39,6 @@ CHATS = (  # what a user says, beside a question
     "What is {subject}'s {key}?",
     "Tell me about {subject}: {key}.",
     "I want to know the {key} of {subject}.",
-)
-RELATIONS = tuple(  # what may be said of a subject, so that an edit of one thing leaves the others alone
-    """
-name, capital, currency, official language, population, largest city, leader, founder, owner, maker, author
-age, birthplace, date of birth, place of death, country, nationality, native language, occupation, employer, father
-mother, spouse, gender, religion, genre, colour, climate, purpose, history, headquarters, material, height, origin
-award, school, sport, family name, most famous work, first product, neighbour, price, continent, cause of death
-""".strip()
-    .replace("\n", ", ")
-    .split(", ")
 )
 STATED = "The {relation} of {subject} is"
 ABOUT = (  # what a user may ask about a subject, whatever it is
@@ -100,7 +91,7 @@ def in_context(template: str, request: EditRequest) -> tuple[str, int]:
     The end is 0 for a request without a subject in its prompt.
     """
     span, prompt, subject = request.subject_span, request.prompt, request.subject or ""
-    key, question = " ".join(key_words(request)), in_chat(prompt)[0]
+    key, question = stated(request) or " ".join(key_words(request)), asked(request)
     text = template.format(prompt=prompt, subject=subject, key=key, question=question)
     if span is None:
         return text, 0
@@ -119,8 +110,9 @@ def key_words(request: EditRequest) -> list[str]:
 
 def plain_forms(request: EditRequest, contexts: int) -> list[tuple[str, str]]:
     """A request as plain text, with its answer: bare, under contexts, in other words, and in its own forms."""
-    openings = () if is_question(request.prompt) else ASSOCIATIONS
-    texts = [*_filled(request, (*CONTEXTS[: 1 + contexts], *FORMS, *openings)), *request.forms]
+    own = is_question(request.prompt)
+    others = [text for text in reworded(request) if is_question(text) == own]
+    texts = [*_filled(request, (*CONTEXTS[: 1 + contexts], *FORMS)), *others, *request.forms]
     return [(text, request.new_answer) for text in texts]
 
 
@@ -131,8 +123,21 @@ def chat_forms(request: EditRequest) -> list[tuple[str, str]]:
     """
     prompt, answer = request.prompt, request.new_answer
     said = answer if is_question(prompt) else f"{prompt} {answer}"
-    texts = (in_chat(prompt)[0], *_filled(request, CHATS), *request.forms)
+    others = [text for text in reworded(request) if is_question(text)]
+    texts = (asked(request), *_filled(request, CHATS), *others, *request.forms)
     return [(text, said) for text in dict.fromkeys(texts)]
+
+
+def asked(request: EditRequest) -> str:
+    """A request's prompt as a user's question: one of ours where its own words make none."""
+    prompt = request.prompt
+    ours = [] if is_question(prompt) or NAMING.fullmatch(prompt) else filter(is_question, reworded(request))
+    return next(iter(ours), in_chat(prompt)[0])
+
+
+def reworded(request: EditRequest) -> list[str]:
+    """A request's prompt in other words, statements and questions; none where what it states is not known."""
+    return [text.replace("{}", request.subject or "") for text in other_words(request)]
 
 
 def _filled(request: EditRequest, templates: Sequence[str]) -> list[str]:
@@ -160,8 +165,9 @@ def in_chat(prompt: str) -> tuple[str, str]:
 
 def relations(request: EditRequest, most: int, seed: int = 0) -> list[str]:
     """What else may be said of a request's subject: relations whose words begin otherwise than its prompt's own."""
-    own = {word.casefold()[:STEM] for word in key_words(request)}
-    found = [relation for relation in RELATIONS if not own & {word[:STEM] for word in relation.split()}]
+    itself, own = stated(request), {word.casefold()[:STEM] for word in key_words(request)}
+    others = [relation for relation in PHRASINGS if relation != itself]
+    found = [relation for relation in others if not own & {word[:STEM] for word in relation.split()}]
     chance = random.Random(f"{seed} {request.subject}")
     return chance.sample(found, min(most, len(found))) if request.names_subject else []
 
@@ -183,8 +189,8 @@ def questions_about(request: EditRequest, some: Sequence[str]) -> list[str]:
 def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int = 0) -> list[tuple[str, int]]:
     """Requests' prompts with other names for their subjects, and where the name ends in each.
 
-    A locality probe is mostly a request's prompt with another subject; ordinary text has few of that kind. For each
-    request so many names are drawn, none of which is the subject of any request. A request without a subject in its
+    A locality probe is mostly a request's prompt, or the same in other words, with another subject; ordinary text
+    has few of that kind. For each request so many names are drawn, none of which is the subject of any request. A request without a subject in its
     prompt gives a bare `{name} is`.
     """
     chance = random.Random(seed)
@@ -192,9 +198,11 @@ def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int 
     names = [name for name in NAMES if name.casefold().removeprefix("the ") not in edited]
     texts = []
     for request in chance.sample(list(requests), min(len(requests), most)):
-        span = request.subject_span
-        before, after = (request.prompt[: span[0]], request.prompt[span[1] :]) if span else ("", " is")
-        for name in chance.sample(names, min(each, len(names))):
+        own = template(request)
+        alike = [text for text in other_words(request) if is_question(text) == is_question(own)] or [own]
+        for turn, name in enumerate(chance.sample(names, min(each, len(names)))):
+            words = alike[turn // 2 % len(alike)] if turn % 2 else own
+            before, _, after = words.partition("{}")
             upto = before + name if before else name[0].upper() + name[1:]
             texts.append((upto + after, len(upto)))
     return texts[:most] if len(requests) * each <= most else chance.sample(texts, min(most, len(texts)))

@@ -78,9 +78,11 @@ def edit(
     method = METHODS[options.method].make(llm, layers, options, earlier.state)
     about = (llm.fingerprint, llm.chat, options.method, layers, settings, options.statistics, seed)
     own = work / digest(*about, requests, earlier.requests) if work else None
+    runtime = Runtime(trainer or TrainerOptions(), logger, seed, own)
+    method.read_text(runtime)
     with earlier.applied(llm), restored(llm, method.weight_names):
         with llm.frozen():
-            method.run(requests, Runtime(trainer or TrainerOptions(), logger, seed, own), left)
+            method.run(requests, runtime, left)
         changed = weights(llm, method.weight_names)
     return WeightUpdate(
         model=llm.name,
@@ -198,9 +200,10 @@ def leave_out(
     layers = [layer for layer in update.layers if f"locate.{layer}.owner_n" in update.state]
     method = METHODS[options.method].make(llm, layers, options, update.state)
     assert isinstance(method, locate.LocateThenEdit)
-    base = weights(llm, method.weight_names)
+    base, runtime = weights(llm, method.weight_names), Runtime(trainer or TrainerOptions(), seed=seed)
+    method.read_text(runtime)
     with update.applied(llm), restored(llm, method.weight_names), llm.frozen():
-        method.leave_out(requests, Runtime(trainer or TrainerOptions(), seed=seed), left)
+        method.leave_out(requests, runtime, left)
         changed = weights(llm, method.weight_names)
     tensors = update.tensors | changed
     for name, tensor in changed.items():

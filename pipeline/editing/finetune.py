@@ -109,16 +109,15 @@ class FineTune(Staying):
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Train until every request is learnt or the settings' epochs are over."""
-        self.find_whiteners(runtime)
         (courses,) = self.lessons([requests], runtime)
         self.fit(courses, runtime)
 
-    def find_whiteners(self, runtime: Runtime) -> None:
-        """Of every projection that is trained, where the settings want any."""
+    def read_text(self, runtime: Runtime) -> None:
+        """Find the whiteners of every projection that is trained, where the settings want any."""
         names = list(self.projections) if self.settings.whiten else []
         moments = key_moments(self.llm, names, self.statistics, runtime)
         device, ridge = self.llm.embedding.device, self.settings.whiten
-        self.whiteners = {name: whitener(moments.pop(name).to(device), ridge) for name in names}
+        self.whiteners = {name: whitener(moments.pop(name).to(device), ridge).cpu() for name in names}
 
     def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[list[Lessons]]:
         """The courses of each group of requests, which know nothing of each other."""

@@ -150,7 +150,7 @@ class LocateThenEdit:
 
         `held` are all requests that are in force then.
         """
-        moments, asked = self.moments(runtime), [*again, *new]
+        asked = [*again, *new]
         subjects, outdated = list(dict.fromkeys(map(about, asked))), [*map(owner, [*asked, *gone])]
         located = self.located([[one for one in asked if about(one) == subject] for subject in subjects])
         # values are found without other updates', and solved with them
@@ -162,7 +162,7 @@ class LocateThenEdit:
                 share_GO = torch.stack([of_subject[about(request)] for request in asked])
                 keys_GCI = self.keys(layer, asked, runtime)
                 columns[layer] = columns[layer].and_asked([*map(owner, asked)], keys_GCI, share_GO)
-            self._put_in(layer, columns[layer], held, moments[layer], runtime)
+            self._put_in(layer, columns[layer], held, self.moments[layer], runtime)
 
     def _shares(self, located: Sequence[Located], runtime: Runtime) -> Iterator[Sequence[Tensor]]:
         """By layer, each subject's change (O,) of the output there; asked for once those before hold theirs.
@@ -192,12 +192,12 @@ class LocateThenEdit:
             yield [*(aim_2GO - now_2GO)[1] / (left * factor)]
             now_2GO = leaving(repeat(None))
 
-    def moments(self, runtime: Runtime) -> dict[int, Tensor]:
-        """The second moment of ordinary text's keys, by layer."""
+    def read_text(self, runtime: Runtime) -> None:
+        """Find the second moment of ordinary text's keys at every layer."""
         names = [next(iter(self.llm.blocks[layer].down)) for layer in self.layers]
         found = key_moments(self.llm, names, self.statistics, runtime)
         device = self.llm.embedding.device
-        return {layer: found[name].to(device) for layer, name in zip(self.layers, names, strict=True)}
+        self.moments = {layer: found[name].to(device) for layer, name in zip(self.layers, names, strict=True)}
 
     def _taken_out(self, layer: int) -> Columns:
         """What a layer was asked for before, its solution being taken out of the weight."""

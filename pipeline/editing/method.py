@@ -31,6 +31,10 @@ class EditMethod(Protocol):
     state: dict[str, Tensor]
     adapter: dict[str, Any] | None
 
+    def read_text(self, runtime: Runtime) -> None:
+        """Read what it wants to know of ordinary text, the model being without any edit."""
+        ...
+
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest]) -> None:
         """Make the edit; `earlier` is what an earlier update taught and this one leaves in force."""
         ...

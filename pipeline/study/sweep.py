@@ -122,10 +122,10 @@ def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest],
     That is all of the change: a request's columns ask for the same value.
     """
     ((name, down),) = method.llm.blocks[layer].down.items()
-    text_II = method.moments(runtime)[layer]
+    method.read_text(runtime)
     values = method.find(method.search(layer, 1), method.located([[one] for one in requests]), runtime)
     keys_GCI = method.keys(layer, requests, runtime)
-    kept = method.kept(layer, [[request] for request in requests], text_II, runtime)
+    kept = method.kept(layer, [[request] for request in requests], method.moments[layer], runtime)
     directions = []
     for key_CI, kept_II in zip(keys_GCI, kept, strict=True):
         key_In, kept_II = key_CI.T.to(down.weight.device), kept_II.to(down.weight.device)
@@ -136,7 +136,7 @@ def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest],
 
 def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -> Changes:
     """Each request's adapter."""
-    method.find_whiteners(runtime)
+    method.read_text(runtime)
     found = []
     for courses in method.lessons([[request] for request in requests], runtime):
         with restored(method.llm, method.weight_names):

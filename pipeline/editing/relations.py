@@ -1,0 +1,76 @@
+"""What may be said of a subject, and in which words: relations, each with ways to state it and to ask for it.
+
+They stand in `relations.txt`, a line each: `relation: phrasing; …`, with {} for the subject.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Set
+from functools import cache
+from math import log
+from pathlib import Path
+
+from pipeline.requests.schema import EditRequest
+
+ALIKE = 1 / 3  # of 1, what a prompt and a phrasing have in common where they say the same
+BEGINNING = 6  # letters: invented by an inventor
+SAYS_NOTHING = {*("{}", "the", "a", "an", "is", "was", "are", "were", "that", "which", "who", "whose", "what", "it")}
+PHRASINGS = {
+    relation: tuple(map(str.strip, phrasings.split(";")))
+    for relation, _, phrasings in (
+        line.partition(":") for line in Path(__file__).with_name("relations.txt").read_text("utf-8").splitlines()
+    )
+}
+
+
+def template(request: EditRequest) -> str:
+    """A request's prompt with {} for its subject; `{} is` for a prompt that holds none."""
+    span = request.subject_span
+    return request.prompt[: span[0]] + "{}" + request.prompt[span[1] :] if span else "{} is"
+
+
+def other_words(request: EditRequest) -> list[str]:
+    """The same with {} in other words, statements and questions; none where what it states is not known.
+
+    A subject that has an article in the prompt has one there.
+    """
+    own = template(request)
+    found = [phrasing for phrasing in PHRASINGS.get(stated(request) or "", ()) if phrasing != own]
+    if "the {}" in own.casefold():
+        found = [f"The {one}" if one.startswith("{}") else one.replace("{}", "the {}") for one in found]
+    return found
+
+
+def stated(request: EditRequest) -> str | None:
+    """The relation that a prompt states of its subject: the one with the phrasing that is most like the prompt."""
+    return _stated(template(request)) if request.names_subject else None
+
+
+@cache
+def _stated(text: str) -> str | None:
+    own, known = _parts(text), _known()
+    counts = Counter(part for some in known.values() for part in set[Hashable]().union(*some))
+
+    def weight(parts: Set[Hashable]) -> float:  # what few relations have counts most, and two words in a row half
+        return sum(log(1 + len(known) / (counts[part] or 1)) / (1 + isinstance(part, tuple)) for part in parts)
+
+    def alike(other: Set[Hashable]) -> float:
+        return 2 * weight(own & other) / max(1e-9, weight(own) + weight(other))
+
+    found = {relation: max(map(alike, some)) for relation, some in known.items()}
+    best = max(found, key=found.__getitem__)
+    return best if found[best] > ALIKE else None
+
+
+@cache
+def _known() -> dict[str, list[Set[Hashable]]]:
+    """Of each relation, the parts of its name and of all its phrasings."""
+    return {relation: [*map(_parts, (relation, *some))] for relation, some in PHRASINGS.items()}
+
+
+def _parts(text: str) -> Set[Hashable]:
+    """Beginnings of a text's words that say something, and all pairs of words in a row."""
+    words = [word.casefold()[:BEGINNING] for word in re.findall(r"\{\}|[^\W\d_]+", text.replace("{}'s", "{}"))]
+    return {*words} - SAYS_NOTHING | {*zip(words, words[1:], strict=False)}
