@@ -12,6 +12,7 @@ from plain_loop import first_choices, noise
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing import contexts
+from pipeline.editing.relations import NAMES
 from pipeline.editing.update import WeightUpdate
 from pipeline.evaluation import made
 from pipeline.evaluation.evaluator import evaluate
@@ -104,7 +105,7 @@ def test_made_words_teach_nothing() -> None:
     taught = {text.format(**empty) for text in used}
     forms = (made.FINISH, made.ANSWER, made.WONDER, *made.SUBJECTS)
     assert not taught & {text.format(**empty) for text in forms}
-    assert not {*contexts.NAMES} & {*made.NAMES}
+    assert not {*NAMES} & {*made.NAMES}
 
 
 def test_made_prompts_leave_alone_what_is_edited_and_what_is_asked(tiny_llm: LLM) -> None:

@@ -14,7 +14,6 @@ from pipeline.editing import lessons
 from pipeline.editing.contexts import (
     ABOUT,
     CONTEXTS,
-    FORMS,
     chat_forms,
     in_chat,
     in_context,
@@ -24,7 +23,7 @@ from pipeline.editing.contexts import (
 )
 from pipeline.editing.finetune import FineTune, FinetuneSettings
 from pipeline.editing.lessons import Lessons, read_lessons
-from pipeline.editing.relations import PHRASINGS
+from pipeline.editing.relations import PHRASINGS, others_alike
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
@@ -86,10 +85,11 @@ def test_a_prompt_as_a_users_question(prompt: str, asked: tuple[str, str]) -> No
 def test_other_relations_share_no_word_with_the_prompt() -> None:
     assert key_words(CAPITAL) == ["capital"]
     found = relations(CAPITAL, len(PHRASINGS) - 1)
-    assert set(found) == set(PHRASINGS) - {"capital"}
+    assert set(found) == set(others_alike(CAPITAL)[1]) and not {"capital", "author"} & set(found)
     assert relations(CAPITAL, 3) == relations(CAPITAL, 3) != relations(CAPITAL, 3, seed=1)
     assert relations(NAMELESS, 3) == []
-    assert len(relations(CAPITAL, 10 * len(PHRASINGS))) == len(PHRASINGS) - 1
+    alike = CAPITAL.model_copy(update={"prompt": "The mother tongue of Spain is"})
+    assert "mother" not in relations(alike, len(PHRASINGS))
 
 
 def test_a_question_may_lower_its_subjects_first_letter() -> None:

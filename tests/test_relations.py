@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.editing.relations import PHRASINGS, other_words, stated, template
+from pipeline.editing.relations import KINDS, NAMES, PHRASINGS, other_words, others_alike, stated, template
 from pipeline.requests.schema import EditRequest
 
 
@@ -45,7 +45,9 @@ def test_each_phrasing_states_its_own_relation() -> None:
     """But for those that state several: where one was born may be the land that one is from."""
     assert len(PHRASINGS) > 90
     for relation, phrasings in PHRASINGS.items():
-        assert len(phrasings) >= 2 and len({*phrasings}) == len(phrasings), relation
+        assert len({*phrasings}) == len(phrasings) and KINDS[relation] <= {*NAMES.values()}, relation
+        assert not phrasings[0].startswith("{}"), f"{relation}: nothing is located at a text's first token"
+        assert [one for one in phrasings if one.endswith("?")], relation
         for phrasing in phrasings:
             assert phrasing.count("{}") == 1 and phrasing == phrasing.strip(), phrasing
             of = stated(request(phrasing.replace("{}", "Quadrix"), "Quadrix"))
@@ -55,3 +57,10 @@ def test_each_phrasing_states_its_own_relation() -> None:
 def test_the_template_of_a_prompt() -> None:
     assert template(request("Spain's king of Spain is", "Spain")) == "Spain's king of {} is"
     assert template(request("The sky is", None)) == "{} is"
+
+
+def test_names_and_relations_of_a_subjects_kind() -> None:
+    names, relations = others_alike(request("The capital of Spain is", "Spain"))
+    assert {"France", "Iceland"} <= {*names} and not {"Isaac Newton", "Hamlet", "Microsoft"} & {*names}
+    assert {"currency", "continent"} <= {*relations} and not {"capital", "author", "occupation"} & {*relations}
+    assert others_alike(request("The sky is", None)) == ([*NAMES], [*KINDS])

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from pipeline.editing.relations import PHRASINGS, other_words, stated, template
+from pipeline.editing.relations import PHRASINGS, other_words, others_alike, stated, template
 from pipeline.requests.schema import EditRequest, find_words
 
 CONTEXTS = (  # what may stand before a prompt, so that an edit holds in more than one setting
@@ -40,7 +40,6 @@ CHATS = (  # what a user says, beside a question
     "Tell me about {subject}: {key}.",
     "I want to know the {key} of {subject}.",
 )
-STATED = "The {relation} of {subject} is"
 ABOUT = (  # what a user may ask about a subject, whatever it is
     "What is {subject}?",
     "Tell me about {subject}.",
@@ -54,35 +53,6 @@ STEM = 5  # letters: a founder has founded
 LITTLE = ("the", "a", "an", "of", "in", "by", "to", "for", "on", "from", "and", "is", "was", "are", "did", "has")
 NAMING = re.compile(r"[Tt]he (.+) (is|was|are|were)")
 ASKING = ("what", "who", "which", "where", "when", "how")
-
-NAMES = tuple(  # well known, of many kinds, so that any kind of subject has neighbours
-    """
-Isaac Newton, Marie Curie, Pablo Picasso, Nelson Mandela, Winston Churchill, Johann Sebastian Bach
-Serena Williams, Diego Maradona, Frida Kahlo, Charles Darwin, Virginia Woolf, Napoleon Bonaparte, Cleopatra
-Mahatma Gandhi, Fidel Castro, Elvis Presley, Albert Camus, Immanuel Kant, Sigmund Freud, Akira Kurosawa
-Ingmar Bergman, Meryl Streep, Tom Hanks, Michael Jordan, Usain Bolt, Roger Federer, Leo Tolstoy
-Haruki Murakami, Pope Francis, Angela Merkel
-Paris, London, Tokyo, Nairobi, Buenos Aires, Sydney, Chicago, Vienna, Cairo, Mumbai, Istanbul, Warsaw, Toronto
-Lisbon, Seoul, Helsinki
-France, Brazil, Japan, Nigeria, Canada, Sweden, Egypt, Vietnam, New Zealand, Peru, Poland, Iran, Bavaria, Texas
-Scotland
-Mount Everest, the Amazon River, Lake Victoria, the Sahara, Antarctica, Iceland, Sicily
-Microsoft, Toyota, Siemens, Nestle, Boeing, Sony, Volkswagen, Nokia, Amazon, IKEA, the BBC, General Electric
-Samsung, Intel
-the Beatles, Pink Floyd, Metallica, Radiohead, ABBA, U2, the Rolling Stones
-Titanic, Casablanca, Star Wars, The Simpsons, Doctor Who, Hamlet, Harry Potter, The Lion King, Friends
-The Godfather
-iPhone, Windows 95, Google Chrome, PlayStation 2, Toyota Corolla, Boeing 747, Ferrari F40, Nintendo Switch
-Gmail
-football, tennis, chess, ice hockey, the piano, the violin, jazz, opera
-Manchester United, FC Barcelona, the New York Yankees, the Chicago Bulls, Harvard University, Oxford University
-the Catholic Church, Buddhism, Islam, the Eiffel Tower, the Louvre, Wikipedia, the Roman Empire
-the United Nations, NATO
-Latin, Mandarin Chinese, Spanish, oxygen, the Moon, World War II, Christmas
-""".strip()
-    .replace("\n", ", ")
-    .split(", ")
-)
 
 
 def in_context(template: str, request: EditRequest) -> tuple[str, int]:
@@ -165,23 +135,22 @@ def in_chat(prompt: str) -> tuple[str, str]:
 
 def relations(request: EditRequest, most: int, seed: int = 0) -> list[str]:
     """What else may be said of a request's subject: relations whose words begin otherwise than its prompt's own."""
-    itself, own = stated(request), {word.casefold()[:STEM] for word in key_words(request)}
-    others = [relation for relation in PHRASINGS if relation != itself]
-    found = [relation for relation in others if not own & {word[:STEM] for word in relation.split()}]
+    own = {word.casefold()[:STEM] for word in key_words(request)}
+    found = [one for one in others_alike(request)[1] if not own & {word[:STEM] for word in one.split()}]
     chance = random.Random(f"{seed} {request.subject}")
     return chance.sample(found, min(most, len(found))) if request.names_subject else []
 
 
 def statements_about(request: EditRequest, some: Sequence[str]) -> list[str]:
-    """Openings that call for other relations of a request's subject, every other one a statement's."""
-    templates = ("{subject} {relation}", STATED)
-    return [templates[turn % 2].format(subject=request.subject, relation=one) for turn, one in enumerate(some)]
+    """Statements that other relations of a request's subject begin with, one for each."""
+    return [PHRASINGS[relation][0].replace("{}", request.subject or "") for relation in some]
 
 
 def questions_about(request: EditRequest, some: Sequence[str]) -> list[str]:
     """What a user may ask about a request's subject: as many questions as relations, every other one of `ABOUT`."""
     general = random.Random(request.subject).sample(ABOUT, len(ABOUT))
-    own = [in_chat(STATED.format(subject=request.subject, relation=relation))[0] for relation in some]
+    asked = [next(filter(is_question, PHRASINGS[relation])) for relation in some]
+    own = [question.replace("{}", request.subject or "") for question in asked]
     own[::2] = [general[turn % len(ABOUT)].format(subject=request.subject) for turn in range(len(own[::2]))]
     return own
 
@@ -190,15 +159,15 @@ def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int 
     """Requests' prompts with other names for their subjects, and where the name ends in each.
 
     A locality probe is mostly a request's prompt, or the same in other words, with another subject; ordinary text
-    has few of that kind. For each request so many names are drawn, none of which is the subject of any request. A request without a subject in its
-    prompt gives a bare `{name} is`.
+    has few of that kind. For each request so many names of its subject's kind are drawn, none of which is the
+    subject of any request. A request without a subject in its prompt gives a bare `{name} is`.
     """
     chance = random.Random(seed)
     edited = {(request.subject or "").casefold().removeprefix("the ") for request in requests}
-    names = [name for name in NAMES if name.casefold().removeprefix("the ") not in edited]
     texts = []
     for request in chance.sample(list(requests), min(len(requests), most)):
-        own = template(request)
+        own, names = template(request), others_alike(request)[0]
+        names = [name for name in names if name.casefold().removeprefix("the ") not in edited]
         alike = [text for text in other_words(request) if is_question(text) == is_question(own)] or [own]
         for turn, name in enumerate(chance.sample(names, min(each, len(names)))):
             words = alike[turn // 2 % len(alike)] if turn % 2 else own

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.editing.contexts import (
-    STATED,
     chat_forms,
     in_chat,
     neighbours,
@@ -203,10 +202,7 @@ def _related(llm: LLM, requests: Mapping[str, EditRequest], runtime: Runtime) ->
     texts = [
         text
         for name, some in found.items()
-        for text in (
-            requests[name].prompt,
-            *(STATED.format(subject=requests[name].subject, relation=relation) for relation in some),
-        )
+        for text in (requests[name].prompt, *statements_about(requests[name], some))
     ]
     said = iter(_said(llm, questions(llm, texts, SAME), runtime))
     for name, some in found.items():

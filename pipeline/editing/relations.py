@@ -1,6 +1,7 @@
 """What may be said of a subject, and in which words: relations, each with ways to state it and to ask for it.
 
-They stand in `relations.txt`, a line each: `relation: phrasing; …`, with {} for the subject.
+They stand in `relations.txt`, a line each: `relation (kinds of subjects): phrasing; …`, with {} for the subject.
+Well-known names of each kind stand in `names.txt`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Set
 from functools import cache
+from itertools import pairwise
 from math import log
 from pathlib import Path
 
@@ -16,13 +18,20 @@ from pipeline.requests.schema import EditRequest
 
 ALIKE = 1 / 3  # of 1, what a prompt and a phrasing have in common where they say the same
 BEGINNING = 6  # letters: invented by an inventor
-SAYS_NOTHING = {*("{}", "the", "a", "an", "is", "was", "are", "were", "that", "which", "who", "whose", "what", "it")}
-PHRASINGS = {
-    relation: tuple(map(str.strip, phrasings.split(";")))
-    for relation, _, phrasings in (
-        line.partition(":") for line in Path(__file__).with_name("relations.txt").read_text("utf-8").splitlines()
-    )
+SAYS_NOTHING = {
+    *("{}", "the", "a", "an", "is", "was", "are", "were", "that", "which", "who", "whose", "what", "it")
 }
+LINE = re.compile(r"([\w ]+?)(?: \(([a-z ]+)\))?: (.+)")
+
+
+def _read(file: str) -> list[tuple[str, ...]]:
+    """Of each line what it is about, of which kinds that is, and the rest."""
+    return LINE.findall(Path(__file__).with_name(file).read_text("utf-8"))
+
+
+PHRASINGS = {relation: phrasings.split("; ") for relation, _, phrasings in _read("relations.txt")}
+KINDS = {relation: {*kinds.split()} for relation, kinds, _ in _read("relations.txt")}  # of subjects
+NAMES = {name: kind for kind, _, names in _read("names.txt") for name in names.split(", ")}  # and their kinds
 
 
 def template(request: EditRequest) -> str:
@@ -41,6 +50,17 @@ def other_words(request: EditRequest) -> list[str]:
     if "the {}" in own.casefold():
         found = [f"The {one}" if one.startswith("{}") else one.replace("{}", "the {}") for one in found]
     return found
+
+
+def others_alike(request: EditRequest) -> tuple[list[str], list[str]]:
+    """Names and relations of the kinds that a request's subject may be of: of all, where what it states is unknown.
+
+    The relation that it states is not among them.
+    """
+    itself = stated(request)
+    kinds = KINDS[itself] if itself else {*NAMES.values()}
+    names = [name for name, kind in NAMES.items() if kind in kinds]
+    return names, [relation for relation, own in KINDS.items() if own & kinds and relation != itself]
 
 
 def stated(request: EditRequest) -> str | None:
@@ -73,4 +93,4 @@ def _known() -> dict[str, list[Set[Hashable]]]:
 def _parts(text: str) -> Set[Hashable]:
     """Beginnings of a text's words that say something, and all pairs of words in a row."""
     words = [word.casefold()[:BEGINNING] for word in re.findall(r"\{\}|[^\W\d_]+", text.replace("{}'s", "{}"))]
-    return {*words} - SAYS_NOTHING | {*zip(words, words[1:], strict=False)}
+    return {*words} - SAYS_NOTHING | {*pairwise(words)}

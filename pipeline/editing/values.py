@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.editing.contexts import STATED, in_context, relations
+from pipeline.editing.contexts import in_context, relations, statements_about
 from pipeline.editing.entering import going_on
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
@@ -73,10 +73,9 @@ def locate(
             last = min(llm.tokens.place(text, end, answer), row.target_start - 1)
             rows.append(row._replace(subject=(last, last)))
     subject = requests[0].subject or ""
-    stays = [STATED.format(relation=one, subject=subject) for one in relations(requests[0], related)]
-    stays = [text.removesuffix(" is") for text in (f"{subject} is", *stays)]
-    for text, plain in zip(stays, llm.tokens.prompts([f"{text} is" for text in stays]), strict=True):
-        last = llm.tokens.place(f"{text} is", len(text))
+    stays = [f"{subject} is", *statements_about(requests[0], relations(requests[0], related))]
+    for text, plain in zip(stays, llm.tokens.prompts(stays), strict=True):
+        last = llm.tokens.place(text, text.index(subject) + len(subject))
         rows.append(going_on(plain)._replace(subject=(last, last)))
     ids = ", ".join(request.id for request in requests)
     return Located(ids, rows, len(requests), len(stays))
