@@ -74,9 +74,10 @@ class Lessons:
     others: list[Lesson]
 
     def of_epoch(self, request: int, epoch: int) -> Lesson:
-        """The bare prompt in even epochs, other forms in turn in odd ones."""
-        own = self.taught[request]
-        return own[0] if epoch % 2 == 0 or len(own) == 1 else own[1 + (epoch // 2 + request) % (len(own) - 1)]
+        """The bare prompt in every fourth epoch, other forms in turn in the others."""
+        own, (round, place) = self.taught[request], divmod(epoch, 4)
+        others = len(own) - 1
+        return own[0] if place == 0 or not others else own[1 + (3 * round + place - 1 + request) % others]
 
     def kept(self, step: int, number: int) -> list[Lesson]:
         """At most so many texts that are to go on as before; every step brings others, until all have come."""
