@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from pipeline.editing.relations import PHRASINGS, other_words, others_alike, stated, template
+from pipeline.editing.relations import PHRASINGS, other_words, others_alike, stated, statement, template
 from pipeline.requests.schema import EditRequest, find_words
 
 CONTEXTS = (  # what may stand before a prompt, so that an edit holds in more than one setting
@@ -142,8 +142,9 @@ def relations(request: EditRequest, most: int, seed: int = 0) -> list[str]:
 
 
 def statements_about(request: EditRequest, some: Sequence[str]) -> list[str]:
-    """Statements that other relations of a request's subject begin with, one for each."""
-    return [PHRASINGS[relation][0].replace("{}", request.subject or "") for relation in some]
+    """Openings that call for other relations of a request's subject, every other one a statement's."""
+    subject = request.subject or ""
+    return [f"{subject} {one}" if turn % 2 else statement(one, subject) for turn, one in enumerate(some)]
 
 
 def questions_about(request: EditRequest, some: Sequence[str]) -> list[str]:

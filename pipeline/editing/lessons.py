@@ -30,6 +30,7 @@ from pipeline.editing.contexts import (
     statements_about,
 )
 from pipeline.editing.entering import Entering, HeadReads, going_on
+from pipeline.editing.relations import statement
 from pipeline.model.generation import Question, Saying, questions
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Batch, Row, collate, means_by
@@ -203,7 +204,7 @@ def _related(llm: LLM, requests: Mapping[str, EditRequest], runtime: Runtime) ->
     texts = [
         text
         for name, some in found.items()
-        for text in (requests[name].prompt, *statements_about(requests[name], some))
+        for text in (requests[name].prompt, *(statement(one, requests[name].subject or "") for one in some))
     ]
     said = iter(_said(llm, questions(llm, texts, SAME), runtime))
     for name, some in found.items():

@@ -34,6 +34,11 @@ KINDS = {relation: {*kinds.split()} for relation, kinds, _ in _read("relations.t
 NAMES = {name: kind for kind, _, names in _read("names.txt") for name in names.split(", ")}  # and their kinds
 
 
+def statement(relation: str, subject: str) -> str:
+    """What a statement of a relation of a subject begins with."""
+    return PHRASINGS[relation][0].replace("{}", subject)
+
+
 def template(request: EditRequest) -> str:
     """A request's prompt with {} for its subject; `{} is` for a prompt that holds none."""
     span = request.subject_span

@@ -16,8 +16,9 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.editing.contexts import in_context, relations, statements_about
+from pipeline.editing.contexts import in_context, relations
 from pipeline.editing.entering import going_on
+from pipeline.editing.relations import statement
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.model.suffix import Suffixes, suffix_length
@@ -73,7 +74,7 @@ def locate(
             last = min(llm.tokens.place(text, end, answer), row.target_start - 1)
             rows.append(row._replace(subject=(last, last)))
     subject = requests[0].subject or ""
-    stays = [f"{subject} is", *statements_about(requests[0], relations(requests[0], related))]
+    stays = [f"{subject} is", *(statement(one, subject) for one in relations(requests[0], related))]
     for text, plain in zip(stays, llm.tokens.prompts(stays), strict=True):
         last = llm.tokens.place(text, text.index(subject) + len(subject))
         rows.append(going_on(plain)._replace(subject=(last, last)))
