@@ -36,6 +36,7 @@ class Bench:
         needed: how many records CounterFact is to have.
 
     Attributes:
+        data: the folder that the records come from.
         folder: takes benchmark.json, a list of {"name", "value", "bound", "met"}; bound and met are None where
             nothing is asked.
         text: the file of ordinary text for key statistics, where the data has one.
@@ -59,7 +60,7 @@ class Bench:
         if len(self.records) < needed:
             raise UserError(f"data: {asked.data / COUNTERFACT}: {len(self.records)} records; {needed} are needed")
         hush(False)
-        self.model, self.seed, self.folder = asked.model, asked.seed, asked.output
+        self.model, self.seed, self.data, self.folder = asked.model, asked.seed, asked.data, asked.output
         self.llm = load_model(asked.model)
         self.trainer = TrainerOptions(accelerator=asked.accelerator, devices=1)
         self.text = str(asked.data / TEXT) if (asked.data / TEXT).is_file() else None

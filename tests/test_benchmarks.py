@@ -13,13 +13,14 @@ import torch
 import yaml
 from conftest import refusal
 
-from benchmarks import attribution, distributed, editing, evaluation, full_size, updates
+from benchmarks import attribution, distributed, editing, evaluation, full_size, holding, updates
 from benchmarks.bench import COUNTERFACT, Bench, most_alive
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.model.llm import LLM
 from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.options.updates import GateOptions, UpdateCommand
 from pipeline.requests.readers import load_requests
+from pipeline.requests.schema import find_words
 
 ROOT = Path(__file__).parent.parent
 Measured = dict[str, dict[str, Any]]
@@ -52,6 +53,23 @@ def measured(main: Callable[[list[str]], None], words: list[str]) -> Measured:
     rows = json.loads(Path(words[3], "benchmark.json").read_text())
     assert all(set(row) == {"name", "value", "bound", "met"} for row in rows)
     return {row["name"]: row for row in rows}
+
+
+def test_holding(small: Callable[..., None], words: list[str]) -> None:
+    facts = [json.loads(line) for line in holding.FACTS.read_text(encoding="utf-8").splitlines()]
+    assert len(facts) == 20 and all(len(one["rewordings"]) == 2 and len(one["others"]) == 3 for one in facts)
+    assert all(find_words(one["prompt"], one["subject"]) for one in facts)
+    assert len({(one.prompt, one.new_answer) for one in holding.country_facts()}) == 100
+    some = Path(words[1], "facts.jsonl")
+    some.write_text("".join(json.dumps(one) + "\n" for one in facts[:2]))
+    small(holding, PROXY=slice(10, 13), FACTS=some, COUNTRIES=("Peru",), SAID=2)
+    small(holding, SETS={"CounterFact": (COUNTERFACT, 2, {"rewrite": 0.97}), "none": ("none.json", 1, {})})
+    small(holding, EXPERT={"steps": 1, "tuning": {"epochs": 1}})
+    rows = measured(holding.main, words)
+    assert rows["CounterFact, 2 records: rewrite"]["bound"] == 0.97
+    assert {"2 facts in chat: rewordings", "2 facts in chat: sane", "20 subjects of 5 facts: rewrite"} <= {*rows}
+    assert not [name for name in rows if name.startswith("none")]
+    assert len(Path(words[3], "said.txt").read_text().splitlines()) >= 2 * 8
 
 
 def test_editing(small: Callable[..., None], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,11 +108,14 @@ def test_a_chat_model_is_taught_both_ways(speaker: LLM, tiny: LLM) -> None:
     assert len(courses(tiny, [CAPITAL])) == 1  # its tokenizer has no template
 
 
-def test_the_bare_prompt_comes_every_second_time(speaker: LLM) -> None:
+def test_the_bare_prompt_comes_every_fourth_time(speaker: LLM) -> None:
     plain, _ = courses(speaker, [CAPITAL])
-    asked = [plain.of_epoch(0, epoch) for epoch in range(2 * len(plain.taught[0]))]
-    assert all(one is plain.taught[0][0] for one in asked[::2])
-    assert {id(one) for one in asked[1::2]} == {id(one) for one in plain.taught[0][1:]}
+    bare, *others = plain.taught[0]
+    asked = [plain.of_epoch(0, epoch) for epoch in range(4 * len(others))]
+    assert all(one is bare for one in asked[::4])
+    others_asked = [one for turn, one in enumerate(asked) if turn % 4]
+    assert [id(one) for one in others_asked] == 3 * [id(one) for one in others]
+    assert Lessons([[bare]], []).of_epoch(0, 3) is bare
 
 
 @torch.no_grad()

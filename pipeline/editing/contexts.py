@@ -49,6 +49,7 @@ ABOUT = (  # what a user may ask about a subject, whatever it is
     "When was {subject}?",
 )
 QUESTION_MARKS = ("?", "？", "؟")
+PASSAGE = 40  # words: a longer prompt is of one subject alone, and costs much to read with others
 STEM = 5  # letters: a founder has founded
 LITTLE = ("the", "a", "an", "of", "in", "by", "to", "for", "on", "from", "and", "is", "was", "are", "did", "has")
 NAMING = re.compile(r"[Tt]he (.+) (is|was|are|were)")
@@ -161,13 +162,15 @@ def neighbours(requests: Sequence[EditRequest], each: int, most: int, seed: int 
 
     A locality probe is mostly a request's prompt, or the same in other words, with another subject; ordinary text
     has few of that kind. For each request so many names of its subject's kind are drawn, none of which is the
-    subject of any request. A request without a subject in its prompt gives a bare `{name} is`.
+    subject of any request. A request without a subject in its prompt, or with a whole passage for one, gives a bare
+    `{name} is`.
     """
     chance = random.Random(seed)
     edited = {(request.subject or "").casefold().removeprefix("the ") for request in requests}
     texts = []
     for request in chance.sample(list(requests), min(len(requests), most)):
         own, names = template(request), others_alike(request)[0]
+        own = own if len(own.split()) <= PASSAGE else "{} is"
         names = [name for name in names if name.casefold().removeprefix("the ") not in edited]
         alike = [text for text in other_words(request) if is_question(text) == is_question(own)] or [own]
         for turn, name in enumerate(chance.sample(names, min(each, len(names)))):
