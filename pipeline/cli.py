@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own, without torch
+
 from pipeline.errors import Note, UserError, terminal_text
 from pipeline.options.shared import ComputeOptions
 from pipeline.output import is_one_of_several
@@ -47,11 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
-    """A note as one line; libraries' warnings as they are."""
-    if issubclass(category, Note):
+    """A note as one line, of the first process alone; libraries' warnings as they are."""
+    if not issubclass(category, Note):
+        text = warnings.formatwarning(message, category, filename, lineno)
+    elif getattr(rank_zero_only, "rank", 0) == 0:
         text = f"note: {terminal_text(str(message))}"
     else:
-        text = warnings.formatwarning(message, category, filename, lineno)
+        return
     print(text.rstrip(), file=sys.stderr)
 
 

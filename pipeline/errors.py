@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
+DEEPEST = 64  # levels of lists and mappings in each other, in a file: more than anybody means
 UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what steers a terminal, or is not seen
 JOINERS = "\u200c\u200d"  # are unseen too, but scripts and emoji need them
 

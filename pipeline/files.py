@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError, note
+from pipeline.errors import DEEPEST, UserError, note
 
-DEEPEST = 64  # levels of lists and mappings in each other: more than anybody means
 LARGEST = 250_000_000  # bytes of a text file that is read whole
 
 

@@ -63,7 +63,7 @@ def update(options: of.UpdateCommand) -> None:
     _check(options)
     stopping = Stopping()
     dry, model = options.dry_run, options.model
-    with Store(options.store, model, make=not dry, reading=dry, tell=say) as store, stopping.listening():
+    with Store(options.store, model, make=not dry, reading=dry) as store, stopping.listening():
         _update(store, options, stopping.is_set)
 
 
@@ -74,7 +74,7 @@ def schedule(options: of.ScheduleCommand) -> None:
     when, stopping = trigger(options.cron, options.every), Stopping()
 
     def work() -> None:
-        with Store(options.store, options.model, make=True, tell=say) as store:
+        with Store(options.store, options.model, make=True) as store:
             _update(store, options, stopping.is_set)
 
     with stopping.listening():
@@ -180,7 +180,7 @@ def rollback(options: of.RollbackCommand) -> None:
 
 def prune(options: of.PruneCommand) -> None:
     """The files of old versions go."""
-    with Store(options.store, tell=say) as store:
+    with Store(options.store) as store:
         show_on_board(store)
         gone = lineage.prune(store, options.keep, options.older_than_seconds)
         say(f"{len(gone)} versions pruned; what they changed stays in `{program()} history`")
@@ -202,7 +202,7 @@ def retract(options: of.RetractCommand) -> None:
     """A request that waits leaves the queue; one that is applied is edited back."""
     prepare(options)
     _check(options)
-    with Store(options.store, tell=say) as store:
+    with Store(options.store) as store:
         number, state = past.find(store, options.request)
         say(f"to retract, {state}: request {past.spelt(store, number)}")
         done = making.retract(store, options, partial(load, options))
