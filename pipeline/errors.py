@@ -35,6 +35,15 @@ def terminal_text(text: str) -> str:
     )
 
 
+def one_line(error: object) -> str:
+    """What an error says, in one line; of pydantic's, the first thing that is wrong, and where in what was read."""
+    if not hasattr(error, "error_count"):  # which pydantic's have; to import their class would take time
+        return " ".join(str(error).split())
+    first = error.errors(include_url=False, include_input=False)[0]  # type: ignore[attr-defined]
+    where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
+
+
 def did_you_mean(name: str, known: Iterable[str], form: str = "{}") -> str:
     """A hint at the known name that is most like a wrong one, in a form; empty when none is."""
     close = get_close_matches(name, list(known), n=1)

@@ -64,7 +64,7 @@ def key_moments(
                     "broken, or need a wider --trainer.precision"
                 )
             found[name] = moment
-            _write(files[name], about[name], moment)
+            rank_zero_only(write_sealed)(files[name], about[name], save({"moment": moment}))
     return found
 
 
@@ -115,11 +115,6 @@ def _read(file: Path | None, about: dict[str, Any]) -> Tensor | None:
     if wrong:
         note(f"cache: {file}: {wrong}; it is made anew")
     return None if wrong else moment
-
-
-@rank_zero_only
-def _write(file: Path | None, about: dict[str, Any], moment: Tensor) -> None:
-    write_sealed(file, about, save({"moment": moment}))
 
 
 class KeyMoments(Stage):

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from pipeline.errors import UserError, note
+from pipeline.errors import UserError, note, one_line
 from pipeline.files import cached, digest, parse_json, read_sealed, read_text_file, write_sealed
 from pipeline.model.blocks import check_config, find_blocks
 from pipeline.model.fingerprints import config_digest, joined, tensors_digest
@@ -182,7 +182,7 @@ def _reading(
 
 
 def _contradiction(what: str, reason: str) -> UserError:
-    return UserError(f"model: {what}: no decoder can be made of its config ({' '.join(reason.split())})")
+    return UserError(f"model: {what}: no decoder can be made of its config ({one_line(reason)})")
 
 
 def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrainedModel:

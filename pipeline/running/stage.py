@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.running.kept import Kept
 from pipeline.running.processes import from_first, of_all
 from pipeline.running.sharding import is_sharded
@@ -218,6 +218,6 @@ def attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        failed = " ".join(str(error).split())
+        failed = one_line(error)
     garbage_collection_cuda()  # outside of the `except`: the error holds on to the frames that it went through
     return False, failed

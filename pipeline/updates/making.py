@@ -16,7 +16,7 @@ from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import can_leave_out, choose_layers, edit, leave_out
 from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.generation import with_old_answers
@@ -79,7 +79,7 @@ def update(
                         hold_back(store, result.held)
             except BaseException as error:
                 with transaction(store.database):
-                    store.give_back(" ".join(str(error).split()) or type(error).__name__)
+                    store.give_back(one_line(error) or type(error).__name__)
                 raise
             result.superseded = superseded + result.superseded
             results.append(result)
