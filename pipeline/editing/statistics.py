@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, distributed
 
-from pipeline.editing.ordinary_text import OPENINGS, lines, own_text, windows
+from pipeline.editing.ordinary_text import OPENINGS, own_text, windows
 from pipeline.errors import UserError, note
-from pipeline.files import cached, digest, read_sealed, write_sealed
+from pipeline.files import cached, digest, read_plain_text, read_sealed, write_sealed
 from pipeline.model.activations import Activations
 from pipeline.model.blocks import sizes
 from pipeline.model.llm import LLM
@@ -45,7 +45,8 @@ def key_moments(
         UserError: when the text cannot be read or is too short for the keys' dimension, or the model's keys in this
             precision have no second moment.
     """
-    runtime, text = runtime or Runtime(), lines(Path(options.text)) if options.text else None
+    runtime = runtime or Runtime()
+    text = read_plain_text("statistics.text", options.text).splitlines() if options.text else None
     of = llm.tokens.texts(OPENINGS) if text is None else windows(llm, text, options.tokens)
     about = {name: _about(llm, name, digest(options.tokens, of), runtime) for name in names}
     files = {name: cached(f"moment-{digest(about[name])}.safetensors") for name in names}

@@ -124,6 +124,7 @@ class WeightUpdate:
             self.check_fits(llm)
         parameters = dict(llm.model.named_parameters())
         replaced = {name: parameters[name].detach().clone() for name in self.tensors}
+        undo = WeightUpdate(self.model, self.fingerprint, "undo", self.layers, replaced, undoes=True)
         try:
             for name, tensor in self.tensors.items():
                 put(parameters[name], tensor)
@@ -131,7 +132,7 @@ class WeightUpdate:
             for name, tensor in replaced.items():
                 parameters[name].copy_(tensor)
             raise
-        return WeightUpdate(self.model, self.fingerprint, "undo", self.layers, replaced, undoes=True)
+        return undo
 
     @torch.no_grad()
     def check_fits(self, llm: LLM) -> None:

@@ -81,7 +81,8 @@ class Saying(Stage):
             model.generation_config = own
         said_BS = tokens_BT[:, batch.input_ids_BT.shape[1] :].tolist()
         limits = [question.limit for question in batch.questions]
-        texts = decode(self.llm, [row[:limit] for row, limit in zip(said_BS, limits, strict=True)])
+        limited = [row[:limit] for row, limit in zip(said_BS, limits, strict=True)]
+        texts = self.llm.tokenizer.batch_decode(limited, skip_special_tokens=True)
         return [question.text(said) for question, said in zip(batch.questions, texts, strict=True)]
 
 
@@ -94,14 +95,10 @@ class SaidEnough(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         said_BS = input_ids[:, self.width :]
-        for row, said in enumerate(decode(self.llm, said_BS.tolist())):
+        texts = self.llm.tokenizer.batch_decode(said_BS.tolist(), skip_special_tokens=True)
+        for row, said in enumerate(texts):
             self.over[row] = self.over[row] or self.questions[row].is_over(said, said_BS.shape[1])
         return torch.tensor(self.over, device=input_ids.device)
-
-
-def decode(llm: LLM, token_ids: list[list[int]]) -> list[str]:
-    """Tokens as texts."""
-    return [str(text) for text in llm.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
 
 
 def questions(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError, note
-from pipeline.files import write_shared
+from pipeline.files import write_whole
 from pipeline.options.base import at_least
 from pipeline.requests.layouts import find_layout, to_request
 from pipeline.requests.schema import EditRequest
@@ -113,4 +113,4 @@ def write_requests(path: Path, requests: Iterable[EditRequest]) -> Path:
             for request in requests:
                 file.write(request.model_dump_json(exclude_defaults=True).encode() + b"\n")
 
-    return write_shared(path, write)
+    return write_whole(path, write, shared=True)
