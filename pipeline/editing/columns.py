@@ -23,19 +23,12 @@ from pipeline.requests.sets import fact
 
 
 class Columns(NamedTuple):
-    """All that a projection is asked for, and the change of its weight that gave it.
+    """All that a projection is asked for, and the change of its weight that gave it."""
 
-    Attributes:
-        key_In: inputs at which the output is to change.
-        change_On: the change wanted there, against the weight without `solved_OI`.
-        owner_n: which fact a column is for (see `owner`).
-        solved_OI: the change of the weight that the last solve came to.
-    """
-
-    key_In: Tensor
-    change_On: Tensor
-    owner_n: Tensor
-    solved_OI: Tensor
+    key_In: Tensor  # inputs at which the output is to change
+    change_On: Tensor  # the change wanted there, against the weight without `solved_OI`
+    owner_n: Tensor  # which fact a column is for (see `owner`)
+    solved_OI: Tensor  # the change of the weight that the last solve came to
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor], layer: int, down: Projection) -> Columns:

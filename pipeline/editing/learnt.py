@@ -30,21 +30,15 @@ FILE = r"\d{4,9}\.safetensors"
 
 
 class About(BaseModel):
-    """What stands in a file beside its columns.
-
-    Attributes:
-        before: name and SHA-256 of the file that it goes on from; None where it stands alone.
-        entries: how many requests were learnt or left out since the last that stands alone.
-        requests: what was learnt, in this order.
-        gone: ids of requests before it that are no longer held.
-    """
+    """What stands in a file beside its columns."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # name and SHA-256 of the file that it goes on from; None where it stands alone
     before: tuple[Annotated[str, Field(pattern=f"^{FILE}$")], str] | None
-    entries: NonNegativeInt
-    requests: list[dict[str, Any]]
-    gone: list[str]
+    entries: NonNegativeInt  # how many requests were learnt or left out since the last that stands alone
+    requests: list[dict[str, Any]]  # what was learnt, in this order
+    gone: list[str]  # ids of requests before it that are no longer held
 
 
 class Kept(NamedTuple):

@@ -30,16 +30,10 @@ ROUNDING = 1e-5  # of the trace: eigenvalues of a float32 sum may lie that far b
 def key_moments(
     llm: LLM, names: Sequence[str], options: StatisticsOptions, runtime: Runtime | None = None
 ) -> dict[str, Tensor]:
-    """C = E[k kᵀ] of the keys that enter projections over ordinary text, each (I, I), float32, by name.
+    """C = E[k kᵀ] of the keys that enter projections over ordinary text, each (I, I), float32, by full name.
 
     What is found is kept in the user's cache folder, with its own digest, and what it is of: model, projection,
     precision, text and shape. A file that says anything else, or holds no second moment, is told of and made anew.
-
-    Args:
-        llm: the model.
-        names: full names of projections.
-        options: which text, and how much of it.
-        runtime: what it runs with.
 
     Raises:
         UserError: when the text cannot be read or is too short for the keys' dimension, or the model's keys in this
@@ -119,11 +113,9 @@ def _read(file: Path | None, about: dict[str, Any]) -> Tensor | None:
 
 
 class KeyMoments(Stage):
-    """Sums k kᵀ of what enters each of some projections, over all positions of windows of text; nothing is put out.
+    """Sums k kᵀ of what enters projections, by full name, over all positions of windows of text; puts nothing out.
 
-    Args:
-        llm: the model, of which the blocks up to the last of these projections run.
-        names: full names of projections.
+    The model's blocks run up to the last of these projections.
     """
 
     title = "Key statistics"
