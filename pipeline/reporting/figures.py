@@ -216,3 +216,6 @@ def selectors_figure(study: Study, name: str, method: str) -> Figure:
         axes.set_xlim(0, 1.5 * max(0.02, *regrets))
         axes.set_xlabel("regret")
     return figure
+
+
+STUDY_FIGURES = {"sweep": sweep_figure, "selectors": selectors_figure}  # of each set and method
