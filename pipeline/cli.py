@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Note, UserError, terminal_text
+from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own, without torch
+
+from pipeline.errors import Note, UserError, one_line, terminal_text
 from pipeline.options.shared import ComputeOptions
 from pipeline.output import is_one_of_several
 from pipeline.parsing import DEFAULT_COMMAND, parse
@@ -47,11 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
-    """A note as one line; libraries' warnings as they are."""
-    if issubclass(category, Note):
+    """A note as one line, of the first process alone; libraries' warnings as they are."""
+    if not issubclass(category, Note):
+        text = warnings.formatwarning(message, category, filename, lineno)
+    elif getattr(rank_zero_only, "rank", 0) == 0:
         text = f"note: {terminal_text(str(message))}"
     else:
-        text = warnings.formatwarning(message, category, filename, lineno)
+        return
     print(text.rstrip(), file=sys.stderr)
 
 
@@ -103,7 +107,7 @@ def _check_working_folder() -> None:
 def user_line(error: Exception) -> str | None:
     """What to tell the user of an error in one line; None when it is a fault of ours, to be shown whole."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        return one_line(error)
     if re.search("No space left on device|File too large|quota exceeded", str(error)):  # libraries' errors, too
         return f"no room left on the disk while writing {getattr(error, 'filename', None) or 'the output'}"
     if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:

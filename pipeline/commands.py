@@ -21,7 +21,7 @@ from pipeline.model.generation import generate as answer
 from pipeline.options import commands as of
 from pipeline.planning.plan import plan_memory
 from pipeline.reporting.tables import missed_of
-from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
+from pipeline.reporting.terminal import show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_requests
 from pipeline.requests.sets import split_by_subject
 from pipeline.shipped import program
@@ -157,7 +157,7 @@ def study(options: of.StudyCommand) -> None:
         sets = []
         for file in options.requests:
             most = options.limit + 4 * options.proxy  # some are about subjects that are tried
-            read = load_requests(file, most, options.offset, options.skip_bad, tell=say)
+            read = load_requests(file, most, options.offset, options.skip_bad)
             name = re.sub(r"[^\w.-]+", "_", file if file.startswith("hf:") else Path(file).stem)  # fit for a file's
             sets.append(parted(name, read, options))
         check_study(sets, options)

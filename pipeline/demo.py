@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.attribution.find import find_golden_layer
-from pipeline.editing import edit
+from pipeline.editing.editor import edit
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.fingerprints import sample
 from pipeline.model.generation import generate

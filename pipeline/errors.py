@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
+DEEPEST = 64  # levels of lists and mappings in each other, in a file: more than anybody means
 UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what steers a terminal, or is not seen
 JOINERS = "\u200c\u200d"  # are unseen too, but scripts and emoji need them
 
@@ -32,6 +33,15 @@ def terminal_text(text: str) -> str:
         one.encode("unicode_escape").decode() if unicodedata.category(one) in UNSEEN and one not in JOINERS else one
         for one in text
     )
+
+
+def one_line(error: object) -> str:
+    """What an error says, in one line; of pydantic's, the first thing that is wrong, and where in what was read."""
+    if not hasattr(error, "error_count"):  # which pydantic's have; to import their class would take time
+        return " ".join(str(error).split())
+    first = error.errors(include_url=False, include_input=False)[0]  # type: ignore[attr-defined]
+    where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
 
 
 def did_you_mean(name: str, known: Iterable[str], form: str = "{}") -> str:

@@ -10,27 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError, note
+from pipeline.errors import DEEPEST, UserError, note
 
-DEEPEST = 64  # levels of lists and mappings in each other: more than anybody means
 LARGEST = 250_000_000  # bytes of a text file that is read whole
 
 
-def write_whole(path: Path, write: Callable[[Path], Any], mark: str = "") -> Path:
-    """Let `write` fill a temporary file beside `path`, then move it there; `mark` makes its name one's own."""
-    partial = path.with_name(f".{path.name}{mark}.partial")
+def write_whole(path: Path, write: Callable[[Path], Any], shared: bool = False) -> Path:
+    """Let `write` fill a temporary file beside `path`, then move it there.
+
+    Of a file that is `shared`, so that several commands may write it at once, the last one stays, whole.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
     try:
         write(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def write_shared(path: Path, write: Callable[[Path], Any]) -> Path:
-    """As `write_whole`, where several commands may write the same file at once: the last one stays, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(path, write, f".{os.getpid()}")
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -67,6 +63,16 @@ def read_text_file(path: Path, largest: int = LARGEST) -> str:
     if path.stat().st_size > largest:
         raise ValueError(f"larger than {largest / 1e6:.0f} MB")
     return path.read_text(encoding="utf-8")
+
+
+def read_plain_text(flag: str, file: str | Path) -> str:
+    """A user's own text; UserError, which names the flag, when there is none, or it is not UTF-8."""
+    if not Path(file).is_file():
+        raise UserError(f"{flag}: {file}: no such file; expected plain UTF-8 text")
+    try:
+        return read_text_file(Path(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: {file}: cannot be read; expected plain UTF-8 text ({error})") from None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -112,7 +118,8 @@ def write_sealed(file: Path | None, about: dict[str, Any], content: bytes) -> No
     if file is None:
         return
     try:
-        write_shared(file, lambda partial: partial.write_bytes(_seal(about, content) + b"\n" + content))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, lambda partial: partial.write_bytes(_seal(about, content) + b"\n" + content), shared=True)
     except OSError as error:
         unusable(file, error)
 

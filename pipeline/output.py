@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own, without torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.files import read_text_file, write_text
 from pipeline.options.base import LARGEST_YAML, read_yaml
 
@@ -41,7 +41,7 @@ def check_resumed(folder: Path, options: dict[str, Any], may_change: Collection[
     try:
         started = dict(read_yaml(read_text_file(file, LARGEST_YAML)))
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise UserError(f"resume: {file}: cannot be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"resume: {file}: cannot be read ({one_line(error)})") from None
     names = sorted({*started, *given} - NOT_RESUMED - {*may_change})
     if changed := [name for name in names if started.get(name) != given.get(name)]:
         raise UserError(f"resume: {folder}: was started with another {', '.join(changed)}; give the same options")

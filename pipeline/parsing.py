@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_origin
 
 import yaml
 
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError, did_you_mean, one_line
 from pipeline.files import read_text_file
 from pipeline.options.base import LARGEST_YAML, Flag, as_config, declared, described, fits, flags, read, read_yaml
 from pipeline.shipped import DEFAULT_CONFIG, find_config, program, shipped_configs
@@ -136,7 +136,7 @@ def _from_file(file: str, known: Mapping[str, Flag], others: Collection[str]) ->
     try:
         content = read_yaml(read_text_file(Path(file), LARGEST_YAML))
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"config: {file}: malformed YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config: {file}: malformed YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"config: {file}: expected a mapping of option names to values")
     waiting = [(str(name), value) for name, value in content.items()]

@@ -10,7 +10,7 @@ from pipeline.editing.contexts import TAUGHT_CONTEXTS, chat_forms, plain_forms
 from pipeline.errors import UserError
 from pipeline.options.commands import RequestsCommand
 from pipeline.requests.check import NAMED, check_requests, require_good, summary
-from pipeline.requests.readers import load_requests, read_requests, write_requests
+from pipeline.requests.readers import read_requests, write_requests
 from pipeline.requests.schema import EditRequest
 
 
@@ -60,7 +60,7 @@ def _show_known(options: RequestsCommand) -> None:
     from pipeline.stages import load, prepare
 
     prepare(options)
-    read = load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=lambda _: None)
+    read = list(_good(options))
     llm = load(options)
     known = find_known(llm, read, trainer=options.trainer)
     say(f"{llm.name} gives {len(known.old)} of {known.asked} old answers, and {len(known.new)} new answers already")

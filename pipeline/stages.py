@@ -47,19 +47,19 @@ def working(options: Any, command: str, may_change: Collection[str] = ()) -> Abs
 
 def read_requests(options: RequestOptions) -> list[EditRequest]:
     """The requests that the options name; what is left out of them is told."""
-    return load_requests(options.requests, options.limit, options.offset, options.skip_bad, tell=say)
+    return load_requests(options.requests, options.limit, options.offset, options.skip_bad)
 
 
 def load(options: Any, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:
     """See that all processes were given the same, and load the model."""
     name, verbose, chat = model or options.model, options.verbose, getattr(options, "chat", False)
     if not isinstance(options, ComputeOptions):
-        return load_model(name, verbose=verbose, chat=chat, tell=say)
+        return load_model(name, verbose=verbose, chat=chat)
     trainer = options.trainer
     device = join(trainer)
     check_alike("requests", requests)
     spread = device if trainer.strategy in SHARDED else None
-    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread, say)
+    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread)
     if not spread:
         llm.model.to(device)  # type: ignore[arg-type]  # where every stage finds it
     check_alike("model", [llm.fingerprint])

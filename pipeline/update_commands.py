@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.metrics import Estimate
+from pipeline.files import read_plain_text
 from pipeline.options import updates as of
 from pipeline.reporting.dashboards import show_on_board
 from pipeline.reporting.tables import metric_table
@@ -59,41 +60,34 @@ def _show_superseded(store: Store, pairs: Sequence[queue.Contradiction]) -> None
 
 def update(options: of.UpdateCommand) -> None:
     """Work through what is due, once."""
-    prepare(options)
-    _check(options)
-    stopping = Stopping()
-    dry, model = options.dry_run, options.model
-    with Store(options.store, model, make=not dry, reading=dry, tell=say) as store, stopping.listening():
-        _update(store, options, stopping.is_set)
+    _prepare(options)
+    _update(options, Stopping())
 
 
 def schedule(options: of.ScheduleCommand) -> None:
     """Work through what is due whenever it is time, until a signal ends it."""
-    prepare(options)
-    _check(options)
+    _prepare(options)
     when, stopping = trigger(options.cron, options.every), Stopping()
-
-    def work() -> None:
-        with Store(options.store, options.model, make=True, tell=say) as store:
-            _update(store, options, stopping.is_set)
-
     with stopping.listening():
         Store(options.store, options.model, make=True).close()  # what is wrong with it is said now
+        work = partial(_update, options, stopping)
         run_schedule(work, when, say, stopping, at_once=options.every is not None)
 
 
-def _update(store: Store, options: of.UpdateCommand, stopping: Callable[[], bool]) -> None:
-    report = partial(_show_batch, store, dry_run=options.dry_run)
-    try:
-        worked = making.update(store, options, partial(load, options), report, stopping)
-    except BusyError as busy:  # no failure: what is due is in good hands
-        say(f"{busy}; nothing to do here")
-        return
-    finally:
-        if not options.dry_run:
-            show_on_board(store)
-    if not worked:
-        say(f"nothing is due in {store.folder}; {past.counts(store).get('queued', 0)} waiting for their date")
+def _update(options: of.UpdateCommand, stopping: Stopping) -> None:
+    dry = options.dry_run
+    with Store(options.store, options.model, make=not dry, reading=dry) as store, stopping.listening():
+        report = partial(_show_batch, store, dry_run=dry)
+        try:
+            worked = making.update(store, options, partial(load, options), report, stopping.is_set)
+        except BusyError as busy:  # no failure: what is due is in good hands
+            say(f"{busy}; nothing to do here")
+            return
+        finally:
+            if not dry:
+                show_on_board(store)
+        if not worked:
+            say(f"nothing is due in {store.folder}; {past.counts(store).get('queued', 0)} waiting for their date")
 
 
 def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
@@ -137,7 +131,7 @@ def show(options: of.ShowCommand) -> None:
         version, held = options.version, lineage.in_force(store, options.version)
         current = ", the current one" if version == store.current else ""
         say(f"version {version}{current}: {len(held)} facts; {version_folder(store.folder, version)}")
-        if version and past.check_number(store, version) is None:
+        if version and not past.check_there(store, version, pruned=True):
             say("  pruned: its files and figures are gone")
         elif version:
             figures = read_metrics(store.folder, version)
@@ -180,7 +174,7 @@ def rollback(options: of.RollbackCommand) -> None:
 
 def prune(options: of.PruneCommand) -> None:
     """The files of old versions go."""
-    with Store(options.store, tell=say) as store:
+    with Store(options.store) as store:
         show_on_board(store)
         gone = lineage.prune(store, options.keep, options.older_than_seconds)
         say(f"{len(gone)} versions pruned; what they changed stays in `{program()} history`")
@@ -200,9 +194,8 @@ def verify(options: of.VerifyCommand) -> None:
 
 def retract(options: of.RetractCommand) -> None:
     """A request that waits leaves the queue; one that is applied is edited back."""
-    prepare(options)
-    _check(options)
-    with Store(options.store, tell=say) as store:
+    _prepare(options)
+    with Store(options.store) as store:
         number, state = past.find(store, options.request)
         say(f"to retract, {state}: request {past.spelt(store, number)}")
         done = making.retract(store, options, partial(load, options))
@@ -215,16 +208,17 @@ def retract(options: of.RetractCommand) -> None:
         say(f"version {done.version}: retracted; its new answer: {sides[0]:.3f} -> {sides[1]:.3f}")
 
 
-def _check(options: of.ProvingOptions) -> None:
+def _prepare(options: of.ProvingOptions) -> None:
     """See that the options name what there is, before a store is made or a request is held back for their sake.
 
     UserError for an unknown method, a missing or damaged profile, or a text that is no file.
     """
+    prepare(options)
     check_choice("edit.method", options.edit.method, METHODS)
     settings_of(options.edit)
     check_selector([], options.attribution)
     if profile := getattr(options, "profile", None):
         GoldenProfile.load(profile)
     for flag, text in (("edit.statistics", options.edit.statistics.text), ("evaluation", options.evaluation.text)):
-        if text and not Path(text).is_file():
-            raise UserError(f"{flag}.text: {text}: no such file; expected plain UTF-8 text")
+        if text:
+            read_plain_text(f"{flag}.text", text)

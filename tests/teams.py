@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.editing import WeightUpdate
+from pipeline.editing.update import WeightUpdate
 from pipeline.model.llm import LLM
 from pipeline.options.updates import GateOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest

@@ -17,15 +17,18 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning_utilities.core.rank_zero import rank_zero_only
 
-from pipeline import UserError
-from pipeline.cli import main
+from pipeline import UserError, errors
+from pipeline.cli import main, show_warning
 from pipeline.editing.editor import METHODS
 from pipeline.editing.method import settings_of
+from pipeline.errors import Note
 from pipeline.options.base import as_config
 from pipeline.options.commands import RunCommand
 from pipeline.options.editing import EditOptions
 from pipeline.parsing import flags_of
+from pipeline.requests.schema import EditRequest
 from pipeline.running import launch
 from pipeline.running.interrupts import Interrupted
 from pipeline.table import COMMANDS, Command
@@ -305,6 +308,23 @@ def test_what_is_no_flag_is_no_option_of_a_command() -> None:
         flags_of("run")
     )
     assert len(flags_of("run")) <= 40
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_note_is_a_line_of_the_first_process(
+    rank: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
+    show_warning(Note("left\nout"), Note, "file.py", 1)
+    assert capsys.readouterr().err == ("note: left\\nout\n" if rank == 0 else "")
+    show_warning(UserWarning("of a library"), UserWarning, "file.py", 1)
+    assert "of a library" in capsys.readouterr().err
+
+
+def test_what_pydantic_says_in_one_line() -> None:
+    with pytest.raises(ValueError) as raised:
+        EditRequest.model_validate({"id": "a", "prompt": "b", "new_answer": "c", "locality": [{"prompt": "d"}]})
+    assert "\n" in str(raised.value) and errors.one_line(raised.value) == "locality.0.answer: Field required"
 
 
 # what is refused, and in which words

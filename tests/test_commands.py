@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.cli import main
-from pipeline.editing import WeightUpdate
+from pipeline.editing.update import WeightUpdate
 from pipeline.model.loading import load_model
 from pipeline.reporting.dashboards import tag
 from pipeline.reporting.tables import label

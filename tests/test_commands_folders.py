@@ -18,7 +18,8 @@ from test_cli import one_line
 from pipeline import commands
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.cli import main
-from pipeline.editing import FineTune, WeightUpdate
+from pipeline.editing.finetune import FineTune
+from pipeline.editing.update import WeightUpdate
 from pipeline.reporting.run_log import RunLog
 from pipeline.running.interrupts import Interrupted
 

@@ -13,7 +13,7 @@ import pytest
 from commanding import FINETUNE, read_json
 from safetensors.torch import load_file, save_file
 
-from pipeline.editing import FineTune
+from pipeline.editing.finetune import FineTune
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.cli import main
-from pipeline.editing import WeightUpdate
+from pipeline.editing.update import WeightUpdate
 from pipeline.model.loading import load_model
 from pipeline.requests.readers import load_requests
 

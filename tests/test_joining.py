@@ -273,7 +273,7 @@ def test_cases_of_templates_that_hang(
 
 
 def test_an_edit_in_a_chat(tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest], tmp_path: Path) -> None:
-    from pipeline.editing import edit
+    from pipeline.editing.editor import edit
     from pipeline.editing.values import locate
 
     model = family_model("llama", len(tokenizer))

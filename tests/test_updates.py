@@ -10,7 +10,7 @@ from filelock import FileLock
 from teams import Team, other, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.editing import WeightUpdate
+from pipeline.editing.update import WeightUpdate
 from pipeline.model.llm import LLM
 from pipeline.reporting.dashboards import show_on_board
 from pipeline.requests.schema import EditRequest

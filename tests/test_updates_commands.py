@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import commands
 from pipeline.cli import main
-from pipeline.editing import WeightUpdate
+from pipeline.editing.update import WeightUpdate
 from pipeline.model.loading import load_model
 from pipeline.options.base import as_config
 from pipeline.options.updates import UpdateCommand

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from teams import OPEN, Team, other, write
 
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing import WeightUpdate
 from pipeline.editing.editor import edit
+from pipeline.editing.update import WeightUpdate
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.evaluation.metrics import Estimate
 from pipeline.model.llm import LLM

@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import make_tiny, refusal
 from teams import Team
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.model.fingerprints import fingerprint
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
+from pipeline.running.sharding import put
 from pipeline.updates import LiveModel, Store, load_version, rollback, verify, version_folder
 from pipeline.updates import live as live_module
 from pipeline.updates.disk import DATABASE, LAYOUT, connect, learnt_file
@@ -66,6 +68,33 @@ def test_a_generation_sees_one_version(
     threads[0].join(timeout=10)
     assert seen == [True], "swapped under a generation"
     assert live.version == 1
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_swap_that_fails_leaves_what_was_there(
+    writes: int, team: Team, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the base's weights are back, and when the next version's are to come."""
+    rollback(team.store, 1)
+    live = LiveModel(team.store.folder, make_tiny("llama", tokenizer))
+    before = fingerprint(live.llm.model)
+    rollback(team.store, 2)
+    done: list[str] = []
+
+    def failing(weight: Tensor, tensor: Tensor) -> None:
+        if len(done) == writes:
+            done.append("failed")
+            raise MemoryError
+        done.append("written")
+        put(weight, tensor)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("pipeline.editing.update.put", failing)
+        live.follow()
+    assert fingerprint(live.llm.model) == before and live.version == 1
+    assert live.follow() == 2
+    rollback(team.store, 0)
+    assert live.follow() == 0 and fingerprint(live.llm.model) == live.llm.fingerprint
 
 
 def test_another_base_is_refused(team: Team, tokenizer: PreTrainedTokenizerFast) -> None:

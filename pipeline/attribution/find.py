@@ -72,11 +72,8 @@ def score_requests(
     """Every request's score of every block, in the requests' order.
 
     Args:
-        llm: the model; its weights stay as they are.
         requests: the proxy set.
-        options: how blocks are scored.
         trainer: what it runs on: a Trainer, or options to make one of.
-        seed: of every draw.
         work: a folder for half-done work; scoring that finds its own there goes on from it.
         selectors: the ways to score that there are.
 
@@ -115,7 +112,6 @@ def choose(
         options: fences, order, top_k and scope.
         request_set: what the profile calls the requests.
         seed: of the resampling.
-        selectors: the ways to score that there are.
 
     Raises:
         UserError: for more golden layers than lie inside the fences, or a callback that has watched nothing.

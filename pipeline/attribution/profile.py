@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.numpy import save_file
 
 from pipeline.attribution.selection import Stability
 from pipeline.attribution.selector import Values
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.files import read_text_file, write_text, write_whole
 from pipeline.shipped import program
 
@@ -133,9 +133,5 @@ class GoldenProfile(BaseModel):
             raise UserError(f"profile: {path}: no such file; `{program()} attribute` makes one")
         try:
             return cls.model_validate_json(read_text_file(path))
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip().removeprefix("Value error, ")
         except ValueError as error:
-            reason = str(error)
-        raise UserError(f"profile: {path}: no golden profile: {reason}")
+            raise UserError(f"profile: {path}: no golden profile: {one_line(error)}") from None

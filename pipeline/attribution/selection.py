@@ -17,20 +17,13 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Selection:
-    """What the fences and the ranking make of the scores.
+    """What the fences and the ranking make of the scores."""
 
-    Attributes:
-        low, high: the fences; infinite when they are off.
-        excluded: blocks whose score lies outside, in order of depth.
-        ranking: the other blocks, best first; ties go to the shallower.
-        raw_ranking: all blocks, best first.
-    """
-
-    low: float
+    low: float  # the fences; infinite when they are off
     high: float
-    excluded: list[int]
-    ranking: list[int]
-    raw_ranking: list[int]
+    excluded: list[int]  # blocks whose score lies outside, in order of depth
+    ranking: list[int]  # the other blocks, best first; ties go to the shallower
+    raw_ranking: list[int]  # all blocks, best first
 
 
 def select(
@@ -57,20 +50,14 @@ def select(
 
 
 class Stability(BaseModel):
-    """What becomes of the choice when the proxy set is another draw from the same facts.
-
-    Attributes:
-        resamples: how many proxy sets were drawn, with replacement, from the one that was scored.
-        low, high: each block's mean score: a 95% interval.
-        chosen: the share of resamples in which each block comes first, fences and order taken anew.
-    """
+    """What becomes of the choice when the proxy set is another draw from the same facts."""
 
     model_config = ConfigDict(frozen=True)
 
-    resamples: int
-    low: list[float]
+    resamples: int  # how many proxy sets were drawn, with replacement, from the one that was scored
+    low: list[float]  # of each block's mean score: a 95% interval
     high: list[float]
-    chosen: list[float]
+    chosen: list[float]  # the share of resamples in which each block comes first, fences and order taken anew
 
 
 def judge(values_NL: Values, fences: float = 1.0, order: str = "magnitude", seed: int = 0) -> Stability:

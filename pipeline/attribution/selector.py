@@ -60,24 +60,14 @@ def tokens_at_once(llm: LLM, kept: int) -> int:
     return max(weights // 2, LITTLE) // (kept * len(llm.blocks))
 
 
-def one_block(llm: LLM, requests: int, block: int) -> Values:
-    """1 at a block, 0 elsewhere, for every request."""
-    values_NL = np.zeros((requests, len(llm.blocks)))
+def score_one(llm: LLM, requests: Sequence[EditRequest], options: AttributionOptions, _: Runtime) -> Values:
+    """1 at block `options.layer`, by default ⌊L / 2⌋, and 0 elsewhere; UserError when there is no such block."""
+    block = len(llm.blocks) // 2 if options.layer is None else options.layer
+    llm.check_layers([block], "layer")
+    values_NL = np.zeros((len(requests), len(llm.blocks)))
     values_NL[:, block] = 1
     return values_NL
 
 
-def score_middle(llm: LLM, requests: Sequence[EditRequest], _: AttributionOptions, __: Runtime) -> Values:
-    """The block in the middle, ⌊L / 2⌋."""
-    return one_block(llm, len(requests), len(llm.blocks) // 2)
-
-
-def score_fixed(llm: LLM, requests: Sequence[EditRequest], options: AttributionOptions, _: Runtime) -> Values:
-    """The block of `options.layer`; UserError when there is none."""
-    assert options.layer is not None
-    llm.check_layers([options.layer], "layer")
-    return one_block(llm, len(requests), options.layer)
-
-
-register("middle", Selector(score_middle, reads_requests=False))
-register("fixed", Selector(score_fixed, reads_requests=False))
+for _name in ("middle", "fixed"):  # which alone is given a layer
+    register(_name, Selector(score_one, reads_requests=False))

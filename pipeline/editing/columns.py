@@ -23,19 +23,12 @@ from pipeline.requests.sets import fact
 
 
 class Columns(NamedTuple):
-    """All that a projection is asked for, and the change of its weight that gave it.
+    """All that a projection is asked for, and the change of its weight that gave it."""
 
-    Attributes:
-        key_In: inputs at which the output is to change.
-        change_On: the change wanted there, against the weight without `solved_OI`.
-        owner_n: which fact a column is for (see `owner`).
-        solved_OI: the change of the weight that the last solve came to.
-    """
-
-    key_In: Tensor
-    change_On: Tensor
-    owner_n: Tensor
-    solved_OI: Tensor
+    key_In: Tensor  # inputs at which the output is to change
+    change_On: Tensor  # the change wanted there, against the weight without `solved_OI`
+    owner_n: Tensor  # which fact a column is for (see `owner`)
+    solved_OI: Tensor  # the change of the weight that the last solve came to
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor], layer: int, down: Projection) -> Columns:
@@ -51,16 +44,11 @@ class Columns(NamedTuple):
             solved_OI=torch.zeros(outputs, inputs),
         )
         held = {name: state.get(f"locate.{layer}.{name}", tensor) for name, tensor in none._asdict().items()}
-        columns = held["owner_n"].shape
-        fits = {
-            "key_In": (inputs, *columns),
-            "change_On": (outputs, *columns),
-            "owner_n": (held["owner_n"].numel(),),
-            "solved_OI": (outputs, inputs),
-        }
-        for name, shape in fits.items():
-            if held[name].shape != shape or (held[name].dtype == torch.int64) != (name == "owner_n"):
-                found = f"of shape {tuple(held[name].shape)} in {held[name].dtype}; expected {shape}"
+        columns = held["owner_n"].numel()
+        shapes = ((inputs, columns), (outputs, columns), (columns,), (outputs, inputs))
+        for (name, tensor), shape in zip(held.items(), shapes, strict=True):
+            if tensor.shape != shape or (tensor.dtype == torch.int64) != (name == "owner_n"):
+                found = f"of shape {tuple(tensor.shape)} in {tensor.dtype}; expected {shape}"
                 raise UserError(f"update: state: locate.{layer}.{name} is {found}")
         return cls(**{name: tensor.to(down.weight.device) for name, tensor in held.items()})
 

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from torch import Tensor
 
 from pipeline.editing.columns import columns_in, gathered_columns, learnt_columns, owner
-from pipeline.editing.tensors import first_of, read_tensors
-from pipeline.errors import UserError
+from pipeline.editing.tensors import read_tensors
+from pipeline.errors import UserError, one_line
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
 
@@ -30,21 +30,15 @@ FILE = r"\d{4,9}\.safetensors"
 
 
 class About(BaseModel):
-    """What stands in a file beside its columns.
-
-    Attributes:
-        before: name and SHA-256 of the file that it goes on from; None where it stands alone.
-        entries: how many requests were learnt or left out since the last that stands alone.
-        requests: what was learnt, in this order.
-        gone: ids of requests before it that are no longer held.
-    """
+    """What stands in a file beside its columns."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # name and SHA-256 of the file that it goes on from; None where it stands alone
     before: tuple[Annotated[str, Field(pattern=f"^{FILE}$")], str] | None
-    entries: NonNegativeInt
-    requests: list[dict[str, Any]]
-    gone: list[str]
+    entries: NonNegativeInt  # how many requests were learnt or left out since the last that stands alone
+    requests: list[dict[str, Any]]  # what was learnt, in this order
+    gone: list[str]  # ids of requests before it that are no longer held
 
 
 class Kept(NamedTuple):
@@ -75,7 +69,7 @@ def parts(file: Path, sha256: str, known: Container[str] = ()) -> Iterator[Part]
         try:
             part = Part(About.model_validate_json(about), columns, before[1])
         except ValidationError as error:
-            raise UserError(f"update: {file}: damaged: {first_of(error)}") from None
+            raise UserError(f"update: {file}: damaged: {one_line(error)}") from None
         yield part
         before = part.about.before
 
@@ -112,17 +106,13 @@ def next_part(update: WeightUpdate, base: WeightUpdate | None) -> Part:
         same = [*left, *added] == update.requests and found.keys() == own.keys()
         same = same and all(torch.equal(tensor, found[name]) for name, tensor in own.items())
         if same and entries + len(added) <= 2 * len(update.requests):
-            return _part(base.kept[:2], entries, added, gone, columns)
-    return _part(None, 0, update.requests, [], columns_in(update.state))
+            before, left_out = base.kept[:2], [one.id for one in gone]
+            about_it = About(before=before, entries=entries + len(added), requests=_written(added), gone=left_out)
+            return Part(about_it, columns)
+    requests = update.requests
+    alone = About(before=None, entries=len(requests), requests=_written(requests), gone=[])
+    return Part(alone, columns_in(update.state))
 
 
-def _part(
-    before: tuple[str, str] | None,
-    entries: int,
-    added: Sequence[EditRequest],
-    gone: Sequence[EditRequest],
-    columns: dict[str, Tensor],
-) -> Part:
-    requests = [one.model_dump(exclude_defaults=True) for one in added]
-    about = About(before=before, entries=entries + len(added), requests=requests, gone=[one.id for one in gone])
-    return Part(about, columns)
+def _written(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
+    return [one.model_dump(exclude_defaults=True) for one in requests]

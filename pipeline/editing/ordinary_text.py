@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from pipeline.errors import UserError
 from pipeline.files import cached, digest
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
@@ -25,16 +22,6 @@ def windows(llm: LLM, texts: list[str], tokens: int) -> list[list[int]]:
     ids = [i for text_ids in llm.tokens.texts(texts) for i in text_ids][:tokens]
     window = min(WINDOW, llm.context_length or WINDOW)
     return [ids[at : at + window] for at in range(0, len(ids) - window + 1, window)]
-
-
-def lines(path: Path) -> list[str]:
-    """The lines of a text file; UserError when there is none, or it is not UTF-8."""
-    if not path.is_file():
-        raise UserError(f"statistics.text: {path}: no such file; expected plain UTF-8 text")
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"statistics.text: {path}: byte {error.start}: not UTF-8 text") from None
 
 
 def own_text(llm: LLM, tokens: int, runtime: Runtime) -> list[str]:

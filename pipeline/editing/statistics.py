@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, distributed
 
-from pipeline.editing.ordinary_text import OPENINGS, lines, own_text, windows
+from pipeline.editing.ordinary_text import OPENINGS, own_text, windows
 from pipeline.errors import UserError, note
-from pipeline.files import cached, digest, read_sealed, write_sealed
+from pipeline.files import cached, digest, read_plain_text, read_sealed, write_sealed
 from pipeline.model.activations import Activations
 from pipeline.model.blocks import sizes
 from pipeline.model.llm import LLM
@@ -30,22 +30,17 @@ ROUNDING = 1e-5  # of the trace: eigenvalues of a float32 sum may lie that far b
 def key_moments(
     llm: LLM, names: Sequence[str], options: StatisticsOptions, runtime: Runtime | None = None
 ) -> dict[str, Tensor]:
-    """C = E[k kᵀ] of the keys that enter projections over ordinary text, each (I, I), float32, by name.
+    """C = E[k kᵀ] of the keys that enter projections over ordinary text, each (I, I), float32, by full name.
 
     What is found is kept in the user's cache folder, with its own digest, and what it is of: model, projection,
     precision, text and shape. A file that says anything else, or holds no second moment, is told of and made anew.
-
-    Args:
-        llm: the model.
-        names: full names of projections.
-        options: which text, and how much of it.
-        runtime: what it runs with.
 
     Raises:
         UserError: when the text cannot be read or is too short for the keys' dimension, or the model's keys in this
             precision have no second moment.
     """
-    runtime, text = runtime or Runtime(), lines(Path(options.text)) if options.text else None
+    runtime = runtime or Runtime()
+    text = read_plain_text("statistics.text", options.text).splitlines() if options.text else None
     of = llm.tokens.texts(OPENINGS) if text is None else windows(llm, text, options.tokens)
     about = {name: _about(llm, name, digest(options.tokens, of), runtime) for name in names}
     files = {name: cached(f"moment-{digest(about[name])}.safetensors") for name in names}
@@ -64,7 +59,7 @@ def key_moments(
                     "broken, or need a wider --trainer.precision"
                 )
             found[name] = moment
-            _write(files[name], about[name], moment)
+            rank_zero_only(write_sealed)(files[name], about[name], save({"moment": moment}))
     return found
 
 
@@ -117,17 +112,10 @@ def _read(file: Path | None, about: dict[str, Any]) -> Tensor | None:
     return None if wrong else moment
 
 
-@rank_zero_only
-def _write(file: Path | None, about: dict[str, Any], moment: Tensor) -> None:
-    write_sealed(file, about, save({"moment": moment}))
-
-
 class KeyMoments(Stage):
-    """Sums k kᵀ of what enters each of some projections, over all positions of windows of text; nothing is put out.
+    """Sums k kᵀ of what enters projections, by full name, over all positions of windows of text; puts nothing out.
 
-    Args:
-        llm: the model, of which the blocks up to the last of these projections run.
-        names: full names of projections.
+    The model's blocks run up to the last of these projections.
     """
 
     title = "Key statistics"

@@ -6,7 +6,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as tensors_to_bytes
@@ -45,9 +44,3 @@ def read_tensors(file: Path, sha256: str) -> tuple[dict[str, Tensor], str]:
         if tensor.is_complex() or not tensor.isfinite().all():
             raise UserError(f"update: {file}: {name!r} holds values that are no finite numbers")
     return tensors, head.get("__metadata__", {}).get(ABOUT, "")
-
-
-def first_of(error: ValidationError) -> str:
-    """The first thing that is wrong with what was read, and where in it."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pipeline.editing.columns import columns_in
 from pipeline.editing.learnt import FILE, Kept, gathered, parts
-from pipeline.editing.tensors import first_of, read_tensors, write_tensors
-from pipeline.errors import UserError
+from pipeline.editing.tensors import read_tensors, write_tensors
+from pipeline.errors import UserError, one_line
 from pipeline.files import parse_json, read_text_file, require_room, write_json
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
@@ -30,6 +30,7 @@ from pipeline.shipped import program
 ADAPTER_PREFIX = "lora."  # of an adapter's tensors in an update's state
 UPDATE_FILE, TENSORS_FILE, STATE_FILE = "update.json", "update.safetensors", "state.safetensors"
 LEARNT = "../../learnt"  # where a version's requests and columns are kept, as seen from its folder
+AS_IT_IS = ("model", "fingerprint", "method", "layers", "options", "adapter", "chat")  # what update.json repeats
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights
 
 
@@ -123,6 +124,7 @@ class WeightUpdate:
             self.check_fits(llm)
         parameters = dict(llm.model.named_parameters())
         replaced = {name: parameters[name].detach().clone() for name in self.tensors}
+        undo = WeightUpdate(self.model, self.fingerprint, "undo", self.layers, replaced, undoes=True)
         try:
             for name, tensor in self.tensors.items():
                 put(parameters[name], tensor)
@@ -130,7 +132,7 @@ class WeightUpdate:
             for name, tensor in replaced.items():
                 parameters[name].copy_(tensor)
             raise
-        return WeightUpdate(self.model, self.fingerprint, "undo", self.layers, replaced, undoes=True)
+        return undo
 
     @torch.no_grad()
     def check_fits(self, llm: LLM) -> None:
@@ -176,13 +178,7 @@ class WeightUpdate:
             self.save_adapter(folder / "adapter")
         digests = {name: write_tensors(folder / name, tensors) for name, tensors in contents.items()}
         described = Described(
-            model=self.model,
-            fingerprint=self.fingerprint,
-            method=self.method,
-            layers=self.layers,
-            options=self.options,
-            adapter=self.adapter,
-            chat=self.chat,
+            **{name: getattr(self, name) for name in AS_IT_IS},
             tensors={name: list(tensor.shape) for name, tensor in self.tensors.items()},
             requests=[] if learnt else [one.model_dump(exclude_defaults=True) for one in self.requests],
             sha256=digests | ({f"{LEARNT}/{learnt[0]}": learnt[1]} if learnt else {}),
@@ -221,16 +217,13 @@ class WeightUpdate:
         tensors, _ = read_tensors(folder / TENSORS_FILE, described.sha256[TENSORS_FILE])
         if {name: list(tensor.shape) for name, tensor in tensors.items()} != described.tensors:
             raise UserError(f"update: {folder / TENSORS_FILE}: holds other tensors than {UPDATE_FILE} says")
-        plain = described.model_dump(
-            include={"model", "fingerprint", "method", "layers", "options", "adapter", "chat"}
-        )
         try:
-            update = cls(**plain, tensors=tensors)
+            update = cls(**described.model_dump(include={*AS_IT_IS}), tensors=tensors)
             update.requests = [EditRequest.model_validate(request) for request in described.requests]
             if not to_serve:
                 update._read_state(folder, described)
         except ValidationError as error:
-            raise UserError(f"update: {folder / UPDATE_FILE}: requests: {first_of(error)}") from None
+            raise UserError(f"update: {folder / UPDATE_FILE}: requests: {one_line(error)}") from None
         return update
 
     def _read_state(self, folder: Path, described: Described) -> None:
@@ -250,10 +243,8 @@ def _described(file: Path, sha256: str | None) -> Described:
     try:
         text = read_text_file(file)
         described = Described.model_validate(parse_json(text))
-    except ValidationError as error:
-        raise UserError(f"update: {file}: damaged: {first_of(error)}") from None
     except ValueError as error:
-        raise UserError(f"update: {file}: damaged: {' '.join(str(error).split())}") from None
+        raise UserError(f"update: {file}: damaged: {one_line(error)}") from None
     files = described.sha256.keys()
     known = {UPDATE_FILE, TENSORS_FILE, STATE_FILE, described.learnt}
     if not {UPDATE_FILE, TENSORS_FILE} <= files <= known:

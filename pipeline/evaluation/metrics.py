@@ -39,10 +39,10 @@ class Resampled:
 
     def estimate(self) -> Estimate:
         """The figure with the middle 95% of its resamples; of a rate with Wilson's interval."""
+        mean = float(self.values[0])
         if self.is_rate:
-            return Estimate(float(self.values[0]), self.count, *wilson(float(self.values[0]), self.count))
-        low, high = np.nanpercentile(self.values[1:], [2.5, 97.5])
-        return Estimate(float(self.values[0]), self.count, float(low), float(high))
+            return Estimate(mean, self.count, *wilson(mean, self.count))
+        return Estimate(mean, self.count, *np.nanpercentile(self.values[1:], [2.5, 97.5]).tolist())
 
 
 @lru_cache(maxsize=100_000)

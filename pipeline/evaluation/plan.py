@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.evaluation.made import MADE_ASKED, MADE_TEXTS, Made, fit, made_probes
-from pipeline.files import digest
+from pipeline.files import digest, read_plain_text
 from pipeline.model.generation import Question, questions
 from pipeline.model.llm import LLM
 from pipeline.options.shared import EvaluationOptions
@@ -207,10 +207,7 @@ def ordinary_windows(llm: LLM, file: str | None) -> list[Row]:
     UserError when there is no such file, or it holds fewer than two tokens.
     """
     path = Path(file) if file else ORDINARY_TEXT
-    try:
-        (ids,) = llm.tokens.texts([path.read_text(encoding="utf-8")])
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text: {path}: cannot be read; expected a plain UTF-8 text file ({error})") from None
+    (ids,) = llm.tokens.texts([read_plain_text("text", path)])
     window = min(WINDOW, llm.context_length or WINDOW)
     parts = [ids[start : start + window] for start in range(0, len(ids), window)]
     rows = [Row(part, 1, tag=Text("text", number)) for number, part in enumerate(parts) if len(part) > 1]

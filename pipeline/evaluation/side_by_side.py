@@ -6,8 +6,9 @@ rows (or requests), T tokens, D hidden size, I inputs and O outputs of a project
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from pipeline.evaluation.plan import Text, probe_rows
 from pipeline.evaluation.reading import Reading, TextReadings, read_groups, rows_of
 from pipeline.evaluation.values import teacher_forced_values
-from pipeline.model.activations import Activations
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Batch, pack
 from pipeline.requests.schema import EditRequest
@@ -57,11 +57,12 @@ class SideBySideEvaluator(Reading):
     def step(self, batch: Batch) -> list[list[tuple[Any, ...]]]:
         owners = {row: text.tag.request for row, text in zip(rows_of(batch), batch.texts, strict=True)}
         own_B = torch.tensor([owners[row] for row in range(len(owners))], device=self.device)
-        changes = {
-            name: (left_BOk[own_B], right_BkI[own_B]) for name, (left_BOk, right_BkI) in self.changes.items()
-        }
         enter_BTD = self._entering(batch) if self.layer else None
-        with self.activations.from_block(self.layer, enter_BTD), changed_rows(self.activations, changes):
+        with ExitStack() as stack:
+            stack.enter_context(self.activations.from_block(self.layer, enter_BTD))
+            for name, (left_BOk, right_BkI) in self.changes.items():
+                add = partial(_added, left_BOk[own_B], right_BkI[own_B])
+                stack.enter_context(self.activations.changing(name, len(own_B), add))
             return super().step(batch)
 
     def _entering(self, batch: Batch) -> Tensor:
@@ -73,14 +74,6 @@ class SideBySideEvaluator(Reading):
         return enter_BTD
 
 
-@contextmanager
-def changed_rows(activations: Activations, changes: Changes) -> Iterator[None]:
-    """Every row of a pass runs under its own changes: left (right x) is added to what a projection makes of x."""
-    with ExitStack() as stack:
-        for name, (left_BOk, right_BkI) in changes.items():
-
-            def add(x_BTI: Tensor, y_BTO: Tensor, left: Tensor = left_BOk, right: Tensor = right_BkI) -> Tensor:
-                return y_BTO + ((x_BTI.to(right) @ right.mT) @ left.mT).to(y_BTO.dtype)
-
-            stack.enter_context(activations.changing(name, len(left_BOk), add))
-        yield
+def _added(left_BOk: Tensor, right_BkI: Tensor, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+    """What a projection makes of x, with each row's own change of it: left (right x)."""
+    return y_BTO + ((x_BTI.to(right_BkI) @ right_BkI.mT) @ left_BOk.mT).to(y_BTO.dtype)

@@ -32,14 +32,6 @@ class Question(NamedTuple):
     limit: int
     inner_ends: int | None = None
 
-    def text(self, said: str) -> str:
-        """What counts of what is said."""
-        return said if self.inner_ends is None else statement(said, self.inner_ends)[0]
-
-    def is_over(self, said: str, tokens: int) -> bool:
-        """Whether no more needs to be said."""
-        return tokens >= self.limit or (self.inner_ends is not None and statement(said, self.inner_ends)[1])
-
 
 class QuestionBatch(NamedTuple):
     """Questions padded on the left: token ids and mask (B, T), and what else each is."""
@@ -81,8 +73,9 @@ class Saying(Stage):
             model.generation_config = own
         said_BS = tokens_BT[:, batch.input_ids_BT.shape[1] :].tolist()
         limits = [question.limit for question in batch.questions]
-        texts = decode(self.llm, [row[:limit] for row, limit in zip(said_BS, limits, strict=True)])
-        return [question.text(said) for question, said in zip(batch.questions, texts, strict=True)]
+        limited = [row[:limit] for row, limit in zip(said_BS, limits, strict=True)]
+        texts = self.llm.tokenizer.batch_decode(limited, skip_special_tokens=True)
+        return [statement(said, one.inner_ends)[0] for one, said in zip(batch.questions, texts, strict=True)]
 
 
 class SaidEnough(StoppingCriteria):
@@ -94,14 +87,10 @@ class SaidEnough(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         said_BS = input_ids[:, self.width :]
-        for row, said in enumerate(decode(self.llm, said_BS.tolist())):
-            self.over[row] = self.over[row] or self.questions[row].is_over(said, said_BS.shape[1])
+        texts = self.llm.tokenizer.batch_decode(said_BS.tolist(), skip_special_tokens=True)
+        for row, (one, said) in enumerate(zip(self.questions, texts, strict=True)):
+            self.over[row] = self.over[row] or said_BS.shape[1] >= one.limit or statement(said, one.inner_ends)[1]
         return torch.tensor(self.over, device=input_ids.device)
-
-
-def decode(llm: LLM, token_ids: list[list[int]]) -> list[str]:
-    """Tokens as texts."""
-    return [str(text) for text in llm.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
 
 
 def questions(
@@ -130,8 +119,6 @@ def generate(
     """Greedy continuations of prompts, in the prompts' order.
 
     Args:
-        llm: the model; its weights stay as they are.
-        prompts: texts, each continued from its end.
         max_new_tokens: the longest continuation; the model may end it earlier.
         batch_size: prompts that run together; it changes the speed alone.
         trainer, title: what it runs on (a Trainer, or options to make one of), and the progress bar's title.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import cache
 from importlib.util import find_spec
@@ -20,16 +19,16 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, note, one_line
 from pipeline.files import cached, digest, parse_json, read_sealed, read_text_file, write_sealed
 from pipeline.model.blocks import check_config, find_blocks
 from pipeline.model.fingerprints import config_digest, joined, tensors_digest
 from pipeline.model.llm import LLM
 from pipeline.model.spreading import load_sharded
 from pipeline.model.suffix import check_parts
+from pipeline.options.shared import BUNDLED
 from pipeline.running.processes import from_first
 
-BUNDLED = "smollm2"
 # what a config that contradicts itself makes the libraries raise, beside their own errors
 CONTRADICTIONS = (ArithmeticError, IndexError, TypeError, AttributeError, AssertionError)
 
@@ -52,9 +51,10 @@ def load_model(
     verbose: bool = False,
     chat: bool = False,
     spread: torch.device | None = None,
-    tell: Callable[[str], Any] = warnings.warn,
 ) -> LLM:
     """Load a model for editing; never runs code that comes with the weights.
+
+    A note names weights that the config has no place for.
 
     Args:
         name: `smollm2`, a Hugging Face name, a folder, or a GGUF file.
@@ -63,7 +63,6 @@ def load_model(
         chat: put prompts into the tokenizer's chat template, in every stage.
         spread: spread the blocks' weights over all processes (see `pipeline.running.sharding`), this one's share on
             this device; None: the whole model on the CPU.
-        tell: called with a line about weights that the config has no place for.
 
     Raises:
         UserError: when there is no such model, or it cannot be read or edited; where its config tells, before any
@@ -86,7 +85,7 @@ def load_model(
 
     def weights() -> PreTrainedModel:
         with _reading(repr(name), verbose=verbose):
-            model = _weights(source, gguf, name, dtype, tell)
+            model = _weights(source, gguf, name, dtype)
             found.append(_fingerprint(model, source, gguf, name))
             return model
 
@@ -115,7 +114,7 @@ def _fingerprint(model: PreTrainedModel, source: str, gguf: dict[str, str], name
     tensors = (read_sealed(file, about) or b"").decode()
     if not tensors:
         loses = model.dtype in (torch.bfloat16, torch.float16) and (gguf or _stored(files) != {model.dtype})
-        tensors = tensors_digest(_weights(source, gguf, name, torch.float32, len) if loses else model)
+        tensors = tensors_digest(_weights(source, gguf, name, torch.float32) if loses else model)
         write_sealed(file, about, tensors.encode())
     return joined(model.config, tensors)
 
@@ -130,9 +129,7 @@ def _stored(files: Sequence[Path]) -> set[torch.dtype | None]:
     return found
 
 
-def _weights(
-    source: str, gguf: dict[str, str], name: str, dtype: torch.dtype, tell: Callable[[str], Any]
-) -> PreTrainedModel:
+def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself, whole."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
@@ -147,7 +144,7 @@ def _weights(
     if missing := sorted(loaded[1]["missing_keys"]):
         raise UserError(f"model: {name!r} lacks {len(missing)} of its weights, such as {missing[0]}")
     if unused := sorted(loaded[1]["unexpected_keys"]):
-        tell(f"note: {name} holds {len(unused)} weights that its config has no place for, such as {unused[0]}")
+        note(f"{name} holds {len(unused)} weights that its config has no place for, such as {unused[0]}")
     if wrong := sorted(loaded[1]["mismatched_keys"]):
         key, found, asked = wrong[0]
         raise UserError(
@@ -185,7 +182,7 @@ def _reading(
 
 
 def _contradiction(what: str, reason: str) -> UserError:
-    return UserError(f"model: {what}: no decoder can be made of its config ({' '.join(reason.split())})")
+    return UserError(f"model: {what}: no decoder can be made of its config ({one_line(reason)})")
 
 
 def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrainedModel:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.model.activations import Activations, head_reads, target_logits, wide_logits
 from pipeline.model.blocks import by_row
 from pipeline.model.llm import LLM
@@ -130,7 +130,7 @@ def check_parts(llm: LLM) -> None:
                 upper_NV = target_logits(llm.model, batch)
             found = {"upper blocks": upper_NV, "a text's end": Suffixes(llm, layer, [row]).base_NV}
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UserError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())})") from error
+        raise UserError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
     for part, part_NV in found.items():
         if not torch.allclose(part_NV, whole_NV, rtol=0, atol=NEAR * whole_NV.std().item()):
             raise UserError(f"{what}: {part} come to other logits than the whole model")

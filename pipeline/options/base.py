@@ -19,9 +19,8 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 import yaml
 from docstring_parser import parse_from_object
 
-from pipeline.errors import UserError, check_choice, did_you_mean
+from pipeline.errors import DEEPEST, UserError, check_choice, did_you_mean
 
-DEEPEST = 64  # levels of lists and mappings in each other
 LARGEST_YAML = 1_000_000  # bytes of a config
 LONGEST = 200  # characters of a wrong value that are shown
 NO_FLAG = object()  # beside a field: it is no flag

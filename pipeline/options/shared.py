@@ -6,6 +6,7 @@ from typing import Annotated
 from pipeline.errors import UserError
 from pipeline.options.base import NO_FLAG, Count, FromZero, Most, Options, at_least, at_most, group, one_of
 
+BUNDLED = "smollm2"  # SmolLM2-135M-Instruct, of a package of its own
 SHARDED = ("fsdp", "fsdp2")  # strategies that spread a model's weights over the devices
 
 
@@ -50,7 +51,7 @@ class CommandOptions(Options):
 class ModelOptions(CommandOptions):
     """Which language model."""
 
-    model: str = "smollm2"
+    model: str = BUNDLED
     """`smollm2` (the bundled SmolLM2-135M-Instruct), a Hugging Face name, a folder, or a GGUF file."""
 
 

@@ -11,7 +11,6 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
@@ -67,9 +66,10 @@ def short(name: str, most: int = 42) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
-def whole_numbers(axis: Axis) -> None:
-    """Ticks at whole numbers alone, as many as can be read."""
-    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def along_blocks(axes: Axes, model: str) -> None:
+    """A model's blocks lie along the horizontal axis: ticks at whole numbers alone, as many as can be read."""
+    axes.set_xlabel(f"block of {short(model)}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def bar_per_block(
@@ -84,8 +84,7 @@ def bar_per_block(
         if blocks:
             axes.bar(blocks, [values[block] for block in blocks], color=color, label=kind)
     axes.set_xlim(-0.7, len(values) - 0.3)
-    axes.set_xlabel(f"block of {short(model)}")
-    whole_numbers(axes.xaxis)
+    along_blocks(axes, model)
 
 
 def selector_name(method: str) -> str:
@@ -196,9 +195,8 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         axes.axvline(golden, color=GOLD, linewidth=6, alpha=0.6, label=f"golden layer: {golden}")
         axes.axvline(grid.best, color=INK, linestyle="-.", label=f"best fixed block: {grid.best}")
         axes.set_ylim(0, 1.03)
-        axes.set_xlabel(f"block of {short(study.model)}")
+        along_blocks(axes, study.model)
         axes.set_ylabel("share, teacher-forced")
-        whole_numbers(axes.xaxis)
         figure.legend(loc="outside lower left", ncols=3)
     return figure
 
@@ -218,3 +216,6 @@ def selectors_figure(study: Study, name: str, method: str) -> Figure:
         axes.set_xlim(0, 1.5 * max(0.02, *regrets))
         axes.set_xlabel("regret")
     return figure
+
+
+STUDY_FIGURES = {"sweep": sweep_figure, "selectors": selectors_figure}  # of each set and method

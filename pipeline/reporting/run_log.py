@@ -20,13 +20,7 @@ from pipeline.evaluation.evaluator import Evaluation
 from pipeline.files import write_json, write_text, write_whole
 from pipeline.output import OutputFolder, is_fresh, output_folder, started
 from pipeline.reporting.dashboards import EventsLogger, hparams_row, tag
-from pipeline.reporting.figures import (
-    metrics_figure,
-    score_figure,
-    selectors_figure,
-    stability_figure,
-    sweep_figure,
-)
+from pipeline.reporting.figures import STUDY_FIGURES, metrics_figure, score_figure, stability_figure
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
 from pipeline.reporting.tables import metrics_of, sides_of, values_csv
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
@@ -36,7 +30,6 @@ if TYPE_CHECKING:
     from pipeline.study.study import Study
 
 PICTURE = re.compile(r"!\[\w+\]\([^)]*\.png\)\n*")
-STUDY_FIGURES = {"sweep": sweep_figure, "selectors": selectors_figure}
 
 
 @contextmanager

@@ -25,11 +25,13 @@ def normalised(text: str) -> str:
     return " ".join(ARTICLE.sub(" ", words).split()) or " ".join(words.split())
 
 
-def statement(said: str, inner_ends: int = 0) -> tuple[str, bool]:
+def statement(said: str, inner_ends: int | None = 0) -> tuple[str, bool]:
     """A generation up to the end of its first statement, and whether that end was reached.
 
-    `inner_ends` are passed over, where the answer looked for holds some itself ("Dr. No").
+    `inner_ends` are passed over, where the answer looked for holds some itself ("Dr. No"); None: all of them are.
     """
+    if inner_ends is None:
+        return said, False
     said = said.lstrip()
     for number, end in enumerate(STATEMENT_END.finditer(said)):
         if number >= inner_ends:

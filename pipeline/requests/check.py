@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError, terminal_text
+from pipeline.errors import UserError, one_line, terminal_text
 from pipeline.requests.readers import Reading, read_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import alike, fact
@@ -32,7 +32,7 @@ class RequestCheck:
         if reading.layout:
             self.layouts[reading.layout] += 1
         if isinstance(reading.request, UserError):
-            self.found["bad"].append(" ".join(str(reading.request).split()))
+            self.found["bad"].append(one_line(reading.request))
         else:
             self._count_request(reading.request)
             self._note_flaws(reading.request, reading.place)

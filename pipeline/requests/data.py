@@ -17,8 +17,6 @@ from pipeline.requests.rows import Batch, Row, collate
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.tokens import Tokens
 
-Sides = tuple[Row, Row]  # the same prompt with the old and with the new answer
-
 
 class EditRequests(LightningDataModule):
     """Requests in batches of tokens.
@@ -73,7 +71,7 @@ class EditRequests(LightningDataModule):
         return DataLoader(items, batch_size=self.batch_size, shuffle=shuffle, collate_fn=pad)  # type: ignore[arg-type]
 
 
-def both_answers(tokens: Tokens, requests: Sequence[EditRequest]) -> list[Sides]:
+def both_answers(tokens: Tokens, requests: Sequence[EditRequest]) -> list[tuple[Row, Row]]:
     """Every request's prompt with its old and with its new answer; UserError when one has no old answer."""
     lacking = [request.id for request in requests if request.old_answer is None]
     if lacking:

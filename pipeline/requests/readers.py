@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import UserError
-from pipeline.files import write_shared
+from pipeline.errors import UserError, note
+from pipeline.files import write_whole
 from pipeline.options.base import at_least
 from pipeline.requests.layouts import find_layout, to_request
 from pipeline.requests.schema import EditRequest
@@ -27,11 +26,7 @@ class Reading(NamedTuple):
 
 
 def load_requests(
-    source: str | Path,
-    limit: int | None = None,
-    offset: int = 0,
-    skip_bad: bool = False,
-    tell: Callable[[str], Any] = warnings.warn,
+    source: str | Path, limit: int | None = None, offset: int = 0, skip_bad: bool = False
 ) -> list[EditRequest]:
     """Read edit requests.
 
@@ -39,8 +34,7 @@ def load_requests(
         source: a JSONL, JSON or CSV file, gzipped or not, `hf:NAME` for a Hugging Face data set, or `demo`.
         limit: take at most this many records; what comes after them is not read.
         offset: leave out this many records first; what is wrong with them is not said.
-        skip_bad: leave bad records out.
-        tell: called with one line that counts bad records and names the first, when any were left out.
+        skip_bad: leave bad records out; a note counts them and names the first.
 
     Raises:
         UserError: naming file and line or record, when there is no such file, it is empty or malformed, a
@@ -68,7 +62,7 @@ def load_requests(
     if bad and not good:
         raise UserError(f"requests: {source}: all {len(bad)} records are bad; the first: {bad[0]}")
     if bad:
-        tell(f"note: left out {len(bad)} bad of {len(bad) + len(good)} records; the first: {bad[0]}")
+        note(f"left out {len(bad)} bad of {len(bad) + len(good)} records; the first: {bad[0]}")
     return good
 
 
@@ -119,4 +113,4 @@ def write_requests(path: Path, requests: Iterable[EditRequest]) -> Path:
             for request in requests:
                 file.write(request.model_dump_json(exclude_defaults=True).encode() + b"\n")
 
-    return write_shared(path, write)
+    return write_whole(path, write, shared=True)

@@ -19,7 +19,7 @@ from unicodedata import east_asian_width
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
 from pipeline.running.limited import limited
@@ -236,8 +236,8 @@ def chat_joining(tokenizer: PreTrainedTokenizerBase, name: str, before: Sequence
     try:
         opened, told = limited(lambda: [_rendered(tokenizer, asked, opened=True), _rendered(tokenizer, answered)])
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"chat: the chat template of {name} fails on one question and answer: {reason}") from None
+        line = f"chat: the chat template of {name} fails on one question and answer: {one_line(error)}"
+        raise UserError(line) from None
     head, found, tail = opened.partition(PROMPT)
     if not found:
         raise UserError(f"chat: the chat template of {name} does not hold the prompt as it is; leave --chat out")

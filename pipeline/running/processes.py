@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.files import digest
 from pipeline.options.shared import SHARDED, TrainerOptions
 from pipeline.output import STARTED, is_one_of_several, started
@@ -29,7 +29,7 @@ def trainer_errors() -> Iterator[None]:
     try:
         yield
     except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        raise UserError(f"trainer: {one_line(error)}") from error
 
 
 def devices_here(options: TrainerOptions) -> int:

@@ -67,11 +67,7 @@ def add(weight: Tensor, change: Tensor) -> None:
 
 def anywhere(model: nn.Module, here: bool) -> bool:
     """Whether something holds in any of the processes that keep step for the model's sake; all must ask."""
-    if not is_sharded(model):
-        return here
-    found = torch.tensor(here, dtype=torch.int64, device=next(model.parameters()).device)
-    distributed.all_reduce(found)
-    return bool(found.item())
+    return bool(_total(int(here), next(model.parameters()).device)) if is_sharded(model) else here
 
 
 class KeepStep(Callback):
@@ -88,7 +84,7 @@ class KeepStep(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_sharded(pl_module):
             model: Any = pl_module.model
-            handle = model.register_forward_pre_hook(lambda *_: (_running(pl_module, 1), None)[1])
+            handle = model.register_forward_pre_hook(lambda *_: (_total(1, pl_module.device), None)[1])
             self._open.callback(handle.remove)
 
     @torch.no_grad()
@@ -98,15 +94,15 @@ class KeepStep(Callback):
             return
         model: Any = pl_module.model
         token = torch.zeros(1, 1, dtype=torch.int64, device=pl_module.device)
-        while _running(pl_module, 0):
+        while _total(0, pl_module.device):
             model(input_ids=token, use_cache=False)
 
     def on_exception(self, *_: Any) -> None:
         self._open.close()
 
 
-def _running(module: LightningModule, passes: int) -> int:
-    """How many processes run a pass now."""
-    total = torch.tensor(passes, device=module.device)
+def _total(number: int, device: torch.device) -> int:
+    """The sum of all processes' numbers; all must ask."""
+    total = torch.tensor(number, device=device)
     distributed.all_reduce(total)
     return int(total.item())

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.running.kept import Kept
 from pipeline.running.processes import from_first, of_all
 from pipeline.running.sharding import is_sharded
@@ -55,13 +55,10 @@ class Staying(LightningModule):
 
 
 class Stage(Staying):
-    """Base class of all stages that run items through a model and give an output for each.
+    """Base class of all stages that run items through a model, which stays as it is, and give an output for each.
 
     A subclass says how items become a batch and what is done with it; nothing else. Where the memory does not
     suffice for a batch it is run in halves, and so are the batches after it.
-
-    Args:
-        model: what runs; its weights stay as they are.
     """
 
     title = "Running"  # on the progress bar
@@ -107,9 +104,7 @@ class Stage(Staying):
 class Batches(LightningDataModule):
     """Batches that were formed beforehand, each dealt to one device whole, so that they are the same on any number.
 
-    Args:
-        batches: the batches.
-        in_step: let all devices run as many batches: some run one a second time, to no effect.
+    With `in_step` all devices run as many batches: some run one a second time, to no effect.
     """
 
     def __init__(self, batches: Sequence[Items], in_step: bool = False) -> None:
@@ -155,16 +150,11 @@ def run(
     """The outputs of every item, in the items' order, whole in every process.
 
     Args:
-        stage: what is run.
-        items: for what.
-        runtime: on what; where its work folder holds outputs under `kept`, those are not run again.
+        runtime: where its work folder holds outputs under `kept`, those are not run again.
         tokens: an item's size: items of like size share a batch.
-        batch_size: the most items in a batch.
-        most_tokens: the most tokens in a batch, padding counted; None: any number.
+        batch_size, most_tokens: the most items, and tokens, in a batch, padding counted; None: any number.
         kept: the name in the work folder, or the folder itself, under which outputs are kept as they come.
         in_step: let all devices run as many batches, as a backward pass through spread weights needs.
-        callbacks: what watches the stage.
-        logger: where the stage's curves go.
 
     Raises:
         UserError: when the memory does not suffice for one item.
@@ -218,6 +208,6 @@ def attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        failed = " ".join(str(error).split())
+        failed = one_line(error)
     garbage_collection_cuda()  # outside of the `except`: the error holds on to the frames that it went through
     return False, failed

@@ -29,19 +29,13 @@ DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Runtime:
-    """What stages run with.
+    """What stages run with."""
 
-    Attributes:
-        trainer: what they run on: options to make a Trainer of for each stage, or a Trainer of one's own.
-        logger: where the curves go.
-        seed: of every draw.
-        work: a folder for half-done work; what is found there is not done again.
-    """
-
+    # options to make a Trainer of for each stage, or a Trainer of one's own
     trainer: TrainerOptions | Trainer = field(default_factory=TrainerOptions)
-    logger: Logger | bool = False
-    seed: int = 0
-    work: Path | None = None
+    logger: Logger | bool = False  # where the curves go
+    seed: int = 0  # of every draw
+    work: Path | None = None  # a folder for half-done work; what is found there is not done again
 
     @property
     def options(self) -> TrainerOptions:
@@ -71,9 +65,7 @@ def trainer_of(
     """The Trainer for one stage: made of the options, or one's own with the stage's callbacks added meanwhile.
 
     Args:
-        runtime: says which.
         title: the stage's name on the progress bar.
-        callbacks: what watches the stage.
         settings: anything else that Trainer takes; of no account for one's own.
 
     Raises:

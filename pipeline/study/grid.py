@@ -27,17 +27,11 @@ JUDGED_BY = ("rewrite", "rephrase", "locality")  # whose mean is an edit's score
 
 @dataclass(frozen=True)
 class Grid:
-    """Figures of R requests, each edited alone at each of L blocks.
+    """Figures of R requests, each edited alone at each of L blocks."""
 
-    Attributes:
-        blocks: the blocks, ascending.
-        values: by metric, (R, L); NaN where a request has no such probe.
-        seconds: what all of it took.
-    """
-
-    blocks: list[int]
-    values: Mapping[str, Figures]
-    seconds: float
+    blocks: list[int]  # ascending
+    values: Mapping[str, Figures]  # by metric, (R, L); NaN where a request has no such probe
+    seconds: float  # what all of it took
 
     @cached_property
     def scores(self) -> Figures:

@@ -44,19 +44,13 @@ class RequestSet:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study found.
+    """What a study found."""
 
-    Attributes:
-        model, blocks: its name, and how many blocks it has.
-        profiles: by set and selector; of each set, the first one's choice is its golden layer.
-        grids: by set and method.
-    """
-
-    model: str
-    blocks: int
+    model: str  # its name
+    blocks: int  # how many it has
     sets: list[RequestSet]
-    profiles: Mapping[str, Mapping[str, GoldenProfile]]
-    grids: Mapping[str, Mapping[str, Grid]]
+    profiles: Mapping[str, Mapping[str, GoldenProfile]]  # by set and selector: a set's golden layer is the first's
+    grids: Mapping[str, Mapping[str, Grid]]  # by set and method
 
     @property
     def golden(self) -> dict[str, int]:

@@ -219,13 +219,16 @@ def write_version(
 
     Returns its files' SHA-256 by name, and that of the file.
     """
-    learnt = _write_learnt(store, number, part)
-    folder = version_folder(store, number)
+    file, folder = learnt_file(store, number), version_folder(store, number)
+    file.parent.mkdir(mode=access(store), exist_ok=True)
+    learnt = write_tensors(file, part.columns, part.about.model_dump_json())
+    _settle(store, file)
+    _to_disk(file.parent)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        fill(partial, learnt)
+        fill(partial, (file.name, learnt))
         digests = digests_of(partial)
         for path in [*partial.rglob("*"), partial]:
             _settle(store, path)
@@ -233,7 +236,7 @@ def write_version(
         _to_disk(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return digests, learnt[1]
+    return digests, learnt
 
 
 def remove_version(store: Path, number: int) -> None:
@@ -245,16 +248,6 @@ def remove_version(store: Path, number: int) -> None:
 def learnt_file(store: Path, number: int) -> Path:
     """The file of what a version learnt."""
     return store / LEARNT / f"{number:04d}.safetensors"
-
-
-def _write_learnt(store: Path, number: int, part: Part) -> tuple[str, str]:
-    """Write what a version learnt; gives the file's name and SHA-256."""
-    file = learnt_file(store, number)
-    file.parent.mkdir(mode=access(store), exist_ok=True)
-    sha256 = write_tensors(file, part.columns, part.about.model_dump_json())
-    _settle(store, file)
-    _to_disk(file.parent)
-    return file.name, sha256
 
 
 def digests_of(folder: Path) -> dict[str, str]:

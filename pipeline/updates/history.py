@@ -77,20 +77,17 @@ def _events(store: Store, which: str, *values: int) -> list[tuple[str, str]]:
     return [tuple(row) for row in rows]
 
 
-def check_there(store: Store, version: int) -> dict[str, str]:
-    """The SHA-256 of each of a version's files, by name; UserError when there is no such version, or no more."""
-    known = check_number(store, version)
-    if known is None:
-        raise UserError(f"version: {version} was pruned: its files are gone; `history` tells which are there")
-    return known
+def check_there(store: Store, version: int, pruned: bool = False) -> dict[str, str]:
+    """The SHA-256 of each of a version's files, by name; of one that may be and is `pruned`, none.
 
-
-def check_number(store: Store, version: int) -> dict[str, str] | None:
-    """The same, or None where it was pruned; UserError when there is no such version."""
+    UserError when there is no such version, or its files are gone and may not be.
+    """
     row = store.database.execute("SELECT files FROM versions WHERE number = ?", (version,)).fetchone()
     if row is None:
         raise UserError(f"version: {version} does not exist; there is 0 (the base model) to {store.newest}")
-    return dict(json.loads(row["files"])) if row["files"] != PRUNED else None
+    if row["files"] == PRUNED and not pruned:
+        raise UserError(f"version: {version} was pruned: its files are gone; `history` tells which are there")
+    return json.loads(row["files"]) or {}
 
 
 def check_files(store: Store, version: int) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pipeline.editing.learnt import next_part
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.updates.disk import METRICS, PRUNED, last_lost, remove_version, transaction, write_version
-from pipeline.updates.history import check_number, check_there, check_version
+from pipeline.updates.history import check_there, check_version
 from pipeline.updates.queue import number_of
 from pipeline.updates.store import Store
 
@@ -136,7 +136,7 @@ def last_changes(store: Store, version: int) -> dict[int, Change]:
 
 def in_force(store: Store, version: int) -> set[int]:
     """Numbers of the requests that a version holds; UserError when there is no such version."""
-    check_number(store, version)
+    check_there(store, version, pruned=True)
     return {request for request, last in last_changes(store, version).items() if last.what == "applied"}
 
 

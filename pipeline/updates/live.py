@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline.editing.update import WeightUpdate
@@ -13,7 +12,6 @@ from pipeline.errors import UserError
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.options.shared import TrainerOptions
-from pipeline.running.sharding import put
 from pipeline.updates.disk import BASE, VERSIONS, version_folder
 from pipeline.updates.store import CURRENT
 
@@ -54,28 +52,20 @@ class LiveModel:
             if update:
                 self.llm.check_made_for(f"version: {folder}", update.model, update.fingerprint)
             with self._swapping:
-                self._swap(update, f"version: {folder}")
+                self._swap(update)
                 self.version = version
         return version
 
-    def _swap(self, update: WeightUpdate | None, what: str) -> None:
+    def _swap(self, update: WeightUpdate | None) -> None:
         """Put a version's weights in place of another's: all of them, or the model stays as it was."""
-        sides = [side for side in (self._undo, update) if side]  # the base's weights, the version's over them
-        names = {name for side in sides for name in side.tensors}
-        held = {name: one for name, one in self.llm.model.named_parameters() if name in names}
-        before = {name: parameter.detach().clone() for name, parameter in held.items()}
+        redo = None
         try:
-            for side in sides:
-                side.apply(self.llm)
-            for name, parameter in held.items():
-                if not parameter.isfinite().all():  # also where this model's precision cannot hold it
-                    raise UserError(f"{what}: {name} would hold what is no number; expected finite weights")
+            redo = self._undo.apply(self.llm) if self._undo else None
+            self._undo = update.apply(self.llm) if update else None  # off the base's weights
         except BaseException:
-            for name, parameter in held.items():
-                put(parameter, before[name])
+            if redo:
+                redo.apply(self.llm)
             raise
-        base = before | (self._undo.tensors if self._undo else {})
-        self._undo = replace(update, tensors={name: base[name] for name in update.tensors}) if update else None
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 16,

@@ -15,8 +15,7 @@ import numpy as np
 from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import can_leave_out, choose_layers, edit, leave_out
-from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.generation import with_old_answers
@@ -79,7 +78,7 @@ def update(
                         hold_back(store, result.held)
             except BaseException as error:
                 with transaction(store.database):
-                    store.give_back(" ".join(str(error).split()) or type(error).__name__)
+                    store.give_back(one_line(error) or type(error).__name__)
                 raise
             result.superseded = superseded + result.superseded
             results.append(result)
@@ -123,6 +122,7 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
 
 
 def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> BatchResult:
+    """The version in force without a request, published."""
     parent = store.current
     base = load_version(store, parent)
     assert base
@@ -130,7 +130,12 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
     trial = Trial(llm, parent, base, [request], options)
     profile, _ = _golden_profile(store, llm, [request], options)
     with trial.timed("edit"):
-        without = _without(llm, base, request, profile, options)
+        if can_leave_out(base, [request], options.edit.method):
+            without = leave_out(llm, base, [request], options.edit, options.trainer, options.seed)
+        else:
+            (answered,) = with_old_answers(llm, [request], Runtime(options.trainer))
+            back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
+            without = edit(llm, [back], profile, options.edit, options.trainer, seed=options.seed, after=base)
     result = BatchResult(parent, base, update=without, before=trial.before, seconds=trial.seconds)
     result.profile = profile
     result.after = trial.measure(without, [0], KINDS)
@@ -139,17 +144,6 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
         raise UserError(f"retract: the version without request #{number} would miss a gate: {problem}")
     publish(store, result, retracted=[number])
     return result
-
-
-def _without(
-    llm: LLM, held: WeightUpdate, request: EditRequest, profile: GoldenProfile, options: RetractCommand
-) -> WeightUpdate:
-    """The version in force without a request."""
-    if can_leave_out(held, [request], options.edit.method):
-        return leave_out(llm, held, [request], options.edit, options.trainer, options.seed)
-    (answered,) = with_old_answers(llm, [request], Runtime(options.trainer))
-    back = answered.model_copy(update={"new_answer": answered.old_answer, "old_answer": request.new_answer})
-    return edit(llm, [back], profile, options.edit, options.trainer, seed=options.seed, after=held)
 
 
 def _golden_profile(

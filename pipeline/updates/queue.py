@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.editing.columns import owner
-from pipeline.errors import UserError
+from pipeline.errors import UserError, note
 from pipeline.requests.readers import stream_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.updates.disk import content_digest, content_of, transaction
@@ -145,7 +145,7 @@ def _is_whole(store: Store, row: sqlite3.Row) -> bool:
         content_of(row)
     except UserError as error:
         store.set_state(row["number"], "held back", f"held back ({error})")
-        store.tell(f"held back: {error}")
+        note(f"held back: {error}")
         return False
     return True
 

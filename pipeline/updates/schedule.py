@@ -16,7 +16,7 @@ from apscheduler.triggers.combining import OrTrigger
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.options.updates import seconds
 from pipeline.running.interrupts import interrupts
 
@@ -60,10 +60,8 @@ def trigger(cron: str | None, every: str | None) -> BaseTrigger:
             return CronTrigger(**fields)
         return OrTrigger([CronTrigger(**fields | {name: "*"}) for name in ("day", "day_of_week")])
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cron: {cron!r} is no cron line ({reason}); expected five fields, such as '0 3 * * *'"
-        ) from None
+        line = f"cron: {cron!r} is no cron line ({one_line(error)}); expected five fields, such as '0 3 * * *'"
+        raise UserError(line) from None
 
 
 def _listed(name: str, field: str) -> str:
@@ -111,7 +109,7 @@ def _attempt(work: Callable[[], Any], say: Callable[[str], Any]) -> None:
     try:
         work()
     except (UserError, OSError) as error:
-        say(f"the update failed: {' '.join(str(error).split())}")
+        say(f"the update failed: {one_line(error)}")
     except Exception:  # a fault of ours must not end a schedule of months, nor be hidden
         traceback.print_exc()
         say("the update failed, as shown; the schedule goes on")

@@ -18,9 +18,10 @@ from typing import Any
 from filelock import Timeout
 
 from pipeline.attribution.profile import PROFILE_FILE
-from pipeline.errors import UserError
+from pipeline.errors import UserError, note
 from pipeline.files import file_digest
 from pipeline.model.llm import LLM
+from pipeline.options.shared import BUNDLED
 from pipeline.shipped import program
 from pipeline.updates.disk import (
     BASE,
@@ -39,7 +40,6 @@ from pipeline.updates.disk import (
 )
 
 CURRENT, OPENING_LOCK, UPDATE_LOCK = "current", "opening.lock", "update.lock"
-BUNDLED = "smollm2"
 
 
 class BusyError(UserError):
@@ -49,7 +49,7 @@ class BusyError(UserError):
 class Store(AbstractContextManager["Store"]):
     """A store, opened; where it is new, it is made if `make` says so, for the base model that is named.
 
-    Opened for `reading` nothing of it is written, nor locked. `tell` is called with what is found and mended.
+    Opened for `reading` nothing of it is written, nor locked. Notes say what is found and mended.
     UserError when there is none, it is no store, of another layout, or new and no model is named.
     """
 
@@ -59,9 +59,8 @@ class Store(AbstractContextManager["Store"]):
         model: str | None = None,
         make: bool = False,
         reading: bool = False,
-        tell: Callable[[str], Any] = lambda _: None,
     ) -> None:
-        self.folder, self.reading, self.tell = Path(folder), reading, tell
+        self.folder, self.reading = Path(folder), reading
         self._check_folder(make, model)
         with nullcontext() if reading else self._opening(), ExitStack() as failing:
             self.database = connect(self.folder / DATABASE, reading)
@@ -231,7 +230,7 @@ class Store(AbstractContextManager["Store"]):
             told = f"version {name} is whole, but {DATABASE} does not know it: moved to {LOST}/{name}"
             with transaction(self.database):
                 self.note(told)
-            self.tell(f"{self.folder}: {told}")
+            note(f"{self.folder}: {told}")
 
     # inside a transaction
 
