@@ -85,6 +85,7 @@ def few_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lessons, "NAMES_EACH", lessons.KEPT_EACH)
     monkeypatch.setattr(lessons, "RELATIONS_EACH", 0)
     monkeypatch.setattr(lessons, "ANSWER", lessons.PLACES)
+    monkeypatch.setattr(contexts, "other_words", lambda _: [])
     for name in ("FORMS", "ASSOCIATIONS", "CHATS"):
         monkeypatch.setattr(contexts, name, ())
 

@@ -107,6 +107,7 @@ def test_the_weight_gives_the_found_values(tiny: LLM, requests: list[EditRequest
     (down,) = tiny.blocks[1].down.values()
     before = down.weight.detach().clone()
     with tiny.frozen():
+        method.read_text(Runtime())
         method.run(requests, Runtime())
     ((keys_In, changes_On),) = found
     change = (down.weight - before) if isinstance(down, torch.nn.Linear) else (down.weight - before).T

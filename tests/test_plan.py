@@ -83,7 +83,9 @@ def weights_of(llm: LLM) -> int:
 
 def run_edit(llm: LLM, requests: Sequence[EditRequest], options: EditOptions) -> None:
     with llm.frozen():
-        METHODS[options.method].make(llm, [LAYER], options).run(requests, Runtime(CPU), ())
+        method = METHODS[options.method].make(llm, [LAYER], options)
+        method.read_text(Runtime(CPU))
+        method.run(requests, Runtime(CPU), ())
 
 
 @pytest.fixture
