@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import mean_loss
 
-from pipeline.editing.auto import AFTER_FEW, AFTER_MANY, AutoSettings
+from pipeline.editing.auto import AFTER_FEW, AFTER_MANY, MANY_LONG, AutoSettings
 from pipeline.editing.columns import Columns, owner
 from pipeline.editing.editor import can_leave_out, edit
 from pipeline.editing.finetune import FineTune, FinetuneSettings
@@ -80,6 +80,9 @@ def test_after_many_located_requests_training_goes_gently(
     questions = [changed(one, prompt=f"The capital of {one.subject} is what?") for one in requests]
     with pytest.warns(Note, match="7 of 7"):
         assert fit(questions) == own
+    long = [changed(one, new_answer="the capital and the river and the sea " * 3) for one in requests]
+    with pytest.warns(Note, match="7 of 7"):
+        assert fit(long) == replace(own, **MANY_LONG)
 
 
 def test_what_is_to_stay_is_what_the_unedited_model_says(

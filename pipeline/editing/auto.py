@@ -29,9 +29,10 @@ from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
 from pipeline.running.trainer import Runtime
 
-MANY = 32  # located requests: beyond, training takes so many steps that it bends other texts
+MANY = 32  # requests: beyond, training takes so many steps that it bends other texts
 AFTER_FEW: dict[str, Any] = {"kl": 2.0}  # what a value bends of its subject is to come back
 AFTER_MANY: dict[str, Any] = {"epochs": 16, "learning_rate": 0.003, "last_step": 0.1, "kl": 6.0}
+MANY_LONG: dict[str, Any] = {"epochs": 16, "kl": 1.2}  # a long answer has many tokens to learn from in each step
 
 
 @dataclass(kw_only=True)
@@ -83,9 +84,12 @@ class Auto(LocateThenEdit):
         if others:
             kinds = "questions, long answers, several facts about one subject, no subject after a text's beginning"
             note(f"edit: fine-tuned alone, not after memit: {len(others)} of {len(requests)} requests ({kinds})")
+        usual: dict[str, Any] = {}
         if len(located) > len(others):
             usual = AFTER_MANY if len(located) > MANY else AFTER_FEW
-            self.tuning.settings = replace(self.tuning.settings, **usual | self.settings.tuning)
+        elif sum(len(row.targets) > self.settings.long for row in self.llm.tokens.answered(others)) > MANY:
+            usual = MANY_LONG
+        self.tuning.settings = replace(self.tuning.settings, **usual | self.settings.tuning)
         (courses,) = self.tuning.lessons([requests], runtime)
         if replaced := [one for one in others if owner(one) in owners_in(self.state)]:
             self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes
