@@ -45,7 +45,7 @@ def test_scores_figures_and_edits(
     lacking.write_text("".join(json.dumps(record) + "\n" for record in [first, *others]))
     plain = ["--layers", "1", "--method", "finetune", "--expert.whiten", "0", "--expert.learnt", "0"]
     plain += ["--evaluation.text", text]
-    steps = ["--expert.kl", "0", "--expert.contexts", "0", "--expert.epochs", "40", "--expert.learning_rate", "0.1"]
+    steps = ["--expert.kl", "0", "--expert.contexts", "0", "--expert.epochs", "80", "--expert.learning_rate", "0.1"]
     assert main(["edit", *asked, *plain, *steps, *CPU, "--output", str(update)]) == 0
     evaluating = ["evaluate", *asked, "--update", str(update), "--text", text, "--fluency", "3"]
     editing = ["edit", *asked, *plain, "--expert.epochs", "2", "--expert.batch_size"]

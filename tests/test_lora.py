@@ -31,7 +31,7 @@ def test_plain_peft_loads_the_adapter(
 ) -> None:
     base = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
     before = mean_loss(tiny, requests)
-    options = lora([1, 2], scope=scope, epochs=30)
+    options = lora([1, 2], scope=scope, epochs=60)
     update = edit(tiny, requests, options=options)
     assert {n: t for n, t in tiny.model.state_dict().items() if not torch.equal(t, base[n])} == {}, "left its mark"
     assert list(tiny.model.state_dict()) == list(base), "no adapter stays in the model"

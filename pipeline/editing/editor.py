@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing import auto, finetune, locate, lora  # noqa: F401  each registers its own kinds
 from pipeline.editing.columns import owner, owners_in
-from pipeline.editing.method import METHODS, settings_of
+from pipeline.editing.method import METHODS, ReadsText, settings_of
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.files import digest
@@ -79,7 +79,8 @@ def edit(
     about = (llm.fingerprint, llm.chat, options.method, layers, settings, options.statistics, seed)
     own = work / digest(*about, requests, earlier.requests) if work else None
     runtime = Runtime(trainer or TrainerOptions(), logger, seed, own)
-    method.read_text(runtime)
+    if isinstance(method, ReadsText):
+        method.read_text(runtime)
     with earlier.applied(llm), restored(llm, method.weight_names):
         with llm.frozen():
             method.run(requests, runtime, left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -31,12 +31,17 @@ class EditMethod(Protocol):
     state: dict[str, Tensor]
     adapter: dict[str, Any] | None
 
-    def read_text(self, runtime: Runtime) -> None:
-        """Read what it wants to know of ordinary text, the model being without any edit."""
-        ...
-
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest]) -> None:
         """Make the edit; `earlier` is what an earlier update taught and this one leaves in force."""
+        ...
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A kind of edit that wants to know something of ordinary text."""
+
+    def read_text(self, runtime: Runtime) -> None:
+        """Read it, the model being without any edit."""
         ...
 
 
