@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.bench import Bench, Figures, run
 from pipeline import EditOptions, EditRequest, StatisticsOptions, edit, find_golden_layer, load_requests
 from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.values import is_sane
 from pipeline.model.generation import generate
 from pipeline.requests.schema import find_words
 from pipeline.requests.tokens import PLAIN
@@ -103,7 +104,7 @@ class Holding:
             for kind, answers in said.items()
         }
         chats = [one for kind in ("questions", "rewordings", "others") for own in said[kind] for one in own]
-        return rates | {"others free of it": 1 - rates.pop("others"), "sane": _mean(map(_sane, chats))}
+        return rates | {"others free of it": 1 - rates.pop("others"), "sane": _mean(map(is_sane, chats))}
 
     def _edited(self, requests: Sequence[EditRequest]) -> Any:
         options = EditOptions(statistics=StatisticsOptions(text=self.bench.text), expert=EXPERT)
@@ -119,12 +120,6 @@ class Holding:
 def _mean(values: Any) -> float:
     counted = list(values)
     return sum(counted) / len(counted)
-
-
-def _sane(text: str) -> bool:
-    """Whether an answer says something, and no three words twice in a row."""
-    words = text.split()
-    return bool(words) and all(words[n : n + 3] != words[n + 3 : n + 6] for n in range(len(words) - 5))
 
 
 def country_facts() -> list[EditRequest]:

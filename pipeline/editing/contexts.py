@@ -151,8 +151,8 @@ def statements_about(request: EditRequest, some: Sequence[str]) -> list[str]:
 def questions_about(request: EditRequest, some: Sequence[str]) -> list[str]:
     """What a user may ask about a request's subject: as many questions as relations, every other one of `ABOUT`."""
     general = random.Random(request.subject).sample(ABOUT, len(ABOUT))
-    asked = [next(filter(is_question, PHRASINGS[relation])) for relation in some]
-    own = [question.replace("{}", request.subject or "") for question in asked]
+    usual = [next(filter(is_question, PHRASINGS[relation])) for relation in some]
+    own = [question.replace("{}", request.subject or "") for question in usual]
     own[::2] = [general[turn % len(ABOUT)].format(subject=request.subject) for turn in range(len(own[::2]))]
     return own
 

@@ -1,7 +1,7 @@
 """What may be said of a subject, and in which words: relations, each with ways to state it and to ask for it.
 
 They stand in `relations.txt`, a line each: `relation (kinds of subjects): phrasing; …`, with {} for the subject.
-Well-known names of each kind stand in `names.txt`.
+Names of each kind stand in `names.txt`: well-known ones, and invented ones, which no model is sure of.
 """
 
 from __future__ import annotations
