@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.editing.solvers import alphaedit, emmet, memit, rome
+from pipeline.editing.solvers import TEXT, alphaedit, emmet, memit, rome, sparing
 from pipeline.errors import UserError
 
 INPUTS, OUTPUTS, REQUESTS = 12, 7, 4
@@ -112,3 +112,18 @@ def test_a_singular_system_says_what_to_raise(system: tuple[Tensor, Tensor, Tens
         memit(keys, changes, torch.zeros(INPUTS, INPUTS), strength=1)
     with pytest.raises(UserError, match="no direction is free"):
         alphaedit(keys, changes, torch.eye(INPUTS), threshold=1e-3)
+
+
+def test_sparing_is_the_least_squares_solution(system: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, change_OK, C = (part.double() for part in system)
+    change = change_OK @ torch.randn(REQUESTS, INPUTS, dtype=torch.float64)
+    taught, others = torch.randn(2, INPUTS, 30, dtype=torch.float64)
+    T, N = taught @ taught.T / 30, others @ others.T / 30
+    spared = (0.5 / 30) ** 0.5 * others
+    text = torch.linalg.cholesky(TEXT * T.trace() / C.trace() * C)
+    asked = torch.cat([change @ taught / 30**0.5, torch.zeros(OUTPUTS, 30 + INPUTS)], 1)
+    keys = torch.cat([taught / 30**0.5, spared, text], 1)
+    expected = torch.linalg.lstsq(keys.T, asked.T).solution.T
+    found = change @ sparing(T, N, C, 0.5)
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found @ others).norm() < (change @ others).norm()

@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import mean_loss
 from torch import nn
 
 from pipeline.editing.contexts import neighbours
 from pipeline.editing.editor import edit
 from pipeline.editing.finetune import FineTune, FinetuneSettings
+from pipeline.editing.statistics import KeyMoments
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
+from pipeline.running.stage import run
 
 
 @pytest.fixture
@@ -98,6 +102,43 @@ def test_kl_keeps_answers_about_something_else(tiny_llm: LLM, requests: list[Edi
             divergence += (before.exp() * (before - after)).sum().item()
         moved.append(divergence)
     assert moved[1] < 0.5 * moved[0]
+
+
+def test_moments_are_of_what_is_read_of_rows_of_any_length(tiny: LLM) -> None:
+    rows = [Row([5, 6, 7, 8, 9], 3), Row([7, 3], 2), Row([4, 9, 2], 1)]
+    (name,) = tiny.blocks[2].down
+    stage = KeyMoments(tiny, [name])
+    with tiny.frozen():
+        run(stage, rows, batch_size=3)
+        keys = []
+        for row in rows:
+            with stage.activations.entering(name) as seen, torch.no_grad():
+                tiny.model(torch.tensor([row.token_ids[: len(row.token_ids) - bool(row.targets)]]))
+            keys.append(seen[name].reshape(-1, seen[name].shape[-1]))
+    key_NI = torch.cat(keys)
+    assert len(key_NI) == 4 + 2 + 2
+    torch.testing.assert_close(stage.moments()[name], key_NI.T @ key_NI / len(key_NI), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora"])
+def test_a_last_solve_spares_other_names(method: str, tiny: LLM, requests: list[EditRequest]) -> None:
+    texts = tiny.tokens.texts([text for text, _ in neighbours(requests, 9, 256)])
+    base, moved, losses = last_logits(tiny, texts), [], []
+    for sparing in (0.0, 0.3):
+        expert = {"scope": "down", "epochs": 12, "learnt": 0.0, "kl": 0.1, "sparing": sparing}
+        update = edit(tiny, requests, options=EditOptions(method=method, layers=[2], expert=expert))
+        with update.applied(tiny):
+            moved.append((last_logits(tiny, texts) - base).norm().item())
+            losses.append(mean_loss(tiny, requests))
+    gained = [mean_loss(tiny, requests) - loss for loss in losses]
+    assert moved[1] / moved[0] < 0.8, "as much is done to other names as before"
+    assert moved[1] / moved[0] < gained[1] / gained[0], "a smaller change would do as well"
+
+
+def last_logits(llm: LLM, texts: list[list[int]]) -> torch.Tensor:
+    """What follows each text."""
+    with llm.frozen(), torch.no_grad():
+        return torch.stack([llm.model(torch.tensor([ids])).logits[0, -1] for ids in texts])
 
 
 def test_depths_lie_within_the_model(tiny_llm: LLM) -> None:

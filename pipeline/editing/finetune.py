@@ -6,6 +6,7 @@ Breadth-first mini-batches at one well-chosen layer are what makes plain fine-tu
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +18,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing.contexts import CONTEXTS, TAUGHT_CONTEXTS
-from pipeline.editing.lessons import KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
+from pipeline.editing.lessons import (
+    OTHER_NAME,
+    READ_TOGETHER,
+    KeepTraining,
+    LessonData,
+    Lessons,
+    read_lessons,
+    teaching_loss,
+)
 from pipeline.editing.method import register, settings_of
-from pipeline.editing.statistics import key_moments
+from pipeline.editing.solvers import sparing
+from pipeline.editing.statistics import KeyMoments, key_moments
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model.activations import Activations, checkpointing, target_logits
@@ -27,13 +37,14 @@ from pipeline.model.blocks import Projection
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count, Most, Options, Positive, Weight, above, at_least, at_most, one_of
 from pipeline.options.editing import EditOptions, StatisticsOptions
-from pipeline.requests.rows import Batch
+from pipeline.requests.rows import Batch, Row
 from pipeline.requests.schema import EditRequest
-from pipeline.running.sharding import whole
-from pipeline.running.stage import Staying, attempt
+from pipeline.running.sharding import put, whole
+from pipeline.running.stage import Staying, attempt, run
 from pipeline.running.trainer import Runtime, trainer_of
 
 EPOCHS, LEAST_STEPS = 40, 80
+READ_MOST = 1024  # texts that a last solve reads, of each kind
 
 
 @dataclass(kw_only=True)
@@ -58,6 +69,8 @@ class FinetuneSettings(Options):
     """Weight of going on as before after other names, and other relations of a subject; 0: not asked for."""
     whiten: Weight = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
+    sparing: Weight = 0.1
+    """Weight of other names, after a request's prompt, in a last solve that leaves what they say alone; 0: none."""
     depths: list[float] = field(default_factory=list)
     """Further blocks that are trained beside the golden layers, each by its depth in the model: 0 to 1."""
 
@@ -75,7 +88,7 @@ class FineTune(Staying):
 
     Attributes:
         weight_names: the weights it changes, by full name.
-        whiteners: of projections, those that steps are whitened by.
+        moments, whiteners: of projections, ordinary text's key statistics, and what steps are whitened by.
 
     Example:
         >>> trainer = Trainer(max_epochs=3, accumulate_grad_batches=2)
@@ -103,6 +116,7 @@ class FineTune(Staying):
             self.projections |= llm.blocks[layer].projections(self.settings.scope)
         self.weight_names = [f"{name}.weight" for name in self.projections]
         self.state: dict[str, Tensor] = {}
+        self.moments: dict[str, Tensor] = {}
         self.whiteners: dict[str, Tensor] = {}
         self.epochs = self.settings.epochs or EPOCHS
         self.round, self.quiet = 1, 0  # epochs that ask for each kind of form, and those gone by with all learnt
@@ -113,11 +127,12 @@ class FineTune(Staying):
         self.fit(courses, runtime)
 
     def read_text(self, runtime: Runtime) -> None:
-        """Find the whiteners of every projection that is trained, where the settings want any."""
-        names = list(self.projections) if self.settings.whiten else []
-        moments = key_moments(self.llm, names, self.statistics, runtime)
+        """Find key statistics of every projection that is trained, where the settings want any, and whiteners."""
         device, ridge = self.llm.embedding.device, self.settings.whiten
-        self.whiteners = {name: whitener(moments.pop(name).to(device), ridge).cpu() for name in names}
+        names = list(self.projections) if ridge or self.settings.sparing else []
+        self.moments = key_moments(self.llm, names, self.statistics, runtime)
+        if ridge:
+            self.whiteners = {name: whitener(self.moments[name].to(device), ridge).cpu() for name in names}
 
     def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[list[Lessons]]:
         """The courses of each group of requests, which know nothing of each other."""
@@ -149,6 +164,28 @@ class FineTune(Staying):
                 f"trainer: {failed}; give --edit.expert.batch_size {max(1, size // 2)}, "
                 "--trainer.activation_checkpointing true, --trainer.precision bf16-true or --trainer.strategy fsdp"
             )
+        self.spare(courses, runtime)
+
+    def spare(self, courses: Sequence[Lessons], runtime: Runtime) -> None:
+        """Let what was trained do the same to what was taught, and next to nothing to other names."""
+        taught = [lesson.row for course in courses for forms in course.taught for lesson in forms]
+        others = [lesson.row for course in courses for lesson in course.others if lesson.row.tag == OTHER_NAME]
+        if not others or not self.settings.sparing or not self.moments:
+            return
+        found, device = [], self.llm.embedding.device
+        for rows in (taught, others):
+            stage = KeyMoments(self.llm, list(self.projections))
+            rows = random.Random(runtime.seed).sample(rows, min(len(rows), READ_MOST))
+            run(stage, rows, runtime, Row.length, READ_TOGETHER)
+            found.append(stage.moments())
+        for name, weight in self.trained().items():
+            if (reads := self.reads(name)) is None:
+                continue
+            projection, inputs = reads
+            moments = [each[projection].to(device) for each in (*found, self.moments)]
+            change = whole(weight).to(device) - self.origin(name).to(device)
+            M = sparing(*moments, self.settings.sparing).to(change)
+            put(weight, self.origin(name).to(device) + (change @ M if inputs == 1 else M.T @ change))
 
     def configure_model(self) -> None:
         """Freeze what is not trained, before a strategy wraps it; remember what is trained as it is."""
@@ -183,13 +220,19 @@ class FineTune(Staying):
         """The unit of a weight's step: its own root mean square, so that one rate serves every family."""
         return _scale(self.start[name])
 
+    def reads(self, name: str) -> tuple[str, int] | None:
+        """The projection whose inputs a trained weight reads, and the weight's dimension of them; None: none."""
+        projection = name.removesuffix(".weight")
+        return projection, 0 if isinstance(self.projections[projection], Conv1D) else 1
+
+    def origin(self, name: str) -> Tensor:
+        """What a trained weight would be without what it changes."""
+        return self.start[name]
+
     def whitening(self, name: str) -> tuple[Tensor, int] | None:
         """A trained weight's whitener, and the weight's dimension that it acts on."""
-        projection = name.removesuffix(".weight")
-        if projection not in self.whiteners:
-            return None
-        inputs = 0 if isinstance(self.projections[projection], Conv1D) else 1
-        return self.whiteners[projection].to(self.device), inputs
+        projection, inputs = self.reads(name) or ("", 0)
+        return (self.whiteners[projection].to(self.device), inputs) if projection in self.whiteners else None
 
     def training_step(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch (see `teaching_loss`), such that its mean over devices and micro-batches of a

@@ -108,10 +108,14 @@ class LoRA(FineTune):
         """An adapter's factors have no scale of the model's: their step is as it is."""
         return 1.0
 
-    def whitening(self, name: str) -> tuple[Tensor, int] | None:
-        """The whitener of a factor that reads inputs, and the factor's dimension that it acts on."""
+    def reads(self, name: str) -> tuple[str, int] | None:
+        """A factor that reads inputs does so for its projection."""
         projection, factor, _ = name.partition(".lora_A")
-        return (self.whiteners[projection].to(self.device), 1) if factor and projection in self.whiteners else None
+        return (projection, 1) if factor else None
+
+    def origin(self, name: str) -> Tensor:
+        """The change is the factors' product: all of a factor belongs to it."""
+        return torch.zeros_like(self.start[name])
 
 
 register("lora", LoRA, LoraSettings, trial="adapters")

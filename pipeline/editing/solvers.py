@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 
 UNUSED = 1e-8  # of the mean of C's diagonal
+TEXT, SMALL = 0.03, 1e-6  # of text in `sparing`, and of its diagonal's mean
 RIDGE = 1e-4  # added to the diagonals of both of emmet's systems, relative to their mean
 
 
@@ -74,6 +75,20 @@ def alphaedit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, threshold: f
     s = 0.01 * (P @ K).square().sum(0).mean()
     system = K @ K.T @ P + s * torch.eye(len(P), dtype=P.dtype, device=P.device)
     return torch.linalg.solve(system.T, (R @ K.T @ P).T).T
+
+
+def sparing(taught_II: Tensor, others_II: Tensor, moment_II: Tensor, weight: float) -> Tensor:
+    """M = T (T + λN + μC)⁻¹ (I, I): ΔW M does to taught keys what ΔW does, and little to others and to text's.
+
+    It is the least squares solution: ΔW M k close to ΔW k for taught keys k, and close to nothing for the others.
+
+    Args:
+        taught_II, others_II: T and N, second moments of the keys of what was taught, and of what is to be spared.
+        moment_II: C = E[k kᵀ] over ordinary text; μ is `TEXT` in units of T's scale.
+        weight: λ.
+    """
+    T, N, C = taught_II.double(), others_II.double(), moment_II.double()
+    return _solve(_ridged(T + weight * N + TEXT * T.trace() / C.trace() * C, SMALL), T).T
 
 
 def _ridged(matrix: Tensor, ridge: float) -> Tensor:

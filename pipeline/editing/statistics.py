@@ -15,12 +15,13 @@ from torch import Tensor, distributed
 from pipeline.editing.ordinary_text import OPENINGS, own_text, windows
 from pipeline.errors import UserError, note
 from pipeline.files import cached, digest, read_plain_text, read_sealed, write_sealed
-from pipeline.model.activations import Activations
-from pipeline.model.blocks import sizes
+from pipeline.model.activations import RowStage
+from pipeline.model.blocks import by_row, sizes
 from pipeline.model.llm import LLM
 from pipeline.options.editing import StatisticsOptions
+from pipeline.requests.rows import Batch, Row
 from pipeline.running.processes import of_all, world_size
-from pipeline.running.stage import Stage, run
+from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime, own_precision
 
 READ_TOGETHER = 8  # windows
@@ -51,7 +52,7 @@ def key_moments(
         _check_size(llm, missing, sum(map(len, read)), options)
         stage = KeyMoments(llm, missing)
         with llm.frozen():
-            run(stage, read, runtime, batch_size=READ_TOGETHER)
+            run(stage, [Row(ids, len(ids)) for ids in read], runtime, batch_size=READ_TOGETHER)
         for name, moment in stage.moments().items():
             if wrong := _wrong(moment, about[name]):
                 raise UserError(
@@ -112,7 +113,7 @@ def _read(file: Path | None, about: dict[str, Any]) -> Tensor | None:
     return None if wrong else moment
 
 
-class KeyMoments(Stage):
+class KeyMoments(RowStage):
     """Sums k kᵀ of what enters projections, by full name, over all positions of windows of text; puts nothing out.
 
     The model's blocks run up to the last of these projections.
@@ -121,26 +122,26 @@ class KeyMoments(Stage):
     title = "Key statistics"
 
     def __init__(self, llm: LLM, names: Sequence[str]) -> None:
-        super().__init__(llm.model)
-        self.activations, self.names = Activations(llm), list(names)
+        super().__init__(llm)
+        self.names = list(names)
         self.above = 1 + max(llm.blocks_of(names))
         self.sums: dict[str, Tensor] = {}  # float64: no buffers, which Lightning would cast with the weights
         self.count = 0
 
-    def collate(self, items: list[list[int]]) -> Tensor:
-        return torch.tensor(items)
-
-    def step(self, batch: Tensor) -> list[None]:
+    def step(self, batch: Batch) -> list[None]:
         with self.activations.up_to_block(self.above), self.activations.entering(*self.names) as seen:
-            self.activations.run(batch)
+            self.activations.run(batch.input_ids_BT)
+        ends_B = torch.tensor([len(row.token_ids) - bool(row.targets) for row in batch.texts], device=self.device)
+        read_BT = torch.arange(batch.input_ids_BT.shape[1], device=self.device) < ends_B[:, None]
         counts = 0 if self.again else 1
         for name, key_BTI in seen.items():  # summed when the pass is over: one that fails counts nothing
-            key_NI = key_BTI.flatten(0, -2).to(torch.promote_types(key_BTI.dtype, torch.float32))
+            key_NI = by_row(key_BTI, len(read_BT))[read_BT]
+            key_NI = key_NI.to(torch.promote_types(key_NI.dtype, torch.float32))
             with own_precision(key_NI.device):
                 total_II = counts * (key_NI.T @ key_NI).double()
             self.sums[name] = self.sums[name] + total_II if name in self.sums else total_II
-        self.count += counts * batch.numel()
-        return [None] * len(batch)
+        self.count += counts * int(read_BT.sum())
+        return [None] * len(batch.texts)
 
     def moments(self) -> dict[str, Tensor]:
         """The means over all processes' positions, by name, on the CPU; the sums are let go."""
