@@ -121,7 +121,7 @@ def test_moments_are_of_what_is_read_of_rows_of_any_length(tiny: LLM) -> None:
 
 
 @pytest.mark.parametrize("method", ["finetune", "lora"])
-def test_a_last_solve_spares_other_names(method: str, tiny: LLM, requests: list[EditRequest]) -> None:
+def test_a_last_solve_spares_what_is_to_stay(method: str, tiny: LLM, requests: list[EditRequest]) -> None:
     texts = tiny.tokens.texts([text for text, _ in neighbours(requests, 9, 256)])
     base, moved, losses = last_logits(tiny, texts), [], []
     for sparing in (0.0, 0.3):

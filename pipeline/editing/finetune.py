@@ -18,18 +18,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing.contexts import CONTEXTS, TAUGHT_CONTEXTS
-from pipeline.editing.lessons import (
-    OTHER_NAME,
-    READ_TOGETHER,
-    KeepTraining,
-    LessonData,
-    Lessons,
-    read_lessons,
-    teaching_loss,
-)
+from pipeline.editing.lessons import KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.solvers import sparing
-from pipeline.editing.statistics import KeyMoments, key_moments
+from pipeline.editing.statistics import READ_TOGETHER, KeyMoments, key_moments
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model.activations import Activations, checkpointing, target_logits
@@ -69,8 +61,8 @@ class FinetuneSettings(Options):
     """Weight of going on as before after other names, and other relations of a subject; 0: not asked for."""
     whiten: Weight = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
-    sparing: Weight = 0.1
-    """Weight of other names, after a request's prompt, in a last solve that leaves what they say alone; 0: none."""
+    sparing: Weight = 0.2
+    """Weight of what is to go on as before in a last solve, which keeps of the change what was taught; 0: none."""
     depths: list[float] = field(default_factory=list)
     """Further blocks that are trained beside the golden layers, each by its depth in the model: 0 to 1."""
 
@@ -167,25 +159,30 @@ class FineTune(Staying):
         self.spare(courses, runtime)
 
     def spare(self, courses: Sequence[Lessons], runtime: Runtime) -> None:
-        """Let what was trained do the same to what was taught, and next to nothing to other names."""
+        """Let what was trained do the same to what was taught, and little to what is to go on as before.
+
+        Training with KL alone leaves on other texts what no one step finds worth taking back; one solve takes it.
+        """
         taught = [lesson.row for course in courses for forms in course.taught for lesson in forms]
-        others = [lesson.row for course in courses for lesson in course.others if lesson.row.tag == OTHER_NAME]
-        if not others or not self.settings.sparing or not self.moments:
+        others = [lesson.row for course in courses for lesson in course.others]
+        if not (others and self.moments and self.settings.sparing):
             return
-        found, device = [], self.llm.embedding.device
-        for rows in (taught, others):
-            stage = KeyMoments(self.llm, list(self.projections))
-            rows = random.Random(runtime.seed).sample(rows, min(len(rows), READ_MOST))
-            run(stage, rows, runtime, Row.length, READ_TOGETHER)
-            found.append(stage.moments())
+        read = [self._keys_of(rows, runtime) for rows in (taught, others)]
         for name, weight in self.trained().items():
-            if (reads := self.reads(name)) is None:
-                continue
-            projection, inputs = reads
-            moments = [each[projection].to(device) for each in (*found, self.moments)]
-            change = whole(weight).to(device) - self.origin(name).to(device)
-            M = sparing(*moments, self.settings.sparing).to(change)
-            put(weight, self.origin(name).to(device) + (change @ M if inputs == 1 else M.T @ change))
+            if reads := self.reads(name):
+                projection, inputs = reads
+                moments = [each[projection].to(weight.device) for each in (*read, self.moments)]
+                M = sparing(*moments, self.settings.sparing).float()
+                start = self.origin(name).to(weight.device).float()
+                change = whole(weight).float() - start
+                put(weight, start + (change @ M if inputs == 1 else M.T @ change))
+
+    def _keys_of(self, rows: Sequence[Row], runtime: Runtime) -> dict[str, Tensor]:
+        """Second moments of the keys of texts, or of a part of them, by projection."""
+        stage = KeyMoments(self.llm, list(self.projections))
+        some = random.Random(runtime.seed).sample(rows, min(len(rows), READ_MOST))
+        run(stage, some, runtime, Row.length, READ_TOGETHER)
+        return stage.moments()
 
     def configure_model(self) -> None:
         """Freeze what is not trained, before a strategy wraps it; remember what is trained as it is."""
