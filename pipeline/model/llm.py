@@ -123,7 +123,7 @@ class LLM:
 
     def explain(self, request: EditRequest) -> list[ShownToken]:
         """The tokens of a request's prompt and new answer, as every stage reads them."""
-        (row,) = self.tokens.answered([request], [request.new_answer])
+        (row,) = self.tokens.answered([request])
         last, ids = row.subject[1] if row.subject else None, row.token_ids
         told = [str(self.tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]  # alone, some lose spaces
         return [
