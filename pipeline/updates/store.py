@@ -62,15 +62,16 @@ class Store(AbstractContextManager["Store"]):
     ) -> None:
         self.folder, self.reading = Path(folder), reading
         self._check_folder(make, model)
-        with nullcontext() if reading else self._opening(), ExitStack() as failing:
-            self.database = connect(self.folder / DATABASE, reading)
-            failing.push(self)
-            if reading or self.about("model") is not None:
-                self._check_named(self.about("model"))
-            else:
-                self._begin(model)
+        with ExitStack() as failing:
+            with nullcontext() if reading else self._opening():
+                self.database = connect(self.folder / DATABASE, reading)
+                failing.push(self)
+                if reading or self.about("model") is not None:
+                    self._check_named(self.about("model"))
+                else:
+                    self._begin(model)
             if not reading:
-                self._point()
+                self.point()
             failing.pop_all()
 
     @contextmanager
@@ -166,16 +167,13 @@ class Store(AbstractContextManager["Store"]):
     def point(self) -> None:
         """Set the links: `current` to the version in force, and the profile, for later batches, to the newest's."""
         with locked(self.folder / OPENING_LOCK):
-            self._point()
-
-    def _point(self) -> None:
-        self._link(self.folder / CURRENT, Path(VERSIONS) / f"{self.current:04d}")
-        newest, profile = Path(VERSIONS) / f"{self.newest:04d}" / PROFILE_FILE, self.folder / PROFILE_FILE
-        if not (self.folder / newest).is_file():
-            return
-        own = profile.is_file() and not profile.is_symlink()
-        if not own or file_digest(profile) == file_digest(self.folder / newest):
-            self._link(profile, newest)
+            self._link(self.folder / CURRENT, Path(VERSIONS) / f"{self.current:04d}")
+            newest, profile = Path(VERSIONS) / f"{self.newest:04d}" / PROFILE_FILE, self.folder / PROFILE_FILE
+            if not (self.folder / newest).is_file():
+                return
+            own = profile.is_file() and not profile.is_symlink()
+            if not own or file_digest(profile) == file_digest(self.folder / newest):
+                self._link(profile, newest)
 
     def _link(self, link: Path, target: Path) -> None:
         if link.is_symlink() and link.readlink() == target:
