@@ -21,13 +21,6 @@ from pipeline.model.activations import runs_again
 from pipeline.model.blocks import Block, by_row
 from pipeline.running.processes import of_all
 
-LOADERS = {
-    TrainerFn.FITTING: "train_dataloader",
-    TrainerFn.VALIDATING: "val_dataloaders",
-    TrainerFn.TESTING: "test_dataloaders",
-    TrainerFn.PREDICTING: "predict_dataloaders",
-}
-
 
 class GradientAttribution(Callback):
     """Finds φ_il = ⟨∇ℓ(x_i, y_i^old), ∇ℓ(x_i, y_i^new)⟩ over the weights of each layer (arXiv 2602.20207).
@@ -104,7 +97,9 @@ class GradientAttribution(Callback):
         if watches(trainer):
             self._open.close()
             found = self._found or [np.empty((0, len(self.blocks)))]
-            self.scores = in_order(found, getattr(trainer, LOADERS[trainer.state.fn or TrainerFn.PREDICTING]))
+            kind = trainer.state.stage.dataloader_prefix if trainer.state.stage else None
+            loaders = "train_dataloader" if kind == "train" else f"{kind}_dataloaders"
+            self.scores = in_order(found, getattr(trainer, loaders))
 
     def on_exception(self, *_: Any) -> None:
         self._open.close()

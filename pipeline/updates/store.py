@@ -66,10 +66,10 @@ class Store(AbstractContextManager["Store"]):
             with nullcontext() if reading else self._opening():
                 self.database = connect(self.folder / DATABASE, reading)
                 failing.push(self)
-                if reading or self.about("model") is not None:
-                    self._check_named(self.about("model"))
-                else:
-                    self._begin(model)
+                known = self.about("model")
+                self._check_named(known or (None if reading else model))
+                if known is None:
+                    self._begin(model or "")
             if not reading:
                 self.point()
             failing.pop_all()
@@ -98,12 +98,11 @@ class Store(AbstractContextManager["Store"]):
         if not model:
             raise UserError(f"store: {self.folder}: new; name the model that it is for with --model")
 
-    def _begin(self, name: str | None) -> None:
+    def _begin(self, name: str) -> None:
         """Make version 0, the base model as it is, and say whose store this is."""
-        self._check_named(name)
         version_folder(self.folder, BASE).mkdir(parents=True, exist_ok=True)
         with transaction(self.database) as database:
-            about = {"model": _absolute(name or ""), "fingerprint": "", "current": BASE, "next": 1}
+            about = {"model": _absolute(name), "fingerprint": "", "current": BASE, "next": 1}
             database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             database.execute(
                 "INSERT INTO versions (number, made, files, shown) VALUES (?, ?, '{}', 1)", (BASE, time.time())
