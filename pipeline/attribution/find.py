@@ -41,7 +41,6 @@ def find_golden_layer(
         >>> profile.golden_layers == profile.ranking[:1]
         True
     """
-    options = options or AttributionOptions()
     return choose(score_requests(llm, requests, options, trainer, seed), options, request_set, seed)
 
 

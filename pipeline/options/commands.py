@@ -5,18 +5,7 @@ from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.base import (
-    Count,
-    FromZero,
-    Most,
-    Names,
-    above,
-    at_least,
-    at_most,
-    between,
-    group,
-    one_of,
-)
+from pipeline.options.base import Count, FromZero, Most, Names, above, at_least, at_most, between, group, one_of
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import (
     AskedModelOptions,
