@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,10 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} deep") from None
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
+    level: list[Any] = [[value]]
+    for _ in range(DEEPEST + 1):
+        within = chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for one in within if isinstance(one, dict | list)]
         if not level:
             return value
     raise ValueError(f"nested more than {DEEPEST} deep")

@@ -35,7 +35,12 @@ def _check(options: RequestsCommand) -> None:
     print(summary(found))
     require_good(found, options.skip_bad)
     if options.forms:
-        print("\n".join(line for request in _good(options) for line in _forms(request)))
+        for request in _good(options):
+            print(f"{request.id}:")
+            for text, answer in plain_forms(request, TAUGHT_CONTEXTS):
+                print(f"  {text} {answer}")
+            for text, answer in chat_forms(request):
+                print(f"  user: {text} / assistant: {answer}")
     if to:
         print(f"written to {write_requests(to, _good(options))}")
 
@@ -44,13 +49,6 @@ def _good(options: RequestsCommand) -> Iterator[EditRequest]:
     """The requests that are good, one by one."""
     read = read_requests(options.requests, options.limit, options.offset)
     return (one.request for one in read if isinstance(one.request, EditRequest))
-
-
-def _forms(request: EditRequest) -> list[str]:
-    """A request's id, and the texts that it is taught in by fine-tuning, a line each."""
-    plain = [f"  {text} {answer}" for text, answer in plain_forms(request, TAUGHT_CONTEXTS)]
-    chats = [f"  user: {text} / assistant: {answer}" for text, answer in chat_forms(request)]
-    return [f"{request.id}:", *plain, *chats]
 
 
 def _show_known(options: RequestsCommand) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,6 @@ from pipeline.errors import UserError
 from pipeline.model.activations import runs_again
 from pipeline.model.blocks import Block, by_row
 from pipeline.running.processes import of_all
-
-LOADERS = {
-    TrainerFn.FITTING: "train_dataloader",
-    TrainerFn.VALIDATING: "val_dataloaders",
-    TrainerFn.TESTING: "test_dataloaders",
-    TrainerFn.PREDICTING: "predict_dataloaders",
-}
 
 
 class GradientAttribution(Callback):
@@ -81,7 +74,7 @@ class GradientAttribution(Callback):
     def _start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if watches(trainer):
             self._found = []
-            self._attach()
+            self.attached()
 
     def _batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not watches(trainer):
@@ -102,36 +95,28 @@ class GradientAttribution(Callback):
 
     def _end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if watches(trainer):
-            self._detach()
+            self._open.close()
             found = self._found or [np.empty((0, len(self.blocks)))]
-            self.scores = in_order(found, getattr(trainer, LOADERS[trainer.state.fn or TrainerFn.PREDICTING]))
+            kind = trainer.state.stage.dataloader_prefix if trainer.state.stage else None
+            loaders = "train_dataloader" if kind == "train" else f"{kind}_dataloaders"
+            self.scores = in_order(found, getattr(trainer, loaders))
 
     def on_exception(self, *_: Any) -> None:
-        self._detach()
+        self._open.close()
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _start
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _batch_start
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _batch_end
     on_train_end = on_validation_end = on_test_end = on_predict_end = _end
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[Any]:
         """Inside the `with`, passes are watched without a Trainer; `last_scores` has what comes of each."""
-        self._attach()
-        try:
-            yield
-        finally:
-            self._detach()
-
-    def _attach(self) -> None:
+        self._open.callback(lambda: self._pass.let_go())  # that at work by then
         self._open.enter_context(self.blocks[0].module.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer, projections in enumerate(self.projections):
             for name, module in projections.items():
                 self._open.enter_context(module.register_forward_hook(self._hook(layer, name)))
-
-    def _detach(self) -> None:
-        self._open.close()
-        self._pass.let_go()
+        return self._open
 
     def _begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins where the first block does."""

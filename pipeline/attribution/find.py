@@ -22,6 +22,7 @@ from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.shared import TrainerOptions
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import check_subjects
 from pipeline.running.trainer import Runtime
 
 
@@ -40,7 +41,6 @@ def find_golden_layer(
         >>> profile.golden_layers == profile.ranking[:1]
         True
     """
-    options = options or AttributionOptions()
     return choose(score_requests(llm, requests, options, trainer, seed), options, request_set, seed)
 
 
@@ -51,13 +51,8 @@ def check_selector(
 ) -> None:
     """Raise UserError for an unknown method, or requests without the subject that it needs."""
     check_choice("method", options.method, selectors)
-    selector = selectors[options.method]
-    missing = [request.id for request in requests if not request.names_subject]
-    if missing and selector.needs_subject:
-        raise UserError(
-            f"method: {options.method} needs each request's subject in its prompt; not so in {len(missing)} of "
-            f"{len(requests)}: {', '.join(missing[:5])}; the method lga does without"
-        )
+    if selectors[options.method].needs_subject:
+        check_subjects(requests, f"method: {options.method}", instead="lga")
 
 
 def score_requests(

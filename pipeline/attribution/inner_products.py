@@ -11,6 +11,7 @@ Q pairs of sides, L blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -28,20 +29,14 @@ class CapturedInput:
     matrices."""
 
     def __init__(self, input_RTI: Tensor, sides: int = 2) -> None:
-        self.inputs = wide(input_RTI).chunk(sides)
-        self._grams: dict[Pair, Tensor] = {}
+        self.inputs = inputs = wide(input_RTI).chunk(sides)
+        self.gram = cache(lambda one, other: inputs[one] @ inputs[other].mT)  # dot products of inputs, (P, S, T)
 
     def products(self, grad_RTO: Tensor, pairs: Sequence[Pair] = ((0, 1),)) -> Tensor:
         """Inner products of the requests' weight gradients, given the gradients at the outputs, shape (Q, P)."""
         grads = wide(grad_RTO).chunk(len(self.inputs))
-        found = [(self._gram(pair) * (grads[pair[0]] @ grads[pair[1]].mT)).sum((1, 2)) for pair in pairs]
+        found = [(self.gram(*pair) * (grads[pair[0]] @ grads[pair[1]].mT)).sum((1, 2)) for pair in pairs]
         return torch.stack(found)
-
-    def _gram(self, pair: Pair) -> Tensor:
-        """Dot products of two sides' inputs, (P, S, T)."""
-        if pair not in self._grams:
-            self._grams[pair] = self.inputs[pair[0]] @ self.inputs[pair[1]].mT
-        return self._grams[pair]
 
 
 class Estimator(NamedTuple):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.inner_products import GRADIENT_NORM_SUBJECT, LGA, Estimator
@@ -38,7 +37,7 @@ def score_gradients(
         requests = with_old_answers(llm, requests, runtime, always=options.old_answers == "model")
         sides: list[Sides] = list(both_answers(llm.tokens, requests))
     else:
-        sides = [(row,) for row in llm.tokens.answered(requests, [request.new_answer for request in requests])]
+        sides = [(row,) for row in llm.tokens.answered(requests)]
     watch = GradientAttribution(llm.blocks, options.scope, estimator)
     shared = max(1, llm.tokens.place(requests[0].prompt, 1)) if estimator.positions else 1
     with llm.frozen(), checkpointing(llm, runtime.options.activation_checkpointing):
@@ -76,15 +75,11 @@ class Attribution(Stage):
         positions = self.watch.estimator.positions
         self.watch.positions_RK = positions(batch, self.shared) if positions else None
         embeddings = self.llm.model.get_input_embeddings()
-        with embeddings.register_forward_hook(_begin_graph):
+        # their output begins the graph; a copy of it, for some families change theirs in place
+        with embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True).clone()):
             losses = target_losses(self.llm.model, batch)
         losses.sum().backward()
         return list(self.watch.last_scores.double().clone())
-
-
-def _begin_graph(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    """A copy of what embeddings put out, which requires a gradient: some families change theirs in place."""
-    return output.requires_grad_(True).clone()
 
 
 def tokens_of(item: Sides) -> int:

@@ -23,7 +23,7 @@ from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import TrainerOptions
 from pipeline.requests.schema import EditRequest
-from pipeline.requests.sets import fact, settle
+from pipeline.requests.sets import check_subjects, fact, settle
 from pipeline.running.sharding import whole
 from pipeline.running.trainer import Runtime
 from pipeline.shipped import program
@@ -117,18 +117,9 @@ def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRe
     """
     settings_of(options)
     settled = settle(requests, options.last_wins)
-    check_subjects(settled, options.method)
+    if METHODS[options.method].needs_subject:
+        check_subjects(settled, f"edit: {options.method}", instead="finetune")
     return settled
-
-
-def check_subjects(requests: Sequence[EditRequest], method: str, instead: str = "finetune") -> None:
-    """Raise UserError when a method needs subjects, and a request's prompt does not hold its own."""
-    missing = [r.id for r in requests if not r.names_subject]
-    if missing and METHODS[method].needs_subject:
-        raise UserError(
-            f"edit: {method} needs each request's subject in its prompt; not so in {len(missing)} of "
-            f"{len(requests)}: {', '.join(missing[:5])}; the method {instead} does without"
-        )
 
 
 def weights(llm: LLM, names: Sequence[str]) -> dict[str, Tensor]:

@@ -17,8 +17,6 @@ class Entering(RowStage):
     Read are the tokens of a row's subject; of a row without one, all. Outputs are (tokens, D), on the CPU.
     """
 
-    title = "Reading"
-
     def __init__(self, llm: LLM, layer: int, projection: str | None = None) -> None:
         super().__init__(llm)
         self.name = projection or llm.blocks[layer].name
@@ -37,8 +35,6 @@ class Leaving(RowStage):
     The change (O,) of what leaves the first one's down-projection there is a row's `tag`; None: no change. Outputs
     are (2, D), on the CPU.
     """
-
-    title = "Reading"
 
     def __init__(self, llm: LLM, first: int, last: int) -> None:
         super().__init__(llm)
@@ -67,8 +63,6 @@ class Leaving(RowStage):
 
 class HeadReads(RowStage):
     """Reads what the head makes its words of, (N, D), at the places that predict each row's N targets."""
-
-    title = "Reading"
 
     def step(self, batch: Batch) -> list[Tensor]:
         with head_reads(self.model, batch.row_N, batch.position_N) as hidden:

@@ -42,8 +42,7 @@ def _continuations(llm: LLM, each: int) -> list[str]:
     seeds = []
     with llm.frozen():
         for opening, ids in zip(OPENINGS, llm.tokens.texts(OPENINGS), strict=True):
-            device = next(llm.model.parameters()).device
-            logits = llm.model(input_ids=torch.tensor([ids], device=device)).logits[0, -1]
+            logits = llm.model(input_ids=torch.tensor([ids], device=llm.embedding.device)).logits[0, -1]
             likeliest = [[token] for token in logits.topk(each).indices.tolist()]
             seeds += [opening + token for token in llm.tokenizer.batch_decode(likeliest)]
     return seeds

@@ -75,27 +75,24 @@ def stated(request: EditRequest) -> str | None:
 
 @cache
 def _stated(text: str) -> str | None:
-    own, known = _parts(text), _known()
-    counts = Counter(part for some in known.values() for part in set[Hashable]().union(*some))
+    own = _parts(text)
+    counts = Counter(part for some in KNOWN.values() for part in set[Hashable]().union(*some))
 
     def weight(parts: Set[Hashable]) -> float:  # what few relations have counts most, and two words in a row half
-        return sum(log(1 + len(known) / (counts[part] or 1)) / (1 + isinstance(part, tuple)) for part in parts)
+        return sum(log(1 + len(KNOWN) / (counts[part] or 1)) / (1 + isinstance(part, tuple)) for part in parts)
 
     def alike(other: Set[Hashable]) -> float:
         return 2 * weight(own & other) / max(1e-9, weight(own) + weight(other))
 
-    found = {relation: max(map(alike, some)) for relation, some in known.items()}
+    found = {relation: max(map(alike, some)) for relation, some in KNOWN.items()}
     best = max(found, key=found.__getitem__)
     return best if found[best] > ALIKE else None
-
-
-@cache
-def _known() -> dict[str, list[Set[Hashable]]]:
-    """Of each relation, the parts of its name and of all its phrasings."""
-    return {relation: [*map(_parts, (relation, *some))] for relation, some in PHRASINGS.items()}
 
 
 def _parts(text: str) -> Set[Hashable]:
     """Beginnings of a text's words that say something, and all pairs of words in a row."""
     words = [word.casefold()[:BEGINNING] for word in re.findall(r"\{\}|[^\W\d_]+", text.replace("{}'s", "{}"))]
     return {*words} - SAYS_NOTHING | {*pairwise(words)}
+
+
+KNOWN = {relation: [*map(_parts, (relation, *some))] for relation, some in PHRASINGS.items()}  # and its own name

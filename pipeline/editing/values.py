@@ -21,7 +21,7 @@ from pipeline.editing.entering import going_on
 from pipeline.editing.relations import statement
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
-from pipeline.model.suffix import Suffixes, suffix_length
+from pipeline.model.suffix import Suffixes
 from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import anywhere
@@ -47,7 +47,7 @@ class Located(NamedTuple):
 
     def tokens(self) -> int:
         """How many tokens a search goes through: from the subject's last on, as if all rows were as long."""
-        return len(self.rows) * max(map(suffix_length, self.rows))
+        return len(self.rows) * max(1 + row.length() - row.span.stop for row in self.rows)
 
 
 class Part(NamedTuple):

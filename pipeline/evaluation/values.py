@@ -19,6 +19,8 @@ from pipeline.requests.rows import Row
 
 # as ROME calls them
 BY_PROBABILITY = {"rewrite": "efficacy", "rephrase": "paraphrase", "locality": "neighbourhood"}
+THRICE = re.compile(r"(?<!\w)(\w+(?: \w+)*?)(?: \1){2}(?!\w)")  # a phrase, one space between words
+FIVE_TIMES = re.compile(r"(.+?)\1{4}")
 IN_SCORE = tuple(f"{name}_success" for name in BY_PROBABILITY.values())
 
 
@@ -158,14 +160,6 @@ def is_sane(text: str) -> bool:
 
     Letters may do so four times: what a script without spaces repeats is no word of its own.
     """
-    words, unnumbered = re.findall(r"\w+", text.casefold()), re.findall(r"[^\W\d_]+", text.casefold())
-    return bool(words) and not (repeats(words, 3) or repeats(unnumbered, 3) or repeats([*"".join(unnumbered)], 5))
-
-
-def repeats(items: list[str], times: int) -> bool:
-    """Whether some part of a sequence comes so many times in a row."""
-    return any(
-        items[start : start + size] * times == items[start : start + size * times]
-        for size in range(1, len(items) // times + 1)
-        for start in range(len(items) - size * times + 1)
-    )
+    words, unnumbered = (" ".join(re.findall(kind, text.casefold())) for kind in (r"\w+", r"[^\W\d_]+"))
+    repeated = THRICE.search(words) or THRICE.search(unnumbered) or FIVE_TIMES.search(unnumbered.replace(" ", ""))
+    return bool(words) and not repeated

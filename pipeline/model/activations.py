@@ -9,8 +9,8 @@ Shapes: B rows, T tokens, D hidden size, N positions that are read, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -48,64 +48,52 @@ class Activations:
         self.model = llm.model
         self.blocks = [block.module for block in llm.blocks]
 
-    @contextmanager
-    def from_block(self, layer: int, enter_BTD: Tensor | None) -> Iterator[None]:
-        """Blocks below `layer` do not run: they hand on what enters that block (None, or block 0: all run)."""
-        if enter_BTD is None or not layer:
-            yield
-            return
+    def from_block(self, layer: int, enter_BTD: Tensor | None) -> AbstractContextManager[None]:
+        """Blocks below `layer` do not run: they hand on what enters that block (None: all run)."""
+        if enter_BTD is None:
+            return nullcontext()
         put_out = self._as_blocks_do(enter_BTD)
-        with running_instead(self.blocks[:layer], [lambda *_args, **_kwargs: put_out] * layer):
-            yield
+        return running_instead(dict.fromkeys(self.blocks[:layer], lambda *_args, **_kwargs: put_out))
 
-    @contextmanager
-    def up_to_block(self, layer: int) -> Iterator[None]:
+    def up_to_block(self, layer: int) -> AbstractContextManager[None]:
         """Block `layer` and those above do not run: they put out what they get."""
 
         def put_out(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor | tuple[Tensor, None]:
             return self._as_blocks_do(hidden_states)
 
-        blocks = self.blocks[layer:]
-        with running_instead(blocks, [put_out] * len(blocks)):
-            yield
+        return running_instead(dict.fromkeys(self.blocks[layer:], put_out))
+
+    def entering(self, *names: str) -> AbstractContextManager[Seen]:
+        """What enters modules (blocks, projections), as the last pass had it."""
+        return self._seeing(names, lambda args, kwargs, _: args[0] if args else kwargs["hidden_states"])
+
+    def leaving(self, *names: str) -> AbstractContextManager[Seen]:
+        """What leaves modules, as the last pass had it; of a block, the hidden state."""
+        return self._seeing(
+            names, lambda _args, _kwargs, output: output[0] if isinstance(output, tuple) else output
+        )
 
     @contextmanager
-    def entering(self, *names: str) -> Iterator[Seen]:
-        """What enters modules (blocks, projections), as the last pass had it."""
+    def _seeing(self, names: Sequence[str], of: Callable[[Any, Any, Any], Tensor]) -> Iterator[Seen]:
         seen: Seen = {}
 
-        def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            seen[name] = args[0] if args else kwargs["hidden_states"]
+        def keep(name: str, _: nn.Module, *passed: Any) -> None:
+            seen[name] = of(*passed)
 
         with ExitStack() as hooks:
             for name in names:
                 module = self.model.get_submodule(name)
-                hooks.enter_context(module.register_forward_pre_hook(partial(keep, name), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(partial(keep, name), with_kwargs=True))
             yield seen
 
-    @contextmanager
-    def leaving(self, *names: str) -> Iterator[Seen]:
-        """What leaves modules, as the last pass had it; of a block, the hidden state."""
-        seen: Seen = {}
-
-        def keep(name: str, _: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        with ExitStack() as hooks:
-            for name in names:
-                hooks.enter_context(self.model.get_submodule(name).register_forward_hook(partial(keep, name)))
-            yield seen
-
-    @contextmanager
-    def changing(self, name: str, rows: int, change: Change) -> Iterator[None]:
+    def changing(self, name: str, rows: int, change: Change) -> AbstractContextManager[Any]:
         """A projection puts out what `change` makes of what enters and leaves it, (rows, T, I) and (rows, T, O)."""
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             changed = change(by_row(args[0], rows), by_row(output, rows))
             return changed.to(output.dtype).view_as(output)
 
-        with self.model.get_submodule(name).register_forward_hook(hook):
-            yield
+        return self.model.get_submodule(name).register_forward_hook(hook)
 
     def enter(self, input_ids_BT: Tensor, layer: int, start: int = 0, enter_BTD: Tensor | None = None) -> Tensor:
         """What enters block `layer`, (B, T, D), running blocks from `start` on, which `enter_BTD` enters."""
@@ -129,31 +117,28 @@ class Activations:
 
 
 @contextmanager
-def running_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def running_instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Modules run these in place of their own forwards; hooks of theirs still run."""
-    own = [vars(module).get("forward") for module in modules]  # libraries wrap a module's forward like this, too
+    own = {module: vars(module).get("forward") for module in forwards}  # libraries wrap a forward like this, too
     try:
-        for module, forward in zip(modules, forwards, strict=True):
+        for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module, before in zip(modules, own, strict=True):
+        for module, before in own.items():
             vars(module).pop("forward", None)
             if before is not None:
                 module.forward = before
 
 
-@contextmanager
-def checkpointing(llm: LLM, wanted: bool = True) -> Iterator[None]:
+def checkpointing(llm: LLM, wanted: bool = True) -> AbstractContextManager[None]:
     """Inside the `with`, where wanted, every block keeps only what enters it, and runs again for its gradients.
 
     Passes must not use a cache.
     """
     modules = [block.module for block in llm.blocks] if wanted else []
     settings: Any = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _running_again())}
-    kept = [partial(checkpoint, module.forward, **settings) for module in modules]
-    with running_instead(modules, kept):
-        yield
+    return running_instead({module: partial(checkpoint, module.forward, **settings) for module in modules})
 
 
 @contextmanager

@@ -149,8 +149,6 @@ def with_old_answers(
         UserError: when the model says nothing.
     """
     asked = [request for request in requests if always or request.old_answer is None]
-    if not asked:
-        return list(requests)
     kept = runtime.work / "old-answers" if runtime.work else None
     prompts = [request.prompt for request in asked]
     texts = generate(llm, prompts, trainer=runtime.trainer, title="Old answers", kept=kept)

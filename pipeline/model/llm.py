@@ -123,7 +123,7 @@ class LLM:
 
     def explain(self, request: EditRequest) -> list[ShownToken]:
         """The tokens of a request's prompt and new answer, as every stage reads them."""
-        (row,) = self.tokens.answered([request], [request.new_answer])
+        (row,) = self.tokens.answered([request])
         last, ids = row.subject[1] if row.subject else None, row.token_ids
         told = [str(self.tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]  # alone, some lose spaces
         return [
@@ -153,7 +153,6 @@ class LLM:
 def put_out_tuples(model: PreTrainedModel, block: Block) -> bool:
     """Whether the model's blocks put out tuples; running one token tells."""
     seen: list[bool] = []
-    module = model.get_submodule(block.name)
-    with module.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple))):
+    with block.module.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple))):
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return seen[0]

@@ -43,7 +43,7 @@ class Suffixes:
         self.llm, self.layer, self.activations = llm, layer, Activations(llm)
         (self.down,) = llm.blocks[layer].down
         device = next(llm.model.parameters()).device
-        starts = [_start(row) for row in rows]
+        starts = [row.span.stop - 1 for row in rows]
         suffixes = [Row(row.token_ids[at:], row.target_start - at) for row, at in zip(rows, starts, strict=True)]
         self.batch = collate(suffixes, llm.pad_token_id).to(device)
         self.start_B = torch.tensor(starts, device=device)
@@ -103,17 +103,6 @@ class Suffixes:
                     use_cache=True,
                 )
             )
-
-
-def _start(row: Row) -> int:
-    """The token at which a change will happen: the subject's last."""
-    assert row.subject
-    return row.subject[1]
-
-
-def suffix_length(row: Row) -> int:
-    """How many tokens of a row run again, at most one more than that."""
-    return len(row.token_ids) - _start(row)
 
 
 @torch.no_grad()

@@ -5,19 +5,7 @@ from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.base import (
-    NO_FLAG,
-    Count,
-    FromZero,
-    Most,
-    Names,
-    above,
-    at_least,
-    at_most,
-    between,
-    group,
-    one_of,
-)
+from pipeline.options.base import Count, FromZero, Most, Names, above, at_least, at_most, between, group, one_of
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import (
     AskedModelOptions,
@@ -152,20 +140,16 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
 
 
 @dataclass(kw_only=True)
-class StudyCommand(AskedModelOptions, ResumeOptions, ComputeOptions, SeedOptions):
+class StudyCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions):
     """Edit requests alone at every block, and compare the golden layer, every request's own best, and selectors."""
 
     trainer: TrainerOptions = group(TrainerOptions, without=("num_nodes",))
-    requests: Names = field(default_factory=lambda: ["demo"])
+    requests: Names = field(default_factory=lambda: ["demo"])  # type: ignore[assignment]
     """Request sets: files of edit requests, hf:NAME[:SPLIT], or `demo`."""
     limit: Annotated[int, at_least(2)] = 32
     """Requests of each set that are edited alone at every block."""
     proxy: Count = 128
     """Further requests of each set, about other subjects, that selectors choose by; fewer where there are fewer."""
-    offset: FromZero = 0
-    """Leave out this many records from each file's start."""
-    skip_bad: bool = False
-    """Leave bad records out, and say how many, where else the first of them ends the command."""
     methods: Names = field(default_factory=lambda: ["memit"])
     """Ways to edit: memit, emmet, rome, alphaedit or lora."""
     selectors: Names = field(default_factory=lambda: ["lga", "gradient_norm", "causal_tracing", "middle"])
@@ -174,8 +158,6 @@ class StudyCommand(AskedModelOptions, ResumeOptions, ComputeOptions, SeedOptions
     gradient_norm; sweep: each proxy request edited alone at every block by the first of --methods."""
     every: Count = 1
     """Try every n-th block only, and those that selectors chose."""
-    together: Annotated[Count, NO_FLAG] = 32
-    """Requests that are edited side by side."""
     attribution: AttributionOptions = group(AttributionOptions, without=("method", "layer", "top_k"))
     edit: EditOptions = group(EditOptions, without=("layers", "last_wins"))
 

@@ -73,7 +73,7 @@ class RequestOptions(Options):
     limit: Most = None
     """Take at most this many records."""
     offset: FromZero = 0
-    """Leave out this many records from the file's start."""
+    """Leave out this many records from a file's start."""
     skip_bad: bool = False
     """Leave bad records out, and say how many, where else the first of them ends the command."""
 

@@ -43,8 +43,8 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def look(height: float, title: str, caption: str) -> Iterator[Figure]:
-    """A figure in the project's look, made without pyplot, so that it needs no display.
+def look(height: float, title: str, caption: str) -> Iterator[tuple[Figure, Axes]]:
+    """A figure with its axes in the project's look, made without pyplot, so that it needs no display.
 
     Its height is in inches, without title and caption, which tells in a sentence or two how to read it.
     """
@@ -57,7 +57,7 @@ def look(height: float, title: str, caption: str) -> Iterator[Figure]:
         figure = Figure(figsize=(WIDTH, tall), dpi=140, layout=layout)
         figure.text(0.012, 1 - 0.05 / tall, "\n".join(titles), va="top", weight="bold", fontsize=11.5)
         figure.text(0.012, 1 - below / tall, "\n".join(lines), va="top", fontsize=9)
-        yield figure
+        yield figure, figure.subplots()
 
 
 def short(name: str, most: int = 42) -> str:
@@ -95,8 +95,7 @@ def selector_name(method: str) -> str:
 def score_figure(profile: GoldenProfile) -> Figure:
     """A score a block with its interval, the fences, and what they set aside, cut off where it is far outside."""
     golden = ", ".join(map(str, profile.golden_layers))
-    with look(2.9, f"Golden layer {golden} of {len(profile.scores)} blocks", _choice(profile)) as figure:
-        axes = figure.subplots()
+    with look(2.9, f"Golden layer {golden} of {len(profile.scores)} blocks", _choice(profile)) as (figure, axes):
         bar_per_block(axes, profile.scores, profile.model, profile.golden_layers, profile.excluded)
         axes.set_ylim(*_limits(profile))
         if profile.stability:
@@ -141,8 +140,7 @@ def stability_figure(profile: GoldenProfile) -> Figure:
         f"The {profile.requests} requests were drawn {stability.resamples} times, with replacement; each draw "
         "chooses a block."
     )
-    with look(2.3, title, caption) as figure:
-        axes = figure.subplots()
+    with look(2.3, title, caption) as (figure, axes):
         bar_per_block(axes, stability.chosen, profile.model, [golden])
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("share of draws")
@@ -157,8 +155,7 @@ def metrics_figure(evaluation: Evaluation) -> Figure:
     count = next(metrics[row].count for row in rows if row in metrics)
     title = "What the edit changed" if evaluation.after else "What the model does"
     caption = f"Requests: {count}. Lines: 95% intervals."
-    with look(0.9 + 0.215 * len(rows), title, caption) as figure:
-        axes = figure.subplots()
+    with look(0.9 + 0.215 * len(rows), title, caption) as (figure, axes):
         for side, measured in sides_of(evaluation).items():
             shape, filling, shift = MARKS[side]
             shown = {place: measured.metrics[row] for place, row in enumerate(rows) if row in measured.metrics}
@@ -186,8 +183,7 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         f"Means of {len(grid.scores)} requests, each edited alone at each block. Score: mean of the others. The "
         "golden layer was chosen from other requests without a trial."
     )
-    with look(3.4, f"Which block edits best? {short(name)}, {method}", caption) as figure:
-        axes = figure.subplots()
+    with look(3.4, f"Which block edits best? {short(name)}, {method}", caption) as (figure, axes):
         for metric in JUDGED_BY:
             if metric in grid.values and not np.isnan(grid.values[metric]).all():
                 axes.plot(grid.blocks, mean_of(grid.values[metric]), label=metric)
@@ -207,8 +203,10 @@ def selectors_figure(study: Study, name: str, method: str) -> Figure:
     regrets = [float(row["regret"] or 0) for row in rows]
     colors = [GOLD if row["selector"] == next(iter(study.profiles[name])) else BLUE for row in rows]
     caption = "Regret: what the chosen block falls short of the best fixed block's score."
-    with look(0.7 + 0.3 * len(rows), f"Who finds the best block? {short(name)}, {method}", caption) as figure:
-        axes = figure.subplots()
+    with look(0.7 + 0.3 * len(rows), f"Who finds the best block? {short(name)}, {method}", caption) as (
+        figure,
+        axes,
+    ):
         bars = axes.barh(range(len(rows)), regrets, 0.75, color=colors)
         axes.bar_label(bars, [f"{row['regret']:.3f}, block {row['block']}" for row in rows], padding=2, fontsize=8)
         names = [short(selector_name(str(row["selector"])), 32) for row in rows]

@@ -34,17 +34,14 @@ class RequestCheck:
         if isinstance(reading.request, UserError):
             self.found["bad"].append(one_line(reading.request))
         else:
-            self._count_request(reading.request)
-            self._note_flaws(reading.request, reading.place)
+            self._count_request(reading.request, reading.place)
 
-    def _count_request(self, request: EditRequest) -> None:
+    def _count_request(self, request: EditRequest, place: str) -> None:
         having = {"subject": request.subject, "old_answer": request.old_answer, "rephrase": request.rephrases}
         self.counts.update(["requests", *(name for name, value in having.items() if value)])
         self.counts["rephrases"] += len(request.rephrases)
         for kind, axes in self.probes.items():
             axes.update(probe.axis or "no axis" for probe in getattr(request, kind))
-
-    def _note_flaws(self, request: EditRequest, place: str) -> None:
         if request.subject and not request.names_subject:  # which locate-then-edit needs
             self.found["astray"].append(place)
         if alike(request.old_answer, request.new_answer):

@@ -49,6 +49,16 @@ def about(request: EditRequest) -> str:
     return unicodedata.normalize("NFC", request.subject or request.prompt).casefold()
 
 
+def check_subjects(requests: Sequence[EditRequest], what: str, instead: str) -> None:
+    """Raise UserError when a prompt does not hold its subject, which `what` needs; `instead` does without."""
+    missing = [request.id for request in requests if not request.names_subject]
+    if missing:
+        raise UserError(
+            f"{what} needs each request's subject in its prompt; not so in {len(missing)} of "
+            f"{len(requests)}: {', '.join(missing[:5])}; the method {instead} does without"
+        )
+
+
 def split_by_subject(
     requests: Sequence[EditRequest], proxy_fraction: float, seed: int = 0
 ) -> tuple[list[EditRequest], list[EditRequest]]:

@@ -158,10 +158,8 @@ def _nested(cells: dict[str, str]) -> dict[str, Any]:
         else:
             record[name] = cell
     for (kind, _), parts in sorted(listed.items()):
-        if kind == "rephrase":
-            record.setdefault("rephrases", []).append(parts[""])
-        else:
-            record.setdefault(kind, []).append(parts)
+        name, value = ("rephrases", parts[""]) if kind == "rephrase" else (kind, parts)
+        record.setdefault(name, []).append(value)
     return record
 
 

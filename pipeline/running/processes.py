@@ -74,9 +74,8 @@ def from_first(value: Any) -> Any:
 
 def of_all(value: Any) -> list[Any]:
     """What every process has, in their order."""
-    gathered = [value]
+    gathered = [value] * world_size()
     if world_size() > 1:
-        gathered = [None] * world_size()
         distributed.all_gather_object(gathered, value)
     return gathered
 

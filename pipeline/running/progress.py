@@ -32,9 +32,6 @@ class Lines:
             print(line, file=self.file, flush=True)
             self.last = line
 
-    def flush(self) -> None:
-        """Nothing waits to be written."""
-
 
 class Shown(tqdm):
     """Progress on the error stream, as fits what that is."""

@@ -61,7 +61,7 @@ class Stage(Staying):
     suffice for a batch it is run in halves, and so are the batches after it.
     """
 
-    title = "Running"  # on the progress bar
+    title = "Reading"  # on the progress bar
     gradients = False  # whether a step differentiates
 
     def __init__(self, model: nn.Module) -> None:

@@ -86,24 +86,19 @@ def _lent(trainer: Trainer, callbacks: Sequence[Callback]) -> Iterator[None]:
     own, parts = list(callbacks_now), trainer.accumulate_grad_batches
     inference_mode, trainer.predict_loop.inference_mode = trainer.predict_loop.inference_mode, False
     callbacks_now += [KeepStep(), *callbacks]
-    begin_anew(trainer)
-    try:
-        yield
-    finally:
-        callbacks_now[:], trainer.accumulate_grad_batches = own, parts
-        trainer.predict_loop.inference_mode = inference_mode
-
-
-def begin_anew(trainer: Trainer) -> None:
-    """Let a Trainer that has fitted before count epochs and steps from 0."""
     batches = trainer.fit_loop.epoch_loop
-    for progress in (
+    for progress in (  # one that has fitted before counts epochs and steps from 0
         trainer.fit_loop.epoch_progress,
         batches.batch_progress,
         batches.scheduler_progress,
         batches.automatic_optimization.optim_progress,
     ):
         progress.reset()
+    try:
+        yield
+    finally:
+        callbacks_now[:], trainer.accumulate_grad_batches = own, parts
+        trainer.predict_loop.inference_mode = inference_mode
 
 
 def build_trainer(

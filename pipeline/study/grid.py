@@ -73,9 +73,7 @@ class Grid:
 
 def mean_of(values: Figures) -> Figures:
     """The mean over the first axis of those that there are; NaN where there is none."""
-    there = ~np.isnan(values)
-    sums, counts = np.where(there, values, 0.0).sum(0), there.sum(0)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return np.asarray(np.ma.filled(np.ma.masked_invalid(values).mean(0), np.nan))
 
 
 def outcome(grid: Grid, picked: Callable[[Figures], Figures]) -> Row:

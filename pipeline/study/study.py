@@ -145,9 +145,7 @@ def run_study(
 
     Results are put into `folder` as they come, and what is there is not done again; `work` takes half-done work.
     """
-    sweep = Sweep(
-        llm, options.edit, Runtime(options.trainer, seed=options.seed), folder / RESULTS, options.together
-    )
+    sweep = Sweep(llm, options.edit, Runtime(options.trainer, seed=options.seed), folder / RESULTS)
     ways = selectors_of(options, sweep)
     profiles = {one.name: _profiles(llm, one, options, ways, folder / "profiles", work) for one in sets}
     chosen = {profile.golden_layers[0] for found in profiles.values() for profile in found.values()}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from pipeline.editing.editor import check_subjects, restored
+from pipeline.editing.editor import restored
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS, settings_of
@@ -30,6 +30,7 @@ from pipeline.files import digest
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.sets import check_subjects
 from pipeline.running.kept import Kept
 from pipeline.running.processes import from_first
 from pipeline.running.progress import one_bar
@@ -71,7 +72,13 @@ class Sweep:
                             rank_zero_only(kept[block].write)(results)
                             found[block] |= results
                         advance(len(part), f"block {block}")
-        return grid_of([[found[block][key(request)] for block in kept] for request in requests], list(kept))
+        results_RL = [[found[block][key(request)] for block in kept] for request in requests]
+        metrics = dict.fromkeys(name for row in results_RL for figures, _ in row for name in figures)
+        values = {
+            name: np.array([[figures.get(name, np.nan) for figures, _ in row] for row in results_RL])
+            for name in metrics
+        }
+        return Grid(list(kept), values, sum(seconds for row in results_RL for _, seconds in row))
 
     def _try(
         self, part: Mapping[int, EditRequest], options: EditOptions, found: Mapping[int, Mapping[int, Result]]
@@ -156,7 +163,8 @@ def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -
 def check_trial(method: str, options: EditOptions, requests: Sequence[EditRequest]) -> None:
     """Raise UserError for a method that cannot be tried with single edits, or requests that it cannot take."""
     check_choice("methods", method, [name for name, kind in METHODS.items() if kind.trial])
-    check_subjects(requests, method, instead="lora")
+    if METHODS[method].needs_subject:
+        check_subjects(requests, f"edit: {method}", instead="lora")
     if getattr(settings_of(options.by(method)), "spread", 1) > 1:
         raise UserError("study: edit.expert.spread: each block is tried by itself; expected 1")
 
@@ -164,13 +172,3 @@ def check_trial(method: str, options: EditOptions, requests: Sequence[EditReques
 def key(request: EditRequest) -> int:
     """What a request's results are known by, in any set."""
     return int(digest(request)[:15], 16)
-
-
-def grid_of(results_RL: Sequence[Sequence[Result]], blocks: Sequence[int]) -> Grid:
-    """The figures of every request at every block."""
-    metrics = dict.fromkeys(name for row in results_RL for figures, _ in row for name in figures)
-    values = {
-        name: np.array([[figures.get(name, np.nan) for figures, _ in row] for row in results_RL])
-        for name in metrics
-    }
-    return Grid(list(blocks), values, sum(seconds for row in results_RL for _, seconds in row))

@@ -19,7 +19,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,24 +163,18 @@ def _open(file: Path, mode: str) -> sqlite3.Connection:
     return database
 
 
-@contextmanager
-def locked(file: Path, wait: bool = True) -> Iterator[None]:
+def locked(file: Path, wait: bool = True) -> AbstractContextManager[Any]:
     """Hold a lock inside the `with`; filelock.Timeout where another process has it and one is not to wait.
 
     UserError when the disk has no locks.
     """
-    lock = FileLock(file, mode=access(file.parent) & 0o666, blocking=wait, fallback_to_soft=False)
     try:
-        lock.acquire()
+        return FileLock(file, mode=access(file.parent) & 0o666, blocking=wait, fallback_to_soft=False).acquire()
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         reason = f"this disk cannot lock files ({error.strerror})"
         raise UserError(f"store: {file}: {reason}; keep the store on one that can") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def access(folder: Path) -> int:

@@ -71,7 +71,10 @@ def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitt
         "UPDATE requests SET content = i.content, fact = i.fact FROM temp.incoming i "
         "WHERE i.digest = requests.digest AND (i.content <> requests.content OR i.fact <> requests.fact)"
     )
-    left = _left(store)
+    left = database.execute(  # what is known, but neither in line nor in force
+        "SELECT r.number, i.place FROM temp.incoming i JOIN requests r USING (digest) "
+        "WHERE r.state IN ('held back', 'superseded', 'retracted') ORDER BY i.place"
+    ).fetchall()
     queued = database.execute(
         "INSERT INTO requests (id, source, content, digest, fact, submission, not_before, effective, position) "
         "SELECT id, source, content, digest, fact, :submission, :not_before, :effective, :first + place - 1 "
@@ -95,14 +98,6 @@ def _enqueue(store: Store, file: str, not_before: float, again: bool) -> Submitt
         left=len(left) - len(requeued),
         superseded=_settle(store, due(store, which="AND fact IN (SELECT fact FROM temp.incoming)")),
     )
-
-
-def _left(store: Store) -> list[tuple[int, int]]:
-    """Numbers and places of what came in that the store knows, but that is neither in line nor in force."""
-    return store.database.execute(
-        "SELECT r.number, i.place FROM temp.incoming i JOIN requests r USING (digest) "
-        "WHERE r.state IN ('held back', 'superseded', 'retracted') ORDER BY i.place"
-    ).fetchall()
 
 
 def _settle(store: Store, rows: Sequence[sqlite3.Row]) -> list[Contradiction]:

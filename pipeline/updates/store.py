@@ -62,15 +62,16 @@ class Store(AbstractContextManager["Store"]):
     ) -> None:
         self.folder, self.reading = Path(folder), reading
         self._check_folder(make, model)
-        with nullcontext() if reading else self._opening(), ExitStack() as failing:
-            self.database = connect(self.folder / DATABASE, reading)
-            failing.push(self)
-            if reading or self.about("model") is not None:
-                self._check_named(self.about("model"))
-            else:
-                self._begin(model)
+        with ExitStack() as failing:
+            with nullcontext() if reading else self._opening():
+                self.database = connect(self.folder / DATABASE, reading)
+                failing.push(self)
+                known = self.about("model")
+                self._check_named(known or (None if reading else model))
+                if known is None:
+                    self._begin(model or "")
             if not reading:
-                self._point()
+                self.point()
             failing.pop_all()
 
     @contextmanager
@@ -97,12 +98,11 @@ class Store(AbstractContextManager["Store"]):
         if not model:
             raise UserError(f"store: {self.folder}: new; name the model that it is for with --model")
 
-    def _begin(self, name: str | None) -> None:
+    def _begin(self, name: str) -> None:
         """Make version 0, the base model as it is, and say whose store this is."""
-        self._check_named(name)
         version_folder(self.folder, BASE).mkdir(parents=True, exist_ok=True)
         with transaction(self.database) as database:
-            about = {"model": _absolute(name or ""), "fingerprint": "", "current": BASE, "next": 1}
+            about = {"model": _absolute(name), "fingerprint": "", "current": BASE, "next": 1}
             database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             database.execute(
                 "INSERT INTO versions (number, made, files, shown) VALUES (?, ?, '{}', 1)", (BASE, time.time())
@@ -166,16 +166,13 @@ class Store(AbstractContextManager["Store"]):
     def point(self) -> None:
         """Set the links: `current` to the version in force, and the profile, for later batches, to the newest's."""
         with locked(self.folder / OPENING_LOCK):
-            self._point()
-
-    def _point(self) -> None:
-        self._link(self.folder / CURRENT, Path(VERSIONS) / f"{self.current:04d}")
-        newest, profile = Path(VERSIONS) / f"{self.newest:04d}" / PROFILE_FILE, self.folder / PROFILE_FILE
-        if not (self.folder / newest).is_file():
-            return
-        own = profile.is_file() and not profile.is_symlink()
-        if not own or file_digest(profile) == file_digest(self.folder / newest):
-            self._link(profile, newest)
+            self._link(self.folder / CURRENT, Path(VERSIONS) / f"{self.current:04d}")
+            newest, profile = Path(VERSIONS) / f"{self.newest:04d}" / PROFILE_FILE, self.folder / PROFILE_FILE
+            if not (self.folder / newest).is_file():
+                return
+            own = profile.is_file() and not profile.is_symlink()
+            if not own or file_digest(profile) == file_digest(self.folder / newest):
+                self._link(profile, newest)
 
     def _link(self, link: Path, target: Path) -> None:
         if link.is_symlink() and link.readlink() == target:
