@@ -31,8 +31,8 @@ from pipeline.running.trainer import Runtime
 
 MANY = 32  # requests: beyond, training takes so many steps that it bends other texts
 AFTER_FEW: dict[str, Any] = {"kl": 2.0}  # what a value bends of its subject is to come back
-AFTER_MANY: dict[str, Any] = {"epochs": 16, "learning_rate": 0.003, "last_step": 0.1, "kl": 6.0}
-MANY_LONG: dict[str, Any] = {"epochs": 16, "kl": 1.2}  # a long answer has many tokens to learn from in each step
+AFTER_MANY: dict[str, Any] = {"epochs": 16, "learning_rate": 0.003, "last_step": 0.1, "kl": 3.0}
+MANY_LONG: dict[str, Any] = {"epochs": 16, "kl": 1.2, "sparing": 0.5}  # a long answer teaches much in each step
 
 
 @dataclass(kw_only=True)
@@ -95,6 +95,7 @@ class Auto(LocateThenEdit):
             self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes
         if located:
             super().run(located, runtime, [*earlier, *others])
+            self.tuning.after_values = True
         self.state = {}
         self.tuning.fit(courses, runtime)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing.contexts import CONTEXTS, TAUGHT_CONTEXTS
-from pipeline.editing.lessons import KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
+from pipeline.editing.lessons import OTHER_NAME, KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.solvers import sparing
 from pipeline.editing.statistics import READ_TOGETHER, KeyMoments, key_moments
@@ -61,7 +61,7 @@ class FinetuneSettings(Options):
     """Weight of going on as before after other names, and other relations of a subject; 0: not asked for."""
     whiten: Weight = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
-    sparing: Weight = 0.2
+    sparing: Weight = 0.15
     """Weight of what is to go on as before in a last solve, which keeps of the change what was taught; 0: none."""
     depths: list[float] = field(default_factory=list)
     """Further blocks that are trained beside the golden layers, each by its depth in the model: 0 to 1."""
@@ -80,6 +80,7 @@ class FineTune(Staying):
 
     Attributes:
         weight_names: the weights it changes, by full name.
+        after_values: whether values were put in before, which bend what else is said of their subjects.
         moments, whiteners: of projections, ordinary text's key statistics, and what steps are whitened by.
 
     Example:
@@ -110,6 +111,7 @@ class FineTune(Staying):
         self.state: dict[str, Tensor] = {}
         self.moments: dict[str, Tensor] = {}
         self.whiteners: dict[str, Tensor] = {}
+        self.after_values = False
         self.epochs = self.settings.epochs or EPOCHS
         self.round, self.quiet = 1, 0  # epochs that ask for each kind of form, and those gone by with all learnt
 
@@ -162,9 +164,13 @@ class FineTune(Staying):
         """Let what was trained do the same to what was taught, and little to what is to go on as before.
 
         Training with KL alone leaves on other texts what no one step finds worth taking back; one solve takes it.
+        Where values were put in before, training gives subjects back some of what these bend: that stays as well.
         """
         taught = [lesson.row for course in courses for forms in course.taught for lesson in forms]
         others = [lesson.row for course in courses for lesson in course.others]
+        if self.after_values:
+            taught += [row for row in others if row.tag != OTHER_NAME]
+            others = [row for row in others if row.tag == OTHER_NAME]
         if not (others and self.moments and self.settings.sparing):
             return
         read = [self._keys_of(rows, runtime) for rows in (taught, others)]

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ UNRELATED = 1024  # the most texts that are to go on as before
 PLACES = 4  # at the end of a prompt that is to go on as before, where it is
 ANSWER = 12  # tokens of an answer to another question about a subject
 KEPT_EACH = 2  # texts of a step that are to go on as before, for each request that it has room for
+OTHER_NAME = "another name"  # the tag of a request's prompt with one in its subject's place
 SAME = 3  # tokens: relations after which as much is said as after the request's prompt may be the request's own
 READ_TOGETHER = 32  # rows or questions
 EVERY = 30.0  # seconds between two checkpoints within an epoch
@@ -178,13 +180,15 @@ def _others(llm: LLM, courses: Sequence[tuple[Sequence[EditRequest], Joining]], 
     asked: list[tuple[int, str]] = []  # in which course, and what
     for course, (group, joining) in enumerate(courses):
         texts = [text for text, _ in neighbours(group, NAMES_EACH, UNRELATED)]
+        tags = [OTHER_NAME] * len(texts)
         if joining is plain:
             texts += [text for one in group for text in statements_about(one, related[one.id])]
             ids = llm.tokens.prompts(texts)
         else:
             asked += [(course, text) for one in group for text in questions_about(one, related[one.id])]
             ids = llm.tokens.opened([*map(in_chat, texts)], joining)
-        rows.append([going_on(one, PLACES) for one in ids])
+        read = zip_longest(ids, tags)
+        rows.append([going_on(one, PLACES)._replace(tag=tag) for one, tag in read])
     openings = questions(llm, [text for _, text in asked], ANSWER, spoken)
     answers = _said(llm, openings, runtime)
     whole = llm.tokens.opened([(text, answer) for (_, text), answer in zip(asked, answers, strict=True)], spoken)
