@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from pipeline.editing.auto import AFTER_FEW, AFTER_MANY, MANY_LONG, AutoSettings
 from pipeline.editing.columns import Columns, owner
 from pipeline.editing.editor import can_leave_out, edit
 from pipeline.editing.finetune import FineTune, FinetuneSettings
+from pipeline.editing.lessons import OTHER_NAME
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.errors import Note
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
 
 
@@ -57,6 +60,23 @@ def test_each_request_goes_the_way_that_suits_it(
     with update.applied(tiny):
         assert mean_loss(tiny, asked) < before
     assert not can_leave_out(update, asked[:1], "auto")  # all are fine-tuned
+
+
+def test_what_training_gives_back_to_subjects_stays_after_values(
+    tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[Row]] = []
+    keys_of = FineTune._keys_of
+    monkeypatch.setattr(FineTune, "_keys_of", lambda self, rows, *to: read.append(rows) or keys_of(self, rows, *to))
+    questions = [changed(one, prompt=f"The capital of {one.subject} is what?") for one in requests]
+    for asked, others_are_names_alone in ((requests, True), (questions, False)):
+        edit(tiny_llm, asked, options=options)
+        taught, others = (Counter(row.tag == OTHER_NAME for row in rows) for rows in read[-2:])
+        assert others[True]
+        assert not taught[True]
+        assert (others[False] == 0) == others_are_names_alone
+    edit(tiny_llm, requests, options=replace(options, expert=options.expert | {"tuning": {"sparing": 0}}))
+    assert len(read) == 4, "no solve where none is wanted"
 
 
 def test_after_many_located_requests_training_goes_gently(

@@ -35,6 +35,7 @@ class LoraSettings(FinetuneSettings):
     last_step: Annotated[float, above(0), at_most(1)] = 0.05
     learnt: Weight = 0.1
     kl: Weight = 0.6
+    sparing: Weight = 0.0
     rank: Count = 16
     """Rank of the change; at most the smaller side of a projection."""
     alpha: Positive = 32.0
