@@ -177,8 +177,8 @@ class FineTune(Staying):
         for name, weight in self.trained().items():
             if reads := self.reads(name):
                 projection, inputs = reads
-                moments = [each[projection].to(weight.device) for each in (*read, self.moments)]
-                M = sparing(*moments, self.settings.sparing).float()
+                T, N, C = (each[projection].to(weight.device) for each in (*read, self.moments))
+                M = sparing(T, N, C, self.settings.sparing).float()
                 start = self.origin(name).to(weight.device).float()
                 change = whole(weight).float() - start
                 put(weight, start + (change @ M if inputs == 1 else M.T @ change))
