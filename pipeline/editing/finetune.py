@@ -123,7 +123,7 @@ class FineTune(Staying):
     def read_text(self, runtime: Runtime) -> None:
         """Find key statistics of every projection that is trained, where the settings want any, and whiteners."""
         device, ridge = self.llm.embedding.device, self.settings.whiten
-        names = list(self.projections) if ridge or self.settings.sparing else []
+        names = list(self.projections) if ridge or (self.settings.sparing and self.settings.kl) else []
         self.moments = key_moments(self.llm, names, self.statistics, runtime)
         if ridge:
             self.whiteners = {name: whitener(self.moments[name].to(device), ridge).cpu() for name in names}
@@ -171,9 +171,14 @@ class FineTune(Staying):
         if self.after_values:
             taught += [row for row in others if row.tag != OTHER_NAME]
             others = [row for row in others if row.tag == OTHER_NAME]
-        if not (others and self.moments and self.settings.sparing):
+        sound = all(
+            whole(weight).isfinite().all() for weight in self.trained().values()
+        )  # else it is refused later
+        if not (sound and others and self.moments and self.settings.sparing):
             return
         read = [self._keys_of(rows, runtime) for rows in (taught, others)]
+        if not all(moment.isfinite().all() for moments in read for moment in moments.values()):
+            return  # the weights are broken, and refused as such
         for name, weight in self.trained().items():
             if reads := self.reads(name):
                 projection, inputs = reads

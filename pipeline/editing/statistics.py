@@ -131,16 +131,17 @@ class KeyMoments(RowStage):
     def step(self, batch: Batch) -> list[None]:
         with self.activations.up_to_block(self.above), self.activations.entering(*self.names) as seen:
             self.activations.run(batch.input_ids_BT)
-        ends_B = torch.tensor([len(row.token_ids) - bool(row.targets) for row in batch.texts], device=self.device)
-        read_BT = torch.arange(batch.input_ids_BT.shape[1], device=self.device) < ends_B[:, None]
+        ends = [len(row.token_ids) - bool(row.targets) for row in batch.texts]
+        places_T = torch.arange(batch.input_ids_BT.shape[1], device=batch.input_ids_BT.device)
+        read_BT1 = (places_T < torch.tensor(ends, device=places_T.device)[:, None])[..., None]
         counts = 0 if self.again else 1
         for name, key_BTI in seen.items():  # summed when the pass is over: one that fails counts nothing
-            key_NI = by_row(key_BTI, len(read_BT))[read_BT]
+            key_NI = (by_row(key_BTI, len(ends)) * read_BT1).flatten(0, 1)
             key_NI = key_NI.to(torch.promote_types(key_NI.dtype, torch.float32))
             with own_precision(key_NI.device):
                 total_II = counts * (key_NI.T @ key_NI).double()
             self.sums[name] = self.sums[name] + total_II if name in self.sums else total_II
-        self.count += counts * int(read_BT.sum())
+        self.count += counts * sum(ends)
         return [None] * len(batch.texts)
 
     def moments(self) -> dict[str, Tensor]:

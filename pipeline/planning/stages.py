@@ -53,7 +53,7 @@ def attributed_together(case: Case) -> int:
 def key_statistics(case: Case, scope: str, batch: int) -> int:
     """Windows of ordinary text up to the golden layer, and the second moments of its inputs."""
     names = list(case.shape.blocks[case.layer].projections(scope))
-    return case.peak(KeyMoments(case.shape, names), [[0] * WINDOW] * batch)
+    return case.peak(KeyMoments(case.shape, names), [Row([0] * WINDOW, WINDOW)] * batch)
 
 
 def evaluation(case: Case, batch: int) -> int:
