@@ -87,6 +87,7 @@ def _run(words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
+        interrupts.postponing = True  # a signal that comes while this is told has nothing left to end
         line = user_line(error)
         if line is None and not is_one_of_several():
             raise

@@ -14,6 +14,7 @@ import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from programs import RUN, Program, wait_for
 
+from pipeline import cli
 from pipeline.editing.editor import edit
 from pipeline.editing.finetune import FineTune
 from pipeline.model.llm import LLM
@@ -82,6 +83,21 @@ def test_a_signal_during_the_clean_up_ends_at_once() -> None:
         finally:
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
+def test_a_signal_while_an_error_is_told_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = cli.user_line
+
+    def signalled(error: Exception) -> str | None:  # as an agent does when another process has died
+        os.kill(os.getpid(), signal.SIGTERM)
+        return told(error)
+
+    monkeypatch.setattr(cli, "user_line", signalled)
+    assert cli.main(["generate", "--model", "missing"]) != 0
+    assert capsys.readouterr().err.count("error:") == 1
+    assert not interrupts.postponing
 
 
 def test_handlers_come_back() -> None:

@@ -171,10 +171,7 @@ class FineTune(Staying):
         if self.after_values:
             taught += [row for row in others if row.tag != OTHER_NAME]
             others = [row for row in others if row.tag == OTHER_NAME]
-        sound = all(
-            whole(weight).isfinite().all() for weight in self.trained().values()
-        )  # else it is refused later
-        if not (sound and others and self.moments and self.settings.sparing):
+        if not (others and self.moments and self.settings.sparing):
             return
         read = [self._keys_of(rows, runtime) for rows in (taught, others)]
         if not all(moment.isfinite().all() for moments in read for moment in moments.values()):

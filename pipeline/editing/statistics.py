@@ -114,9 +114,9 @@ def _read(file: Path | None, about: dict[str, Any]) -> Tensor | None:
 
 
 class KeyMoments(RowStage):
-    """Sums k kᵀ of what enters projections, by full name, over all positions of windows of text; puts nothing out.
+    """Sums k kᵀ of what enters projections, by full name, over all places of texts; puts nothing out.
 
-    The model's blocks run up to the last of these projections.
+    A text's last token is read where it has no targets. Blocks run up to the last of these projections.
     """
 
     title = "Key statistics"

@@ -45,7 +45,7 @@ class Interrupts:
             self.listen()
             yield
         finally:
-            self._heeding = False
+            self._heeding = self.postponing = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
