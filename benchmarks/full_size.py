@@ -28,6 +28,7 @@ EXPERT: dict[str, dict[str, Any]] = {
     "memit": {},
     "finetune": {"epochs": 4, "learnt": 0.0},  # every row in every epoch
     "lora": {"epochs": 4, "learnt": 0.0},
+    "auto": {"tuning": {"epochs": 4, "learnt": 0.0}},
 }
 LLAMA_3_8B: dict[str, Any] = {
     "hidden_size": 4096,

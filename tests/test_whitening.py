@@ -13,7 +13,7 @@ from pipeline.editing.contexts import neighbours
 from pipeline.editing.editor import edit
 from pipeline.editing.finetune import FineTune, FinetuneSettings
 from pipeline.editing.statistics import KeyMoments
-from pipeline.editing.whitening import WhitenedAdam, whitener
+from pipeline.editing.whitening import WhitenedAdam, inverse_root, whitener
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions, StatisticsOptions
@@ -27,6 +27,14 @@ def moment() -> torch.Tensor:
     torch.manual_seed(0)
     inputs = torch.randn(500, 6) * torch.tensor([10.0, 3.0, 1.0, 1.0, 0.3, 0.1])
     return inputs.T @ inputs / 500
+
+
+def test_a_gpus_inverse_root_is_that_of_the_eigenvectors() -> None:
+    keys = torch.randn(200, 50, dtype=torch.float64) * torch.logspace(0, -5, 50, dtype=torch.float64)
+    moment, ridge = keys.T @ keys, 1e-2  # of a rank that ends long before the ridge
+    values, vectors = torch.linalg.eigh(moment)
+    expected = vectors @ ((values + ridge) ** -0.5).diag() @ vectors.T
+    torch.testing.assert_close(inverse_root(moment, ridge), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_whitener_evens_out_and_keeps_the_mean_square(moment: torch.Tensor) -> None:

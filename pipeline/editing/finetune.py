@@ -121,12 +121,10 @@ class FineTune(Staying):
         self.fit(courses, runtime)
 
     def read_text(self, runtime: Runtime) -> None:
-        """Find key statistics of every projection that is trained, where the settings want any, and whiteners."""
-        device, ridge = self.llm.embedding.device, self.settings.whiten
-        names = list(self.projections) if ridge or (self.settings.sparing and self.settings.kl) else []
+        """Find key statistics of every projection that is trained, where the settings want any."""
+        own = self.settings
+        names = list(self.projections) if own.whiten or (own.sparing and own.kl) else []
         self.moments = key_moments(self.llm, names, self.statistics, runtime)
-        if ridge:
-            self.whiteners = {name: whitener(self.moments[name].to(device), ridge).cpu() for name in names}
 
     def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[list[Lessons]]:
         """The courses of each group of requests, which know nothing of each other."""
@@ -235,9 +233,13 @@ class FineTune(Staying):
         return self.start[name]
 
     def whitening(self, name: str) -> tuple[Tensor, int] | None:
-        """A trained weight's whitener, and the weight's dimension that it acts on."""
-        projection, inputs = self.reads(name) or ("", 0)
-        return (self.whiteners[projection].to(self.device), inputs) if projection in self.whiteners else None
+        """A trained weight's whitener, found on the model's device, and the dimension that it acts on."""
+        device, (projection, inputs) = self.llm.embedding.device, self.reads(name) or ("", 0)
+        if not (self.settings.whiten and projection in self.moments):
+            return None
+        if projection not in self.whiteners:
+            self.whiteners[projection] = whitener(self.moments[projection].to(device), self.settings.whiten).cpu()
+        return self.whiteners[projection].to(device), inputs
 
     def training_step(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch (see `teaching_loss`), such that its mean over devices and micro-batches of a

@@ -196,8 +196,7 @@ class LocateThenEdit:
         """Find the second moment of ordinary text's keys at every layer."""
         names = [next(iter(self.llm.blocks[layer].down)) for layer in self.layers]
         found = key_moments(self.llm, names, self.statistics, runtime)
-        device = self.llm.embedding.device
-        self.moments = {layer: found[name].to(device) for layer, name in zip(self.layers, names, strict=True)}
+        self.moments = {layer: found[name] for layer, name in zip(self.layers, names, strict=True)}
 
     def _taken_out(self, layer: int) -> Columns:
         """What a layer was asked for before, its solution being taken out of the weight."""
@@ -211,9 +210,10 @@ class LocateThenEdit:
     ) -> None:
         """Change a weight that is without any solution yet to what the columns ask for, and keep both."""
         (down,) = self.llm.blocks[layer].down.values()
+        columns = Columns(*(tensor.to(down.weight.device) for tensor in columns))  # where a stage put it meanwhile
         solved_OI = torch.zeros_like(columns.solved_OI)
         if columns.owner_n.numel():
-            (kept_II,) = self.kept(layer, [held], text_II, runtime)
+            (kept_II,) = self.kept(layer, [held], text_II.to(down.weight.device), runtime)
             solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
         add(down.weight, as_stored(down, solved_OI))
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)

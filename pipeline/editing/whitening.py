@@ -15,17 +15,42 @@ from torch import Tensor, nn
 from pipeline.running.sharding import on_mesh_of
 from pipeline.running.trainer import own_precision
 
+ENOUGH = 1e-9  # how close to the root an iteration comes
+
 
 def whitener(moment_II: Tensor, ridge: float) -> Tensor:
     """P (I, I) for inputs of second moment C: symmetric, and text's inputs keep their mean squared norm under it.
 
     The larger the ridge (relative to the mean of C's eigenvalues), the closer P is to the identity.
     """
-    values, vectors = torch.linalg.eigh(moment_II.double())
-    values = values.clamp(min=0) / values.mean()
-    scales = (values + ridge).rsqrt()
-    scales *= (len(values) / (scales.square() * values).sum()).sqrt()
-    return ((vectors * scales) @ vectors.T).float()
+    C = moment_II.double() / moment_II.double().diagonal().mean()
+    root = inverse_root if C.is_cuda else _inverse_root_on_cpu
+    P = root(C, ridge)
+    return (P * (len(P) / (P * (C @ P)).sum()).sqrt()).float()
+
+
+def inverse_root(matrix: Tensor, ridge: float) -> Tensor:
+    """(A + ridge)^(-1/2) of a positive A, by products alone: seconds on a GPU, where eigenvectors take minutes.
+
+    It is the coupled iteration of Newton and Schulz, scaled in each step by what is known of the least eigenvalue.
+    """
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    root, inverse = matrix + ridge * eye, eye
+    scale = root.norm()
+    root = root / scale
+    least = (ridge / scale.item()) ** 0.5  # of the root's eigenvalues, which lie up to 1
+    while least < 1 - ENOUGH:
+        stretch = (3 / (1 + least + least**2)) ** 0.5
+        step = stretch / 2 * (3 * eye - stretch**2 * (inverse @ root))
+        root, inverse = root @ step, step @ inverse
+        least = stretch * least * (3 - (stretch * least) ** 2) / 2
+    return inverse / scale.sqrt()
+
+
+def _inverse_root_on_cpu(matrix: Tensor, ridge: float) -> Tensor:
+    """The same by eigenvectors, which is the faster way there."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * (values.clamp(min=0) + ridge).rsqrt()) @ vectors.T
 
 
 class WhitenedAdam(torch.optim.Adam):

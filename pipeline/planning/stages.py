@@ -96,7 +96,8 @@ def _training(case: Case, module: FineTune, batch: int) -> int:
         lesson = _lesson(case, module, batch)
         if module.settings.whiten:
             inputs = {name: sizes(one)[0] for name, one in module.projections.items()}
-            module.whiteners = {name: torch.empty(size, size) for name, size in inputs.items()}
+            module.moments = {name: torch.empty(size, size) for name, size in inputs.items()}
+            module.whiteners = dict(module.moments)
         module.on_train_epoch_start()
         found: Any = module.configure_optimizers()
         for _ in range(STEPS):
