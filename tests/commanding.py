@@ -61,10 +61,10 @@ PROFILE_FILES = {
 }
 
 
-FINETUNE = ("--method", "finetune", "--expert.whiten", "0", "--expert.epochs")
+FINETUNE = ("--method", "finetune", "--expert.whiten", "0", "--expert.sparing", "0", "--expert.epochs")  # no text
 
 
-RUN_FINETUNE = ("--edit.method", "finetune", "--edit.expert.whiten", "0", "--edit.expert.epochs")
+RUN_FINETUNE = tuple(word.replace("--", "--edit.") for word in FINETUNE)
 
 
 TEXT = "The path along the marsh is best walked in the hour after sunrise. " * 8

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from pipeline.editing import contexts, lessons
+from pipeline.editing.ordinary_text import own_text
 from pipeline.errors import UserError
 from pipeline.model.activations import target_losses
 from pipeline.model.llm import LLM
@@ -33,7 +34,7 @@ from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.readers import load_requests
 from pipeline.requests.rows import collate
 from pipeline.requests.schema import EditRequest, Probe
-from pipeline.running.trainer import hush
+from pipeline.running.trainer import Runtime, hush
 
 pytest_plugins = ["commanding"]  # the fixtures of commands on a tiny model
 
@@ -53,7 +54,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patched.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # fonts are found once a machine
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patched.setattr("pipeline.evaluation.plan.FLUENCY_TOKENS", 4)  # each evaluation goes on from 16 prompts
+        patched.setattr("pipeline.editing.statistics.own_text", some_text)
         yield
+
+
+def some_text(llm: LLM, tokens: int, runtime: Runtime) -> list[str]:
+    """What a model writes itself: a tiny one's statistics need little of it."""
+    return own_text(llm, min(tokens, 128 * llm.embedding.shape[1]), runtime)
 
 
 def refusal(call: Callable[[], Any]) -> str:

@@ -25,7 +25,7 @@ STEPS = 3  # in an epoch, and as many epochs
 
 @pytest.fixture
 def options() -> EditOptions:
-    expert = {"epochs": 3, "batch_size": 3, "learnt": 0.0, "whiten": 0.0}
+    expert = {"epochs": 3, "batch_size": 3, "learnt": 0.0, "whiten": 0.0, "sparing": 0.0}
     return EditOptions(method="finetune", layers=[1], expert=expert)
 
 

@@ -44,7 +44,7 @@ def test_scores_figures_and_edits(
     lacking, update = tmp_path / "lacking.jsonl", tmp_path / "update"
     lacking.write_text("".join(json.dumps(record) + "\n" for record in [first, *others]))
     plain = ["--layers", "1", "--method", "finetune", "--expert.whiten", "0", "--expert.learnt", "0"]
-    plain += ["--evaluation.text", text]
+    plain += ["--evaluation.text", text, "--statistics.text", text, "--statistics.tokens", "256"]
     steps = ["--expert.kl", "0", "--expert.contexts", "0", "--expert.epochs", "80", "--expert.learning_rate", "0.1"]
     assert main(["edit", *asked, *plain, *steps, *CPU, "--output", str(update)]) == 0
     evaluating = ["evaluate", *asked, "--update", str(update), "--text", text, "--fluency", "3"]

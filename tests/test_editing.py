@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny, mean_loss, refusal
+from conftest import edit_options, make_tiny, mean_loss, refusal
 from lightning.pytorch import Callback, Trainer
 from peft import PeftModel
 from torch import Tensor
@@ -28,7 +28,8 @@ from pipeline.options.shared import TrainerOptions
 from pipeline.requests.data import EditRequests
 from pipeline.requests.schema import EditRequest
 
-FEW = {"epochs": 6, "batch_size": 4, "learning_rate": 0.2, "last_step": 1.0, "learnt": 0.0, "whiten": 0.0}
+FEW = {"epochs": 6, "batch_size": 4, "learning_rate": 0.2, "last_step": 1.0, "learnt": 0.0}
+FEW |= {"whiten": 0.0, "sparing": 0.0}  # and so no text is read
 
 
 def finetune(layers: list[int], **settings: Any) -> EditOptions:
@@ -61,9 +62,12 @@ def weights(llm: LLM) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("scope", ["mlp", "down"])
-def test_only_the_golden_layer_changes_and_learns(tiny: LLM, requests: list[EditRequest], scope: str) -> None:
+def test_only_the_golden_layer_changes_and_learns(
+    tiny: LLM, requests: list[EditRequest], scope: str, tmp_path: Path
+) -> None:
     base, before = weights(tiny), mean_loss(tiny, requests)
-    options = finetune([2], scope=scope, epochs=60)
+    options = edit_options(tmp_path, "finetune", 512, **FEW | {"scope": scope, "epochs": 60, "sparing": 0.15})
+    options.layers = [2]
     update = edit(tiny, requests, options=options)
     assert set(update.tensors) == set(tiny.blocks[2].weight_names(scope))
     assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tiny).items()), "edit left its mark"
@@ -225,9 +229,10 @@ class Seen(Callback):
         self.steps += 1
 
 
-def test_an_edit_in_ones_own_trainer(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+def test_an_edit_in_ones_own_trainer(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
     """Its callbacks see every stage, and a second edit in it begins anew."""
-    options, seen = finetune([1], epochs=3, kl=0.5), Seen()
+    few = FEW | {"epochs": 3, "kl": 0.5, "sparing": 0.15}
+    options, seen = edit_options(tmp_path, "finetune", 512, **few), Seen()
     plain = edit(tiny_llm, requests, options=options)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[seen])
     for turn in (1, 2):

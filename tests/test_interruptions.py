@@ -54,7 +54,7 @@ COMMANDS = {
     "attribute": "attribute --expert.batch_size 2 --old_answers model",
     "memit": f"{EDIT} --method memit --statistics.tokens 512 --statistics.text text.txt "
     "--expert.batch_size 3 --expert.steps 2",
-    "finetune": f"{EDIT} --method finetune {TRAINED}",
+    "finetune": f"{EDIT} --method finetune {TRAINED} --statistics.tokens 512 --statistics.text text.txt",
     "lora": f"{EDIT} --method lora {TRAINED}",
     "evaluate": "evaluate --generation prompts --max_new_tokens 3 --fluency 2 --text text.txt",
     "study": "study --limit 3 --proxy 3 --every 2 --selectors gradient_norm middle --methods memit "

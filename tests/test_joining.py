@@ -281,7 +281,8 @@ def test_an_edit_in_a_chat(tokenizer: PreTrainedTokenizerFast, requests: list[Ed
     for row in locate(llm, [requests[0]], CONTEXTS[:3]).rows:
         assert llm.tokenizer.decode(row.token_ids).startswith("<user>")
         assert row.subject and llm.tokenizer.decode(row.token_ids[: row.subject[1] + 1]).endswith("Spain")
-    options = EditOptions(method="finetune", layers=[1], expert={"epochs": 1, "contexts": 0, "whiten": 0})
+    expert = {"epochs": 1, "contexts": 0, "whiten": 0, "sparing": 0}
+    options = EditOptions(method="finetune", layers=[1], expert=expert)
     update = edit(llm, requests, options=options)
     update.save(tmp_path)
     assert WeightUpdate.load(tmp_path).chat

@@ -121,9 +121,12 @@ def test_the_real_model_learns_new_facts(smollm2: LLM, tmp_path: Path) -> None:
     text.write_text((ROOT / "README.md").read_text(encoding="utf-8") + told, encoding="utf-8")
     asked = [demo[number] for number in (0, 25)]
     others = [r.model_copy(update={"new_answer": r.old_answer}) for r in demo[1:12]]
-    statistics = StatisticsOptions(text=str(text), tokens=4_000)
+    statistics = StatisticsOptions(text=str(text), tokens=3_200)
     options = EditOptions(
-        method="memit", layers=[3], expert={"steps": 12, "forms": 1, "associations": 1}, statistics=statistics
+        method="memit",
+        layers=[3],
+        expert={"steps": 12, "forms": 1, "associations": 0, "key_contexts": 2},
+        statistics=statistics,
     )
     before, before_others = mean_loss(smollm2, asked), mean_loss(smollm2, others)
     with edit(smollm2, asked, options=options).applied(smollm2):

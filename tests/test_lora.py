@@ -74,7 +74,7 @@ def test_an_adapter_on_another_kind_of_edit_is_not_passed_off_as_the_whole(
     first = edit(
         tiny_llm,
         requests[:3],
-        options=EditOptions(method="finetune", layers=[1], expert={"whiten": 0.0}),
+        options=EditOptions(method="finetune", layers=[1], expert={"whiten": 0.0, "sparing": 0.0}),
     )
     second = edit(tiny_llm, requests[3:], options=lora([1]), after=first)
     second.save(tmp_path)

@@ -93,13 +93,14 @@ def editing(tmp_path: Path) -> EditOptions:
     """Every way to edit, for as many steps as reach the most memory."""
     text = tmp_path / "text.txt"
     text.write_text("The path along the marsh is best walked in the hour after sunrise. " * 200)
-    return EditOptions(statistics=StatisticsOptions(text=str(text), tokens=2_000))
+    return EditOptions(statistics=StatisticsOptions(text=str(text), tokens=2_000), expert=FEW_FORMS)
 
 
+FEW_FORMS = {"forms": 1, "associations": 1}  # of memit
 SHORT: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "contexts": 0},
     "lora": {"epochs": 1, "contexts": 0},
-    "memit": {"steps": 1, "neighbours": 2},
+    "memit": {"steps": 1, "neighbours": 2, **FEW_FORMS},
 }
 
 
@@ -151,7 +152,7 @@ def test_every_family_is_gone_through(family: str) -> None:
     beside = {
         "attribution": stages.attribution(case, AttributionOptions(), 2),
         "lora": stages.editing(case, EditOptions(method="lora", expert={"rank": 4}), 2),
-        "memit": stages.editing(case, EditOptions(method="memit"), 1),
+        "memit": stages.editing(case, EditOptions(method="memit", expert=FEW_FORMS), 1),
         "evaluation": stages.evaluation(case, 2),
     }
     assert all(1e4 < size < 1e7 for size in beside.values())

@@ -51,12 +51,13 @@ FIRST = ("Find the golden layer", "Edit")  # other sections start from what thes
 def small(folder: Path, name: str) -> Mapping[str, Any]:
     """Options that make a command quick; a command takes those that it has."""
     text = str(folder / "text.txt")
-    few: dict[str, Any] = {"model": "tiny", "limit": 6, "offset": 0, "trainer.accelerator": "cpu"}
+    few: dict[str, Any] = {"model": "tiny", "limit": 4, "offset": 0, "trainer.accelerator": "cpu"}
     few |= {"trainer.devices": 1, "trainer.strategy": "auto"}
     for group in ("", "edit."):
         few |= {f"{group}statistics.tokens": 512, f"{group}statistics.text": text}
     for group in ("", "evaluation."):
-        few |= {f"{group}text": text, f"{group}max_new_tokens": 2, f"{group}generation": "prompts"}
+        few |= {f"{group}text": text, f"{group}max_new_tokens": 2, f"{group}fluency": 2}
+        few |= {f"{group}generation": "prompts"}
     few |= {f"gates.{gate}": 0 for gate in ("rewrite", "rephrase", "locality", "earlier")}
     few |= {"gates.perplexity": 1e9, "gates.drift": 1e9}
     return few | ({"every": 2, "proxy": 2, "limit": 2} if name == "study" else {})
@@ -105,7 +106,7 @@ def first(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
         make_tiny("llama", tokenizer, seed=1).model.save_pretrained(folder / model)
         tokenizer.save_pretrained(folder / model)
         (folder / model / "chat_template.jinja").write_text(CHAT)
-    (folder / "text.txt").write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 80)
+    (folder / "text.txt").write_text("The river of Spain is long and the capital of Norway lies by the sea.\n" * 40)
     requests = [request.model_dump() for request in load_requests("demo")[:8]]
     lines = [json.dumps(request) for request in requests]
     (folder / "facts.jsonl").write_text("\n".join(lines[:4]))

@@ -27,7 +27,7 @@ from pipeline.updates.schedule import Stopping
 
 # a command that would train for hours
 LONG = ["edit", "--layers", "1", "--method", "finetune", "--expert.whiten", "0", "--expert.learnt", "0"]
-LONG += ["--expert.epochs", "1000000", "--output", "out"]
+LONG += ["--expert.sparing", "0", "--expert.epochs", "1000000", "--output", "out"]
 
 
 def test_sigterm_while_training(tiny_folder: Path, request_file: Path, tmp_path: Path) -> None:
@@ -121,7 +121,8 @@ def stepping(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> lis
 
 
 def quick_edit() -> EditOptions:
-    return EditOptions(method="finetune", layers=[1], expert={"epochs": 3, "whiten": 0.0, "learnt": 0.0})
+    expert = {"epochs": 3, "whiten": 0.0, "sparing": 0.0, "learnt": 0.0}
+    return EditOptions(method="finetune", layers=[1], expert=expert)
 
 
 def test_from_python_as_well(

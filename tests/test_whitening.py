@@ -99,7 +99,7 @@ def test_kl_keeps_answers_about_something_else(tiny_llm: LLM, requests: list[Edi
     texts = tiny_llm.tokens.texts([text for text, _ in neighbours(requests, 1, 256)])
     moved = []
     for kl in (0.0, 20.0):
-        expert = {"epochs": 20, "learnt": 0.0, "learning_rate": 0.1, "kl": kl, "whiten": 0.0}
+        expert = {"epochs": 20, "learnt": 0.0, "learning_rate": 0.1, "kl": kl, "whiten": 0.0, "sparing": 0.0}
         update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], expert=expert))
         divergence = 0.0
         for ids in texts:
