@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -25,6 +25,9 @@ class EditMethod(Protocol):
         weight_names: the weights it changes, by full name.
         state: after `run`, what a later edit on top of this one goes on from, by name.
         adapter: LoraConfig's arguments, when the change can also be had as an adapter.
+
+    One that wants key statistics of projections names these in `moments_of`, and finds them by name in `moments`
+    when it runs: `pipeline.editing.statistics.give_moments` puts them there.
     """
 
     weight_names: list[str]
@@ -33,15 +36,6 @@ class EditMethod(Protocol):
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest]) -> None:
         """Make the edit; `earlier` is what an earlier update taught and this one leaves in force."""
-        ...
-
-
-@runtime_checkable
-class ReadsText(Protocol):
-    """A kind of edit that wants to know something of ordinary text."""
-
-    def read_text(self, runtime: Runtime) -> None:
-        """Read it, the model being without any edit."""
         ...
 
 
