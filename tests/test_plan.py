@@ -34,7 +34,7 @@ from pipeline.running.trainer import Runtime
 
 CPU = TrainerOptions(accelerator="cpu", devices=1)
 LAYER = 1
-FINETUNE = EditOptions(method="finetune", expert={"whiten": 0})
+FINETUNE = EditOptions(method="finetune", expert={"whiten": 0, "sparing": 0})
 SHAPE: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 768,
@@ -102,6 +102,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "contexts": 0},
     "lora": {"epochs": 1, "contexts": 0},
     "memit": {"steps": 1, "neighbours": 2, **FEW_FORMS},
+    "auto": {"steps": 1, "neighbours": 2, **FEW_FORMS, "tuning": {"epochs": 1, "contexts": 0}},
 }
 
 
@@ -124,7 +125,7 @@ def test_what_is_planned_is_what_is_measured(
         "evaluation": lambda: evaluate(medium, requests, None, measuring, CPU),
     }
     for method in options.method:  # what training keeps of requests lies in the same memory here: few of them
-        some = requests[:8] if method in ("finetune", "lora") else requests[:16]
+        some = requests[:16] if method == "memit" else requests[:8]
         ways[method] = partial(run_edit, medium, some, replace(editing, method=method, expert=SHORT[method]))
     for name, way in ways.items():
         weights, beside = weights_of(medium), most_alive(way)
@@ -178,10 +179,11 @@ def test_strategies_and_precisions() -> None:
     half = stages.editing(a_case(dtype=torch.bfloat16, precision="bf16-true"), FINETUNE, 4)
     assert half < stages.editing(case, FINETUNE, 4) * 0.6
     assert half < mixed  # which makes a copy of every weight
-    training = EditOptions(method="finetune")
-    shared = stages.editing(replace(case, devices=2, sharded=True), training, 8)
-    assert shared == stages.editing(case, training, 4)
-    assert stages.editing(replace(case, devices=2), training, 8) == shared + 4 * 3 * 192 * 768
+    shared = stages.editing(replace(case, devices=2, sharded=True), FINETUNE, 8)
+    assert shared == stages.editing(case, FINETUNE, 4)
+    assert stages.editing(replace(case, devices=2), FINETUNE, 8) == shared + 4 * 3 * 192 * 768
+    solved = stages.editing(case, EditOptions(method="finetune"), 1)
+    assert solved > 6 * 8 * 768**2  # three second moments and their system, in float64
 
 
 def test_ddp_sends_from_buffers_of_its_own(tmp_path: Path) -> None:

@@ -23,10 +23,9 @@ def whitener(moment_II: Tensor, ridge: float) -> Tensor:
 
     The larger the ridge (relative to the mean of C's eigenvalues), the closer P is to the identity.
     """
-    C = moment_II.double() / moment_II.double().diagonal().mean()
-    root = inverse_root if C.is_cuda else _inverse_root_on_cpu
-    P = root(C, ridge)
-    return (P * (len(P) / (P * (C @ P)).sum()).sqrt()).float()
+    C = moment_II.double() / moment_II.diagonal().double().mean()
+    P = (inverse_root if C.is_cuda else _inverse_root_on_cpu)(C, ridge)
+    return P.mul_((len(P) / (C @ P).mul_(P).sum()).sqrt()).float()
 
 
 def inverse_root(matrix: Tensor, ridge: float) -> Tensor:
@@ -34,17 +33,19 @@ def inverse_root(matrix: Tensor, ridge: float) -> Tensor:
 
     It is the coupled iteration of Newton and Schulz, scaled in each step by what is known of the least eigenvalue.
     """
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    root, inverse = matrix + ridge * eye, eye
+    root, inverse = matrix.clone(), torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    root.diagonal().add_(ridge)
     scale = root.norm()
-    root = root / scale
+    root /= scale
     least = (ridge / scale.item()) ** 0.5  # of the root's eigenvalues, which lie up to 1
     while least < 1 - ENOUGH:
         stretch = (3 / (1 + least + least**2)) ** 0.5
-        step = stretch / 2 * (3 * eye - stretch**2 * (inverse @ root))
-        root, inverse = root @ step, step @ inverse
+        step = (inverse @ root).mul_(-(stretch**3) / 2)
+        step.diagonal().add_(1.5 * stretch)
+        root = root @ step
+        inverse = step @ inverse
         least = stretch * least * (3 - (stretch * least) ** 2) / 2
-    return inverse / scale.sqrt()
+    return inverse.div_(scale.sqrt())
 
 
 def _inverse_root_on_cpu(matrix: Tensor, ridge: float) -> Tensor:

@@ -179,7 +179,7 @@ class PlanCommand(ModelOptions, OutputOptions):
     """Requests in a batch, in every stage; default: each stage's own batch size."""
     layer: FromZero = 0
     """The golden layer; an edit of block 0 takes the most."""
-    method: Names = field(default_factory=lambda: ["finetune", "lora", "memit"])
+    method: Names = field(default_factory=lambda: ["auto", "finetune", "lora", "memit"])
     """Ways to edit, as --method of `edit` names them."""
     trainer: TrainerOptions = group(TrainerOptions, without=("num_nodes",))
     attribution: AttributionOptions = group(

@@ -18,11 +18,13 @@ from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.lga import Attribution, kept_of_a_token, tokens_of
 from pipeline.attribution.selector import tokens_at_once
 from pipeline.editing import lessons
+from pipeline.editing.auto import Auto
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS
 from pipeline.editing.ordinary_text import WINDOW
+from pipeline.editing.solvers import sparing
 from pipeline.editing.statistics import KeyMoments
 from pipeline.editing.values import SEARCHED_TOGETHER, Located
 from pipeline.evaluation.plan import WINDOW as READ_WINDOW
@@ -74,11 +76,12 @@ def evaluation(case: Case, batch: int) -> int:
 
 
 def editing(case: Case, options: EditOptions, batch: int) -> int:
-    """An edit by the options' method."""
+    """An edit by the options' method; one that trains after it has located does so in its own batches."""
     made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
     if isinstance(made, FineTune):
         return _training(case, made, batch)
-    return _locating(case, made, batch)
+    trained = _training(case, made.tuning, made.tuning.settings.batch_size) if isinstance(made, Auto) else 0
+    return max(trained, _locating(case, made, batch))
 
 
 def searched_together(case: Case, options: EditOptions) -> int | None:
@@ -90,13 +93,19 @@ def searched_together(case: Case, options: EditOptions) -> int | None:
 
 
 def _training(case: Case, module: FineTune, batch: int) -> int:
-    """Optimiser steps of fine-tuning or LoRA on a device's share of requests, and what gradients are sent from."""
+    """Optimiser steps of fine-tuning or LoRA on a device's share of requests, and what gradients are sent from.
+
+    Before them stands what whitens them, and after them the last solve.
+    """
+    side = max(sizes(projection)[0] for projection in module.projections.values())
+    with case.counting(gradients=False) as solving:
+        if module.settings.sparing and module.settings.kl:
+            T, N, C = (torch.empty(side, side) for _ in range(3))
+            sparing(T, N, C, weight=1.0).float()
     with _ready(case, module), case.counting(gradients=True) as alive:
         lesson = _lesson(case, module, batch)
-        if module.settings.whiten:
-            inputs = {name: sizes(one)[0] for name, one in module.projections.items()}
-            module.moments = {name: torch.empty(size, size) for name, size in inputs.items()}
-            module.whiteners = dict(module.moments)
+        inputs = {name: sizes(module.projections[name])[0] for name in module.moments_of}
+        module.moments = {name: torch.empty(size, size) for name, size in inputs.items()}
         module.on_train_epoch_start()
         found: Any = module.configure_optimizers()
         for _ in range(STEPS):
@@ -104,7 +113,7 @@ def _training(case: Case, module: FineTune, batch: int) -> int:
             module.training_step(lesson).backward()
             found["optimizer"].step()
         sent = sum(weight.nbytes for weight in module.trained().values())
-    return alive.peak + (sent if case.devices > 1 and not case.sharded else 0)
+    return max(alive.peak + (sent if case.devices > 1 and not case.sharded else 0), solving.peak)
 
 
 @contextmanager
