@@ -97,7 +97,7 @@ def test_fences_set_outliers_aside() -> None:
     scores = [100.0, 3.0, 5.0, 5.0, 4.0, -100.0]
     fenced = select(scores, fences=1.0, order="signed")
     # quartiles of the six scores by linear interpolation: 3.25 and 5, so the fences are 1.5 and 6.75
-    assert (fenced.low, fenced.high) == (1.5, 6.75)
+    assert fenced.fences == (1.5, 6.75)
     assert fenced.excluded == [0, 5]
     assert fenced.ranking == [2, 3, 4, 1], "signed, ties to the shallower block"
     assert fenced.raw_ranking == [0, 2, 3, 4, 1, 5]

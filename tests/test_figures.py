@@ -63,8 +63,7 @@ def found(blocks: int, requests: int, model: str = "tiny", **options: Any) -> tu
     order = options.get("order", "signed")
     profile = GoldenProfile(
         model=model, fingerprint="", method="lga", scope="mlp", order=order, scores=values.mean(0).tolist(),
-        fences=(chosen.low, chosen.high), excluded=chosen.excluded, ranking=chosen.ranking,
-        raw_ranking=chosen.raw_ranking, golden_layers=chosen.ranking[:1], request_set=model, requests=requests,
+        **chosen._asdict(), golden_layers=chosen.ranking[:1], request_set=model, requests=requests,
         seconds=1.0, stability=judge(values, AttributionOptions().fences, order),
     )  # fmt: skip
     return profile, Scores("lga", [str(number) for number in range(requests)], values)

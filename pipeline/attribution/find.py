@@ -124,7 +124,6 @@ def choose(
         raise UserError(
             f"top_k: {options.top_k} golden layers asked for; {len(chosen.ranking)} lie inside the fences"
         )
-    golden = chosen.ranking[: options.top_k]
     return GoldenProfile(
         model=found.model,
         fingerprint=found.fingerprint,
@@ -132,16 +131,13 @@ def choose(
         scope=scope if selector.of_gradients else "",
         order=order,
         scores=means,
-        fences=(chosen.low, chosen.high) if fences > 0 else None,
-        excluded=chosen.excluded,
-        ranking=chosen.ranking,
-        raw_ranking=chosen.raw_ranking,
-        golden_layers=golden,
+        golden_layers=chosen.ranking[: options.top_k],
         request_set=request_set,
         requests=len(found.ids),
         seconds=round(found.seconds, 3),
         chat=found.chat,
         stability=judge(found.values, fences, order, seed) if selector.reads_requests else None,
+        **chosen._asdict(),
     )
 
 

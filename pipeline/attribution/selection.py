@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,10 @@ from pipeline.attribution.selector import Values
 RESAMPLES = 1000
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """What the fences and the ranking make of the scores."""
 
-    low: float  # the fences; infinite when they are off
-    high: float
+    fences: tuple[float, float] | None  # the lower and the upper one; None: off
     excluded: list[int]  # blocks whose score lies outside, in order of depth
     ranking: list[int]  # the other blocks, best first; ties go to the shallower
     raw_ranking: list[int]  # all blocks, best first
@@ -42,11 +40,12 @@ def select(
     score_L = np.asarray(scores, dtype=np.float64)
     first, third = np.percentile(score_L, [25, 75])
     reach = fences * (third - first) if fences else math.inf
-    low, high = float(first - reach), float(third + reach)
+    low, high = first - reach, third + reach
     size_L = np.abs(score_L) if order == "magnitude" else score_L
     raw_ranking = np.argsort(-size_L, kind="stable").tolist()
     excluded = np.flatnonzero((score_L < low) | (score_L > high)).tolist()
-    return Selection(low, high, excluded, [b for b in raw_ranking if b not in excluded], raw_ranking)
+    ranking = [block for block in raw_ranking if block not in excluded]
+    return Selection((float(low), float(high)) if fences else None, excluded, ranking, raw_ranking)
 
 
 class Stability(BaseModel):

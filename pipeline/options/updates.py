@@ -16,6 +16,22 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 Share = Annotated[float, at_least(0), at_most(1)]
 
 
+def seconds(name: str, value: str) -> int:
+    """Seconds of a length of time such as 6h; UserError when it is none."""
+    found = re.fullmatch(r"([1-9]\d{0,8})([smhd])", value)
+    if not found:
+        raise UserError(f"{name}: {value!r} is no length of time; expected such as 45s, 30m, 6h or 1d")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def date(name: str, value: str) -> float:
+    """A date, or date and time, in seconds since 1970; UserError when it is none."""
+    try:
+        return datetime.fromisoformat(value).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise UserError(f"{name}: {value!r} is no date; expected such as 2026-12-24T03:00") from None
+
+
 @dataclass(kw_only=True)
 class StoreOptions(CommandOptions):
     """Which store."""
@@ -60,22 +76,10 @@ class SubmitCommand(NewStoreOptions):
     """A file of edit requests (JSONL, JSON or CSV, gzipped or not), or `demo`."""
     source: str | None = None
     """Where the requests come from, in place of what the file says."""
-    not_before: str | None = None
+    not_before: Annotated[str | None, date] = None
     """A date, or date and time (2026-12-24T03:00), before which they stay in the queue; local unless it says."""
     again: bool = False
     """Requests of the file that were held back, superseded, retracted or rolled back are queued anew."""
-
-    def check(self) -> None:
-        try:
-            self.not_before_seconds  # noqa: B018
-        except (ValueError, OverflowError, OSError):
-            given = self.not_before
-            raise UserError(f"not_before: {given!r} is no date; expected such as 2026-12-24T03:00") from None
-
-    @property
-    def not_before_seconds(self) -> float:
-        """The date in seconds since 1970; 0 for none."""
-        return datetime.fromisoformat(self.not_before).timestamp() if self.not_before else 0.0
 
 
 @dataclass(kw_only=True)
@@ -121,22 +125,12 @@ class ScheduleCommand(UpdateCommand):
     """Of `update` alone."""
     cron: str | None = None
     """When, as cron's five fields: `0 3 * * *` is every day at three, local time."""
-    every: str | None = None
+    every: Annotated[str | None, seconds] = None
     """How often, in place of cron: 30m, 6h, 1d; the first time at once."""
 
     def check(self) -> None:
         if (self.cron is None) == (self.every is None):
             raise UserError("schedule: when? give either --cron '0 3 * * *' or --every 6h")
-        if self.every is not None:
-            seconds(self.every)
-
-
-def seconds(every: str, name: str = "every") -> int:
-    """Seconds of a length of time such as 6h; UserError when it is none."""
-    found = re.fullmatch(r"([1-9]\d{0,8})([smhd])", every)
-    if not found:
-        raise UserError(f"{name}: {every!r} is no length of time; expected such as 45s, 30m, 6h or 1d")
-    return int(found[1]) * UNITS[found[2]]
 
 
 @dataclass(kw_only=True)
@@ -183,16 +177,8 @@ class PruneCommand(StoreOptions):
 
     keep: Count = 20
     """How many of the latest versions keep their files."""
-    older_than: str | None = None
+    older_than: Annotated[str | None, seconds] = None
     """Versions that are younger keep them, too: 12h, 90d."""
-
-    def check(self) -> None:
-        self.older_than_seconds  # noqa: B018
-
-    @property
-    def older_than_seconds(self) -> int:
-        """How old a version is at least to go."""
-        return seconds(self.older_than, "older_than") if self.older_than else 0
 
 
 @dataclass(kw_only=True)

@@ -100,13 +100,9 @@ class Shape(LLM):
         self.model = model
         self.name = name
         self.mode = mode
+        self.pad_token_id = 0  # any token will do
         self.blocks = find_blocks(model, name)
         self.blocks_put_out_tuples = put_out_tuples(model, self.blocks[0])
-
-    @property
-    def pad_token_id(self) -> int:
-        """Any token will do."""
-        return 0
 
     def held(self) -> list[Tensor]:
         """Its weights and buffers."""
