@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.inner_products import CapturedInput
-from pipeline.attribution.profile import GoldenProfile
-from pipeline.attribution.selection import select
+from pipeline.attribution.profile import GoldenProfile, select
 from pipeline.errors import UserError
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM

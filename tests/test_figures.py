@@ -14,8 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from pipeline.attribution.profile import GoldenProfile, Scores
-from pipeline.attribution.selection import judge, select
+from pipeline.attribution.profile import GoldenProfile, Scores, judge, select
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.evaluation.metrics import Estimate
 from pipeline.options.attribution import AttributionOptions

@@ -12,8 +12,7 @@ from lightning.pytorch import Trainer
 
 from pipeline.attribution import lga, tracing  # noqa: F401  # they enter themselves among the selectors
 from pipeline.attribution.callback import GradientAttribution
-from pipeline.attribution.profile import GoldenProfile, Scores
-from pipeline.attribution.selection import judge, select
+from pipeline.attribution.profile import GoldenProfile, Scores, judge, select
 from pipeline.attribution.selector import SELECTORS, Selector
 from pipeline.errors import UserError, check_choice
 from pipeline.files import digest

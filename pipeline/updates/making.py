@@ -25,10 +25,9 @@ from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.shipped import program
 from pipeline.updates.disk import BASE, transaction
-from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find, load_version
 from pipeline.updates.lineage import hold_back, publish
-from pipeline.updates.proving import BatchResult, Trial, split_by_fit
+from pipeline.updates.proving import OF_MODEL, BatchResult, Trial, missed, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
 
