@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing import auto, finetune, locate, lora  # noqa: F401  each registers its own kinds
 from pipeline.editing.columns import owner, owners_in
-from pipeline.editing.method import METHODS, ReadsText, settings_of
+from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.files import digest
@@ -45,8 +45,6 @@ def edit(
     """Edit all requests in one batch at the golden layers; the model itself is the base again afterwards.
 
     Args:
-        llm: the base model.
-        requests: what to change.
         profile: where to edit, unless `options.layers` says so.
         options: by which method and how.
         trainer: what it runs on: a Trainer, or options to make one of for each stage.
@@ -79,7 +77,7 @@ def edit(
     about = (llm.fingerprint, llm.chat, options.method, layers, settings, options.statistics, seed)
     own = work / digest(*about, requests, earlier.requests) if work else None
     runtime = Runtime(trainer or TrainerOptions(), logger, seed, own)
-    if isinstance(method, ReadsText):
+    if hasattr(method, "read_text"):
         method.read_text(runtime)
     with earlier.applied(llm), restored(llm, method.weight_names):
         with llm.frozen():
@@ -180,7 +178,6 @@ def leave_out(
     searched for again. When none is left and nothing else changed a weight, that weight is the base's, bit for bit.
 
     Args:
-        llm: the base model.
         update: one that `can_leave_out` the requests.
         options: the method's, as the update was made with.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from pipeline.running.trainer import Runtime
 class EditMethod(Protocol):
     """A kind of edit: made for a model, layers and options, it changes the named weights in place.
 
+    One that wants to know something of ordinary text has `read_text(runtime)`, too, to read it before any edit.
     It is made by `make(llm, layers, options, earlier)`: the model, frozen by the caller; the blocks to change; the
     options, of which `settings_of` gives its own settings; the `state` of an earlier update to go on from.
 
@@ -33,15 +34,6 @@ class EditMethod(Protocol):
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest]) -> None:
         """Make the edit; `earlier` is what an earlier update taught and this one leaves in force."""
-        ...
-
-
-@runtime_checkable
-class ReadsText(Protocol):
-    """A kind of edit that wants to know something of ordinary text."""
-
-    def read_text(self, runtime: Runtime) -> None:
-        """Read it, the model being without any edit."""
         ...
 
 
