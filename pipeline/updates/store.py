@@ -198,11 +198,11 @@ class Store(AbstractContextManager["Store"]):
 
         BusyError when another process is that one.
         """
-        with ExitStack() as held:
-            try:
-                held.enter_context(locked(self.folder / UPDATE_LOCK, wait=False))
-            except Timeout:
-                raise BusyError(f"store: {self.folder}: another update is at work on it") from None
+        try:
+            held = locked(self.folder / UPDATE_LOCK, wait=False)
+        except Timeout:
+            raise BusyError(f"store: {self.folder}: another update is at work on it") from None
+        with held:
             with transaction(self.database):
                 self.give_back("the update ended before it was done")
             self.clear()
