@@ -49,7 +49,6 @@ def _good(options: RequestsCommand) -> Iterator[EditRequest]:
 
 
 def _show_known(options: RequestsCommand) -> None:
-    """Which answers of the requests a model gives by itself, and which requests it cannot take."""
     from pipeline.evaluation.reading import find_known
     from pipeline.reporting.terminal import say
     from pipeline.stages import load, prepare

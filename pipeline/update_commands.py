@@ -92,7 +92,6 @@ def _update(options: of.UpdateCommand, stopping: Stopping) -> None:
 
 
 def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
-    """What came of a batch, in a few lines."""
     head = f"version {done.version}" if done.version is not None else "nothing published"
     if dry_run:
         head = "dry run, nothing changed"

@@ -66,7 +66,6 @@ def score_requests(
     """Every request's score of every block, in the requests' order.
 
     Args:
-        requests: the proxy set.
         trainer: what it runs on: a Trainer, or options to make one of.
         work: a folder for half-done work; scoring that finds its own there goes on from it.
         selectors: the ways to score that there are.

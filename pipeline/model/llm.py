@@ -33,7 +33,6 @@ class LLM:
 
     Args:
         model: any Hugging Face decoder that `find_blocks` understands.
-        tokenizer: its tokenizer.
         name: what the user calls it, for messages and files.
         chat: put prompts into the tokenizer's chat template, in every stage.
         fingerprint: its checkpoint's, where that is known; else it is taken of the model as it is.

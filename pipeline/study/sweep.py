@@ -142,7 +142,6 @@ def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest],
 
 
 def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -> Changes:
-    """Each request's adapter."""
     method.read_text(runtime)
     found = []
     for courses in method.lessons([[request] for request in requests], runtime):

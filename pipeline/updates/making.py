@@ -86,7 +86,6 @@ def update(
 
 
 def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions) -> BatchResult:
-    """What comes of a batch on top of the version in force."""
     parent = store.current
     base = load_version(store, parent)
     fitting, held = split_by_fit(llm, batch, options)
