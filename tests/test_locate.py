@@ -20,7 +20,7 @@ from pipeline.editing.editor import METHODS, can_leave_out, edit, leave_out
 from pipeline.editing.entering import Leaving
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.solvers import emmet
-from pipeline.editing.statistics import key_moments
+from pipeline.editing.statistics import give_moments, key_moments
 from pipeline.editing.update import WeightUpdate
 from pipeline.editing.values import ValueSearch, locate
 from pipeline.model.llm import LLM
@@ -107,7 +107,7 @@ def test_the_weight_gives_the_found_values(tiny: LLM, requests: list[EditRequest
     (down,) = tiny.blocks[1].down.values()
     before = down.weight.detach().clone()
     with tiny.frozen():
-        method.read_text(Runtime())
+        give_moments(method, tiny, options.statistics, Runtime())
         method.run(requests, Runtime())
     ((keys_In, changes_On),) = found
     change = (down.weight - before) if isinstance(down, torch.nn.Linear) else (down.weight - before).T

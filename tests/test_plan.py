@@ -19,6 +19,7 @@ from benchmarks.bench import most_alive
 from pipeline.attribution.find import score_requests
 from pipeline.cli import main
 from pipeline.editing.editor import METHODS
+from pipeline.editing.statistics import give_moments
 from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
@@ -84,7 +85,7 @@ def weights_of(llm: LLM) -> int:
 def run_edit(llm: LLM, requests: Sequence[EditRequest], options: EditOptions) -> None:
     with llm.frozen():
         method = METHODS[options.method].make(llm, [LAYER], options)
-        method.read_text(Runtime(CPU))
+        give_moments(method, llm, options.statistics, Runtime(CPU))
         method.run(requests, Runtime(CPU), ())
 
 

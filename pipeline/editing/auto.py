@@ -69,11 +69,7 @@ class Auto(LocateThenEdit):
         expert = {"depths": self.settings.depths, **self.settings.tuning}
         self.tuning = make_finetune(llm, layers, replace(options, method="finetune", expert=expert))
         self.weight_names = list(dict.fromkeys([*self.tuning.weight_names, *self.weight_names]))
-
-    def read_text(self, runtime: Runtime) -> None:
-        """Both methods'."""
-        super().read_text(runtime)
-        self.tuning.read_text(runtime)
+        self.moments_of = list(dict.fromkeys([*self.moments_of, *self.tuning.moments_of]))
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Locate, then fine-tune; what is to stay is read before either, off the model as it is given."""
@@ -96,7 +92,7 @@ class Auto(LocateThenEdit):
         if located:
             super().run(located, runtime, [*earlier, *others])
             self.tuning.after_values = True
-        self.state = {}
+        self.state, self.tuning.moments = {}, self.moments
         self.tuning.fit(courses, runtime)
 
     def suits(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[bool]:

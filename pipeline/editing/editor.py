@@ -16,6 +16,7 @@ from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing import auto, finetune, locate, lora  # noqa: F401  each registers its own kinds
 from pipeline.editing.columns import owner, owners_in
 from pipeline.editing.method import METHODS, settings_of
+from pipeline.editing.statistics import give_moments
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.files import digest
@@ -77,8 +78,7 @@ def edit(
     about = (llm.fingerprint, llm.chat, options.method, layers, settings, options.statistics, seed)
     own = work / digest(*about, requests, earlier.requests) if work else None
     runtime = Runtime(trainer or TrainerOptions(), logger, seed, own)
-    if hasattr(method, "read_text"):
-        method.read_text(runtime)
+    give_moments(method, llm, options.statistics, runtime)
     with earlier.applied(llm), restored(llm, method.weight_names):
         with llm.frozen():
             method.run(requests, runtime, left)
@@ -190,7 +190,7 @@ def leave_out(
     method = METHODS[options.method].make(llm, layers, options, update.state)
     assert isinstance(method, locate.LocateThenEdit)
     base, runtime = weights(llm, method.weight_names), Runtime(trainer or TrainerOptions(), seed=seed)
-    method.read_text(runtime)
+    give_moments(method, llm, options.statistics, runtime)
     with update.applied(llm), restored(llm, method.weight_names), llm.frozen():
         method.leave_out(requests, runtime, left)
         changed = weights(llm, method.weight_names)

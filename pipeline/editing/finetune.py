@@ -21,14 +21,14 @@ from pipeline.editing.contexts import CONTEXTS, TAUGHT_CONTEXTS
 from pipeline.editing.lessons import OTHER_NAME, KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.solvers import sparing
-from pipeline.editing.statistics import READ_TOGETHER, KeyMoments, key_moments
+from pipeline.editing.statistics import READ_TOGETHER, KeyMoments
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import UserError
 from pipeline.model.activations import Activations, checkpointing, target_logits
 from pipeline.model.blocks import Projection
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count, Most, Options, Positive, Weight, above, at_least, at_most, one_of
-from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Batch, Row
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put, whole
@@ -76,7 +76,6 @@ class FineTune(Staying):
         llm: the model; what is not trained is frozen when training starts.
         layers: the blocks to train.
         settings: how; default: fine-tuning's.
-        statistics: of which text whitening takes its key statistics.
 
     Attributes:
         weight_names: the weights it changes, by full name.
@@ -90,17 +89,11 @@ class FineTune(Staying):
 
     adapter: dict[str, Any] | None = None
 
-    def __init__(
-        self,
-        llm: LLM,
-        layers: Sequence[int],
-        settings: FinetuneSettings | None = None,
-        statistics: StatisticsOptions | None = None,
-    ) -> None:
+    def __init__(self, llm: LLM, layers: Sequence[int], settings: FinetuneSettings | None = None) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds what is trained
         self.llm, self.model, self.activations = llm, llm.model, Activations(llm)
-        self.settings, self.statistics = settings or FinetuneSettings(), statistics or StatisticsOptions()
+        self.settings = settings or FinetuneSettings()
         if wrong := [depth for depth in self.settings.depths if not 0 <= depth < 1]:
             raise UserError(f"edit: depths: {wrong[0]}; expected parts of the model's depth, from 0 to below 1")
         self.layers = sorted({*layers, *(int(depth * len(llm.blocks)) for depth in self.settings.depths)})
@@ -120,11 +113,11 @@ class FineTune(Staying):
         (courses,) = self.lessons([requests], runtime)
         self.fit(courses, runtime)
 
-    def read_text(self, runtime: Runtime) -> None:
-        """Find key statistics of every projection that is trained, where the settings want any."""
+    @property
+    def moments_of(self) -> list[str]:
+        """The projections of whose keys the settings want ordinary text's second moments."""
         own = self.settings
-        names = list(self.projections) if own.whiten or (own.sparing and own.kl) else []
-        self.moments = key_moments(self.llm, names, self.statistics, runtime)
+        return list(self.projections) if own.whiten or (own.sparing and own.kl) else []
 
     def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[list[Lessons]]:
         """The courses of each group of requests, which know nothing of each other."""
@@ -308,7 +301,7 @@ def make_finetune(
     llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
 ) -> FineTune:
     """Fine-tuning as `edit` makes it; what was learnt before is in the weights."""
-    return FineTune(llm, layers, settings_of(options), options.statistics)
+    return FineTune(llm, layers, settings_of(options))
 
 
 register("finetune", make_finetune, FinetuneSettings)

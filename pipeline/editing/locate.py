@@ -21,7 +21,6 @@ from pipeline.editing.columns import Columns, owner, owners_in
 from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, FORMS, in_context, neighbours
 from pipeline.editing.entering import Entering, Leaving
 from pipeline.editing.method import register, settings_of
-from pipeline.editing.statistics import key_moments
 from pipeline.editing.values import SEARCHED_TOGETHER, Located, ValueSearch, locate
 from pipeline.model.blocks import as_stored
 from pipeline.model.llm import LLM
@@ -97,6 +96,8 @@ class LocateThenEdit:
     """
 
     adapter: dict[str, Any] | None = None
+    settings: LocateSettings
+    moments: dict[str, Tensor]  # by projection, of ordinary text
 
     def __init__(
         self,
@@ -108,14 +109,14 @@ class LocateThenEdit:
         solver: Callable[[LocateSettings], Solver],
         by_all_keys: bool = False,
     ) -> None:
-        self.llm, self.statistics = llm, options.statistics
-        self.settings: LocateSettings = settings_of(options)
+        self.llm, self.settings = llm, settings_of(options)
         above = (layer + up for layer in layers for up in range(1, self.settings.spread))
         self.layers = sorted({*layers, *(layer for layer in above if layer < len(llm.blocks) - 1)})
         self.solve = solver(self.settings)
         self.by_all_keys = by_all_keys
         self.near = self.settings.neighbours if by_all_keys and self.settings.neighbour_weight else 0
         self.weight_names = [name for layer in self.layers for name in llm.blocks[layer].weight_names("down")]
+        self.moments_of = [name for layer in self.layers for name in llm.blocks[layer].down]
         self.state = dict(earlier or {})
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
@@ -162,7 +163,7 @@ class LocateThenEdit:
                 share_GO = torch.stack([of_subject[about(request)] for request in asked])
                 keys_GCI = self.keys(layer, asked, runtime)
                 columns[layer] = columns[layer].and_asked([*map(owner, asked)], keys_GCI, share_GO)
-            self._put_in(layer, columns[layer], held, self.moments[layer], runtime)
+            self._put_in(layer, columns[layer], held, runtime)
 
     def _shares(self, located: Sequence[Located], runtime: Runtime) -> Iterator[Sequence[Tensor]]:
         """By layer, each subject's change (O,) of the output there; asked for once those before hold theirs.
@@ -192,12 +193,6 @@ class LocateThenEdit:
             yield [*(aim_2GO - now_2GO)[1] / (left * factor)]
             now_2GO = leaving(repeat(None))
 
-    def read_text(self, runtime: Runtime) -> None:
-        """Find the second moment of ordinary text's keys at every layer."""
-        names = [next(iter(self.llm.blocks[layer].down)) for layer in self.layers]
-        found = key_moments(self.llm, names, self.statistics, runtime)
-        self.moments = {layer: found[name] for layer, name in zip(self.layers, names, strict=True)}
-
     def _taken_out(self, layer: int) -> Columns:
         """What a layer was asked for before, its solution being taken out of the weight."""
         (down,) = self.llm.blocks[layer].down.values()
@@ -205,15 +200,13 @@ class LocateThenEdit:
         add(down.weight, as_stored(down, -columns.solved_OI))
         return columns
 
-    def _put_in(
-        self, layer: int, columns: Columns, held: Sequence[EditRequest], text_II: Tensor, runtime: Runtime
-    ) -> None:
+    def _put_in(self, layer: int, columns: Columns, held: Sequence[EditRequest], runtime: Runtime) -> None:
         """Change a weight that is without any solution yet to what the columns ask for, and keep both."""
-        (down,) = self.llm.blocks[layer].down.values()
+        ((name, down),) = self.llm.blocks[layer].down.items()
         columns = Columns(*(tensor.to(down.weight.device) for tensor in columns))  # where a stage put it meanwhile
         solved_OI = torch.zeros_like(columns.solved_OI)
         if columns.owner_n.numel():
-            (kept_II,) = self.kept(layer, [held], text_II.to(down.weight.device), runtime)
+            (kept_II,) = self.kept(layer, [held], self.moments[name].to(down.weight.device), runtime)
             solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
         add(down.weight, as_stored(down, solved_OI))
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)

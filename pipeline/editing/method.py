@@ -18,7 +18,6 @@ from pipeline.running.trainer import Runtime
 class EditMethod(Protocol):
     """A kind of edit: made for a model, layers and options, it changes the named weights in place.
 
-    One that wants to know something of ordinary text has `read_text(runtime)`, too, to read it before any edit.
     It is made by `make(llm, layers, options, earlier)`: the model, frozen by the caller; the blocks to change; the
     options, of which `settings_of` gives its own settings; the `state` of an earlier update to go on from.
 
@@ -26,6 +25,9 @@ class EditMethod(Protocol):
         weight_names: the weights it changes, by full name.
         state: after `run`, what a later edit on top of this one goes on from, by name.
         adapter: LoraConfig's arguments, when the change can also be had as an adapter.
+
+    One that wants key statistics of projections names these in `moments_of`, and finds them by name in `moments`
+    when it runs: `pipeline.editing.statistics.give_moments` puts them there.
     """
 
     weight_names: list[str]

@@ -64,6 +64,12 @@ def key_moments(
     return found
 
 
+def give_moments(method: Any, llm: LLM, options: StatisticsOptions, runtime: Runtime) -> None:
+    """Give a kind of edit the key statistics that it wants; the model is without any edit."""
+    if names := getattr(method, "moments_of", ()):
+        method.moments = key_moments(llm, names, options, runtime)
+
+
 def _about(llm: LLM, name: str, text: str, runtime: Runtime) -> dict[str, Any]:
     """What a projection's statistics over a text, known by its digest, depend on, and their shape."""
     inputs = sizes(llm.model.get_submodule(name))[0]  # type: ignore[arg-type]

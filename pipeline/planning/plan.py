@@ -114,9 +114,9 @@ def needs(case: Case, options: PlanCommand, weights: int, memory: int) -> Iterat
     attributed = partial(stages.attribution, case, options.attribution)
     yield need("attribution", asked, attributed, stages.attributed_together(case))
     edits = [options.edit.by(method) for method in options.method]
-    whitening = any(getattr(settings_of(edit), "whiten", 0) for edit in edits)
-    if whitening or any(METHODS[edit.method].solves_anew for edit in edits):
-        read = partial(stages.key_statistics, case, "mlp" if whitening else "down")
+    made = (METHODS[edit.method].make(case.shape, [case.layer], edit) for edit in edits)
+    if wanted := {name for one in made for name in getattr(one, "moments_of", ())}:
+        read = partial(stages.key_statistics, case, sorted(wanted))
         yield need("key statistics", READ_TOGETHER, read, fixed=True)
     for edit in edits:
         batch = getattr(settings_of(edit), "batch_size", options.attribution.batch_size)

@@ -5,7 +5,7 @@ Each function takes the case and how many requests run at once, and gives bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -50,9 +50,8 @@ def attributed_together(case: Case) -> int:
     return max(1, tokens_at_once(case.shape, kept_of_a_token(case.shape)) // tokens_of((case.row, case.row)))
 
 
-def key_statistics(case: Case, scope: str, batch: int) -> int:
-    """Windows of ordinary text up to the golden layer, and the second moments of its inputs."""
-    names = list(case.shape.blocks[case.layer].projections(scope))
+def key_statistics(case: Case, names: Sequence[str], batch: int) -> int:
+    """Windows of ordinary text up to the last of these projections, and the second moments of their inputs."""
     return case.peak(KeyMoments(case.shape, names), [Row([0] * WINDOW, WINDOW)] * batch)
 
 

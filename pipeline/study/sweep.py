@@ -22,7 +22,7 @@ from pipeline.editing.editor import restored
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS, settings_of
-from pipeline.editing.statistics import key_moments
+from pipeline.editing.statistics import give_moments
 from pipeline.editing.update import ADAPTER_PREFIX
 from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.side_by_side import Changes, SideBySideEvaluator
@@ -105,11 +105,8 @@ class Sweep:
 
     def _find_statistics(self, options: EditOptions, blocks: Sequence[int]) -> None:
         """Of all blocks in one pass, and kept: an edit at a block finds its own."""
-        own = settings_of(options)
-        if getattr(own, "whiten", True):
-            scope = getattr(own, "scope", "down")
-            names = [name for block in blocks for name in self.llm.blocks[block].projections(scope)]
-            key_moments(self.llm, names, options.statistics, self.runtime)
+        method = METHODS[options.method].make(self.llm, blocks, options)
+        give_moments(method, self.llm, options.statistics, self.runtime)
 
 
 def each_alone(
@@ -117,6 +114,7 @@ def each_alone(
 ) -> Changes:
     """Every request's change of a block, each as `edit` would make it alone, of a model that is frozen."""
     method = METHODS[options.method].make(llm, [layer], options)
+    give_moments(method, llm, options.statistics, runtime)
     if isinstance(method, LoRA):
         return _adapters(method, requests, runtime)
     assert isinstance(method, LocateThenEdit)
@@ -129,10 +127,9 @@ def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest],
     That is all of the change: a request's columns ask for the same value.
     """
     ((name, down),) = method.llm.blocks[layer].down.items()
-    method.read_text(runtime)
     values = method.find(method.search(layer, 1), method.located([[one] for one in requests]), runtime)
     keys_GCI = method.keys(layer, requests, runtime)
-    kept = method.kept(layer, [[request] for request in requests], method.moments[layer], runtime)
+    kept = method.kept(layer, [[request] for request in requests], method.moments[name], runtime)
     directions = []
     for key_CI, kept_II in zip(keys_GCI, kept, strict=True):
         key_In, kept_II = key_CI.T.to(down.weight.device), kept_II.to(down.weight.device)
@@ -142,7 +139,6 @@ def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest],
 
 
 def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -> Changes:
-    method.read_text(runtime)
     found = []
     for courses in method.lessons([[request] for request in requests], runtime):
         with restored(method.llm, method.weight_names):
