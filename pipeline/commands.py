@@ -190,7 +190,6 @@ def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
 
 
 def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
-    """Answer prompts by a store's current version and, with `--follow`, by every later one."""
     assert options.store is not None
     with Store(options.store, reading=True) as store:
         name = _model_of(store, options)

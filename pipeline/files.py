@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -78,16 +79,13 @@ def read_plain_text(flag: str, file: str | Path) -> str:
 
 def parse_json(text: str | bytes) -> Any:
     """What JSON says; ValueError when it is malformed, or nested deeper than anything that is meant."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"nested more than {DEEPEST} deep") from None
-    level: list[Any] = [[value]]
-    for _ in range(DEEPEST + 1):
-        within = chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
-        level = [one for one in within if isinstance(one, dict | list)]
-        if not level:
-            return value
+    with suppress(RecursionError):
+        level: list[Any] = [[value := json.loads(text)]]
+        for _ in range(DEEPEST + 1):
+            within = chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
+            level = [one for one in within if isinstance(one, dict | list)]
+            if not level:
+                return value
     raise ValueError(f"nested more than {DEEPEST} deep")
 
 

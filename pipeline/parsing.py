@@ -185,7 +185,6 @@ def _kind(path: str, known: Mapping[str, Flag]) -> Any:
 
 
 def _unknown(name: str, word: str, known: Iterable[str]) -> str:
-    """What to say of a word that is no flag of this command, and no value of one."""
     listed = f"`{program()} {name} --help` lists them"
     if word.startswith("--"):
         hint = did_you_mean(word.removeprefix("--").replace("-", "_"), known, "--{}")

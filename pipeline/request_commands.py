@@ -10,7 +10,7 @@ from pipeline.editing.contexts import TAUGHT_CONTEXTS, chat_forms, plain_forms
 from pipeline.errors import UserError
 from pipeline.options.commands import RequestsCommand
 from pipeline.requests.check import NAMED, check_requests, require_good, summary
-from pipeline.requests.readers import read_requests, write_requests
+from pipeline.requests.readers import stream_requests, write_requests
 from pipeline.requests.schema import EditRequest
 
 
@@ -23,7 +23,6 @@ def requests(options: RequestsCommand) -> None:
 
 
 def _check(options: RequestsCommand) -> None:
-    """Say what is in the requests, and write them when they are good."""
     to = Path(options.to) if options.to else None
     if to and to.is_dir():
         raise UserError(f"to: {to}: a folder; expected a file's name")
@@ -46,13 +45,10 @@ def _check(options: RequestsCommand) -> None:
 
 
 def _good(options: RequestsCommand) -> Iterator[EditRequest]:
-    """The requests that are good, one by one."""
-    read = read_requests(options.requests, options.limit, options.offset)
-    return (one.request for one in read if isinstance(one.request, EditRequest))
+    return stream_requests(options.requests, options.limit, options.offset, bad=[])
 
 
 def _show_known(options: RequestsCommand) -> None:
-    """Which answers of the requests a model gives by itself, and which requests it cannot take."""
     from pipeline.evaluation.reading import find_known
     from pipeline.reporting.terminal import say
     from pipeline.stages import load, prepare

@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch import seed_everything
 
 from pipeline.attribution.find import choose, score_requests
-from pipeline.attribution.profile import GoldenProfile
+from pipeline.attribution.profile import PROFILE_FILE, GoldenProfile
 from pipeline.editing.editor import edit
-from pipeline.editing.update import WeightUpdate
+from pipeline.editing.update import UPDATE_FILE, WeightUpdate
 from pipeline.evaluation.evaluator import Evaluator, evaluate
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
@@ -81,8 +81,10 @@ def find_and_keep(
     options: AttributeCommand | RunCommand,
 ) -> GoldenProfile:
     """Stage one: score, choose, and keep profile and scores; a resumed command goes on with what it has."""
-    profile, scores = log.profile_kept(), None
-    if profile is None:
+    scores = None
+    if log.has(PROFILE_FILE):
+        profile = GoldenProfile.load(log.folder)
+    else:
         work = log.work / "attribution"
         scores = score_requests(llm, requests, attribution, options.trainer, options.seed, work)
         name = options.requests if options.requests == "demo" else Path(options.requests).name
@@ -103,9 +105,10 @@ def edit_and_prove(
     """Stages two and three: edit, save the update, measure what was saved."""
     trainer, work = options.trainer, log.work
     Evaluator(llm, requests, options.evaluation, trainer)  # texts that do not fit are found before the edit
-    update = log.update_kept() or edit(
-        llm, requests, profile, how, trainer, log.tensorboard, options.seed, after, work / "edit"
-    )
+    if log.has(UPDATE_FILE):
+        update = WeightUpdate.load(log.folder)
+    else:
+        update = edit(llm, requests, profile, how, trainer, log.tensorboard, options.seed, after, work / "edit")
     with log.keeping(update):
         measured = evaluate(llm, update.requests, update, options.evaluation, trainer, work)
     log.keep_metrics(llm.name, update.requests, measured, update, profile)

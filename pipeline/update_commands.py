@@ -34,7 +34,8 @@ def submit(options: of.SubmitCommand) -> None:
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
-        done = queue.submit(store, options.file, options.source, options.not_before_seconds, options.again)
+        not_before = of.date("not_before", options.not_before) if options.not_before else 0.0
+        done = queue.submit(store, options.file, options.source, not_before, options.again)
         parts = [f"{done.queued} new"]
         parts += [f"{done.again} queued anew"] if done.again else []
         parts += [f"{done.known} known already"] if done.known else []
@@ -91,7 +92,6 @@ def _update(options: of.UpdateCommand, stopping: Stopping) -> None:
 
 
 def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
-    """What came of a batch, in a few lines."""
     head = f"version {done.version}" if done.version is not None else "nothing published"
     if dry_run:
         head = "dry run, nothing changed"
@@ -176,7 +176,8 @@ def prune(options: of.PruneCommand) -> None:
     """The files of old versions go."""
     with Store(options.store) as store:
         show_on_board(store)
-        gone = lineage.prune(store, options.keep, options.older_than_seconds)
+        older = of.seconds("older_than", options.older_than) if options.older_than else 0.0
+        gone = lineage.prune(store, options.keep, older)
         say(f"{len(gone)} versions pruned; what they changed stays in `{program()} history`")
 
 

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.inner_products import CapturedInput
-from pipeline.attribution.profile import GoldenProfile
-from pipeline.attribution.selection import select
+from pipeline.attribution.profile import GoldenProfile, select
 from pipeline.errors import UserError
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
@@ -97,7 +96,7 @@ def test_fences_set_outliers_aside() -> None:
     scores = [100.0, 3.0, 5.0, 5.0, 4.0, -100.0]
     fenced = select(scores, fences=1.0, order="signed")
     # quartiles of the six scores by linear interpolation: 3.25 and 5, so the fences are 1.5 and 6.75
-    assert (fenced.low, fenced.high) == (1.5, 6.75)
+    assert fenced.fences == (1.5, 6.75)
     assert fenced.excluded == [0, 5]
     assert fenced.ranking == [2, 3, 4, 1], "signed, ties to the shallower block"
     assert fenced.raw_ranking == [0, 2, 3, 4, 1, 5]

@@ -14,8 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from pipeline.attribution.profile import GoldenProfile, Scores
-from pipeline.attribution.selection import judge, select
+from pipeline.attribution.profile import GoldenProfile, Scores, judge, select
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.evaluation.metrics import Estimate
 from pipeline.options.attribution import AttributionOptions
@@ -63,8 +62,7 @@ def found(blocks: int, requests: int, model: str = "tiny", **options: Any) -> tu
     order = options.get("order", "signed")
     profile = GoldenProfile(
         model=model, fingerprint="", method="lga", scope="mlp", order=order, scores=values.mean(0).tolist(),
-        fences=(chosen.low, chosen.high), excluded=chosen.excluded, ranking=chosen.ranking,
-        raw_ranking=chosen.raw_ranking, golden_layers=chosen.ranking[:1], request_set=model, requests=requests,
+        **chosen._asdict(), golden_layers=chosen.ranking[:1], request_set=model, requests=requests,
         seconds=1.0, stability=judge(values, AttributionOptions().fences, order),
     )  # fmt: skip
     return profile, Scores("lga", [str(number) for number in range(requests)], values)

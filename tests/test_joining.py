@@ -179,6 +179,7 @@ def test_a_pad_token_that_is_not_embedded_is_not_used() -> None:
     llm = LLM(family_model("llama", len(tokenizer)), tokenizer, "tiny")
     expected = generate(llm, ["Spain", "The capital of Peru is"], max_new_tokens=4)
     tokenizer.add_special_tokens({"pad_token": "<filler>"})
+    llm = LLM(llm.model, tokenizer, "tiny")
     assert llm.pad_token_id == tokenizer.eos_token_id
     assert generate(llm, ["Spain", "The capital of Peru is"], max_new_tokens=4) == expected
 

@@ -8,6 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_figures import found, study
 
+from pipeline.attribution.profile import PROFILE_FILE, GoldenProfile
 from pipeline.reporting.run_log import run_log
 
 
@@ -35,7 +36,8 @@ def test_a_resumed_command_shows_its_profile_once(in_progress: bool, tmp_path: P
         raise KeyboardInterrupt
     assert bool(list(out.glob("events.*"))) == in_progress
     with run_log("run", str(out), False, {"resume": True}) as log:
-        again = log.profile_kept()
+        assert log.has(PROFILE_FILE)
+        again = GoldenProfile.load(out)
         assert again == profile
         log.keep_profile(again)
     board = board_of(out)

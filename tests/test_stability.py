@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.attribution.find import choose, find_golden_layer
-from pipeline.attribution.profile import GoldenProfile, Scores
-from pipeline.attribution.selection import judge
+from pipeline.attribution.profile import GoldenProfile, Scores, judge
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.schema import EditRequest

@@ -26,7 +26,7 @@ from pipeline.options.updates import GateOptions, UpdateCommand
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.updates import Store, making, proving, story, submit, update
-from pipeline.updates.gates import Figures
+from pipeline.updates.proving import Figures
 
 
 @pytest.fixture

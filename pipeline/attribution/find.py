@@ -12,8 +12,7 @@ from lightning.pytorch import Trainer
 
 from pipeline.attribution import lga, tracing  # noqa: F401  # they enter themselves among the selectors
 from pipeline.attribution.callback import GradientAttribution
-from pipeline.attribution.profile import GoldenProfile, Scores
-from pipeline.attribution.selection import judge, select
+from pipeline.attribution.profile import GoldenProfile, Scores, judge, select
 from pipeline.attribution.selector import SELECTORS, Selector
 from pipeline.errors import UserError, check_choice
 from pipeline.files import digest
@@ -67,7 +66,6 @@ def score_requests(
     """Every request's score of every block, in the requests' order.
 
     Args:
-        requests: the proxy set.
         trainer: what it runs on: a Trainer, or options to make one of.
         work: a folder for half-done work; scoring that finds its own there goes on from it.
         selectors: the ways to score that there are.
@@ -124,7 +122,6 @@ def choose(
         raise UserError(
             f"top_k: {options.top_k} golden layers asked for; {len(chosen.ranking)} lie inside the fences"
         )
-    golden = chosen.ranking[: options.top_k]
     return GoldenProfile(
         model=found.model,
         fingerprint=found.fingerprint,
@@ -132,16 +129,13 @@ def choose(
         scope=scope if selector.of_gradients else "",
         order=order,
         scores=means,
-        fences=(chosen.low, chosen.high) if fences > 0 else None,
-        excluded=chosen.excluded,
-        ranking=chosen.ranking,
-        raw_ranking=chosen.raw_ranking,
-        golden_layers=golden,
+        golden_layers=chosen.ranking[: options.top_k],
         request_set=request_set,
         requests=len(found.ids),
         seconds=round(found.seconds, 3),
         chat=found.chat,
         stability=judge(found.values, fences, order, seed) if selector.reads_requests else None,
+        **chosen._asdict(),
     )
 
 

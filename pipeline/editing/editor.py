@@ -46,8 +46,6 @@ def edit(
     """Edit all requests in one batch at the golden layers; the model itself is the base again afterwards.
 
     Args:
-        llm: the base model.
-        requests: what to change.
         profile: where to edit, unless `options.layers` says so.
         options: by which method and how.
         trainer: what it runs on: a Trainer, or options to make one of for each stage.
@@ -180,7 +178,6 @@ def leave_out(
     searched for again. When none is left and nothing else changed a weight, that weight is the base's, bit for bit.
 
     Args:
-        llm: the base model.
         update: one that `can_leave_out` the requests.
         options: the method's, as the update was made with.
 

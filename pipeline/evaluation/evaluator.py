@@ -164,10 +164,9 @@ class Evaluator:
 
 
 def kept_folder(folder: Path | None) -> Path | None:
-    """A folder for what the base model says, made and marked as used now; of many such ones the oldest go.
+    """A folder for what the base model says, made and marked as used now; None where that fails, which is told.
 
-    Returns:
-        None where it cannot be made, which is told.
+    Of many such ones the oldest go.
     """
     if folder is None:
         return None

@@ -83,7 +83,7 @@ class Reading(RowStage):
         moved = _divergences(base_MV, logits_NV, {text: places[text] for text in before})
         kept = {text: hidden[0][places[text]].float().cpu() for text in places if text not in before}
         found: list[list[tuple[Any, ...]]] = [[] for _ in batch.input_ids_BT]
-        for row, text, (choices, loss) in zip(rows_of(batch), batch.texts, _choices(batch, logits_NV), strict=True):
+        for row, text, (choices, loss) in zip(batch.row_of, batch.texts, _choices(batch, logits_NV), strict=True):
             found[row].append((choices, loss, kept.get(text.tag), moved.get(text.tag)))
         return found
 
@@ -108,12 +108,6 @@ def _divergences(base_MV: Tensor, now_NV: Tensor, places: Mapping[Text, list[int
     moved_M = (base_MV.exp() * (base_MV - now_MV)).sum(-1).clamp(min=0).cpu()
     parts = moved_M.split([len(each) for each in places.values()])
     return {text: part.mean().item() for text, part in zip(places, parts, strict=True)}
-
-
-def rows_of(batch: Batch) -> list[int]:
-    """Which row each text is read in."""
-    firsts = torch.bincount(batch.text_N).cumsum(0).cpu() - 1
-    return batch.row_N.cpu()[firsts].tolist()
 
 
 def _choices(batch: Batch, logits_NV: Tensor) -> list[tuple[list[int], float]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.plan import Text, probe_rows
-from pipeline.evaluation.reading import Reading, TextReadings, read_groups, rows_of
+from pipeline.evaluation.reading import Reading, TextReadings, read_groups
 from pipeline.evaluation.values import teacher_forced_values
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Batch, pack
@@ -55,7 +55,7 @@ class SideBySideEvaluator(Reading):
         ]
 
     def step(self, batch: Batch) -> list[list[tuple[Any, ...]]]:
-        owners = {row: text.tag.request for row, text in zip(rows_of(batch), batch.texts, strict=True)}
+        owners = {row: text.tag.request for row, text in zip(batch.row_of, batch.texts, strict=True)}
         own_B = torch.tensor([owners[row] for row in range(len(owners))], device=self.device)
         enter_BTD = self._entering(batch) if self.layer else None
         with ExitStack() as stack:

@@ -72,8 +72,7 @@ class Saying(Stage):
         finally:
             model.generation_config = own
         said_BS = tokens_BT[:, batch.input_ids_BT.shape[1] :].tolist()
-        limits = [question.limit for question in batch.questions]
-        limited = [row[:limit] for row, limit in zip(said_BS, limits, strict=True)]
+        limited = [row[: one.limit] for one, row in zip(batch.questions, said_BS, strict=True)]
         texts = self.llm.tokenizer.batch_decode(limited, skip_special_tokens=True)
         return [statement(said, one.inner_ends)[0] for one, said in zip(batch.questions, texts, strict=True)]
 

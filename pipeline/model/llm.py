@@ -33,7 +33,6 @@ class LLM:
 
     Args:
         model: any Hugging Face decoder that `find_blocks` understands.
-        tokenizer: its tokenizer.
         name: what the user calls it, for messages and files.
         chat: put prompts into the tokenizer's chat template, in every stage.
         fingerprint: its checkpoint's, where that is known; else it is taken of the model as it is.
@@ -41,6 +40,7 @@ class LLM:
     Attributes:
         blocks: the map of its blocks.
         tokens: the tokenizer, and how prompts and answers become texts.
+        pad_token_id: the token that fills batches.
         blocks_put_out_tuples: whether a block puts out a tuple that begins with the hidden state, or that alone.
         fingerprint: tells this model from any other, whatever precision it is loaded in; taken when the LLM is
             made, so it stays the base model's while an update is applied.
@@ -64,13 +64,14 @@ class LLM:
         chat: bool = False,
         fingerprint: str | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
         self.blocks: list[Block] = find_blocks(model)
         if not isinstance(model.get_output_embeddings(), nn.Module):
             raise UserError(f"model: {type(model).__name__}: expected a language-model head; found none")
         self.chat = chat
         self.tokens = Tokens(tokenizer, chat, self.name, len(self.embedding), self.context_length)
+        self.pad_token_id = self.tokens.pad_token_id
         self.blocks_put_out_tuples = put_out_tuples(model, self.blocks[0])
         self.fingerprint = fingerprint or fingerprint_of(model)
         self.sample = sample(model)
@@ -85,16 +86,6 @@ class LLM:
         """The token, or tokens, that end what it says."""
         own = self.model.generation_config
         return own.eos_token_id if own and own.eos_token_id is not None else self.tokenizer.eos_token_id
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer."""
-        return self.tokens.tokenizer
-
-    @property
-    def pad_token_id(self) -> int:
-        """The token that fills batches."""
-        return self.tokens.pad_token_id
 
     @property
     def embedding(self) -> Tensor:

@@ -130,7 +130,6 @@ def _stored(files: Sequence[Path]) -> set[torch.dtype | None]:
 
 
 def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model itself, whole."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,

@@ -1,14 +1,13 @@
 """How the golden layer is found."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Any
 
 from pipeline.errors import UserError
-from pipeline.options.base import NO_FLAG, Count, Options, Positive, Weight, at_least, one_of, read_expert
+from pipeline.options.base import NO_FLAG, Count, Positive, UserOptions, Weight, at_least, one_of, read_expert
 
 
-@dataclass(kw_only=True)
-class AttributionOptions(Options):
+class AttributionOptions(UserOptions):
     """How the golden layer is found."""
 
     method: str = "lga"

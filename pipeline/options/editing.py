@@ -1,13 +1,12 @@
 """How the golden layer is changed; a method's own settings stand with the method."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Annotated, Any
 
-from pipeline.options.base import NO_FLAG, Count, Options, group
+from pipeline.options.base import NO_FLAG, Count, UserOptions, group
 
 
-@dataclass(kw_only=True)
-class StatisticsOptions(Options):
+class StatisticsOptions(UserOptions):
     """Key statistics: what ordinary text sends into a layer, found once a model and layer, and kept."""
 
     text: str | None = None
@@ -16,8 +15,7 @@ class StatisticsOptions(Options):
     """How much text is read, in tokens."""
 
 
-@dataclass(kw_only=True)
-class EditOptions(Options):
+class EditOptions(UserOptions):
     """How the golden layer is changed."""
 
     method: str = "auto"

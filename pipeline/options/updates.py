@@ -1,13 +1,12 @@
 """Knowledge updates over time: the store, the queue, the gates, the schedule."""
 
 import re
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group
+from pipeline.options.base import NO_FLAG, Count, UserOptions, above, at_least, at_most, group
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, SeedOptions, TrainerOptions
 
@@ -16,7 +15,22 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 Share = Annotated[float, at_least(0), at_most(1)]
 
 
-@dataclass(kw_only=True)
+def seconds(name: str, value: str) -> int:
+    """Seconds of a length of time such as 6h; UserError when it is none."""
+    found = re.fullmatch(r"([1-9]\d{0,8})([smhd])", value)
+    if not found:
+        raise UserError(f"{name}: {value!r} is no length of time; expected such as 45s, 30m, 6h or 1d")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def date(name: str, value: str) -> float:
+    """A date, or date and time, in seconds since 1970; UserError when it is none."""
+    try:
+        return datetime.fromisoformat(value).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise UserError(f"{name}: {value!r} is no date; expected such as 2026-12-24T03:00") from None
+
+
 class StoreOptions(CommandOptions):
     """Which store."""
 
@@ -24,7 +38,6 @@ class StoreOptions(CommandOptions):
     """The store's folder: queue, versions, history."""
 
 
-@dataclass(kw_only=True)
 class NewStoreOptions(StoreOptions):
     """Which store, which is made where there is none."""
 
@@ -32,8 +45,7 @@ class NewStoreOptions(StoreOptions):
     """The base model; a new store needs it, an old one knows it."""
 
 
-@dataclass(kw_only=True)
-class GateOptions(Options):
+class GateOptions(UserOptions):
     """What a batch must reach to be published; 0 in place of a least, or null in place of a most: not asked for."""
 
     rewrite: Share = 0.6
@@ -52,7 +64,6 @@ class GateOptions(Options):
     """Most change of an edited weight from the base, as a share of its norm."""
 
 
-@dataclass(kw_only=True)
 class SubmitCommand(NewStoreOptions):
     """Put the requests of a file into a store's queue."""
 
@@ -60,25 +71,12 @@ class SubmitCommand(NewStoreOptions):
     """A file of edit requests (JSONL, JSON or CSV, gzipped or not), or `demo`."""
     source: str | None = None
     """Where the requests come from, in place of what the file says."""
-    not_before: str | None = None
+    not_before: Annotated[str | None, date] = None
     """A date, or date and time (2026-12-24T03:00), before which they stay in the queue; local unless it says."""
     again: bool = False
     """Requests of the file that were held back, superseded, retracted or rolled back are queued anew."""
 
-    def check(self) -> None:
-        try:
-            self.not_before_seconds  # noqa: B018
-        except (ValueError, OverflowError, OSError):
-            given = self.not_before
-            raise UserError(f"not_before: {given!r} is no date; expected such as 2026-12-24T03:00") from None
 
-    @property
-    def not_before_seconds(self) -> float:
-        """The date in seconds since 1970; 0 for none."""
-        return datetime.fromisoformat(self.not_before).timestamp() if self.not_before else 0.0
-
-
-@dataclass(kw_only=True)
 class StackedEditOptions(EditOptions):
     """How a store's versions are edited, each on top of the one before."""
 
@@ -86,7 +84,6 @@ class StackedEditOptions(EditOptions):
     """As for `edit`. What memit teaches can be taken back exactly, whatever came after it."""
 
 
-@dataclass(kw_only=True)
 class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
     """What every command that makes a version has in common."""
 
@@ -101,7 +98,6 @@ class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
         self.edit.stacked, self.trainer.devices = True, 1
 
 
-@dataclass(kw_only=True)
 class UpdateCommand(ProvingOptions):
     """Edit, prove and publish what is due in a store, once."""
 
@@ -113,7 +109,6 @@ class UpdateCommand(ProvingOptions):
     """Say what would be, and change nothing."""
 
 
-@dataclass(kw_only=True)
 class ScheduleCommand(UpdateCommand):
     """Stay, and update a store at set times."""
 
@@ -121,25 +116,14 @@ class ScheduleCommand(UpdateCommand):
     """Of `update` alone."""
     cron: str | None = None
     """When, as cron's five fields: `0 3 * * *` is every day at three, local time."""
-    every: str | None = None
+    every: Annotated[str | None, seconds] = None
     """How often, in place of cron: 30m, 6h, 1d; the first time at once."""
 
     def check(self) -> None:
         if (self.cron is None) == (self.every is None):
             raise UserError("schedule: when? give either --cron '0 3 * * *' or --every 6h")
-        if self.every is not None:
-            seconds(self.every)
 
 
-def seconds(every: str, name: str = "every") -> int:
-    """Seconds of a length of time such as 6h; UserError when it is none."""
-    found = re.fullmatch(r"([1-9]\d{0,8})([smhd])", every)
-    if not found:
-        raise UserError(f"{name}: {every!r} is no length of time; expected such as 45s, 30m, 6h or 1d")
-    return int(found[1]) * UNITS[found[2]]
-
-
-@dataclass(kw_only=True)
 class HistoryCommand(StoreOptions):
     """List a store's versions and what happened, or tell the story of one request."""
 
@@ -149,7 +133,6 @@ class HistoryCommand(StoreOptions):
     """How many versions and events, the latest."""
 
 
-@dataclass(kw_only=True)
 class ShowCommand(StoreOptions):
     """Show what a version holds: its figures, gates and facts."""
 
@@ -157,12 +140,10 @@ class ShowCommand(StoreOptions):
     """A version's number, as `history` lists them; 0 is the base model."""
 
 
-@dataclass(kw_only=True)
 class RollbackCommand(ShowCommand):
     """Make an earlier version the current one, or a later one again."""
 
 
-@dataclass(kw_only=True)
 class DiffCommand(StoreOptions):
     """Show which facts two versions differ in."""
 
@@ -172,30 +153,19 @@ class DiffCommand(StoreOptions):
     """Another version's number."""
 
 
-@dataclass(kw_only=True)
 class VerifyCommand(StoreOptions):
     """Check every file of a store against its SHA-256, and that every version loads."""
 
 
-@dataclass(kw_only=True)
 class PruneCommand(StoreOptions):
     """Remove old versions' files; never those of the version in force, or of one that was gone back to."""
 
     keep: Count = 20
     """How many of the latest versions keep their files."""
-    older_than: str | None = None
+    older_than: Annotated[str | None, seconds] = None
     """Versions that are younger keep them, too: 12h, 90d."""
 
-    def check(self) -> None:
-        self.older_than_seconds  # noqa: B018
 
-    @property
-    def older_than_seconds(self) -> int:
-        """How old a version is at least to go."""
-        return seconds(self.older_than, "older_than") if self.older_than else 0
-
-
-@dataclass(kw_only=True)
 class RetractCommand(ProvingOptions):
     """Take a request out of the queue, or edit its fact back."""
 

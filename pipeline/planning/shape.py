@@ -64,18 +64,13 @@ class Alive(TorchDispatchMode):
         return self._noted(func(*args, **kwargs))
 
     def _noted(self, made: Any) -> Any:
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+        for storage in [tensor.untyped_storage() for tensor in tree_leaves(made) if isinstance(tensor, Tensor)]:
+            if id(storage) not in self._seen:
+                self._seen.add(id(storage))
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._let_go, id(storage), storage.nbytes())
         return made
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) in self._seen:
-            return
-        self._seen.add(id(storage))
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._let_go, id(storage), storage.nbytes())
 
     def _let_go(self, number: int, size: int) -> None:
         self._seen.discard(number)
@@ -100,13 +95,9 @@ class Shape(LLM):
         self.model = model
         self.name = name
         self.mode = mode
+        self.pad_token_id = 0  # any token will do
         self.blocks = find_blocks(model, name)
         self.blocks_put_out_tuples = put_out_tuples(model, self.blocks[0])
-
-    @property
-    def pad_token_id(self) -> int:
-        """Any token will do."""
-        return 0
 
     def held(self) -> list[Tensor]:
         """Its weights and buffers."""

@@ -92,7 +92,6 @@ def show_on_board(store: Store) -> None:
 
 
 def _event(number: int, figures: dict[str, Any]) -> Event:
-    """A version's figures, as TensorBoard keeps them."""
     values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(figures).items()]
     return Event(wall_time=figures["made"], step=number, summary=Summary(value=values))
 

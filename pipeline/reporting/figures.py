@@ -119,7 +119,6 @@ def _limits(profile: GoldenProfile) -> tuple[float, float]:
 
 
 def _choice(profile: GoldenProfile) -> str:
-    """How the golden layer was chosen, and how sure that is."""
     parts = [
         "Largest mean score",
         " by magnitude" if profile.order == "magnitude" else "",

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
 from pipeline.attribution.profile import PROFILE_FILE, SCORES_FILE, GoldenProfile, Scores
-from pipeline.editing.update import UPDATE_FILE, WeightUpdate
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.files import write_json, write_text, write_whole
@@ -88,15 +88,8 @@ class RunLog:
             self.tensorboard.experiment.flush()
         show_profile(profile)
 
-    def profile_kept(self) -> GoldenProfile | None:
-        """The profile that the resumed command had found."""
-        return GoldenProfile.load(self.folder) if self._has(PROFILE_FILE) else None
-
-    def update_kept(self) -> WeightUpdate | None:
-        """The update that the resumed command had finished."""
-        return WeightUpdate.load(self.folder) if self._has(UPDATE_FILE) else None
-
-    def _has(self, file: str) -> bool:
+    def has(self, file: str) -> bool:
+        """Whether the command that this one resumes had finished a file."""
         return self.output.resumed and (self.folder / file).is_file()
 
     @contextmanager

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.attribution.profile import GoldenProfile
     from pipeline.evaluation.evaluator import Evaluation
     from pipeline.model.llm import ShownToken
-    from pipeline.planning.plan import MemoryPlan, Need
+    from pipeline.planning.plan import MemoryPlan
     from pipeline.requests.schema import EditRequest
     from pipeline.study.study import Study
 
@@ -136,12 +136,7 @@ def show_plan(plan: MemoryPlan) -> None:
     rows = []
     for need in plan.stages:
         figures = [f"{size / 1e9:.2f}" for size in (need.weights, need.beside, need.total)]
-        rows.append([need.stage, str(need.batch), *figures, _longest(need)])
-    longest = f"longest batch in {plan.memory / 1e9:.3g} GB"
-    show_table(["stage", "at once", "weights", "beside", "in all", longest], rows)
-
-
-def _longest(need: Need) -> str:
-    if not need.fits and not need.longest_batch:
-        return "does not fit"
-    return "any" if need.longest_batch is None else f"{need.longest_batch:,}"
+        longest = f"{need.longest_batch:,}" if need.longest_batch else "any" if need.fits else "does not fit"
+        rows.append([need.stage, str(need.batch), *figures, longest])
+    longest_in = f"longest batch in {plan.memory / 1e9:.3g} GB"
+    show_table(["stage", "at once", "weights", "beside", "in all", longest_in], rows)

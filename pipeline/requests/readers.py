@@ -50,15 +50,8 @@ def load_requests(
         ...     print(error)
         requests: facts.jsonl: no such file; expected a JSON, JSONL or CSV file, `hf:NAME`, or `demo`
     """
-    good: list[EditRequest] = []
     bad: list[UserError] = []
-    for reading in read_requests(source, limit, offset):
-        if isinstance(reading.request, EditRequest):
-            good.append(reading.request)
-        elif skip_bad:
-            bad.append(reading.request)
-        else:
-            raise reading.request
+    good = list(stream_requests(source, limit, offset, bad if skip_bad else None))
     if bad and not good:
         raise UserError(f"requests: {source}: all {len(bad)} records are bad; the first: {bad[0]}")
     if bad:
@@ -66,12 +59,17 @@ def load_requests(
     return good
 
 
-def stream_requests(source: str | Path) -> Iterator[EditRequest]:
-    """As `load_requests`, one by one: what is wrong with a record is raised when it is reached."""
-    for reading in read_requests(source):
-        if isinstance(reading.request, UserError):
+def stream_requests(
+    source: str | Path, limit: int | None = None, offset: int = 0, bad: list[UserError] | None = None
+) -> Iterator[EditRequest]:
+    """As `load_requests`, one by one; what is wrong is raised when it is reached, or put into `bad`."""
+    for reading in read_requests(source, limit, offset):
+        if isinstance(reading.request, EditRequest):
+            yield reading.request
+        elif bad is None:
             raise reading.request
-        yield reading.request
+        else:
+            bad.append(reading.request)
 
 
 def read_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> Iterator[Reading]:

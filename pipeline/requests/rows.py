@@ -48,6 +48,7 @@ class Batch:
     target_N: Tensor  # the target tokens
     text_N: Tensor  # which of the texts each belongs to
     texts: list[Row]
+    row_of: list[int]  # which row each text is read in
     # of a batch to train on (see `pipeline.editing.lessons`), with texts that are to go on as before
     weight_B: Tensor | None = None  # how much each row counts; None: all alike
     enter_BTD: Tensor | None = None  # what enters the lowest block that is trained; None: the blocks below it run
@@ -95,17 +96,16 @@ def collate(texts: Sequence[Row | Sequence[Row]], pad_token_id: int = 0) -> Batc
     The last token of the longest row is left out: it predicts nothing.
     """
     groups = [[one] if isinstance(one, Row) else list(one) for one in texts]
+    flat = [text for group in groups for text in group]
+    row_of = [row for row, group in enumerate(groups) for _ in group]
     input_ids_BT = nn.utils.rnn.pad_sequence(
         [torch.tensor(group[0].token_ids) for group in groups], batch_first=True, padding_value=pad_token_id
     )
-    flat = [(row, text) for row, group in enumerate(groups) for text in group]
     places = [
-        (row, place - 1, text.token_ids[place], number)
-        for number, (row, text) in enumerate(flat)
+        (row_of[number], place - 1, text.token_ids[place], number)
+        for number, text in enumerate(flat)
         for place in range(text.target_start, len(text.token_ids))
     ]
     row_N, position_N, target_N, text_N = torch.tensor(places).reshape(-1, 4).T.contiguous()
     read = input_ids_BT.shape[1] - (1 if places else 0)
-    return Batch(
-        input_ids_BT[:, : max(1, read)].contiguous(), row_N, position_N, target_N, text_N, [t for _, t in flat]
-    )
+    return Batch(input_ids_BT[:, : max(1, read)].contiguous(), row_N, position_N, target_N, text_N, flat, row_of)

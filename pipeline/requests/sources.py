@@ -97,7 +97,6 @@ def _line_records(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _list_records(file: TextIO) -> Iterator[tuple[str, Any]]:
-    """The records of a JSON file that holds one list."""
     parts = list(islice(iter(lambda: file.read(LONGEST), ""), PARTS + 1))
     if len(parts) > PARTS:
         raise UserError(f"a JSON list longer than {PARTS * LONGEST:,} characters; JSONL has no such bound")

@@ -53,7 +53,6 @@ def supervise(words: Sequence[str], devices: int, options: Any) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        monitor_interval=0.2,
         shutdown_timeout=ENDING_SECONDS,
     )
     try:

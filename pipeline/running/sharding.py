@@ -84,8 +84,9 @@ class KeepStep(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_sharded(pl_module):
             model: Any = pl_module.model
-            handle = model.register_forward_pre_hook(lambda *_: (_total(1, pl_module.device), None)[1])
-            self._open.callback(handle.remove)
+            self._open.enter_context(
+                model.register_forward_pre_hook(lambda *_: (_total(1, pl_module.device), None)[1])
+            )
 
     @torch.no_grad()
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

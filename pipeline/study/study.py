@@ -162,7 +162,6 @@ def run_study(
 def _profiles(
     llm: LLM, one: RequestSet, options: StudyCommand, ways: Mapping[str, Selector], folder: Path, work: Path | None
 ) -> dict[str, GoldenProfile]:
-    """What each selector makes of a set's proxy requests."""
     found: dict[str, GoldenProfile] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for name in options.selectors:

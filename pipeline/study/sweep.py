@@ -139,7 +139,6 @@ def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest],
 
 
 def _adapters(method: LoRA, requests: Sequence[EditRequest], runtime: Runtime) -> Changes:
-    """Each request's adapter."""
     found = []
     for courses in method.lessons([[request] for request in requests], runtime):
         with restored(method.llm, method.weight_names):

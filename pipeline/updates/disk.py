@@ -164,7 +164,7 @@ def _open(file: Path, mode: str) -> sqlite3.Connection:
 
 
 def locked(file: Path, wait: bool = True) -> AbstractContextManager[Any]:
-    """Hold a lock inside the `with`; filelock.Timeout where another process has it and one is not to wait.
+    """A lock, held until the end of a `with`; filelock.Timeout where another has it and one is not to wait.
 
     UserError when the disk has no locks.
     """

@@ -25,10 +25,9 @@ from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.shipped import program
 from pipeline.updates.disk import BASE, transaction
-from pipeline.updates.gates import OF_MODEL, missed
 from pipeline.updates.history import find, load_version
 from pipeline.updates.lineage import hold_back, publish
-from pipeline.updates.proving import BatchResult, Trial, split_by_fit
+from pipeline.updates.proving import OF_MODEL, BatchResult, Trial, missed, split_by_fit
 from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
 
@@ -87,7 +86,6 @@ def update(
 
 
 def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions) -> BatchResult:
-    """What comes of a batch on top of the version in force."""
     parent = store.current
     base = load_version(store, parent)
     fitting, held = split_by_fit(llm, batch, options)

@@ -52,7 +52,7 @@ def trigger(cron: str | None, every: str | None) -> BaseTrigger:
     """
     if cron is None:
         assert every is not None
-        return IntervalTrigger(seconds=seconds(every))
+        return IntervalTrigger(seconds=seconds("every", every))
     try:
         given = dict(zip(FIELDS, cron.split(), strict=True))
         fields = {name: _listed(name, field) for name, field in given.items()}

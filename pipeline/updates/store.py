@@ -63,25 +63,16 @@ class Store(AbstractContextManager["Store"]):
         self.folder, self.reading = Path(folder), reading
         self._check_folder(make, model)
         with ExitStack() as failing:
-            with nullcontext() if reading else self._opening():
+            with nullcontext() if reading else self._pointing():
+                if not (self.folder / DATABASE).exists():
+                    (self.folder / DATABASE).touch(mode=access(self.folder) & 0o666)  # its log's will be the same
                 self.database = connect(self.folder / DATABASE, reading)
                 failing.push(self)
                 known = self.about("model")
                 self._check_named(known or (None if reading else model))
                 if known is None:
                     self._begin(model or "")
-            if not reading:
-                self.point()
             failing.pop_all()
-
-    @contextmanager
-    def _opening(self) -> Iterator[None]:
-        """The only one that opens it to write, inside the `with`; a new one is its owner's alone."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with locked(self.folder / OPENING_LOCK):
-            if not (self.folder / DATABASE).exists():
-                (self.folder / DATABASE).touch(mode=access(self.folder) & 0o666)  # its log's will be the same
-            yield
 
     def _check_folder(self, make: bool, model: str | None) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -93,6 +84,7 @@ class Store(AbstractContextManager["Store"]):
         if not make:
             raise UserError(f"store: {self.folder}: no such store; `{program()} submit` makes one")
         self._check_named(model)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its owner's alone
 
     def _check_named(self, model: str | None) -> None:
         if not model:
@@ -165,7 +157,14 @@ class Store(AbstractContextManager["Store"]):
 
     def point(self) -> None:
         """Set the links: `current` to the version in force, and the profile, for later batches, to the newest's."""
+        with self._pointing():
+            pass
+
+    @contextmanager
+    def _pointing(self) -> Iterator[None]:
+        """Be the only one that opens the store to write or sets its links, which are set behind the `with`."""
         with locked(self.folder / OPENING_LOCK):
+            yield
             self._link(self.folder / CURRENT, Path(VERSIONS) / f"{self.current:04d}")
             newest, profile = Path(VERSIONS) / f"{self.newest:04d}" / PROFILE_FILE, self.folder / PROFILE_FILE
             if not (self.folder / newest).is_file():
@@ -199,11 +198,11 @@ class Store(AbstractContextManager["Store"]):
 
         BusyError when another process is that one.
         """
-        with ExitStack() as held:
-            try:
-                held.enter_context(locked(self.folder / UPDATE_LOCK, wait=False))
-            except Timeout:
-                raise BusyError(f"store: {self.folder}: another update is at work on it") from None
+        try:
+            held = locked(self.folder / UPDATE_LOCK, wait=False)
+        except Timeout:
+            raise BusyError(f"store: {self.folder}: another update is at work on it") from None
+        with held:
             with transaction(self.database):
                 self.give_back("the update ended before it was done")
             self.clear()
