@@ -1,13 +1,14 @@
 """How the golden layer is found."""
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pipeline.errors import UserError
-from pipeline.options.base import NO_FLAG, Count, Positive, UserOptions, Weight, at_least, one_of, read_expert
+from pipeline.options.base import NO_FLAG, Count, Options, Positive, Weight, at_least, one_of, read_expert
 
 
-class AttributionOptions(UserOptions):
+@dataclass(kw_only=True)
+class AttributionOptions(Options):
     """How the golden layer is found."""
 
     method: str = "lga"

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from math import isfinite
-from typing import Annotated, Any, NamedTuple, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse_from_object
@@ -138,15 +138,6 @@ class Options:
         for base in reversed(type(self).__mro__):
             if "check" in vars(base):
                 vars(base)["check"](self)
-
-
-@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
-class UserOptions(Options):
-    """Options that a user gives by flags: their classes are dataclasses without saying so."""
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        dataclass(kw_only=True)(cls)
 
 
 @cache

@@ -1,6 +1,6 @@
 """The options of each command: those of the stages that it runs, joined, and its own."""
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pipeline.errors import UserError
@@ -22,6 +22,7 @@ from pipeline.options.shared import (
 ONE_HOST = ("num_nodes", "activation_checkpointing")  # no flags where little is done
 
 
+@dataclass(kw_only=True)
 class RunCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions):
     """Find the golden layer with one part of the requests, edit the other part there, and prove it."""
 
@@ -34,12 +35,14 @@ class RunCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOption
     evaluation: EvaluationOptions = group(EvaluationOptions)
 
 
+@dataclass(kw_only=True)
 class AttributeCommand(
     AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions, AttributionOptions
 ):
     """Find the golden layer of a model from a set of edit requests, and keep it as a profile."""
 
 
+@dataclass(kw_only=True)
 class EditCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions, EditOptions):
     """Edit requests at the golden layer, measure before and after, and keep the update."""
 
@@ -51,6 +54,7 @@ class EditCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptio
     evaluation: EvaluationOptions = group(EvaluationOptions)
 
 
+@dataclass(kw_only=True)
 class EvaluateCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, EvaluationOptions):
     """Measure a model on edit requests and, with an update, the model before and after it."""
 
@@ -61,6 +65,7 @@ class EvaluateCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeO
     """Show the tokens of this many requests, which are scored and where the subject ends, and measure nothing."""
 
 
+@dataclass(kw_only=True)
 class DemoCommand(AskedModelOptions, OutputOptions, ComputeOptions, SeedOptions):
     """See it all on a handful of facts: old answers, golden layer, edit, new answers, what else moved, and back."""
 
@@ -69,6 +74,7 @@ class DemoCommand(AskedModelOptions, OutputOptions, ComputeOptions, SeedOptions)
     """How many of the demo requests to edit."""
 
 
+@dataclass(kw_only=True)
 class RequestsCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     """Check a file of edit requests and say what is in it; --to writes it as the project's own JSONL."""
 
@@ -87,6 +93,7 @@ class RequestsCommand(AskedModelOptions, RequestOptions, ComputeOptions):
             raise UserError(f"to: {self.to}: JSONL is written; expected a name that does not end in .csv or .tsv")
 
 
+@dataclass(kw_only=True)
 class ExportCommand(ModelOptions, OutputOptions):
     """Write the edited model as a plain Hugging Face folder, or the update alone, or as a PEFT adapter."""
 
@@ -107,6 +114,7 @@ class ExportCommand(ModelOptions, OutputOptions):
             raise UserError(f"version: {self.version} of which store? give --store DIR in place of --update")
 
 
+@dataclass(kw_only=True)
 class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     """Show the answers of the base model and of the edited one side by side."""
 
@@ -131,6 +139,7 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
             raise UserError("follow: what? name a store with --store DIR")
 
 
+@dataclass(kw_only=True)
 class StudyCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions):
     """Edit requests alone at every block, and compare the golden layer, every request's own best, and selectors."""
 
@@ -156,6 +165,7 @@ class StudyCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOpti
         self.trainer.check_whole("study")
 
 
+@dataclass(kw_only=True)
 class PlanCommand(ModelOptions, OutputOptions):
     """Say what memory a device will need for attribution, edits and evaluation; no weight is read."""
 

@@ -1,12 +1,13 @@
 """How the golden layer is changed; a method's own settings stand with the method."""
 
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from pipeline.options.base import NO_FLAG, Count, UserOptions, group
+from pipeline.options.base import NO_FLAG, Count, Options, group
 
 
-class StatisticsOptions(UserOptions):
+@dataclass(kw_only=True)
+class StatisticsOptions(Options):
     """Key statistics: what ordinary text sends into a layer, found once a model and layer, and kept."""
 
     text: str | None = None
@@ -15,7 +16,8 @@ class StatisticsOptions(UserOptions):
     """How much text is read, in tokens."""
 
 
-class EditOptions(UserOptions):
+@dataclass(kw_only=True)
+class EditOptions(Options):
     """How the golden layer is changed."""
 
     method: str = "auto"

@@ -1,15 +1,17 @@
 """What several commands have in common: the model, the requests, the output folder, what it runs on."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pipeline.errors import UserError
-from pipeline.options.base import NO_FLAG, Count, FromZero, Most, UserOptions, at_least, at_most, group, one_of
+from pipeline.options.base import NO_FLAG, Count, FromZero, Most, Options, at_least, at_most, group, one_of
 
 BUNDLED = "smollm2"  # SmolLM2-135M-Instruct, of a package of its own
 SHARDED = ("fsdp", "fsdp2")  # strategies that spread a model's weights over the devices
 
 
-class TrainerOptions(UserOptions):
+@dataclass(kw_only=True)
+class TrainerOptions(Options):
     """What Lightning's Trainer runs on."""
 
     accelerator: str = "auto"
@@ -37,13 +39,15 @@ class TrainerOptions(UserOptions):
             )
 
 
-class CommandOptions(UserOptions):
+@dataclass(kw_only=True)
+class CommandOptions(Options):
     """What every command takes."""
 
     verbose: bool = False
     """Show the libraries' own messages, and tracebacks."""
 
 
+@dataclass(kw_only=True)
 class ModelOptions(CommandOptions):
     """Which language model."""
 
@@ -51,6 +55,7 @@ class ModelOptions(CommandOptions):
     """`smollm2` (the bundled SmolLM2-135M-Instruct), a Hugging Face name, a folder, or a GGUF file."""
 
 
+@dataclass(kw_only=True)
 class AskedModelOptions(ModelOptions):
     """Which language model, and how it is asked."""
 
@@ -58,7 +63,8 @@ class AskedModelOptions(ModelOptions):
     """Put prompts into the tokenizer's chat template, in every stage: for models that are talked to."""
 
 
-class RequestOptions(UserOptions):
+@dataclass(kw_only=True)
+class RequestOptions(Options):
     """Which edit requests."""
 
     requests: str = "demo"
@@ -72,7 +78,8 @@ class RequestOptions(UserOptions):
     """Leave bad records out, and say how many, where else the first of them ends the command."""
 
 
-class OutputOptions(UserOptions):
+@dataclass(kw_only=True)
+class OutputOptions(Options):
     """Where results are written."""
 
     output: str | None = None
@@ -81,6 +88,7 @@ class OutputOptions(UserOptions):
     """Replace what an earlier command wrote into the output folder."""
 
 
+@dataclass(kw_only=True)
 class ResumeOptions(OutputOptions):
     """Where results are written, by a command that can go on."""
 
@@ -88,20 +96,23 @@ class ResumeOptions(OutputOptions):
     """Go on with what an interrupted command with the same options left in --output."""
 
 
-class ComputeOptions(UserOptions):
+@dataclass(kw_only=True)
+class ComputeOptions(Options):
     """What it is computed on."""
 
     trainer: TrainerOptions = group(TrainerOptions)
 
 
-class SeedOptions(UserOptions):
+@dataclass(kw_only=True)
+class SeedOptions(Options):
     """Of commands that draw."""
 
     seed: Annotated[int, at_least(0), at_most(2**32 - 1)] = 0
     """Seed of every random choice."""
 
 
-class EvaluationOptions(UserOptions):
+@dataclass(kw_only=True)
+class EvaluationOptions(Options):
     """How an edit is measured."""
 
     generation: Annotated[str, one_of("all", "prompts", "none")] = "all"

@@ -1,12 +1,13 @@
 """Knowledge updates over time: the store, the queue, the gates, the schedule."""
 
 import re
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.base import NO_FLAG, Count, UserOptions, above, at_least, at_most, group
+from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, SeedOptions, TrainerOptions
 
@@ -31,6 +32,7 @@ def date(name: str, value: str) -> float:
         raise UserError(f"{name}: {value!r} is no date; expected such as 2026-12-24T03:00") from None
 
 
+@dataclass(kw_only=True)
 class StoreOptions(CommandOptions):
     """Which store."""
 
@@ -38,6 +40,7 @@ class StoreOptions(CommandOptions):
     """The store's folder: queue, versions, history."""
 
 
+@dataclass(kw_only=True)
 class NewStoreOptions(StoreOptions):
     """Which store, which is made where there is none."""
 
@@ -45,7 +48,8 @@ class NewStoreOptions(StoreOptions):
     """The base model; a new store needs it, an old one knows it."""
 
 
-class GateOptions(UserOptions):
+@dataclass(kw_only=True)
+class GateOptions(Options):
     """What a batch must reach to be published; 0 in place of a least, or null in place of a most: not asked for."""
 
     rewrite: Share = 0.6
@@ -64,6 +68,7 @@ class GateOptions(UserOptions):
     """Most change of an edited weight from the base, as a share of its norm."""
 
 
+@dataclass(kw_only=True)
 class SubmitCommand(NewStoreOptions):
     """Put the requests of a file into a store's queue."""
 
@@ -77,6 +82,7 @@ class SubmitCommand(NewStoreOptions):
     """Requests of the file that were held back, superseded, retracted or rolled back are queued anew."""
 
 
+@dataclass(kw_only=True)
 class StackedEditOptions(EditOptions):
     """How a store's versions are edited, each on top of the one before."""
 
@@ -84,6 +90,7 @@ class StackedEditOptions(EditOptions):
     """As for `edit`. What memit teaches can be taken back exactly, whatever came after it."""
 
 
+@dataclass(kw_only=True)
 class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
     """What every command that makes a version has in common."""
 
@@ -98,6 +105,7 @@ class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
         self.edit.stacked, self.trainer.devices = True, 1
 
 
+@dataclass(kw_only=True)
 class UpdateCommand(ProvingOptions):
     """Edit, prove and publish what is due in a store, once."""
 
@@ -109,6 +117,7 @@ class UpdateCommand(ProvingOptions):
     """Say what would be, and change nothing."""
 
 
+@dataclass(kw_only=True)
 class ScheduleCommand(UpdateCommand):
     """Stay, and update a store at set times."""
 
@@ -124,6 +133,7 @@ class ScheduleCommand(UpdateCommand):
             raise UserError("schedule: when? give either --cron '0 3 * * *' or --every 6h")
 
 
+@dataclass(kw_only=True)
 class HistoryCommand(StoreOptions):
     """List a store's versions and what happened, or tell the story of one request."""
 
@@ -133,6 +143,7 @@ class HistoryCommand(StoreOptions):
     """How many versions and events, the latest."""
 
 
+@dataclass(kw_only=True)
 class ShowCommand(StoreOptions):
     """Show what a version holds: its figures, gates and facts."""
 
@@ -140,10 +151,12 @@ class ShowCommand(StoreOptions):
     """A version's number, as `history` lists them; 0 is the base model."""
 
 
+@dataclass(kw_only=True)
 class RollbackCommand(ShowCommand):
     """Make an earlier version the current one, or a later one again."""
 
 
+@dataclass(kw_only=True)
 class DiffCommand(StoreOptions):
     """Show which facts two versions differ in."""
 
@@ -153,10 +166,12 @@ class DiffCommand(StoreOptions):
     """Another version's number."""
 
 
+@dataclass(kw_only=True)
 class VerifyCommand(StoreOptions):
     """Check every file of a store against its SHA-256, and that every version loads."""
 
 
+@dataclass(kw_only=True)
 class PruneCommand(StoreOptions):
     """Remove old versions' files; never those of the version in force, or of one that was gone back to."""
 
@@ -166,6 +181,7 @@ class PruneCommand(StoreOptions):
     """Versions that are younger keep them, too: 12h, 90d."""
 
 
+@dataclass(kw_only=True)
 class RetractCommand(ProvingOptions):
     """Take a request out of the queue, or edit its fact back."""
 
