@@ -171,7 +171,8 @@ def test_a_model_of_llamas_shape(
     shape = full_size.LLAMA_3_8B | {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 5}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 2000}
     text_file.write_text(text_file.read_text() * 8)
-    small(full_size, LLAMA_3_8B=shape, EXPERT={method: {"steps": 2} if method == "memit" else {"epochs": 2}})
+    shorter = {"memit": {"steps": 2}, "auto": {"steps": 2, "tuning": {"epochs": 2}}}
+    small(full_size, LLAMA_3_8B=shape, EXPERT={method: shorter.get(method, {"epochs": 2})})
     llm = full_size.random_llm(tiny_llm, "cpu")
     on = TrainerOptions(accelerator="cpu", precision="bf16-true")
     figures = full_size.edited(llm, load_requests("demo", limit=16), method, str(text_file), on)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import find_blocks
 from pipeline.running.processes import from_first, world_size
-from pipeline.running.sharding import put
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -70,11 +70,14 @@ def _spread(model: PreTrainedModel, mesh: DeviceMesh, name: str) -> None:
 
 
 def _receive(tensor: Tensor, source: Tensor | None, device: torch.device) -> None:
-    """Fill this process's part of a tensor from the first process's whole one, which is sent to all."""
+    """Fill this process's part of a tensor from the first process's whole one."""
     whole_one = (
         torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if source is None
         else source.detach().to(device=device, dtype=tensor.dtype).contiguous()
     )
-    distributed.broadcast(whole_one, 0)
-    put(tensor, whole_one)
+    if isinstance(tensor, DTensor):
+        tensor.copy_(distribute_tensor(whole_one, tensor.device_mesh, tensor.placements))
+    else:
+        distributed.broadcast(whole_one, 0)
+        tensor.copy_(whole_one)
