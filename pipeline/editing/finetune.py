@@ -63,6 +63,8 @@ class FinetuneSettings(Options):
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
     sparing: Weight = 0.15
     """Weight of what is to go on as before in a last solve, which keeps of the change what was taught; 0: none."""
+    averaged: Annotated[float, at_least(0), at_most(1)] = 0.0
+    """Part of the epochs, the last ones, whose weights are averaged, so that single steps weigh less; 0: none."""
     depths: list[float] = field(default_factory=list)
     """Further blocks that are trained beside the golden layers, each by its depth in the model: 0 to 1."""
 
@@ -144,6 +146,10 @@ class FineTune(Staying):
             found = keeping.found() if keeping else None
             fit = partial(trainer.fit, self, datamodule=data, ckpt_path=found, weights_only=True)
             suffices, failed = attempt(fit)
+            with torch.no_grad():
+                for optimizer in trainer.optimizers:  # its state is kept in checkpoints, means too
+                    for weight, state in optimizer.state.items():
+                        weight.copy_(state.get("mean", weight))
         if not suffices:
             raise UserError(
                 f"trainer: {failed}; give --edit.expert.batch_size {max(1, size // 2)}, "
@@ -274,6 +280,12 @@ class FineTune(Staying):
 
     def on_train_epoch_end(self) -> None:
         """End when nothing is left to learn in any kind of form, or the epochs are over."""
+        epoch, first = self.current_epoch + 1, int(self.epochs * (1 - self.settings.averaged))
+        if epoch > first:
+            for weight, state in self.trainer.optimizers[0].state.items():
+                now = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+                mean = state.setdefault("mean", now)  # a checkpoint may have it in the weight's own dtype
+                mean.lerp_(now.to(mean), 1 / (epoch - first))
         left = self.trainer.strategy.reduce(self.unlearnt, reduce_op="sum")
         self.quiet = 0 if left else self.quiet + 1
         if self.quiet >= self.round or self.current_epoch + 1 >= self.epochs:
