@@ -280,7 +280,7 @@ class FineTune(Staying):
 
     def on_train_epoch_end(self) -> None:
         """End when nothing is left to learn in any kind of form, or the epochs are over."""
-        epoch, first = self.current_epoch + 1, int(self.epochs * (1 - self.settings.averaged))
+        epoch, first = self.current_epoch + 1, round(self.epochs * (1 - self.settings.averaged))
         if epoch > first:
             for weight, state in self.trainer.optimizers[0].state.items():
                 now = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
