@@ -108,7 +108,7 @@ def test_an_edit_is_that_of_a_cpu(method: str, tiny_llm: LLM, requests: list[Edi
 @pytest.mark.real_model
 @pytest.mark.parametrize("method", ["memit", "finetune", "lora"])
 def test_figures_of_an_edit_are_those_of_a_cpu(method: str, smollm2: LLM) -> None:
-    requests = load_requests("demo", limit=16)
+    requests = load_requests("demo", limit=64)  # one that falls on the other side is less than .02
     expert = {"steps": 10} if method == "memit" else {"epochs": 8}
     options = EditOptions(method=method, layers=[3], expert=expert, statistics=TEXT)
     figures = []
@@ -118,8 +118,7 @@ def test_figures_of_an_edit_are_those_of_a_cpu(method: str, smollm2: LLM) -> Non
         report = evaluate(smollm2, requests, update, EvaluationOptions(generation="all"), trainer)
         figures.append({name: metric.mean for name, metric in report.after.metrics.items()})
     for name, mean in figures[0].items():
-        # one request of a rate may fall on the other side
-        assert figures[1][name] == pytest.approx(mean, abs=max(0.02, 1 / len(requests)), rel=0.01), name
+        assert figures[1][name] == pytest.approx(mean, abs=0.02, rel=0.01), name
 
 
 def test_statistics_in_bf16_are_sound(tokenizer: PreTrainedTokenizerFast) -> None:
