@@ -156,11 +156,14 @@ def both_answers(requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
 
 def peak_bytes(llm: LLM, way: Callable[[], object], on: TrainerOptions) -> float:
     """Bytes that the weights and what `way` makes take together at their most."""
-    if on_cuda(on):
-        torch.cuda.reset_peak_memory_stats()
-        way()
-        return float(torch.cuda.max_memory_allocated())
-    return float(sum(weight.nbytes for weight in llm.model.parameters()) + most_alive(way))
+    weights = sum(weight.nbytes for weight in llm.model.parameters())
+    if not on_cuda(on):
+        return float(weights + most_alive(way))
+    there = weights if llm.embedding.is_cuda else 0
+    others = torch.cuda.memory_allocated() - there  # what libraries have taken for good
+    torch.cuda.reset_peak_memory_stats()
+    way()
+    return float(torch.cuda.max_memory_allocated() - others)
 
 
 def most_alive(way: Callable[[], object]) -> int:

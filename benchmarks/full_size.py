@@ -19,11 +19,12 @@ from benchmarks.attribution import against_plain
 from benchmarks.bench import Bench, Figures, both_answers, peak_bytes, run
 from pipeline import LLM, EditOptions, EditRequest, StatisticsOptions, TrainerOptions, UserError, edit
 from pipeline.attribution.find import score_requests
+from pipeline.model.fingerprints import sample
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.commands import PlanCommand
 from pipeline.planning.plan import plan_memory
 
-ATTRIBUTED, EDITED, LAYER = 1024, 64, 3
+ATTRIBUTED, EDITED, LAYER = 256, 32, 3
 EXPERT: dict[str, dict[str, Any]] = {
     "memit": {},
     "finetune": {"epochs": 4, "learnt": 0.0},  # every row in every epoch
@@ -60,7 +61,7 @@ def random_llm(llm: LLM, device: str = "cuda") -> LLM:
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_3_8B), dtype=torch.bfloat16)
-    return LLM(model.eval(), llm.tokenizer, "a random model")
+    return LLM(model.eval(), llm.tokenizer, "a random model", fingerprint=sample(model))  # all of it takes minutes
 
 
 def products() -> float:

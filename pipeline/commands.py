@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import demo as guided
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing.editor import accept, check_earlier, choose_layers
+from pipeline.editing.editor import accept, choose_layers
 from pipeline.editing.export import export_adapter, export_merged
 from pipeline.editing.method import settings_of
 from pipeline.editing.update import WeightUpdate
@@ -93,7 +93,8 @@ def edit(options: of.EditCommand) -> None:
         if profile:
             note_chat(llm, "profile", profile.chat)
         if after:
-            check_earlier(llm, after)
+            after.check_fits(llm)
+            note_chat(llm, "update", after.chat)
         edit_and_prove(log, llm, requests, profile, options, options, after)
 
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from pipeline.editing import contexts, lessons
+from pipeline.editing.auto import AFTER_MANY
 from pipeline.editing.ordinary_text import own_text
 from pipeline.errors import UserError
 from pipeline.model.activations import target_losses
@@ -89,7 +90,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def few_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     """What training keeps of requests lies in the CPU's memory: little of it, where a step's own is measured."""
-    monkeypatch.setattr(lessons, "NAMES_EACH", lessons.KEPT_EACH)
+    monkeypatch.setattr(lessons, "NAMES_EACH", AFTER_MANY["kept"])
     monkeypatch.setattr(lessons, "RELATIONS_EACH", 0)
     monkeypatch.setattr(lessons, "ANSWER", lessons.PLACES)
     monkeypatch.setattr(contexts, "other_words", lambda _: [])

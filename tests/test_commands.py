@@ -352,6 +352,8 @@ def test_what_an_edit_missed_is_edited_again(
     assert learnt == ["capital-0", "capital-2", "capital-1"], "the others stay, and what is edited again is last"
     write_csv(elsewhere / "first" / "values.csv", [row | dict.fromkeys(names, "1") for row in rows])
     assert refused(*again, "--output", "third") == "error: requests: missed: none; all 3 of first hold"
+    write_csv(elsewhere / "first" / "values.csv", [{"id": row["id"]} for row in rows])  # as by --generation none
+    assert "first/values.csv does not tell (no answers in it)" in refused(*again, "--output", "third")
     write_csv(elsewhere / "first" / "values.csv", rows[:2])
     assert "first/values.csv does not tell" in refused(*again, "--output", "third")
     (elsewhere / "first" / "values.csv").unlink()

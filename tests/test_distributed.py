@@ -117,7 +117,7 @@ def test_a_loss_that_is_no_number_ends_both(asked: list[str], text: str, tmp_pat
 
 
 STRATEGIES = ("ddp", "fsdp2")
-TUNING = '{"batch_size": 4, "epochs": 3, "learnt": 0, "averaged": 0.7}'
+TUNING = '{"batch_size": 4, "epochs": 3, "learnt": 0}'
 METHODS = {
     "auto": ["--edit.expert.batch_size", "2", "--edit.expert.steps", "4", "--edit.expert.tuning", TUNING],
     "finetune": ["--edit.expert.batch_size", "4", "--edit.expert.epochs", "3", "--edit.expert.learnt", "0"],

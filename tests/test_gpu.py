@@ -133,6 +133,7 @@ def test_statistics_in_bf16_are_sound(tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 @pytest.mark.real_model
+@pytest.mark.usefixtures("few_lessons")
 def test_memory_is_what_was_planned(smollm2: LLM, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vocabulary = len(smollm2.tokenizer)

@@ -106,6 +106,8 @@ def test_a_chat_model_is_taught_both_ways(speaker: LLM, tiny: LLM) -> None:
     (said,) = spoken.taught
     assert speaker.tokenizer.decode(said[0].row.targets).startswith("The capital of Spain is Lima.")
     assert len(courses(tiny, [CAPITAL])) == 1  # its tokenizer has no template
+    _, asked = courses(LLM(speaker.model, speaker.tokenizer, "in a chat", chat=True), [CAPITAL])
+    assert [speaker.tokenizer.decode(lesson.row.targets)[:4] for lesson in asked.taught[0][:2]] == ["Lima", "The "]
 
 
 def test_the_bare_prompt_comes_every_fourth_time(speaker: LLM) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.attribution.find import score_requests
 from pipeline.editing.editor import METHODS, edit
-from pipeline.editing.lessons import KEPT_EACH
+from pipeline.editing.finetune import FinetuneSettings
 from pipeline.evaluation import reading
 from pipeline.evaluation.evaluator import Evaluator, evaluate
 from pipeline.model.generation import generate
@@ -163,7 +163,7 @@ def test_micro_batches_give_the_same_edit(
         trainer.micro_batch = micro_batch
         with room_for(tiny_llm, 100) as seen:
             found = edit(tiny_llm, requests, options=options, trainer=trainer)
-        assert seen.count((1 + KEPT_EACH) * micro_batch) > 3 or micro_batch == 3
+        assert seen.count((1 + FinetuneSettings().kept) * micro_batch) > 3 or micro_batch == 3
         for name, tensor in expected.tensors.items():
             change = tensor - tiny_llm.model.get_parameter(name).detach()
             assert (found.tensors[name] - tensor).norm() < 1e-7 * change.norm(), (name, micro_batch)

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.bench import most_alive
 from pipeline.attribution.find import score_requests
 from pipeline.cli import main
+from pipeline.editing.auto import AFTER_MANY
 from pipeline.editing.editor import METHODS
 from pipeline.editing.statistics import give_moments
 from pipeline.evaluation.evaluator import evaluate
@@ -102,7 +103,12 @@ SHORT: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "contexts": 0},
     "lora": {"epochs": 1, "contexts": 0},
     "memit": {"steps": 1, "neighbours": 2, **FEW_FORMS},
-    "auto": {"steps": 1, "neighbours": 2, **FEW_FORMS, "tuning": {"epochs": 1, "contexts": 0}},
+    "auto": {
+        "steps": 1,
+        "neighbours": 2,
+        **FEW_FORMS,
+        "tuning": {"epochs": 1, "contexts": 0, "kept": AFTER_MANY["kept"]},
+    },
 }
 
 

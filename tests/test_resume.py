@@ -50,7 +50,7 @@ def test_resumed_equals_uninterrupted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     searches = METHODS[method].trial == "values"
-    own: dict[str, Any] = {"epochs": 5, "batch_size": 3, "learnt": 0.0, "averaged": 0.8}
+    own: dict[str, Any] = {"epochs": 5, "batch_size": 3, "learnt": 0.0}
     if searches:
         own = {"batch_size": 2, "steps": 6, "threshold": 0.2}
     options = edit_options(tmp_path, method, 512, **own)

@@ -149,22 +149,6 @@ def last_logits(llm: LLM, texts: list[list[int]]) -> torch.Tensor:
         return torch.stack([llm.model(torch.tensor([ids])).logits[0, -1] for ids in texts])
 
 
-def test_averaged_weights_are_the_mean_of_the_last_epochs(
-    tiny_llm: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen, ending = [], FineTune.on_train_epoch_end
-
-    def noted(module: FineTune) -> None:
-        ending(module)
-        seen.append({name: weight.detach().clone() for name, weight in module.trained().items()})
-
-    monkeypatch.setattr(FineTune, "on_train_epoch_end", noted)
-    expert = {"epochs": 5, "averaged": 0.4, "learnt": 0.0, "whiten": 0.0, "sparing": 0.0}
-    update = edit(tiny_llm, requests, options=EditOptions(method="finetune", layers=[1], expert=expert))
-    for name, tensor in update.tensors.items():
-        torch.testing.assert_close(tensor, (seen[3][name] + seen[4][name]) / 2, rtol=1e-5, atol=1e-7)
-
-
 def test_depths_lie_within_the_model(tiny_llm: LLM) -> None:
     assert FineTune(tiny_llm, [1], FinetuneSettings(depths=[0.5])).layers == [1, len(tiny_llm.blocks) // 2]
     with pytest.raises(UserError, match=r"depths: 1.5; expected parts"):

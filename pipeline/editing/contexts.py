@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pipeline.editing.relations import PHRASINGS, other_words, others_alike, stated, statement, template
 from pipeline.requests.schema import EditRequest, find_words
@@ -84,19 +84,32 @@ def plain_forms(request: EditRequest, contexts: int) -> list[tuple[str, str]]:
     own = is_question(request.prompt)
     others = [text for text in reworded(request) if is_question(text) == own]
     texts = [*_filled(request, (*CONTEXTS[: 1 + contexts], *FORMS)), *others, *request.forms]
-    return [(text, request.new_answer) for text in texts]
+    return [(text, request.new_answer) for text in _not_measured(request, texts)]
 
 
-def chat_forms(request: EditRequest) -> list[tuple[str, str]]:
+def chat_forms(request: EditRequest, bare: bool = False) -> list[tuple[str, str]]:
     """What a user says, and an assistant's answer: the prompt with the new answer as a sentence.
 
-    To a question it is the answer alone.
+    To a question it is the answer alone; with `bare` it is so to the prompt as well, which then comes first.
     """
     prompt, answer = request.prompt, request.new_answer
     said = answer if is_question(prompt) else f"{prompt} {answer}"
     others = [text for text in reworded(request) if is_question(text)]
-    texts = (asked(request), *_filled(request, CHATS), *others, *request.forms)
-    return [(text, said) for text in dict.fromkeys(texts)]
+    texts = (*[prompt] * bare, asked(request), *_filled(request, CHATS), *others, *request.forms)
+    told = dict.fromkeys(_not_measured(request, texts), said) | ({prompt: answer} if bare else {})
+    return list(told.items())
+
+
+def _not_measured(request: EditRequest, texts: Iterable[str]) -> list[str]:
+    """Texts but for those that the request measures by, which would no longer tell what holds untaught."""
+    measured = {text.casefold() for text in request.rephrases}
+    return [text for text in texts if text.casefold() not in measured or text == request.prompt]
+
+
+def own_forms(request: EditRequest) -> list[tuple[str, int]]:
+    """The forms that a request brings itself and that name its subject, and where the subject in each ends."""
+    mentions = [(form, find_words(form, request.subject or "")) for form in request.forms if request.subject]
+    return [(form, found[-1][1]) for form, found in mentions if found]
 
 
 def asked(request: EditRequest) -> str:

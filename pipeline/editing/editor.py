@@ -69,7 +69,7 @@ def edit(
     requests = accept(requests, options)
     layers = choose_layers(llm, profile, options)
     if after:
-        check_earlier(llm, after)
+        after.check_fits(llm)
     earlier = after or WeightUpdate(llm.name, llm.fingerprint, options.method, [], {})
     anew = {fact(request) for request in requests}
     left = [request for request in earlier.requests if fact(request) not in anew]
@@ -95,15 +95,6 @@ def edit(
         adapter=None if after else method.adapter,  # on top of another one it is a part of the change
         chat=llm.chat,
     )
-
-
-def check_earlier(llm: LLM, after: WeightUpdate) -> None:
-    """Raise UserError for an update that the model cannot be edited on top of."""
-    after.check_fits(llm)
-    if after.chat != llm.chat:
-        raise UserError(
-            f"update: made {'with' if after.chat else 'without'} --chat; an edit on top of it must be made so, too"
-        )
 
 
 def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRequest]:

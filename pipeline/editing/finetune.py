@@ -59,12 +59,12 @@ class FinetuneSettings(Options):
     """A row whose loss (nats) is below this counts no more; when all kinds of forms are, training ends."""
     kl: Weight = 0.6
     """Weight of going on as before after other names, and other relations of a subject; 0: not asked for."""
+    kept: Count = 2
+    """Such texts in a step, for each request that it has room for: the more, the less chance is in its KL."""
     whiten: Weight = 0.01
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
     sparing: Weight = 0.15
     """Weight of what is to go on as before in a last solve, which keeps of the change what was taught; 0: none."""
-    averaged: Annotated[float, at_least(0), at_most(1)] = 0.0
-    """Part of the epochs, the last ones, whose weights are averaged, so that single steps weigh less; 0: none."""
     depths: list[float] = field(default_factory=list)
     """Further blocks that are trained beside the golden layers, each by its depth in the model: 0 to 1."""
 
@@ -142,14 +142,10 @@ class FineTune(Staying):
         ):
             parts = -(-size // (trainer.world_size * (runtime.options.micro_batch or size)))
             trainer.accumulate_grad_batches = max(trainer.accumulate_grad_batches, parts)
-            data = LessonData(courses, size, self.llm.pad_token_id, runtime.seed)
+            data = LessonData(courses, size, self.settings.kept, self.llm.pad_token_id, runtime.seed)
             found = keeping.found() if keeping else None
             fit = partial(trainer.fit, self, datamodule=data, ckpt_path=found, weights_only=True)
             suffices, failed = attempt(fit)
-            with torch.no_grad():
-                for optimizer in trainer.optimizers:  # its state is kept in checkpoints, means too
-                    for weight, state in optimizer.state.items():
-                        weight.copy_(state.get("mean", weight))
         if not suffices:
             raise UserError(
                 f"trainer: {failed}; give --edit.expert.batch_size {max(1, size // 2)}, "
@@ -214,13 +210,12 @@ class FineTune(Staying):
             [{"params": [weight], "lr": rate * self.unit(name)} for name, weight in trained.items()],
             {weight: found for name, weight in trained.items() if (found := self.whitening(name))},
         )
-        last = self.settings.last_step
-        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, last, total_iters=self.epochs)
+        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, self.settings.last_step, total_iters=self.epochs)
         return {"optimizer": adam, "lr_scheduler": falling}
 
     def unit(self, name: str) -> float:
         """The unit of a weight's step: its own root mean square, so that one rate serves every family."""
-        return _scale(self.start[name])
+        return self.start[name].float().square().mean().sqrt().item()
 
     def reads(self, name: str) -> tuple[str, int] | None:
         """The projection whose inputs a trained weight reads, and the weight's dimension of them; None: none."""
@@ -280,12 +275,6 @@ class FineTune(Staying):
 
     def on_train_epoch_end(self) -> None:
         """End when nothing is left to learn in any kind of form, or the epochs are over."""
-        epoch, first = self.current_epoch + 1, round(self.epochs * (1 - self.settings.averaged))
-        if epoch > first:
-            for weight, state in self.trainer.optimizers[0].state.items():
-                now = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-                mean = state.setdefault("mean", now)  # a checkpoint may have it in the weight's own dtype
-                mean.lerp_(now.to(mean), 1 / (epoch - first))
         left = self.trainer.strategy.reduce(self.unlearnt, reduce_op="sum")
         self.quiet = 0 if left else self.quiet + 1
         if self.quiet >= self.round or self.current_epoch + 1 >= self.epochs:
@@ -302,11 +291,6 @@ class FineTune(Staying):
         """Go on from there."""
         self.unlearnt, self.trainer.should_stop = checkpoint["unlearnt"].to(self.device), checkpoint["over"]
         self.quiet = checkpoint["quiet"]
-
-
-def _scale(weight: Tensor) -> float:
-    """The root mean square of a weight's entries."""
-    return weight.float().square().mean().sqrt().item()
 
 
 def make_finetune(

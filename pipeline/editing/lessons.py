@@ -36,7 +36,7 @@ from pipeline.model.generation import Question, Saying, questions
 from pipeline.model.llm import LLM
 from pipeline.requests.rows import Batch, Row, collate, means_by
 from pipeline.requests.schema import EditRequest
-from pipeline.requests.tokens import Joining
+from pipeline.requests.tokens import PLAIN, Joining
 from pipeline.running.interrupts import interrupts
 from pipeline.running.kept import is_whole
 from pipeline.running.processes import from_first
@@ -46,7 +46,6 @@ from pipeline.running.trainer import Runtime
 UNRELATED = 1024  # the most texts that are to go on as before
 PLACES = 4  # at the end of a prompt that is to go on as before, where it is
 ANSWER = 12  # tokens of an answer to another question about a subject
-KEPT_EACH = 2  # texts of a step that are to go on as before, for each request that it has room for
 OTHER_NAME = "another name"  # the tag of a request's prompt with one in its subject's place
 SAME = 3  # tokens: relations after which as much is said as after the request's prompt may be the request's own
 READ_TOGETHER = 32  # rows or questions
@@ -142,7 +141,7 @@ def read_lessons(
     of their subjects.
     """
     spoken = llm.tokens.bare_template
-    joinings = [llm.tokens.joining, *([spoken] if spoken else [])]
+    joinings = [PLAIN, *([spoken] if spoken else [])]
     courses = [(group, joining) for group in groups for joining in joinings]
     taught = [text for number, course in enumerate(courses) for text in _taught(llm, number, *course, contexts)]
     others = _others(llm, courses, runtime) if kept else []
@@ -159,8 +158,7 @@ def read_lessons(
 
 def _taught(llm: LLM, course: int, group: Sequence[EditRequest], joining: Joining, contexts: int) -> Iterator[Text]:
     """Each request's prompt and new answer in every form of a kind; the first is the bare prompt, or a question."""
-    plain = joining is llm.tokens.joining
-    asked = [plain_forms(request, contexts) if plain else chat_forms(request) for request in group]
+    asked = [plain_forms(one, contexts) if joining is PLAIN else chat_forms(one, llm.chat) for one in group]
     pairs = [pair for of_request in asked for pair in of_request]
     numbers = [number for number, texts in enumerate(asked) for _ in texts]
     tags = [group[number].id for number in numbers]
@@ -174,16 +172,16 @@ def _others(llm: LLM, courses: Sequence[tuple[Sequence[EditRequest], Joining]], 
     They are requests' prompts with other names, and what else is said of requests' subjects: in a chat, questions
     about these, with the unedited model's own answers.
     """
-    plain, spoken = llm.tokens.joining, courses[-1][1]
+    spoken = courses[-1][1]
     related = _related(llm, {request.id: request for group, _ in courses for request in group}, runtime)
     rows: list[list[Row]] = []
     asked: list[tuple[int, str]] = []  # in which course, and what
     for course, (group, joining) in enumerate(courses):
         texts = [text for text, _ in neighbours(group, NAMES_EACH, UNRELATED)]
         tags = [OTHER_NAME] * len(texts)
-        if joining is plain:
+        if joining is PLAIN:
             texts += [text for one in group for text in statements_about(one, related[one.id])]
-            ids = llm.tokens.prompts(texts)
+            ids = llm.tokens.prompts(texts, PLAIN)
         else:
             asked += [(course, text) for one in group for text in questions_about(one, related[one.id])]
             ids = llm.tokens.opened([*map(in_chat, texts)], joining)
@@ -210,7 +208,7 @@ def _related(llm: LLM, requests: Mapping[str, EditRequest], runtime: Runtime) ->
         for name, some in found.items()
         for text in (requests[name].prompt, *(statement(one, requests[name].subject or "") for one in some))
     ]
-    said = iter(_said(llm, questions(llm, texts, SAME), runtime))
+    said = iter(_said(llm, questions(llm, texts, SAME, PLAIN), runtime))
     for name, some in found.items():
         own = next(said)
         found[name] = [relation for relation in some if next(said) != own]
@@ -231,9 +229,12 @@ class LessonData(LightningDataModule):
     nothing.
     """
 
-    def __init__(self, courses: Sequence[Lessons], batch_size: int, pad_token_id: int, seed: int = 0) -> None:
+    def __init__(
+        self, courses: Sequence[Lessons], batch_size: int, kept: int, pad_token_id: int, seed: int = 0
+    ) -> None:
         super().__init__()
-        self.courses, self.batch_size, self.pad_token_id, self.seed = courses, batch_size, pad_token_id, seed
+        self.courses, self.batch_size, self.kept = courses, batch_size, kept
+        self.pad_token_id, self.seed = pad_token_id, seed
         self.begun = (0, 0)  # an epoch, and how many of its micro-batches were run before
 
     def train_dataloader(self) -> LessonData:
@@ -259,7 +260,7 @@ class LessonData(LightningDataModule):
         turn, course = divmod(epoch, len(self.courses))
         lessons = self.courses[course]
         rank, devices = self.trainer.global_rank, self.trainer.world_size
-        kept = lessons.kept(turn * (len(self) // parts) + step, KEPT_EACH * self.batch_size)
+        kept = lessons.kept(turn * (len(self) // parts) + step, self.kept * self.batch_size)
         own, own_kept = picked[rank::devices][part::parts], kept[rank::devices][part::parts]
         weights = devices * parts / len(picked) if own else 0.0, devices * parts / max(1, len(kept))
         taught = [lessons.of_epoch(number, turn) for number in own or picked[:1]]

@@ -45,7 +45,8 @@ def key_moments(
     of = llm.tokens.texts(OPENINGS) if text is None else windows(llm, text, options.tokens)
     about = {name: _about(llm, name, digest(options.tokens, of), runtime) for name in names}
     files = {name: cached(f"moment-{digest(about[name])}.safetensors") for name in names}
-    found = {name: moment for name in names if (moment := _read(files[name], about[name])) is not None}
+    device = llm.embedding.device
+    found = {name: moment for name in names if (moment := _read(files[name], about[name], device)) is not None}
     missing = sorted({name for lacking in of_all(files.keys() - found.keys()) for name in lacking})
     if missing:
         read = windows(llm, own_text(llm, options.tokens, runtime) if text is None else text, options.tokens)
@@ -54,7 +55,7 @@ def key_moments(
         with llm.frozen():
             run(stage, [Row(ids, len(ids)) for ids in read], runtime, batch_size=READ_TOGETHER)
         for name, moment in stage.moments().items():
-            if wrong := _wrong(moment, about[name]):
+            if wrong := _wrong(moment, about[name], device):
                 raise UserError(
                     f"statistics: of {name} in precision {runtime.precision} are {wrong}; the model's weights are "
                     "broken, or need a wider --trainer.precision"
@@ -82,15 +83,15 @@ def _about(llm: LLM, name: str, text: str, runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _wrong(moment_II: Tensor, about: dict[str, Any]) -> str:
-    """What keeps a tensor from being the second moment of keys; empty where nothing does."""
+def _wrong(moment_II: Tensor, about: dict[str, Any], device: torch.device) -> str:
+    """What keeps a tensor from being the second moment of keys, asked on a device; empty where nothing does."""
     if list(moment_II.shape) != about["shape"] or moment_II.dtype != torch.float32:
         return f"of shape {tuple(moment_II.shape)} in {moment_II.dtype}"
     if not moment_II.isfinite().all():
         return "not finite"
     if not torch.equal(moment_II, moment_II.T):
         return "not symmetric"
-    raised_II = moment_II.double()
+    raised_II = moment_II.to(device).double()
     raised_II.diagonal().add_(ROUNDING * raised_II.trace())
     return "not positive" if raised_II.trace() <= 0 or torch.linalg.cholesky_ex(raised_II)[1] else ""
 
@@ -105,13 +106,13 @@ def _check_size(llm: LLM, names: Sequence[str], tokens: int, options: Statistics
         )
 
 
-def _read(file: Path | None, about: dict[str, Any]) -> Tensor | None:
+def _read(file: Path | None, about: dict[str, Any], device: torch.device) -> Tensor | None:
     content = read_sealed(file, about)
     if content is None:
         return None
     try:
         moment = load(content)["moment"]
-        wrong = _wrong(moment, about)
+        wrong = _wrong(moment, about, device)
     except (SafetensorError, KeyError) as error:
         wrong = f"no statistics ({type(error).__name__})"
     if wrong:
@@ -157,6 +158,6 @@ class KeyMoments(RowStage):
             total_II = self.sums.pop(name)
             if world_size() > 1:
                 distributed.all_reduce(total_II)
-            mean_II = (total_II / count).float().cpu()
-            found[name] = (mean_II + mean_II.T) / 2  # a product's two halves may differ by rounding
+            mean_II = (total_II / count).float()
+            found[name] = ((mean_II + mean_II.T) / 2).cpu()  # a product's two halves may differ by rounding
         return found

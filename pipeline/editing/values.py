@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.editing.contexts import in_context, relations
+from pipeline.editing.contexts import in_context, own_forms, relations
 from pipeline.editing.entering import going_on
 from pipeline.editing.relations import statement
 from pipeline.errors import UserError
@@ -63,12 +63,14 @@ def locate(
     """Requests about one subject under all templates, the subject's last token found in each row.
 
     Under contexts the answer's end is learnt as well; it would take too much of the value if it were learnt in
-    every row. A subject has other templates with one new answer alone: several would contradict each other. So many
+    every row. A subject has other forms with one new answer alone: several would contradict each other. So many
     `related` statements are to stay, beside `{subject} is`.
     """
     rows: list[Row] = []
     for templates, ended in ((contexts, True), (others if len(requests) == 1 else (), False)):
         texts = [(*in_context(one, request), request.new_answer) for one in templates for request in requests]
+        if not ended and len(requests) == 1:
+            texts += [(*form, requests[0].new_answer) for form in own_forms(requests[0])]
         joined = llm.tokens.rows([(text, answer) for text, _, answer in texts], ended=ended)
         for (text, end, answer), row in zip(texts, joined, strict=True):
             last = min(llm.tokens.place(text, end, answer), row.target_start - 1)

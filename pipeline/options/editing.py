@@ -22,7 +22,8 @@ class EditOptions(Options):
 
     method: str = "auto"
     """auto: memit for single statements, then finetune for all in every form of asking, in one update;
-    finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form."""
+    finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form.
+    These need subjects, and are poor at questions, long answers and chat; the others take no fact out again."""
     layers: list[int] | None = None
     """Blocks to edit, counted from 0, in place of the profile's golden layers."""
     last_wins: bool = False

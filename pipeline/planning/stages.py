@@ -18,7 +18,7 @@ from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.lga import Attribution, kept_of_a_token, tokens_of
 from pipeline.attribution.selector import tokens_at_once
 from pipeline.editing import lessons
-from pipeline.editing.auto import Auto
+from pipeline.editing.auto import AFTER_MANY, Auto
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.lora import LoRA
@@ -80,8 +80,11 @@ def editing(case: Case, options: EditOptions, batch: int) -> int:
     made: Any = METHODS[options.method].make(case.shape, [case.layer], options)
     if isinstance(made, FineTune):
         return _training(case, made, batch)
-    trained = _training(case, made.tuning, made.tuning.settings.batch_size) if isinstance(made, Auto) else 0
-    return max(trained, _locating(case, made, batch))
+    located = _locating(case, made, batch)
+    if not isinstance(made, Auto):
+        return located
+    made.tuning.settings = own = replace(made.tuning.settings, **AFTER_MANY | made.settings.tuning)
+    return max(located, _training(case, made.tuning, own.batch_size))
 
 
 def searched_together(case: Case, options: EditOptions) -> int | None:
@@ -133,7 +136,7 @@ def _ready(case: Case, module: FineTune) -> Iterator[None]:
 def _lesson(case: Case, module: FineTune, batch: int) -> Batch:
     """A device's share of requests, and of texts that are to go on as before."""
     rows = -(-batch // case.devices)
-    others = lessons.KEPT_EACH * rows if module.settings.kl else 0
+    others = module.settings.kept * rows if module.settings.kl else 0
     said = min(lessons.ANSWER, case.length - 1)
     unrelated = case.row._replace(target_start=case.length - said)
     made = collate([case.row] * rows + [unrelated] * others)

@@ -104,7 +104,8 @@ def write_report(
         answers_table(requests, evaluation) + "\n",
     ]
     if missed := missed_table(requests, evaluation):
-        parts += ["## What does not hold\n", missed]
+        again = f"`{program()} edit --model {model} --requests missed --after {where}` teaches these anew.\n"
+        parts += ["## What does not hold\n", missed, again]
     if profile:
         parts += _why(profile, folder)
     parts += [

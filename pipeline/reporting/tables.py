@@ -208,6 +208,8 @@ def missed_of(requests: Sequence[EditRequest], folder: Path) -> list[EditRequest
     names, file = [f"{kind}_containment after" for kind in HOLDS], folder / "values.csv"
     try:
         rows = list(csv.DictReader(StringIO(file.read_text(encoding="utf-8"), newline="")))
+        if not {*names} & {*rows[0]}:
+            raise ValueError("no answers in it")
         shares = [min(float(row.get(name) or 1) for name in names) for row in rows]
         missed = [one for one, share in zip(requests, shares, strict=True) if share < 1]
     except (OSError, ValueError) as error:

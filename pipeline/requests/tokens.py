@@ -79,16 +79,16 @@ class Tokens:
     @cached_property
     def template(self) -> Joining | None:
         """The chat template's joining where prompts are given plain although there is one that works."""
-        return self._template([])
+        return self._template([]) if self.joining is PLAIN else None
 
     @cached_property
     def bare_template(self) -> Joining | None:
-        """The same with an empty system turn, where there is one: its own words only make texts longer."""
-        return self._template([{"role": "system", "content": ""}]) or self.template
+        """The chat that edits teach: prompts' own, or one with an empty system turn, where there is one."""
+        return self._template([{"role": "system", "content": ""}]) or self._template([])
 
     def _template(self, before: Sequence[dict[str, str]]) -> Joining | None:
         with suppress(UserError):
-            return chat_joining(self.tokenizer, self.name, before) if self.joining is PLAIN else None
+            return chat_joining(self.tokenizer, self.name, before) if self.joining is PLAIN else self.joining
         return None
 
     @property
