@@ -14,8 +14,7 @@ from pipeline.evaluation.metrics import Estimate
 from pipeline.files import read_plain_text
 from pipeline.options import updates as of
 from pipeline.reporting.dashboards import show_on_board
-from pipeline.reporting.tables import metric_table
-from pipeline.reporting.terminal import say, show_table
+from pipeline.reporting.terminal import say, show_sides
 from pipeline.requests.readers import stream_requests
 from pipeline.shipped import program
 from pipeline.stages import load, prepare
@@ -140,11 +139,8 @@ def show(options: of.ShowCommand) -> None:
                 f"  {figures['method']} in block {layers}; perplexity x {after['perplexity_ratio']:.3f}, drift "
                 f"{after['drift']:.3f}; gates: {', '.join(gate['text'] for gate in figures['gates']) or 'none'}"
             )
-            sides = {
-                f"{side} [95%]": {name: Estimate(**one) for name, one in figures[side]["metrics"].items()}
-                for side in ("before", "after")
-            }
-            show_table(*metric_table(sides, short=True))
+            found = {side: figures[side]["metrics"].items() for side in ("before", "after")}
+            show_sides({side: {name: Estimate(**one) for name, one in some} for side, some in found.items()})
         _show_facts(store, sorted(held), " ")
 
 

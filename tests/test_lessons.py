@@ -24,6 +24,7 @@ from pipeline.editing.contexts import (
 from pipeline.editing.finetune import FineTune, FinetuneSettings
 from pipeline.editing.lessons import Lessons, read_lessons
 from pipeline.editing.relations import PHRASINGS, others_alike
+from pipeline.editing.values import locate
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
@@ -90,6 +91,21 @@ def test_other_relations_share_no_word_with_the_prompt() -> None:
     assert relations(NAMELESS, 3) == []
     alike = CAPITAL.model_copy(update={"prompt": "The mother tongue of Spain is"})
     assert "mother" not in relations(alike, len(PHRASINGS))
+
+
+def test_what_a_request_measures_by_is_not_taught() -> None:
+    measured = [text for text, _ in (*plain_forms(CAPITAL, 0)[1:3], *chat_forms(CAPITAL)[:2])]
+    request = CAPITAL.model_copy(update={"rephrases": tuple(text.upper() for text in measured)})
+    left = [text for text, _ in (*plain_forms(request, 0), *chat_forms(request))]
+    assert request.prompt in left and not {*measured} - {request.prompt} & {*left}
+
+
+def test_values_are_searched_under_own_forms(tiny: LLM) -> None:
+    request = CAPITAL.model_copy(update={"forms": ("Spain is ruled from", "The king sits in")})
+    without = locate(tiny, [request.model_copy(update={"forms": ()})], ["{prompt}"])
+    found = locate(tiny, [request], ["{prompt}"])
+    assert len(found.rows) == len(without.rows) + 1 and found.rows[1].subject
+    assert tiny.tokenizer.decode(found.rows[1].token_ids[: found.rows[1].subject[1] + 1]) == "Spain"
 
 
 def test_a_question_may_lower_its_subjects_first_letter() -> None:

@@ -101,6 +101,7 @@ def test_what_a_team_does(
     assert "superseded: request #1 (capital-0)" in said and "superseded by request #4" in said
     said = told("show", "2", *at)
     assert "the current one: 4 facts" in said and "rewrite " in said and "drift" in said
+    assert "NOT MEASURED: the rest of the subject" in said
     said = told("diff", "1", "2", *at)
     assert "2 facts gained, 1 lost" in said and "+ #4 (capital-0)" in said and "- #1 (capital-0)" in said
     assert "version 1 is current, after 2: 2 facts less, 1 more" in told("rollback", "1", *at)

@@ -108,8 +108,7 @@ def _not_measured(request: EditRequest, texts: Iterable[str]) -> list[str]:
 
 def own_forms(request: EditRequest) -> list[tuple[str, int]]:
     """The forms that a request brings itself and that name its subject, and where the subject in each ends."""
-    mentions = [(form, find_words(form, request.subject or "")) for form in request.forms if request.subject]
-    return [(form, found[-1][1]) for form, found in mentions if found]
+    return [(form, found[-1][1]) for form in request.forms if (found := find_words(form, request.subject or form))]
 
 
 def asked(request: EditRequest) -> str:

@@ -19,6 +19,7 @@ from pipeline.reporting.tables import metric_table, not_measured, sides_of, stud
 if TYPE_CHECKING:
     from pipeline.attribution.profile import GoldenProfile
     from pipeline.evaluation.evaluator import Evaluation
+    from pipeline.evaluation.metrics import Estimate
     from pipeline.model.llm import ShownToken
     from pipeline.planning.plan import MemoryPlan
     from pipeline.requests.schema import EditRequest
@@ -89,15 +90,19 @@ def show_metrics(evaluation: Evaluation) -> None:
     """The chief metrics before and after, in their groups; metrics.json and the report hold all of them."""
     if evaluation.weights and not any(evaluation.weights.values()):
         say("note: the edit changes no weight: every answer was as asked for, or nothing was learnt")
-    intervals = screen().width >= WIDE
-    heading = "{} [95%]" if intervals else "{}"
-    sides = {heading.format(side): measured.metrics for side, measured in sides_of(evaluation).items()}
-    show_table(*metric_table(sides, short=True, intervals=intervals))
-    if missing := not_measured((evaluation.after or evaluation.before).metrics):
-        say(missing)
+    show_sides({side: measured.metrics for side, measured in sides_of(evaluation).items()})
     if evaluation.weights:
         name, change = max(evaluation.weights.items(), key=lambda item: item[1])
         say(f"largest change: {change:.1%} of the norm of {name}")
+
+
+def show_sides(sides: Mapping[str, Mapping[str, Estimate]]) -> None:
+    """The chief metrics by side, and a line that names what was not measured."""
+    intervals = screen().width >= WIDE
+    headed = {f"{side}{' [95%]' * intervals}": figures for side, figures in sides.items()}
+    show_table(*metric_table(headed, short=True, intervals=intervals))
+    if missing := not_measured([*sides.values()][-1]):
+        say(missing)
 
 
 def show_study(study: Study) -> None:
