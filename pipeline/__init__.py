@@ -39,6 +39,6 @@ __getattr__, __all__ = offered(
         "requests.readers": ("load_requests",),
         "requests.schema": ("EditRequest", "Probe"),
         "requests.sets": ("split_by_subject",),
-        "updates.live": ("LiveModel",),
+        "serving.live": ("LiveModel",),
     },
 )

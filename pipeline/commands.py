@@ -24,12 +24,12 @@ from pipeline.reporting.tables import missed_of
 from pipeline.reporting.terminal import show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_requests
 from pipeline.requests.sets import split_by_subject
+from pipeline.serving.live import LiveModel
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study
 from pipeline.study.sweep import RESULTS
 from pipeline.updates.history import load_version
-from pipeline.updates.live import LiveModel
 from pipeline.updates.schedule import Stopping
 from pipeline.updates.store import Store
 

@@ -25,7 +25,7 @@ from pipeline.evaluation.evaluator import evaluate
 from pipeline.model.fingerprints import sample
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
-from pipeline.updates.live import LiveModel
+from pipeline.serving.live import LiveModel
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from pipeline.model.fingerprints import fingerprint
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put
-from pipeline.updates import LiveModel, Store, load_version, prune, rollback, story, verify, version_folder
+from pipeline.serving import LiveModel
+from pipeline.updates import Store, load_version, prune, rollback, story, verify, version_folder
 from pipeline.updates.disk import DATABASE, transaction
 from pipeline.updates.history import events, request_row
 from pipeline.updates.queue import take
@@ -340,7 +341,7 @@ def test_cases_of_weights_that_are_no_numbers(
     rollback(team.store, 2)
     bad = load_version(team.store, 2)
     next(iter(bad.tensors.values()))[0, 0] = value
-    monkeypatch.setattr("pipeline.updates.live.WeightUpdate.load", lambda *_, **__: bad)
+    monkeypatch.setattr("pipeline.serving.live.WeightUpdate.load", lambda *_, **__: bad)
     monkeypatch.setattr(LLM, "check_made_for", lambda *_: None)
     assert "finite" in refusal(live.follow)
     assert (live.version, fingerprint(serving.model)) == (1, before)

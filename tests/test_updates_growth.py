@@ -19,9 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.editing.update import WeightUpdate
 from pipeline.reporting.dashboards import BOARD, show_on_board
 from pipeline.requests.schema import EditRequest
+from pipeline.serving import LiveModel
 from pipeline.updates import (
     BatchResult,
-    LiveModel,
     Store,
     in_force,
     load_version,

@@ -7,7 +7,6 @@ __getattr__, __all__ = offered(
     {
         "history": ("counts", "find", "load_version", "story", "verify", "versions"),
         "lineage": ("difference", "in_force", "prune", "rollback"),
-        "live": ("LiveModel",),
         "making": ("retract", "update"),
         "proving": ("BatchResult",),
         "queue": ("Submitted", "submit"),

@@ -20,8 +20,9 @@ from pipeline.model.fingerprints import fingerprint
 from pipeline.model.llm import LLM
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put
-from pipeline.updates import LiveModel, Store, load_version, rollback, verify, version_folder
-from pipeline.updates import live as live_module
+from pipeline.serving import LiveModel
+from pipeline.serving import live as live_module
+from pipeline.updates import Store, load_version, rollback, verify, version_folder
 from pipeline.updates.disk import DATABASE, LAYOUT, connect, learnt_file
 
 
