@@ -42,6 +42,7 @@ COMMANDS = {
     "submit": Command("update_commands:submit", store.SubmitCommand, ("file",)),
     "update": Command("update_commands:update", store.UpdateCommand),
     "schedule": Command("update_commands:schedule", store.ScheduleCommand),
+    "publish": Command("update_commands:publish", store.PublishCommand, ("version",)),
     "history": Command("update_commands:history", store.HistoryCommand),
     "show": Command("update_commands:show", store.ShowCommand, ("version",)),
     "diff": Command("update_commands:diff", store.DiffCommand, ("older", "newer")),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from pipeline.attribution.find import check_selector
@@ -12,10 +12,12 @@ from pipeline.editing.method import METHODS, settings_of
 from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.metrics import Estimate
 from pipeline.files import read_plain_text
+from pipeline.model.llm import LLM
 from pipeline.options import updates as of
 from pipeline.reporting.dashboards import show_on_board
 from pipeline.reporting.terminal import say, show_sides
 from pipeline.requests.readers import stream_requests
+from pipeline.serving import publish as serving
 from pipeline.shipped import program
 from pipeline.stages import load, prepare
 from pipeline.updates import history as past
@@ -61,7 +63,7 @@ def _show_superseded(store: Store, pairs: Sequence[queue.Contradiction]) -> None
 def update(options: of.UpdateCommand) -> None:
     """Work through what is due, once."""
     _prepare(options)
-    _update(options, Stopping())
+    _update(options, Stopping(), cache(partial(load, options)))
 
 
 def schedule(options: of.ScheduleCommand) -> None:
@@ -70,16 +72,16 @@ def schedule(options: of.ScheduleCommand) -> None:
     when, stopping = trigger(options.cron, options.every), Stopping()
     with stopping.listening():
         Store(options.store, options.model, make=True).close()  # what is wrong with it is said now
-        work = partial(_update, options, stopping)
+        work = partial(_update, options, stopping, cache(partial(load, options)))
         run_schedule(work, when, say, stopping, at_once=options.every is not None)
 
 
-def _update(options: of.UpdateCommand, stopping: Stopping) -> None:
+def _update(options: of.UpdateCommand, stopping: Stopping, loaded: Callable[[str], LLM]) -> None:
     dry = options.dry_run
     with Store(options.store, options.model, make=not dry, reading=dry) as store, stopping.listening():
         report = partial(_show_batch, store, dry_run=dry)
         try:
-            worked = making.update(store, options, partial(load, options), report, stopping.is_set)
+            worked = making.update(store, options, loaded, report, stopping.is_set)
         except BusyError as busy:  # no failure: what is due is in good hands
             say(f"{busy}; nothing to do here")
             return
@@ -88,6 +90,29 @@ def _update(options: of.UpdateCommand, stopping: Stopping) -> None:
                 show_on_board(store)
         if not worked:
             say(f"nothing is due in {store.folder}; {past.counts(store).get('queued', 0)} waiting for their date")
+        if options.publish.to and not dry:
+            _publish(store, store.current, options.publish, options.gates, loaded)
+
+
+def publish(options: of.PublishCommand) -> None:
+    """Let servers answer with a version, by default the one in force."""
+    prepare(options)
+    with Store(options.store) as store:
+        version = store.current if options.version is None else options.version
+        _publish(store, version, options, options.gates, partial(load, options))
+
+
+def _publish(
+    store: Store, version: int, options: of.PublishOptions, gates: of.GateOptions, loaded: Callable[[str], LLM]
+) -> None:
+    changed = serving.publish(store, version, options, gates, loaded)
+    for one in changed:
+        say(f"{one.url}: version {version} answers as {one.model}, switched in {one.switching:.3f} s")
+        if one.proof:
+            figures = ", ".join(f"{name} {value:.3f}" for name, value in one.proof.figures.items())
+            say(f"  as served: {figures}; loaded in {one.proof.loading:.2f} s, asked in {one.proof.proving:.1f} s")
+    if len(changed) < len(options.to):
+        say(f"{len(options.to) - len(changed)} of {len(options.to)} servers had version {version} in force already")
 
 
 def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:

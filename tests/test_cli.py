@@ -11,9 +11,10 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -27,7 +28,7 @@ from pipeline.errors import Note
 from pipeline.options.base import as_config
 from pipeline.options.commands import RunCommand
 from pipeline.options.editing import EditOptions
-from pipeline.parsing import flags_of
+from pipeline.parsing import flags_of, parse
 from pipeline.requests.schema import EditRequest
 from pipeline.running import launch
 from pipeline.running.interrupts import Interrupted
@@ -42,6 +43,7 @@ REQUIRED = {  # flags without which a command cannot be asked for its config
     "submit": [*STORE, "--file", "FILE"],
     "update": STORE,
     "schedule": [*STORE, "--every", "6h"],
+    "publish": [*STORE, "--to", "http://localhost:8000"],
     "history": STORE,
     "show": [*STORE, "--version", "1"],
     "diff": [*STORE, "--older", "1", "--newer", "2"],
@@ -308,6 +310,20 @@ def test_what_is_no_flag_is_no_option_of_a_command() -> None:
         flags_of("run")
     )
     assert len(flags_of("run")) <= 40
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_group_is_of_the_kind_that_its_command_says(name: str) -> None:
+    """What the command line makes of a group, and what Python makes, start from the same values."""
+    kinds = get_type_hints(COMMANDS[name].options)
+    for one in fields(COMMANDS[name].options):
+        if is_dataclass(one.default_factory):
+            assert kinds[one.name] is one.default_factory, one.name
+
+
+def test_a_stores_method_is_the_one_that_is_taken_back_exactly() -> None:
+    for name in ("update", "schedule", "retract"):
+        assert parse(name, REQUIRED[name]).edit.method == "memit"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

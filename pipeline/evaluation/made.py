@@ -44,13 +44,7 @@ def made_probes(requests: Sequence[EditRequest], tokens: Tokens) -> list[Made]:
 
     Where prompts are given plain, a tokenizer with a chat template is also asked as in a chat (`made_chat`).
     """
-    edited = {(request.subject or "").casefold() for request in requests}
-    found = [
-        Made(kind, number, prompt)
-        for number, request in enumerate(requests)
-        for kind, prompts in _of_request(request, edited, tokens.template is not None).items()
-        for prompt in prompts[: EACH[kind]]
-    ]
+    found = made_prompts(requests, tokens.template is not None)
     room = max(map(len, tokens.texts([request.new_answer for request in requests])))
     fitting: list[Made] = []
     for kind in EACH:
@@ -59,6 +53,17 @@ def made_probes(requests: Sequence[EditRequest], tokens: Tokens) -> list[Made]:
         fits = fit(tokens, [one.prompt for one in of_kind], room, joining)
         fitting += [one for one, its in zip(of_kind, fits, strict=True) if its]
     return fitting
+
+
+def made_prompts(requests: Sequence[EditRequest], chat: bool) -> list[Made]:
+    """The same, whatever the model's context, with or without what is asked in a chat."""
+    edited = {(request.subject or "").casefold() for request in requests}
+    return [
+        Made(kind, number, prompt)
+        for number, request in enumerate(requests)
+        for kind, prompts in _of_request(request, edited, chat).items()
+        for prompt in prompts[: EACH[kind]]
+    ]
 
 
 def fit(tokens: Tokens, prompts: Sequence[str], room: int, joining: Joining | None = None) -> list[bool]:

@@ -104,6 +104,11 @@ def one_of(*choices: str) -> Bound:
     return lambda name, value: check_choice(name, value, choices)
 
 
+def matching(pattern: str, what: str) -> Bound:
+    """A bound: the text is made of nothing else."""
+    return _bound(lambda value: bool(re.fullmatch(pattern, value)), f"is no such name; expected {what}")
+
+
 def _bound(holds: Callable[[Any], bool], wrong: str) -> Bound:
     def check(name: str, value: Any) -> None:
         if not holds(value):

@@ -1,13 +1,13 @@
 """Knowledge updates over time: the store, the queue, the gates, the schedule."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group
+from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group, matching, one_of
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, SeedOptions, TrainerOptions
 
@@ -95,7 +95,7 @@ class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
     """What every command that makes a version has in common."""
 
     trainer: TrainerOptions = group(TrainerOptions, without=("devices", "num_nodes", "strategy"))
-    edit: EditOptions = group(StackedEditOptions, without=("last_wins",))
+    edit: StackedEditOptions = group(StackedEditOptions, without=("last_wins",))
     attribution: AttributionOptions = group(AttributionOptions, without=("layer", "top_k"))
     evaluation: EvaluationOptions = group(EvaluationOptions, without=("fluency",))
     gates: GateOptions = group(GateOptions)
@@ -103,6 +103,47 @@ class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
     def check(self) -> None:
         """See to it that updates can build on each other, and that one device works on a store."""
         self.edit.stacked, self.trainer.devices = True, 1
+
+
+@dataclass(kw_only=True)
+class PublishOptions(Options):
+    """Which servers are to answer with a store's version, and how they are told."""
+
+    to: list[str] = field(default_factory=list)
+    """The servers' addresses, such as http://localhost:8000; which key they ask for, GOLDEN_LAYERS_API_KEY says."""
+    engine: Annotated[str, one_of("vllm", "sglang")] = "vllm"
+    """What they are: vllm, or sglang (by its documents, not tried)."""
+    name: Annotated[str, matching(r"[A-Za-z0-9][\w.]*", "letters, digits, _ and .")] = "golden"
+    """What clients call it, before the version's number: golden-0007; each store of a server has its own."""
+    rank: Count = 512
+    """The most columns of the adapter; a change that needs more is cut down to them, and its loss told."""
+    canary: Share = 0.0
+    """Share of the servers that get it first, and alone until it is proved there."""
+    seen_as: str | None = None
+    """The store's folder as the servers see it, where it has another path there."""
+    webhook: str | None = None
+    """An address that is told of every change, by a POST of JSON."""
+
+    def check(self) -> None:
+        if len({*self.to}) < len(self.to):
+            raise UserError(f"to: {', '.join(self.to)}: expected each server once")
+        for name in ("to", "webhook"):
+            for url in filter(None, [getattr(self, name)] if name == "webhook" else self.to):
+                if not re.match(r"https?://\w", url):
+                    raise UserError(f"{name}: {url!r} is no address; expected such as http://localhost:8000")
+
+
+@dataclass(kw_only=True)
+class PublishCommand(StoreOptions, PublishOptions):
+    """Let running servers answer with a store's version: loaded, proved through the server, and then in force."""
+
+    version: int | None = None
+    """Which version; default: the current one. 0 is the base model."""
+    gates: GateOptions = group(GateOptions, without=("perplexity", "drift"))  # which no server can be asked about
+
+    def check(self) -> None:
+        if not self.to:
+            raise UserError("publish: where? name a server with --to http://HOST:PORT")
 
 
 @dataclass(kw_only=True)
@@ -115,6 +156,7 @@ class UpdateCommand(ProvingOptions):
     """The most requests that make a version."""
     dry_run: bool = False
     """Say what would be, and change nothing."""
+    publish: PublishOptions = group(PublishOptions)
 
 
 @dataclass(kw_only=True)
