@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import make_tiny, refusal
 from stand_in import BASE, StandIn, standing_in
-from teams import Team
+from teams import OPEN, Team
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.cli import main
@@ -25,7 +24,7 @@ from pipeline.requests.schema import EditRequest, Probe
 from pipeline.serving.publish import Switched, publish, questions
 from pipeline.updates.history import events
 
-GATES = GateOptions(rewrite=0.6, locality=0.5, earlier=0.6)
+GATES = GateOptions(rewrite=0.6, rephrase=0.1, locality=0.5, earlier=0.6)
 COUNTRIES = ("Spain", "Norway", "Egypt", "Peru", "Chile", "Kenya")
 
 
@@ -129,7 +128,7 @@ def test_a_gate_that_is_missed_changes_nothing(team: Team, server: StandIn, wron
     told = refusal(lambda: put(team, 2, server))
     assert f"publish: {server.url}: version 2 misses gates as it is served: {line}" in told
     assert server.adapters == {"golden-0001": folder(team, 1)}
-    assert put(team, 2, server, gates=replace(GATES, rewrite=0, locality=0, earlier=0))
+    assert put(team, 2, server, gates=OPEN)
 
 
 @pytest.mark.parametrize("path", ["load_lora_adapter", "unload_lora_adapter", "completions"])
@@ -234,7 +233,7 @@ def test_what_is_asked(team: Team) -> None:
     assert all("it is said" in one.prompt and one.answer == "Lima" for one in asked["rephrase"])
     assert {one.prompt for one in asked["locality"]} > {"A river of Italy is"}, "and of the subjects"
     assert all(one.answer is None for one in asked["locality"])
-    assert questions(team.store, 0, GATES) == []
+    assert questions(team.store, 0, GATES) == questions(team.store, 2, OPEN) == []
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ class Release:
         answered = time.perf_counter()
         figures = measure(server, self.asked, self.candidate, self.called(loaded, server))
         gates = [Gate(name, value, getattr(self.gates, name), True) for name, value in figures.items()]
-        if wrong := missed([gate for gate in gates if gate.bound]):
+        if wrong := missed(gates):
             raise UserError(f"publish: {server.url}: version {self.number} misses gates as it is served: {wrong}")
         return Proof(figures, answered - started, time.perf_counter() - answered)
 
@@ -175,9 +175,8 @@ def _holds(said: str, answer: str) -> bool:
 
 
 def questions(store: Store, version: int, gates: GateOptions) -> list[Question]:
-    """What a version is asked: its new facts, in other words too, what is to stay, and earlier facts; samples.
-
-    Where requests bring no probes, made ones stand in, as in reports.
+    """What a version is asked, for the gates that ask for anything: samples of its new facts, also in other words,
+    of what is to stay, and of earlier facts. Where requests bring no probes, made ones stand in, as in reports.
     """
     last = {number: change for number, change in last_changes(store, version).items() if change.what == "applied"}
     new = [number for number, change in last.items() if change.version == version]
@@ -193,7 +192,8 @@ def questions(store: Store, version: int, gates: GateOptions) -> list[Question]:
             Question("rephrase", prompt, batch[number].new_answer) if asks else Question("locality", prompt)
         )
     earlier = _requests(store, draws.sample(old, min(gates.earlier_sample, len(old))))
-    return found + [Question("earlier", one.prompt, one.new_answer) for one in earlier]
+    found += [Question("earlier", one.prompt, one.new_answer) for one in earlier]
+    return [one for one in found if getattr(gates, one.gate)]
 
 
 def _requests(store: Store, numbers: Sequence[int]) -> list[EditRequest]:
