@@ -13,10 +13,12 @@ from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.metrics import Estimate
 from pipeline.files import read_plain_text
 from pipeline.model.llm import LLM
+from pipeline.model.loading import load_model
 from pipeline.options import updates as of
 from pipeline.reporting.dashboards import show_on_board
 from pipeline.reporting.terminal import say, show_sides
 from pipeline.requests.readers import stream_requests
+from pipeline.running.processes import in_first, on_first, world_size
 from pipeline.serving import publish as serving
 from pipeline.shipped import program
 from pipeline.stages import load, prepare
@@ -71,14 +73,16 @@ def schedule(options: of.ScheduleCommand) -> None:
     _prepare(options)
     when, stopping = trigger(options.cron, options.every), Stopping()
     with stopping.listening():
-        Store(options.store, options.model, make=True).close()  # what is wrong with it is said now
+        with in_first(lambda: Store(options.store, options.model, make=True)):  # what is wrong with it is said now
+            pass
         work = partial(_update, options, stopping, cache(partial(load, options)))
         run_schedule(work, when, say, stopping, at_once=options.every is not None)
 
 
 def _update(options: of.UpdateCommand, stopping: Stopping, loaded: Callable[[str], LLM]) -> None:
     dry = options.dry_run
-    with Store(options.store, options.model, make=not dry, reading=dry) as store, stopping.listening():
+    opening = partial(Store, options.store, options.model, make=not dry, reading=dry)
+    with in_first(opening) as store, stopping.listening():
         report = partial(_show_batch, store, dry_run=dry)
         try:
             worked = making.update(store, options, loaded, report, stopping.is_set)
@@ -86,12 +90,13 @@ def _update(options: of.UpdateCommand, stopping: Stopping, loaded: Callable[[str
             say(f"{busy}; nothing to do here")
             return
         finally:
-            if not dry:
+            if store and not dry:
                 show_on_board(store)
-        if not worked:
+        if store and not worked:
             say(f"nothing is due in {store.folder}; {past.counts(store).get('queued', 0)} waiting for their date")
         if options.publish.to and not dry:
-            _publish(store, store.current, options.publish, options.gates, loaded)
+            alone = partial(load_model, verbose=options.verbose) if world_size() > 1 else loaded  # and whole
+            on_first(lambda: _publish(store, store.current, options.publish, options.gates, alone))
 
 
 def publish(options: of.PublishCommand) -> None:

@@ -183,7 +183,7 @@ def test_cases_of_texts_that_yaml_reads_otherwise() -> None:
         (["update", "--gates.rewrite", "2"], ["gates.rewrite", "2", "1"]),
         (["update", "--gates.perplexity", "0.5"], ["gates.perplexity", "0.5"]),
         (["update", "--batch", "0"], ["batch", "0", "1"]),
-        (["update", "--trainer.devices", "2"], ["flag --trainer.devices does not exist"]),
+        (["retract", "--request", "x", "--trainer.devices", "2"], ["flag --trainer.devices does not exist"]),
         (["schedule"], ["--cron", "--every"]),
         (["schedule", "--cron", "* * * * *", "--every", "6h"], ["--cron", "--every"]),
         (["schedule", "--every", "6 hours"], ["every", "6 hours", "6h"]),

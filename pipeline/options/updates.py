@@ -94,15 +94,14 @@ class StackedEditOptions(EditOptions):
 class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
     """What every command that makes a version has in common."""
 
-    trainer: TrainerOptions = group(TrainerOptions, without=("devices", "num_nodes", "strategy"))
     edit: StackedEditOptions = group(StackedEditOptions, without=("last_wins",))
     attribution: AttributionOptions = group(AttributionOptions, without=("layer", "top_k"))
     evaluation: EvaluationOptions = group(EvaluationOptions, without=("fluency",))
     gates: GateOptions = group(GateOptions)
 
     def check(self) -> None:
-        """See to it that updates can build on each other, and that one device works on a store."""
-        self.edit.stacked, self.trainer.devices = True, 1
+        """See to it that updates can build on each other."""
+        self.edit.stacked = True
 
 
 @dataclass(kw_only=True)
@@ -237,3 +236,7 @@ class RetractCommand(ProvingOptions):
     evaluation: EvaluationOptions = group(EvaluationOptions, without=("generation", "max_new_tokens", "fluency"))
     request: str
     """A request's id, or its number in the store as '#4'."""
+
+    def check(self) -> None:
+        """One device is enough for it."""
+        self.trainer.devices = 1

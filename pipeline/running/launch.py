@@ -26,7 +26,7 @@ def may_start_others(options: Any) -> bool:
     """Whether a command's options may ask for several processes of this host, which nobody has started."""
     trainer = options.trainer
     alone = str(trainer.devices) == "1" or (trainer.accelerator == "cpu" and trainer.devices == "auto")
-    return not alone and not is_one_of_several() and bool(getattr(options, "model", True))
+    return not alone and not is_one_of_several() and getattr(options, "model", None) != ""
 
 
 def supervise(words: Sequence[str], devices: int, options: Any) -> int:

@@ -6,9 +6,9 @@ Commands run the same lines in every process; Lightning's environments tell each
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -21,6 +21,8 @@ from pipeline.errors import UserError, one_line
 from pipeline.files import digest
 from pipeline.options.shared import SHARDED, TrainerOptions
 from pipeline.output import STARTED, is_one_of_several, started
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -70,6 +72,36 @@ def from_first(value: Any) -> Any:
     if world_size() > 1:
         distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """What `work` gives, or raises, in the first process, which alone does it, in every process.
+
+    Of an error that is no UserError the others get the type's name and its words.
+    """
+    if world_size() == 1:
+        return work()
+    done: T | None = None
+    failed: Exception | None = None
+    if is_first := distributed.get_rank() == 0:
+        try:
+            done = work()
+        except Exception as error:
+            failed = error
+    told = failed if isinstance(failed, UserError | None) else RuntimeError(f"{type(failed).__name__}: {failed}")
+    done, told = from_first((done, told))
+    if told:
+        raise failed if is_first and failed else told
+    return done
+
+
+@contextmanager
+def in_first(make: Callable[[], AbstractContextManager[T]]) -> Iterator[Any]:
+    """What `make` gives, entered in the first process alone; the others have None, and fail where that one does."""
+    with ExitStack() as stack:
+        entered: list[Any] = []
+        on_first(lambda: entered.append(stack.enter_context(make())))
+        yield entered[0] if entered else None
 
 
 def of_all(value: Any) -> list[Any]:

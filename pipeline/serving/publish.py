@@ -240,7 +240,9 @@ def _adapter(store: Store, version: int, options: PublishOptions, load: Callable
         assert update
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        export_adapter(store.load_base(load), update, partial, options.rank)
+        llm = load(name := store.base_name(None))
+        store.check_base(name, llm.fingerprint)
+        export_adapter(llm, update, partial, options.rank)
         for path in [partial.parent, partial, *partial.iterdir()]:
             path.chmod(access(store.folder) & (0o777 if path.is_dir() else 0o666))
         partial.rename(folder)

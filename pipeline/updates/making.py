@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import can_leave_out, choose_layers, edit, leave_out
+from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, one_line
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.plan import KINDS
@@ -22,6 +24,7 @@ from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
 from pipeline.options.updates import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest
+from pipeline.running.processes import in_first, on_first
 from pipeline.running.trainer import Runtime
 from pipeline.shipped import program
 from pipeline.updates.disk import BASE, transaction
@@ -48,6 +51,8 @@ def update(
 ) -> list[BatchResult]:
     """Work through everything that is due, a version a batch.
 
+    Of several processes the first alone has the store, and the others None in its place; all edit and measure.
+
     Args:
         load: loads the base model by its name; not called when nothing is due.
         report: called with what came of each batch.
@@ -56,28 +61,26 @@ def update(
     BusyError when another update is at work on the store; UserError when a batch could not be worked through, whose
     requests are in the queue again.
     """
-    llm, results = None, []
+    results = list[BatchResult]()
     if options.dry_run:
-        if requests := peek(store, options.batch):
-            results.append(_edit_and_prove(store, store.load_base(load, options.model), requests, options))
+        if requests := on_first(lambda: peek(store, options.batch)):
+            results.append(_edit_and_prove(store, load_base(store, load, options.model), requests, options))
             report(results[0])
         return results
-    with store.updating():
-        while not stopping():
-            requests, superseded = take(store, options.batch)
+    llm = None
+    with in_first(lambda: store.updating()):
+        while not on_first(stopping):
+            requests, superseded = on_first(lambda: take(store, options.batch))
             if not requests:
                 break
             try:
-                llm = llm or store.load_base(load, options.model)
+                llm = llm or load_base(store, load, options.model)
                 result = _edit_and_prove(store, llm, requests, options)
-                if result.update:
-                    publish(store, result)
-                else:
-                    with transaction(store.database):
-                        hold_back(store, result.held)
+                on_first(partial(_keep, store, result))
             except BaseException as error:
-                with transaction(store.database):
-                    store.give_back(one_line(error) or type(error).__name__)
+                if store:
+                    with transaction(store.database):
+                        store.give_back(one_line(error) or type(error).__name__)
                 raise
             result.superseded = superseded + result.superseded
             results.append(result)
@@ -85,18 +88,39 @@ def update(
     return results
 
 
+def _keep(store: Store, result: BatchResult) -> None:
+    """Publish what came of a batch, or hold all of it back."""
+    if result.update:
+        publish(store, result)
+    else:
+        with transaction(store.database):
+            hold_back(store, result.held)
+
+
+def load_base(store: Store, load: Callable[[str], LLM], name: str | None = None) -> LLM:
+    """Load the base model, by the store's name for it or another; UserError when it is not the store's."""
+    known = on_first(lambda: store.base_name(name))
+    llm = load(known)
+    on_first(lambda: store.check_base(known, llm.fingerprint))
+    return llm
+
+
 def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions) -> BatchResult:
-    parent = store.current
-    base = load_version(store, parent)
+    parent, base, is_new = on_first(lambda: _in_force(store))
     fitting, held = split_by_fit(llm, batch, options)
     if not fitting:
         return BatchResult(parent, held=held)
     profile, notes = _golden_profile(store, llm, fitting, options)
     result = Trial(llm, parent, base, fitting, options).edit_and_prove(profile)
-    if store.newest != BASE and not options.edit.layers:  # others chose the layer
+    if not is_new and not options.edit.layers:  # others chose the layer
         notes += questioned(profile, len(result.held), len(fitting))
     result.held, result.notes = held + result.held, notes
     return result
+
+
+def _in_force(store: Store) -> tuple[int, WeightUpdate | None, bool]:
+    """The version in force, its update, and whether the store has no other than the base model."""
+    return store.current, load_version(store, store.current), store.newest == BASE
 
 
 def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -> BatchResult:
@@ -116,7 +140,7 @@ def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -
                 return BatchResult()
         if state != "applied":
             raise UserError(f"retract: request #{number} is {state}; only one that is queued or applied can go")
-        return _edit_back(store, store.load_base(load, options.model), number, options)
+        return _edit_back(store, load_base(store, load, options.model), number, options)
 
 
 def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> BatchResult:
@@ -150,10 +174,9 @@ def _golden_profile(
     """Where to edit: the profile of the options, else the store's, else one found with these requests, and settled
     by trial edits where they leave it unclear; and what is to be said of that.
     """
-    folder, notes = getattr(options, "profile", None) or store.check_profile(), []
-    if folder:
-        profile = GoldenProfile.load(folder)
-    else:
+    notes: list[str] = []
+    profile = on_first(lambda: _known_profile(store, getattr(options, "profile", None)))
+    if profile is None:
         answered = [request for request in requests if request.old_answer] or list(requests)
         profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.trainer, "the queue")
         is_clear = profile.stability is None or profile.stability.chosen[profile.golden_layers[0]] >= CLEAR
@@ -162,6 +185,11 @@ def _golden_profile(
             notes.append(note)
     choose_layers(llm, profile, options.edit)
     return profile, notes
+
+
+def _known_profile(store: Store, named: str | None) -> GoldenProfile | None:
+    folder = named or store.check_profile()
+    return GoldenProfile.load(folder) if folder else None
 
 
 def questioned(profile: GoldenProfile, missed: int, tried: int) -> list[str]:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from apscheduler.triggers.base import BaseTrigger
@@ -19,6 +20,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from pipeline.errors import UserError, one_line
 from pipeline.options.updates import seconds
 from pipeline.running.interrupts import interrupts
+from pipeline.running.processes import on_first, world_size
 
 FIELDS = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "day_of_week": (0, 7)}
 NAMES = {
@@ -87,29 +89,39 @@ def run_schedule(
     """Call `work` at every time of a trigger until the process is asked to end.
 
     Times during a call are left out; one that the machine slept through is made up for when it wakes. What `work`
-    raises is said, and the schedule goes on. The first call is now where `at_once` says so.
+    raises is said, and the schedule goes on. The first call is now where `at_once` says so. Of several processes
+    the first looks at the clock and is asked to end, and what is no UserError ends them.
     UserError when the trigger has no time to come.
     """
     if at_once:
         say("updating now, and as asked")
         _attempt(work, say)
-    while not stopping.is_set():
-        due: datetime | None = when.get_next_fire_time(None, datetime.now().astimezone())
+    while not on_first(stopping.is_set):
+        due: datetime | None = on_first(lambda: when.get_next_fire_time(None, datetime.now().astimezone()))
         if due is None:
             raise UserError("cron: names a time that never comes")
         say(f"next update at {due:%Y-%m-%d %H:%M:%S}")
-        while datetime.now(due.tzinfo) < due and not stopping.wait(LOOKING):
+        while on_first(partial(_is_early, due, stopping)):
             pass
-        if not stopping.is_set():
+        if not on_first(stopping.is_set):
             _attempt(work, say)
     say("asked to end: ended between two batches")
+
+
+def _is_early(due: datetime, stopping: Stopping) -> bool:
+    """Wait a moment, and say whether to wait on."""
+    return datetime.now(due.tzinfo) < due and not stopping.wait(LOOKING)
 
 
 def _attempt(work: Callable[[], Any], say: Callable[[str], Any]) -> None:
     try:
         work()
     except (UserError, OSError) as error:
+        if world_size() > 1 and not isinstance(error, UserError):
+            raise
         say(f"the update failed: {one_line(error)}")
     except Exception:  # a fault of ours must not end a schedule of months, nor be hidden
+        if world_size() > 1:  # the others may wait for this one within the update
+            raise
         traceback.print_exc()
         say("the update failed, as shown; the schedule goes on")

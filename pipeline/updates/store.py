@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from filelock import Timeout
 from pipeline.attribution.profile import PROFILE_FILE
 from pipeline.errors import UserError, note
 from pipeline.files import file_digest
-from pipeline.model.llm import LLM
 from pipeline.options.shared import BUNDLED
 from pipeline.shipped import program
 from pipeline.updates.disk import (
@@ -132,18 +131,20 @@ class Store(AbstractContextManager["Store"]):
         if name is not None and _absolute(name) != self.model:
             raise UserError(f"store: {self.folder}: made for model {self.model!r}, not for {name!r}")
 
-    def load_base(self, load: Callable[[str], LLM], name: str | None = None) -> LLM:
-        """Load the base model, by the store's name for it or another; UserError when it is not the store's."""
-        name, known = name or self.model, self.about("fingerprint")  # which the first one loaded gives the store
-        if not known:
+    def base_name(self, name: str | None) -> str:
+        """The base model's name, the store's or another; UserError where it cannot be the store's."""
+        if not self.about("fingerprint"):
             self.check_model(name)
-        llm = load(name)
+        return name or self.model
+
+    def check_base(self, name: str, fingerprint: str) -> None:
+        """Keep the base model's fingerprint, once it is loaded first; UserError when it is not the store's."""
+        known = self.about("fingerprint")
         if not known and not self.reading:
             with transaction(self.database):
-                self.set_about("fingerprint", llm.fingerprint)
-        elif known and known != llm.fingerprint:
+                self.set_about("fingerprint", fingerprint)
+        elif known and known != fingerprint:
             raise UserError(f"store: {self.folder}: made for model {self.model!r} ({known}), not for {name!r}")
-        return llm
 
     @property
     def current(self) -> int:
