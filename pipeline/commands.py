@@ -195,13 +195,12 @@ def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
     with Store(options.store, reading=True) as store:
         name = _model_of(store, options)
     llm = load(options, name)
-    how: Any = {"max_new_tokens": options.max_new_tokens, "trainer": options.trainer}
-    answers = {"base": answer(llm, prompts, **how)}
-    live, stopping, shown = LiveModel(options.store, llm), Stopping(), None
+    answers = {"base": answer(llm, prompts, options.max_new_tokens, trainer=options.trainer)}
+    live, stopping, shown = LiveModel(options.store, llm, options.trainer), Stopping(), None
     with stopping.listening():
         while not stopping.is_set():
             if shown != live.follow():
-                texts, shown = live.generate(prompts, **how)
+                texts, shown = live.generate(prompts, options.max_new_tokens)
                 answers[f"version {shown}"] = texts
                 show_answers(prompts, answers)
                 answers = {f"version {shown}": texts}  # the next one stands beside it
