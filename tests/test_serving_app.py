@@ -112,7 +112,6 @@ def test_every_version_by_its_name(client: Client, tokenizer: PreTrainedTokenize
         prompt = len(tokenizer(PROMPT).input_ids)
         usage = {"prompt_tokens": prompt, "completion_tokens": 8, "total_tokens": prompt + 8}
         assert answer["usage"] == usage
-    assert client.http.get("/v1/models/golden").json()["version"] == 2
     for name in ("golden@3", "golden@00000000001", "gpt-4", "golden@-1", ""):
         refused = client.post({"model": name, "prompt": PROMPT})
         assert refused.status_code == 404 and refused.json()["error"]["code"] == "model_not_found"
@@ -122,7 +121,7 @@ def test_golden_follows_the_store(client: Client) -> None:
     for version in (1, 0, 2):
         rollback(client.team.store, version)
         assert client.ask()["model"] == f"golden@{version}"
-        assert client.http.get("/health").json() == {"status": "ok", "version": version, "waiting": 0}
+        assert client.http.get("/health").json() == {"status": "ok", "version": version}
         assert client.metric("golden_version") == version
     assert client.said[-3:] == [f"version {version} is in force" for version in (1, 0, 2)]
     assert client.metric("golden_swaps") >= 3
@@ -140,7 +139,7 @@ def test_a_stream_is_the_answer_in_pieces(client: Client) -> None:
 def test_chat(client: Client) -> None:
     body = {
         "model": "golden@1", "temperature": 0, "max_completion_tokens": 6,
-        "messages": [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}],
+        "messages": [{"role": "user", "content": PROMPT}],
     }  # fmt: skip
     whole = client.post(body, "chat/completions").json()
     (choice,) = whole["choices"]

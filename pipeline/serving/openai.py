@@ -5,27 +5,17 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import one_line
 from pipeline.files import parse_json
 
-NEUTRAL = {  # fields that are not supported, with the JSON of values that ask for nothing
-    "n": ("1",),
-    "best_of": ("1",),
-    "echo": ("false",),
-    "logprobs": ("false",),
-    "presence_penalty": ("0", "0.0"),
-    "frequency_penalty": ("0", "0.0"),
-    "logit_bias": ("{}",),
-    "tools": ("[]",),
-    "response_format": ('{"type": "text"}',),
-    "store": ("false",),
-}
-COMPLETION_TOKENS, CHAT_TOKENS = 16, 512  # the most of an answer, where a request does not say
+NEUTRAL = {  # values of fields that are not supported, in JSON, that ask for nothing
+    "n": "1", "best_of": "1", "echo": "false", "logprobs": "false", "store": "false", "tools": "[]",
+    "logit_bias": "{}", "presence_penalty": "0", "frequency_penalty": "0", "response_format": '{"type": "text"}',
+}  # fmt: skip
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -50,11 +40,13 @@ class StreamOptions(Strict):
     """What a stream holds besides."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False  # there is none
 
 
 class Wish(Strict):
-    """What both kinds of request may ask for."""
+    """What both kinds of request may ask for; the field that holds the text, and the usual limit of tokens."""
+
+    asks: ClassVar = ""
+    usual: ClassVar = 16
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
@@ -71,9 +63,16 @@ class Wish(Strict):
         """The texts that end the answer."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of the answer, where that is said."""
+        return self.max_tokens
+
 
 class Completion(Wish):
     """A text to go on from."""
+
+    asks: ClassVar = "prompt"
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
 
@@ -83,31 +82,25 @@ class Completion(Wish):
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
-class Part(Strict):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
 class Message(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
-
-    @property
-    def turn(self) -> dict[str, str]:
-        """As chat templates take it."""
-        parts = self.content
-        return {"role": self.role, "content": parts if isinstance(parts, str) else "".join(p.text for p in parts)}
+    content: str
 
 
 class Chat(Wish):
     """A conversation to answer."""
 
+    asks: ClassVar = "messages"
+    usual: ClassVar = 512
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
 Kind = TypeVar("Kind", Completion, Chat)
@@ -123,20 +116,19 @@ def read(kind: type[Kind], body: bytes) -> Kind:
         raise RefusedError(400, "the body is no JSON object")
     given = {name: value for name, value in given.items() if value is not None}
     for name in given.keys() - kind.model_fields:
-        if json.dumps(given.pop(name)) not in NEUTRAL.get(name, ()):
+        if json.dumps(given.pop(name)).removesuffix(".0") != NEUTRAL.get(name):
             raise RefusedError(400, f"{name}: not supported by this server", name, "unsupported_parameter")
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        place = str(error.errors()[0]["loc"][0])
-        raise RefusedError(400, one_line(error), place) from None
+        raise RefusedError(400, one_line(error), str(error.errors()[0]["loc"][0])) from None
 
 
 class Reply:
     """The shape of the answers to one request."""
 
     def __init__(self, chat: bool, version: int, prompt_tokens: int) -> None:
-        self.chat, self.prompt_tokens = chat, prompt_tokens
+        self.chat, self.prompt_tokens, self.begun = chat, prompt_tokens, False
         self.head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
@@ -145,31 +137,27 @@ class Reply:
         }
 
     def whole(self, text: str, end: str, tokens: int) -> dict[str, Any]:
-        """An answer in one piece."""
+        """An answer in one piece, of so many tokens."""
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return self.head | {"choices": [self._choice(said, end)], "usage": self.usage(tokens)}
+        return self.head | {"choices": [self._choice(said, end)], "usage": self._usage(tokens)}
 
-    def piece(self, text: str, end: str | None = None, first: bool = False) -> dict[str, Any]:
-        """A piece of a stream; `end` is why it is the last one."""
-        said: dict[str, Any] = {"text": text}
-        if self.chat:
-            said = {
-                "delta": ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
-            }
-        return self._streamed([self._choice(said, end)])
+    def piece(self, text: str, end: str | None) -> dict[str, Any]:
+        """The next piece of a stream; `end` is why it is the last one."""
+        said: dict[str, Any] = {"content": text}
+        if not self.begun:
+            said, self.begun = {"role": "assistant", **said}, True
+        return self._streamed() | {"choices": [self._choice({"delta": said} if self.chat else {"text": text}, end)]}
 
     def last(self, tokens: int) -> dict[str, Any]:
         """The end of a stream that says how many tokens there were."""
-        return self._streamed([]) | {"usage": self.usage(tokens)}
+        return self._streamed() | {"choices": [], "usage": self._usage(tokens)}
 
-    def usage(self, tokens: int) -> dict[str, int]:
-        """How many tokens there were."""
+    def _usage(self, tokens: int) -> dict[str, int]:
         total = self.prompt_tokens + tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": total}
 
-    def _streamed(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return self.head | {"object": kind, "choices": choices}
+    def _streamed(self) -> dict[str, Any]:
+        return self.head | ({"object": "chat.completion.chunk"} if self.chat else {})
 
     def _choice(self, said: dict[str, Any], end: str | None) -> dict[str, Any]:
         return {"index": 0, **said, "logprobs": None, "finish_reason": end}

@@ -26,7 +26,7 @@ from pipeline.running.stage import attempt
 from pipeline.serving.asked import COLDEST, Asked
 from pipeline.serving.live import LiveModel
 
-TURN = 16  # tokens, when others wait
+TURN, SHARE = 16, 8  # tokens, when others wait: so many, or so large a share of the text that is read again
 TOGETHER, MOST_TOKENS = 16, 1 << 15  # requests in a turn, and tokens with their padding
 MOST_WAITING = 2000  # requests
 
@@ -34,8 +34,8 @@ MOST_WAITING = 2000  # requests
 class Heard(StoppingCriteria):
     """Gives each request of a batch its tokens, and tells which need no more, or that the turn is over."""
 
-    def __init__(self, batch: Sequence[Asked], llm: LLM, others: Callable[[], bool]) -> None:
-        self.batch, self.tokenizer, self.others, self.steps = batch, llm.tokenizer, others, 0
+    def __init__(self, batch: Sequence[Asked], llm: LLM, over: Callable[[int], bool]) -> None:
+        self.batch, self.tokenizer, self.turn_over, self.steps = batch, llm.tokenizer, over, 0
         self.ends = {*llm.ends} if isinstance(llm.ends, list) else {llm.ends}
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -43,7 +43,7 @@ class Heard(StoppingCriteria):
         for one, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
             if not one.over:
                 one.take(token, self.tokenizer, self.ends)
-        turn_over = self.steps >= TURN and self.others()
+        turn_over = self.turn_over(self.steps)
         return torch.tensor([turn_over or one.over for one in self.batch], device=input_ids.device)
 
 
@@ -146,5 +146,6 @@ class Turns:
         llm = self.live.llm
         ids_BT, mask_BT = padded(llm, [one.token_ids + one.said for one in batch])
         limit = max(one.limit - len(one.said) for one in batch)
-        device, heard = llm.embedding.device, Heard(batch, llm, lambda: bool(self._waiting))
+        turn = max(TURN, ids_BT.shape[1] // SHARE)
+        device, heard = llm.embedding.device, Heard(batch, llm, lambda steps: steps >= turn and bool(self._waiting))
         go_on(llm, ids_BT.to(device), mask_BT.to(device), limit, heard, Drawing(batch))
