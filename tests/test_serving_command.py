@@ -84,13 +84,13 @@ def test_the_key_of_the_environment(words: list[str], tmp_path: Path) -> None:
         assert "note: 0.0.0.0 can be reached from elsewhere, and no key is asked for" in program.finished(30).stderr
 
 
-def test_what_ends_in_a_line(words: list[str], tmp_path: Path, tiny_folder: Path) -> None:
+def test_what_ends_in_a_line(words: list[str], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", int(words[4]))):
         ended = ran(RUN, *words, folder=tmp_path)
     assert ended.returncode == 1
     assert ended.stderr == f"error: serve: cannot listen at 127.0.0.1, port {words[4]}: Address already in use\n"
     ended = ran(RUN, *words, "--model", str(tmp_path), folder=tmp_path)
-    assert ended.returncode == 1 and ended.stderr.startswith("error: model: ") and ended.stderr.count("\n") == 1
+    assert ended.returncode == 1 and ended.stderr.startswith("error: store: ") and ended.stderr.count("\n") == 1
 
 
 def test_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
