@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.model.fingerprints import fingerprint
 from pipeline.model.generation import QuestionBatch, Saying, generate
+from pipeline.options.shared import TrainerOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.serving import LiveModel
 from pipeline.updates import Store, load_version, rollback, verify, version_folder
@@ -108,16 +109,19 @@ def test_versions_of_different_layers(tokenizer: PreTrainedTokenizerFast, tmp_pa
     assert live.swaps == 6 and len(made.weights(1).keys() ^ made.weights(2).keys()) == 2
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_live_model_needs_no_trainer(
+    precision: str,
     team: Team,
     tokenizer: PreTrainedTokenizerFast,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It says what `generate` says, without a Trainer, a word of one, or a move of the model."""
-    live = LiveModel(team.store.folder, make_tiny("llama", tokenizer))
+    options = TrainerOptions(accelerator="cpu", precision=precision)
+    live = LiveModel(team.store.folder, make_tiny("llama", tokenizer), options)
     prompts = ["The capital of Spain is", "Peru", "Oslo is"]
-    expected = generate(live.llm, prompts, 8, trainer=team.options.trainer)
+    expected = generate(live.llm, prompts, 8, trainer=options)
     capfd.readouterr()
     monkeypatch.setattr("pipeline.running.trainer.Trainer", None)
     live.llm.model.train()

@@ -14,6 +14,7 @@ import re
 import socket
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ except ImportError as error:
 
 NAME = re.compile(r"golden(?:@(\d{1,9}))?")
 FOLLOWING = 0.5  # seconds between looks at the store's current version, and at whether whoever asked is there
+ENDING = 120  # seconds for what was asked to be answered before the end
 LARGEST = 1 << 20  # bytes of a request
 FACTS = 200  # that are listed
 HERE = ["localhost", "127.0.0.1", "::1", "[::1]"]
@@ -137,10 +139,14 @@ class Service:
                 if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
                     raise RefusedError(401, "the API key is missing or wrong", code="invalid_api_key")
                 return await answer(request)
-            except RefusedError as refused:
-                if request.method == "POST":
-                    self.figures.failures.labels(refused.status).inc()
-                return JSONResponse(refused.body, refused.status)
+            except RefusedError as error:
+                refused = error
+            except Exception:  # a fault of ours is told in the same shape, and is not hidden
+                traceback.print_exc()
+                refused = RefusedError(500, "a fault of the server; its log says more")
+            if request.method == "POST":
+                self.figures.failures.labels(refused.status).inc()
+            return JSONResponse(refused.body, refused.status)
 
         return guarded
 
@@ -344,7 +350,8 @@ def serving(
     listening, turns = _listening(host, port), Turns(live)
     service = Service(live, turns, say, key)
     app = service.app(here_alone=host in HERE and not key)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", ws="none"))
+    how: Any = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
+    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=ENDING, **how))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server")
     thread.start()
     threading.Thread(target=service.force.follow, name="follower", daemon=True).start()
