@@ -11,8 +11,9 @@ from statistics import median
 from typing import Any
 
 import httpx
+import torch
 
-from benchmarks.bench import Bench, Figures, run
+from benchmarks.bench import Bench, Figures, in_turns, run
 from pipeline import LiveModel
 from pipeline.options.updates import UpdateCommand
 from pipeline.requests.readers import write_requests
@@ -56,21 +57,41 @@ def fill(bench: Bench, store: Store) -> None:
 
 
 def beside_generate(bench: Bench, live: LiveModel) -> Figures:
-    """Milliseconds of an answer over HTTP, and of the same by `LiveModel.generate`, in turns."""
-    took: list[tuple[float, float]] = []
-    with serving(live, lambda _: None) as address, httpx.Client(base_url=address, timeout=600) as client:
+    """Milliseconds of an answer by the model alone, by `LiveModel.generate`, and over HTTP, in turns."""
+    took: list[list[float]] = []
+    with (
+        serving(live, lambda _: None) as address,
+        httpx.Client(base_url=address, timeout=600) as client,
+        live.running(),
+    ):
         for turn in range(-3, PAIRS):
             prompt = bench.records[turn % len(bench.records)].prompt
-            started = time.perf_counter()
-            ((said,), _) = live.generate([prompt], TOKENS)
-            between = time.perf_counter()
-            served = asked(client, prompt)["choices"][0]["text"]
-            if turn >= 0:
-                took.append((between - started, time.perf_counter() - between))
-            assert served.strip() == said.strip(), f"{prompt}: {said!r} is served as {served!r}"
-    own, served_in = (1000 * median(one) for one in zip(*took, strict=True))
-    added = 1000 * median(served - itself for itself, served in took)
-    return {"generate milliseconds": own, "HTTP milliseconds": served_in, "added milliseconds": added}
+            ways = {
+                "alone": lambda prompt=prompt: alone(live, prompt),
+                "live": lambda prompt=prompt: live.generate([prompt], TOKENS)[0][0],
+                "served": lambda prompt=prompt: asked(client, prompt)["choices"][0]["text"],
+            }
+            seconds, said = in_turns(ways, 1)
+            assert len({text.strip() for text in said.values()}) == 1, f"{prompt}: {said}"
+            took += [[1000 * one for one in seconds.values()]] if turn >= 0 else []
+    own, whole, served = (median(one) for one in zip(*took, strict=True))
+    added = median(served - own for own, _, served in took)
+    figures = {"milliseconds alone": own, "by LiveModel.generate": whole, "over HTTP": served}
+    return figures | {"added milliseconds": added}
+
+
+@torch.no_grad()
+def alone(live: LiveModel, prompt: str) -> str:
+    """What the model says by its own `generate`, with nothing of a server around it."""
+    model, tokenizer = live.llm.model, live.llm.tokenizer
+    given: Any = tokenizer(prompt, return_tensors="pt").to(model.device)
+    said_BT = model.generate(**given, max_new_tokens=TOKENS, do_sample=False, pad_token_id=live.llm.pad_token_id)
+    return str(tokenizer.decode(said_BT[0, given.input_ids.shape[1] :], skip_special_tokens=True))
+
+
+def http(address: str) -> httpx.Client:
+    """A client that waits long enough."""
+    return httpx.Client(base_url=address, timeout=600)
 
 
 def asked(client: httpx.Client, prompt: str) -> dict[str, Any]:
@@ -93,14 +114,14 @@ def swaps(live: LiveModel) -> Figures:
 def under_load(bench: Bench, live: LiveModel, store: Store) -> Figures:
     """What clients get while the version in force changes; each answer is compared with its version's alone."""
     prompts = [one.prompt for one in bench.records[: VERSIONS * EACH]]
-    alone = {number: dict(zip(prompts, said, strict=True)) for number, said in expected(live, store, prompts)}
+    by_version = {number: dict(zip(prompts, said, strict=True)) for number, said in expected(live, store, prompts)}
     swapped, took, done = live.swaps, live.swap_seconds, threading.Event()
     answers: list[tuple[str, str, str]] = []
     failed: list[Exception] = []
     waited: list[float] = []
 
     def keep_asking(first: int) -> None:
-        with httpx.Client(base_url=address, timeout=600) as client:
+        with http(address) as client:
             for prompt in cycle(prompts[first:] + prompts[:first]):
                 if done.is_set():
                     return
@@ -124,7 +145,7 @@ def under_load(bench: Bench, live: LiveModel, store: Store) -> Figures:
         for one in asking:
             one.result()
         seconds = time.perf_counter() - started
-    torn = [one for one in answers if alone[int(one[1].removeprefix("golden@"))][one[0]] != one[2].strip()]
+    torn = [one for one in answers if by_version[int(one[1].removeprefix("golden@"))][one[0]] != one[2].strip()]
     made = live.swaps - swapped
     return {
         "answers": len(answers),

@@ -42,6 +42,7 @@ REQUIRED = {  # flags without which a command cannot be asked for its config
     "submit": [*STORE, "--file", "FILE"],
     "update": STORE,
     "schedule": [*STORE, "--every", "6h"],
+    "serve": STORE,
     "history": STORE,
     "show": [*STORE, "--version", "1"],
     "diff": [*STORE, "--older", "1", "--newer", "2"],

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ class Service:
         loop, told, started = asyncio.get_running_loop(), Told(), time.perf_counter()
 
         def tell(text: str, end: str | None) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the server has ended
                 loop.call_soon_threadsafe(told.put_nowait, (text, end))
 
         asked = await run_in_threadpool(self._asked, wish, tokens, tell)
