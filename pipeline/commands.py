@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,15 @@ from pipeline.editing.editor import accept, choose_layers
 from pipeline.editing.export import export_adapter, export_merged
 from pipeline.editing.method import settings_of
 from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError
+from pipeline.errors import UserError, note
 from pipeline.evaluation.evaluator import evaluate as measure
 from pipeline.files import write_json
 from pipeline.model.generation import generate as answer
 from pipeline.options import commands as of
+from pipeline.options.serving import ServeCommand
 from pipeline.planning.plan import plan_memory
 from pipeline.reporting.tables import missed_of
-from pipeline.reporting.terminal import show_answers, show_plan, show_tokens
+from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_requests
 from pipeline.requests.sets import split_by_subject
 from pipeline.serving.live import LiveModel
@@ -33,6 +37,7 @@ from pipeline.updates.history import load_version
 from pipeline.updates.schedule import Stopping
 from pipeline.updates.store import Store
 
+KEY = "GOLDEN_LAYERS_API_KEY"  # the environment's variable that holds what clients of `serve` must show
 FOLLOWING = 0.5  # seconds between looks at a store's current version
 STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad")
 
@@ -178,6 +183,22 @@ def plan(options: of.PlanCommand) -> None:
             write_json(log.folder / "plan.json", asdict(planned))
 
 
+def serve(options: ServeCommand) -> None:
+    """A store's versions over HTTP, until a signal ends it; what was asked by then is answered."""
+    from pipeline.serving.app import serving  # which needs an extra
+
+    prepare(options)
+    key = os.environ.get(KEY, "")
+    if not key and options.host not in ("127.0.0.1", "localhost", "::1"):
+        note(f"{options.host} can be reached from elsewhere, and no key is asked for; {KEY} sets one")
+    with Store(options.store, reading=True) as store:
+        llm = store.load_base(partial(load, options), options.model)
+    live = LiveModel(options.store, llm, options.trainer)
+    with serving(live, say, options.host, options.port, key) as address:
+        say(f"version {live.version} of {options.store} is served at {address}: the OpenAI API at /v1, a page at /")
+        threading.Event().wait()
+
+
 def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
     """The version that `export` is to write, and its base model's name.
 
@@ -197,13 +218,12 @@ def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
     with Store(options.store, reading=True) as store:
         name = _model_of(store, options)
     llm = load(options, name)
-    how: Any = {"max_new_tokens": options.max_new_tokens, "trainer": options.trainer}
-    answers = {"base": answer(llm, prompts, **how)}
-    live, stopping, shown = LiveModel(options.store, llm), Stopping(), None
+    answers = {"base": answer(llm, prompts, options.max_new_tokens, trainer=options.trainer)}
+    live, stopping, shown = LiveModel(options.store, llm, options.trainer), Stopping(), None
     with stopping.listening():
         while not stopping.is_set():
             if shown != live.follow():
-                texts, shown = live.generate(prompts, **how)
+                texts, shown = live.generate(prompts, options.max_new_tokens)
                 answers[f"version {shown}"] = texts
                 show_answers(prompts, answers)
                 answers = {f"version {shown}": texts}  # the next one stands beside it

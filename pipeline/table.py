@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from pipeline.options import commands as of
+from pipeline.options import serving
 from pipeline.options import updates as store
 
 
@@ -50,4 +51,5 @@ COMMANDS = {
     "prune": Command("update_commands:prune", store.PruneCommand),
     "verify": Command("update_commands:verify", store.VerifyCommand),
     "retract": Command("update_commands:retract", store.RetractCommand, ("request",), shares="update"),
+    "serve": Command("commands:serve", serving.ServeCommand),
 }

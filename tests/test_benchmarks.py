@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import refusal
 
-from benchmarks import attribution, distributed, editing, evaluation, full_size, holding, updates
+from benchmarks import attribution, distributed, editing, evaluation, full_size, holding, serving, updates
 from benchmarks.bench import COUNTERFACT, Bench, most_alive
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.model.llm import LLM
@@ -125,6 +125,14 @@ def test_updates(small: Callable[..., None], words: list[str]) -> None:
     assert [rows[f"killed: {figure}"]["value"] for figure in ("lost", "twice", "broken", "unfinished")] == [0] * 4
     assert rows["2 weeks of 2: versions that differ"]["value"] == 0
     assert rows["2 weeks of 2: swap milliseconds"]["value"] > 0
+
+
+def test_serving(small: Callable[..., None], words: list[str]) -> None:
+    small(serving, VERSIONS=2, EACH=2, PAIRS=2, CLIENTS=2, SWAPS=4)
+    rows = measured(serving.main, words)
+    assert rows["swaps: median milliseconds"]["value"] > 0
+    load = {name.removeprefix("2 clients, 4 swaps: "): row["value"] for name, row in rows.items()}
+    assert (load["failed"], load["torn"], load["versions that answered"]) == (0, 0, 3)
 
 
 def test_records_that_are_not_there(words: list[str], tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ REQUIRED = {  # flags without which a command cannot be asked for its config
     "update": STORE,
     "schedule": [*STORE, "--every", "6h"],
     "publish": [*STORE, "--to", "http://localhost:8000"],
+    "serve": STORE,
     "history": STORE,
     "show": [*STORE, "--version", "1"],
     "diff": [*STORE, "--older", "1", "--newer", "2"],

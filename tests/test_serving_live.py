@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.model.fingerprints import fingerprint
-from pipeline.model.llm import LLM
+from pipeline.model.generation import QuestionBatch, Saying, generate
+from pipeline.options.shared import TrainerOptions
 from pipeline.requests.schema import EditRequest
-from pipeline.running.sharding import put
 from pipeline.serving import LiveModel
-from pipeline.serving import live as live_module
 from pipeline.updates import Store, load_version, rollback, verify, version_folder
 from pipeline.updates.disk import DATABASE, LAYOUT, connect, learnt_file
 
@@ -42,7 +40,7 @@ def test_the_live_model_follows(team: Team, tokenizer: PreTrainedTokenizerFast) 
         for name, tensor in (team.weights(version) if version else {}).items():
             assert torch.equal(serving.model.get_parameter(name), tensor)
         assert (fingerprint(serving.model) == base) == (version == 0)
-    texts, version = live.generate(["The capital of Spain is"], max_new_tokens=2, trainer=team.options.trainer)
+    texts, version = live.generate(["The capital of Spain is"], max_new_tokens=2)
     assert (len(texts), version) == (1, 2)
 
 
@@ -53,41 +51,35 @@ def test_a_generation_sees_one_version(
     (name,) = team.weights(2)
     seen: list[bool] = []
 
-    def slow(llm: LLM, *_: Any) -> list[str]:
-        before = llm.model.get_parameter(name).detach().clone()
+    def slow(stage: Saying, batch: QuestionBatch) -> list[str]:
+        weight = live.llm.model.get_parameter(name)
+        before = weight.detach().clone()
         rollback(team.store, 1)
-        follower = threading.Thread(target=live.follow)
-        follower.start()
+        threads.append(threading.Thread(target=live.follow))
+        threads[0].start()
         time.sleep(0.2)
-        seen.append(torch.equal(before, llm.model.get_parameter(name)))
-        threads.append(follower)
+        seen.append(torch.equal(before, weight))
         return ["said"]
 
     threads: list[threading.Thread] = []
-    monkeypatch.setattr(live_module, "generate", slow)
+    monkeypatch.setattr(Saying, "step", slow)
     assert live.generate(["The capital of Spain is"]) == (["said"], 2)
     threads[0].join(timeout=10)
     assert seen == [True], "swapped under a generation"
     assert live.version == 1
 
 
-@pytest.mark.parametrize("writes", [0, 1])
 def test_a_swap_that_fails_leaves_what_was_there(
-    writes: int, team: Team, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    team: Team, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the base's weights are back, and when the next version's are to come."""
     rollback(team.store, 1)
     live = LiveModel(team.store.folder, make_tiny("llama", tokenizer))
     before = fingerprint(live.llm.model)
     rollback(team.store, 2)
-    done: list[str] = []
 
     def failing(weight: Tensor, tensor: Tensor) -> None:
-        if len(done) == writes:
-            done.append("failed")
-            raise MemoryError
-        done.append("written")
-        put(weight, tensor)
+        weight[: len(weight) // 2] = 0
+        raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr("pipeline.editing.update.put", failing)
@@ -96,6 +88,47 @@ def test_a_swap_that_fails_leaves_what_was_there(
     assert live.follow() == 2
     rollback(team.store, 0)
     assert live.follow() == 0 and fingerprint(live.llm.model) == live.llm.fingerprint
+
+
+def test_versions_of_different_layers(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """What one version changes and the next one does not is the base's own again."""
+    made = Team(make_tiny("llama", tokenizer), tmp_path)
+    for layer, country in enumerate(("Spain", "Norway")):
+        made.options.edit.layers = [layer]
+        made.submit([EditRequest(id=country, prompt=f"{country} is", subject=country, new_answer="Lima")])
+        made.update()
+        rollback(made.store, 0)
+    serving = make_tiny("llama", tokenizer)
+    base = {name: weight.clone() for name, weight in serving.model.state_dict().items()}
+    live = LiveModel(made.store.folder, serving)
+    for version in (1, 2, 1, 0, 2, 0):
+        rollback(made.store, version)
+        live.follow()
+        expected = base | (made.weights(version) if version else {})
+        assert all(torch.equal(weight, expected[name]) for name, weight in serving.model.state_dict().items())
+    assert live.swaps == 6 and len(made.weights(1).keys() ^ made.weights(2).keys()) == 2
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_live_model_needs_no_trainer(
+    precision: str,
+    team: Team,
+    tokenizer: PreTrainedTokenizerFast,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It says what `generate` says, without a Trainer, a word of one, or a move of the model."""
+    options = TrainerOptions(accelerator="cpu", precision=precision)
+    live = LiveModel(team.store.folder, make_tiny("llama", tokenizer), options)
+    prompts = ["The capital of Spain is", "Peru", "Oslo is"]
+    expected = generate(live.llm, prompts, 8, trainer=options)
+    capfd.readouterr()
+    monkeypatch.setattr("pipeline.running.trainer.Trainer", None)
+    live.llm.model.train()
+    assert live.generate(prompts, 8, batch_size=2) == (expected, 2)
+    assert live.generate([], 8) == ([], 2)
+    assert live.llm.model.training
+    assert capfd.readouterr() == ("", "")
 
 
 def test_another_base_is_refused(team: Team, tokenizer: PreTrainedTokenizerFast) -> None:

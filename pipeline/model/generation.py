@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
@@ -49,32 +55,51 @@ class Saying(Stage):
         self.llm, self.title = llm, title
 
     def collate(self, items: list[Question]) -> QuestionBatch:
-        width = max(len(one.token_ids) for one in items)
-        ids = [[self.llm.pad_token_id] * (width - len(one.token_ids)) + one.token_ids for one in items]
-        mask = [[0] * (width - len(one.token_ids)) + [1] * len(one.token_ids) for one in items]
-        return QuestionBatch(torch.tensor(ids), torch.tensor(mask), list(items))
+        return QuestionBatch(*padded(self.llm, [one.token_ids for one in items]), list(items))
 
     def step(self, batch: QuestionBatch) -> list[str]:
-        model, own = self.llm.model, self.llm.model.generation_config
-        # generate() fills what it is not told from the model's own settings (repetition penalties, ...): not here
-        model.generation_config = GenerationConfig(eos_token_id=self.llm.ends)
-        try:
-            tokens_BT = model.generate(  # type: ignore[operator]
-                batch.input_ids_BT,
-                attention_mask=batch.mask_BT,
-                max_new_tokens=max(question.limit for question in batch.questions),
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=self.llm.pad_token_id,
-                synced_gpus=False,  # devices that share weights keep step by KeepStep
-                stopping_criteria=StoppingCriteriaList([SaidEnough(self.llm, batch)]),
-            )
-        finally:
-            model.generation_config = own
-        said_BS = tokens_BT[:, batch.input_ids_BT.shape[1] :].tolist()
+        limit = max(question.limit for question in batch.questions)
+        said_BS = go_on(self.llm, batch.input_ids_BT, batch.mask_BT, limit, SaidEnough(self.llm, batch))
         limited = [row[: one.limit] for one, row in zip(batch.questions, said_BS, strict=True)]
         texts = self.llm.tokenizer.batch_decode(limited, skip_special_tokens=True)
         return [statement(said, one.inner_ends)[0] for one, said in zip(batch.questions, texts, strict=True)]
+
+
+def padded(llm: LLM, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of token ids, padded on the left, and their mask (B, T)."""
+    width = max(map(len, rows))
+    ids = [[llm.pad_token_id] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def go_on(
+    llm: LLM, ids_BT: Tensor, mask_BT: Tensor, limit: int, over: StoppingCriteria, *drawing: LogitsProcessor
+) -> list[list[int]]:
+    """What the model says after each row, greedily, up to `limit` tokens, or until `over` says so of every row.
+
+    Args:
+        drawing: may change the scores (B, V) of which the largest one is taken.
+    """
+    model, own = llm.model, llm.model.generation_config
+    # generate() fills what it is not told from the model's own settings (repetition penalties, ...): not here
+    model.generation_config = GenerationConfig(eos_token_id=llm.ends)
+    try:
+        tokens_BT = model.generate(  # type: ignore[operator]
+            ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=limit,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=llm.pad_token_id,
+            synced_gpus=False,  # devices that share weights keep step by KeepStep
+            logits_processor=LogitsProcessorList(drawing),
+            stopping_criteria=StoppingCriteriaList([over]),
+        )
+    finally:
+        model.generation_config = own
+    said_BS: list[list[int]] = tokens_BT[:, ids_BT.shape[1] :].tolist()
+    return said_BS
 
 
 class SaidEnough(StoppingCriteria):

@@ -174,6 +174,20 @@ class Tokens:
         joining = joining or self.joining
         return self._ids([joining.prompt(prompt) for prompt in prompts], joining.special)
 
+    def conversation(self, turns: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a whole conversation, up to where the assistant's answer begins.
+
+        UserError when the tokenizer has no chat template, or that refuses the turns.
+        """
+        if not self.tokenizer.chat_template:
+            raise UserError(f"chat: the tokenizer of {self.name} has no chat template")
+        try:
+            text = _rendered(self.tokenizer, list(turns), opened=True)
+        except Exception as error:  # of whatever kind: a template is a program of its own
+            raise UserError(f"chat: the chat template of {self.name} refuses this: {one_line(error)}") from None
+        (ids,) = self._ids([text], special=False)
+        return ids
+
     def opened(self, pairs: Sequence[tuple[str, str]], joining: Joining) -> list[list[int]]:
         """Token ids of prompts with the beginnings of answers, from which the model is to go on."""
         return self._ids([joining.whole(*pair) for pair in pairs], joining.special)

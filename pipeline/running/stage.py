@@ -176,6 +176,16 @@ def run(
     return [done[number] for number in range(len(items))]
 
 
+def run_here(
+    stage: Stage, items: Sequence[Any], tokens: Callable[[Any], int] = lambda _: 1, batch_size: int = 16
+) -> list[Any]:
+    """The same by this thread alone, where the model is, without a Trainer: for who runs few items, and often."""
+    stage.to(next(stage.model.parameters()).device)
+    batches = in_batches(Items(range(len(items)), items), tokens, batch_size)
+    done = ChainMap(*map(stage.predict_step, batches))
+    return [done[number] for number in range(len(items))]
+
+
 def in_batches(left: Items, tokens: Callable[[Any], int], most: int, most_tokens: int | None = None) -> list[Items]:
     """Items by falling size, in batches of at most `most` items and `most_tokens` tokens with padding.
 

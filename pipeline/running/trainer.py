@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pipeline.running.sharding import KeepStep
 from pipeline.running.strategy import ShardedStrategy
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Runtime:
 def own_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Inside the `with`, arithmetic is in its tensors' own precision, whatever the Trainer's is for the model."""
     return torch.autocast(device.type, enabled=False)
+
+
+def precision_of(options: TrainerOptions, device: torch.device) -> AbstractContextManager[Any]:
+    """Inside the `with`, arithmetic is as a Trainer's of these options would be."""
+    mixed = MIXED.get(options.precision)
+    return torch.autocast(device.type, mixed) if mixed else nullcontext()
 
 
 def weights_dtype(options: TrainerOptions) -> torch.dtype:
