@@ -128,8 +128,10 @@ def export(options: of.ExportCommand) -> None:
         update.check_fits(llm)
         if options.kind == "update":
             update.save(log.folder)
+        elif options.kind == "merged":
+            export_merged(llm, update, log.folder)
         else:
-            {"merged": export_merged, "adapter": export_adapter}[options.kind](llm, update, log.folder)
+            export_adapter(llm, update, log.folder, options.rank)
 
 
 def generate(options: of.GenerateCommand) -> None:

@@ -379,6 +379,7 @@ def test_what_pydantic_says_in_one_line() -> None:
         (["run", "--proxy_fraction", "1"], ["proxy_fraction", "1", "between 0 and 1"]),
         (["evaluate", "--max_new_tokens", "0"], ["max_new_tokens", "0", "1"]),
         (["export"], ["--update"]),
+        (["export", "--update", "x", "--rank", "4"], ["rank: 4 of what?", "--kind adapter"]),
         (["export", "--update", "x", "--kind", "gguf"], ["kind", "'gguf'", "adapter, merged, update"]),
         (["generate", "--output", "x"], ["--output"]),
         pytest.param(

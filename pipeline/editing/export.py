@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.editing.statistics import kept_moments
 from pipeline.editing.update import WeightUpdate, write_adapter
-from pipeline.errors import UserError
+from pipeline.errors import UserError, note
 from pipeline.files import require_room
 from pipeline.model.blocks import Projection, as_stored
 from pipeline.model.llm import LLM
@@ -44,47 +48,104 @@ def export_merged(llm: LLM, update: WeightUpdate, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def export_adapter(llm: LLM, update: WeightUpdate, folder: Path) -> None:
+class AdapterInfo(NamedTuple):
+    """How much of a change an adapter holds."""
+
+    rank: int
+    """Of every pair of its factors."""
+    full_rank: int
+    """The rank that holds all of the change."""
+    lost: float
+    """Share of the change's norm that is not in it, from 0 to 1."""
+
+
+def export_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int | None = None) -> AdapterInfo:
     """Write an update as a LoRA adapter in PEFT's layout: its own where it is one, else one that comes to the same.
 
-    Any change of a weight is a product of two factors; its singular values say how many columns they need.
+    Any change ΔW (O, I) of a weight is a product of two factors. All pairs have one rank, filled up with zeros, and
+    alpha = r: some servers know no other adapters. A lower rank keeps what matters most for what ordinary text
+    sends in: it minimises ‖(ΔW − BA) C^(1/2)‖, C being the key statistics, where an earlier command has kept those
+    of every projection; else the plain ‖ΔW − BA‖. What is lost is told.
+
+    Args:
+        rank: the most columns of a factor; None: as many as the change needs.
 
     Raises:
         UserError: when nothing is changed, or the update was made for another model.
     """
     update.check_fits(llm)
-    if update.adapter:
+    own = update.adapter_rank
+    if own and own <= (rank or own):
         update.save_adapter(folder)
-        return
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for weight, tensor in update.tensors.items():
-        name = weight.removesuffix(".weight")
-        down_RI, up_OR = _factors(llm, name, tensor)
-        if rank := len(down_RI):
-            ranks[name] = rank
-            tensors |= {f"base_model.model.{name}.lora_A.weight": down_RI}
-            tensors |= {f"base_model.model.{name}.lora_B.weight": up_OR}
-    if not ranks:
+        return AdapterInfo(own, own, 0.0)
+    changes = {weight.removesuffix(".weight"): _change(llm, weight, new) for weight, new in update.tensors.items()}
+    moments = kept_moments(llm, [*changes]) if rank else {}
+    by_text = moments.keys() == changes.keys()  # norms of two kinds do not add up
+    found = {name: _split(change, rank, moments[name] if by_text else None) for name, change in changes.items()}
+    parts = {name: part for name, part in found.items() if part.full_rank}
+    if not parts:
         raise UserError("export: the update changes nothing that an adapter could hold")
-    config = {
-        "task_type": "CAUSAL_LM",
-        "r": max(ranks.values()),
-        "lora_alpha": max(ranks.values()),
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
-        "target_modules": list(ranks),
-        "fan_in_fan_out": any(isinstance(llm.model.get_submodule(name), Conv1D) for name in ranks),
-    }
-    write_adapter(folder, tensors, config, update.model)
+    info = _info([*parts.values()])
+    _write_parts(llm, parts, info.rank, folder, update.model)
+    if info.rank < info.full_rank:
+        norm = "by what text sends in" if by_text else "in the plain norm, as not all key statistics are kept here"
+        note(f"adapter: rank {info.rank} of {info.full_rank} loses {info.lost:.2%} of the change, {norm}")
+    return info
+
+
+class _Part(NamedTuple):
+    """One weight's change as the product of two factors, and squared norms: of all of it, and of what they lack."""
+
+    down_RI: Tensor
+    up_OR: Tensor
+    full_rank: int
+    whole: float
+    lost: float
+
+
+def _info(parts: Sequence[_Part]) -> AdapterInfo:
+    lost = (sum(part.lost for part in parts) / sum(part.whole for part in parts)) ** 0.5
+    return AdapterInfo(max(len(part.down_RI) for part in parts), max(part.full_rank for part in parts), lost)
 
 
 @torch.no_grad()
-def _factors(llm: LLM, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R) whose product is the change of a weight, R being no more than it needs."""
-    projection: Projection = llm.model.get_submodule(name)  # type: ignore[assignment]
-    change_OI = as_stored(projection, tensor.double() - projection.weight.cpu().double())
-    left_OR, values_R, right_RI = torch.linalg.svd(change_OI, full_matrices=False)
-    rank = int((values_R > KEPT * values_R.max()).sum())
-    root_R = values_R[:rank].sqrt()
-    return (root_R[:, None] * right_RI[:rank]).float(), (left_OR[:, :rank] * root_R).float()
+def _change(llm: LLM, weight: str, tensor: Tensor) -> Tensor:
+    """The change (O, I) that an update makes of a weight."""
+    projection: Projection = llm.model.get_submodule(weight.removesuffix(".weight"))  # type: ignore[assignment]
+    return as_stored(projection, tensor.double() - projection.weight.cpu().double())
+
+
+def _split(change_OI: Tensor, rank: int | None, moment_II: Tensor | None) -> _Part:
+    """The factors, of this rank at most, whose product is nearest to a change where its inputs have a moment C.
+
+    With ΔW = U G, U's columns being orthonormal, they are U E and Eᵀ G for the first eigenvectors E of G C Gᵀ.
+    """
+    up_OR, values_R, right_RI = torch.linalg.svd(change_OI, full_matrices=False)
+    full_rank = int((values_R > KEPT * values_R.max()).sum())
+    up_OR, down_RI = up_OR[:, :full_rank], values_R[:full_rank, None] * right_RI[:full_rank]
+    weighted_RI = down_RI if moment_II is None else down_RI @ moment_II.cpu().double()
+    energies_R, vectors_RR = torch.linalg.eigh(weighted_RI @ down_RI.T)
+    left_out = max(full_rank - rank, 0) if rank else 0
+    if left_out:
+        up_OR, down_RI = up_OR @ vectors_RR[:, left_out:], vectors_RR[:, left_out:].T @ down_RI
+    root_R = down_RI.norm(dim=1).sqrt()
+    energies_R.clamp_(min=0)
+    whole, lost = energies_R.sum().item(), energies_R[:left_out].sum().item()
+    return _Part((down_RI / root_R[:, None]).float(), (up_OR * root_R).float(), full_rank, whole, lost)
+
+
+def _write_parts(llm: LLM, parts: dict[str, _Part], rank: int, folder: Path, model: str) -> None:
+    """Write factors, filled up with zeros to one rank, as an adapter."""
+    tensors = {}
+    for name, part in parts.items():
+        lacking = rank - len(part.down_RI)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = pad(part.down_RI, (0, 0, 0, lacking))
+        tensors[f"base_model.model.{name}.lora_B.weight"] = pad(part.up_OR, (0, lacking))
+    config = {
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(parts),
+        "fan_in_fan_out": any(isinstance(llm.model.get_submodule(name), Conv1D) for name in parts),
+    }
+    write_adapter(folder, tensors, config, model)

@@ -186,13 +186,21 @@ class WeightUpdate:
         described.sha256[UPDATE_FILE] = described.digest
         write_json(folder / UPDATE_FILE, described.model_dump())
 
+    @property
+    def adapter_rank(self) -> int:
+        """The rank of the adapter that the whole change is; 0 where it is none."""
+        return max((min(tensor.shape) for tensor in self._factors().values()), default=0) if self.adapter else 0
+
+    def _factors(self) -> dict[str, Tensor]:
+        """The adapter's factors by PEFT's names."""
+        own = ADAPTER_PREFIX
+        return {name.removeprefix(own): tensor for name, tensor in self.state.items() if name.startswith(own)}
+
     @rank_zero_only
     def save_adapter(self, folder: Path) -> None:
         """Write a change that is a LoRA adapter's as one in PEFT's own layout."""
         assert self.adapter
-        own = ADAPTER_PREFIX
-        tensors = {name.removeprefix(own): tensor for name, tensor in self.state.items() if name.startswith(own)}
-        write_adapter(folder, tensors, self.adapter, self.model)
+        write_adapter(folder, self._factors(), self.adapter, self.model)
 
     @classmethod
     def load(cls, folder: str | Path, to_serve: bool = False, sha256: str | None = None) -> WeightUpdate:
@@ -259,13 +267,18 @@ def _described(file: Path, sha256: str | None) -> Described:
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], model: str) -> None:
-    """Write an adapter in PEFT's layout: its tensors by PEFT's names, and LoraConfig's arguments."""
+    """Write an adapter in PEFT's layout: its tensors by PEFT's names, and LoraConfig's arguments.
+
+    The scale alpha / r goes into the factors, so that alpha = r, which every server takes alike.
+    """
     from peft import LoraConfig
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "adapter_model.safetensors", tensors)
     try:
         made = LoraConfig(**config, inference_mode=True, base_model_name_or_path=model)
-    except (TypeError, ValueError) as error:
+        scale, made.lora_alpha = made.lora_alpha / made.r, made.r
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"update: adapter: PEFT does not take its settings ({error})") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    scaled = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in tensors.items()}
+    write_tensors(folder / "adapter_model.safetensors", scaled)
     made.save_pretrained(str(folder))

@@ -106,8 +106,12 @@ class ExportCommand(ModelOptions, OutputOptions):
     kind: Annotated[str, one_of("merged", "update", "adapter")] = "merged"
     """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: a
     LoRA adapter for PEFT, that of `edit --method lora` or one that comes to the same change."""
+    rank: Most = None
+    """The most columns of an adapter's factors; what a lower rank loses is told. Default: as many as it needs."""
 
     def check(self) -> None:
+        if self.rank and self.kind != "adapter":
+            raise UserError(f"rank: {self.rank} of what? --kind {self.kind} has no rank; give --kind adapter")
         if (self.update is None) == (self.store is None):
             raise UserError("export: what? give either --update DIR or --store DIR")
         if self.version is not None and self.store is None:
