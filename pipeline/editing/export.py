@@ -75,7 +75,7 @@ def export_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int | Non
     """
     update.check_fits(llm)
     own = update.adapter_rank
-    if own and own <= (rank or own):
+    if update.adapter and own <= (rank or own):
         update.save_adapter(folder)
         return AdapterInfo(own, own, 0.0)
     changes = {weight.removesuffix(".weight"): _change(llm, weight, new) for weight, new in update.tensors.items()}
