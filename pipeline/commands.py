@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import accept, choose_layers
 from pipeline.editing.export import export_adapter, export_merged
+from pipeline.editing.gguf_export import export_gguf, export_gguf_adapter
 from pipeline.editing.method import settings_of
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import evaluate as measure
 from pipeline.files import write_json
 from pipeline.model.generation import generate as answer
+from pipeline.model.llm import LLM
 from pipeline.options import commands as of
 from pipeline.planning.plan import plan_memory
 from pipeline.reporting.tables import missed_of
@@ -126,12 +129,16 @@ def export(options: of.ExportCommand) -> None:
             update, model = _of_store(options)
         llm = load(options, model)
         update.check_fits(llm)
-        if options.kind == "update":
-            update.save(log.folder)
-        elif options.kind == "merged":
-            export_merged(llm, update, log.folder)
-        else:
-            export_adapter(llm, update, log.folder, options.rank)
+        _EXPORTS[options.kind](llm, update, log.folder, options.rank)
+
+
+_EXPORTS: dict[str, Callable[[LLM, WeightUpdate, Path, int | None], Any]] = {
+    "merged": lambda llm, update, folder, _rank: export_merged(llm, update, folder),
+    "update": lambda _llm, update, folder, _rank: update.save(folder),
+    "gguf": lambda llm, update, folder, _rank: export_gguf(llm, update, folder),
+    "adapter": export_adapter,
+    "gguf-adapter": export_gguf_adapter,
+}
 
 
 def generate(options: of.GenerateCommand) -> None:
