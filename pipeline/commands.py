@@ -12,7 +12,7 @@ from pipeline import demo as guided
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import accept, choose_layers
-from pipeline.editing.export import export_adapter, export_merged
+from pipeline.editing.export import AdapterInfo, export_adapter, export_merged
 from pipeline.editing.gguf_export import export_gguf, export_gguf_adapter
 from pipeline.editing.method import settings_of
 from pipeline.editing.update import WeightUpdate
@@ -23,15 +23,18 @@ from pipeline.model.generation import generate as answer
 from pipeline.model.llm import LLM
 from pipeline.options import commands as of
 from pipeline.planning.plan import plan_memory
+from pipeline.reporting.card import write_card
 from pipeline.reporting.tables import missed_of
-from pipeline.reporting.terminal import show_answers, show_plan, show_tokens
+from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_requests
 from pipeline.requests.sets import split_by_subject
+from pipeline.serving.hub import check_target, push
 from pipeline.serving.live import LiveModel
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study
 from pipeline.study.sweep import RESULTS
+from pipeline.updates.disk import version_folder
 from pipeline.updates.history import load_version
 from pipeline.updates.schedule import Stopping
 from pipeline.updates.store import Store
@@ -121,18 +124,26 @@ def evaluate(options: of.EvaluateCommand) -> None:
 
 
 def export(options: of.ExportCommand) -> None:
-    """An update, of a folder or a store, in a form that others load."""
+    """An update, of a folder or a store, in a form that others load, with a model card; and maybe to the hub."""
+    if options.push:
+        check_target(options.push)
     with working(options, "export") as log:
         if options.update:
-            update, model = WeightUpdate.load(options.update), options.model
+            update, model, number = WeightUpdate.load(options.update), options.model, None
+            made = Path(options.update)
         else:
-            update, model = _of_store(options)
+            update, model, number = _of_store(options)
+            made = version_folder(Path(options.store or ""), number)
         llm = load(options, model)
         update.check_fits(llm)
-        _EXPORTS[options.kind](llm, update, log.folder, options.rank)
+        held = _EXPORTS[options.kind](llm, update, log.folder, options.rank)
+        write_card(update, log.folder, options.kind, made / "metrics.json", number, held)
+    if options.push:
+        branch = "main" if number is None else f"golden-{number:04d}"
+        say(f"pushed to {push(log.folder, options.push, branch)}")
 
 
-_EXPORTS: dict[str, Callable[[LLM, WeightUpdate, Path, int | None], Any]] = {
+_EXPORTS: dict[str, Callable[[LLM, WeightUpdate, Path, int | None], AdapterInfo | None]] = {
     "merged": lambda llm, update, folder, _rank: export_merged(llm, update, folder),
     "update": lambda _llm, update, folder, _rank: update.save(folder),
     "gguf": lambda llm, update, folder, _rank: export_gguf(llm, update, folder),
@@ -185,8 +196,8 @@ def plan(options: of.PlanCommand) -> None:
             write_json(log.folder / "plan.json", asdict(planned))
 
 
-def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
-    """The version that `export` is to write, and its base model's name.
+def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str, int]:
+    """The version that `export` is to write, its base model's name, and its number.
 
     UserError for the base itself, which needs no export, or a version that does not exist.
     """
@@ -196,7 +207,7 @@ def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
         found = load_version(store, number)
         if found is None:
             raise UserError(f"export: version {number} of {store.folder} is the base model {store.model} as it is")
-        return found, _model_of(store, options)
+        return found, _model_of(store, options), number
 
 
 def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:

@@ -109,6 +109,9 @@ class ExportCommand(ModelOptions, OutputOptions):
     edited model for llama.cpp, in F16, where --model is of a GGUF file; gguf-adapter: the adapter for llama.cpp."""
     rank: Most = None
     """The most columns of an adapter's factors; what a lower rank loses is told. Default: as many as it needs."""
+    push: str | None = None
+    """Upload it as well, to the Hugging Face hub: hub:OWNER/NAME[@BRANCH]. Default branch: golden-0007 for version
+    7 of a store, else main. A repository that does not exist is made private."""
 
     def check(self) -> None:
         if self.rank and "adapter" not in self.kind:
