@@ -76,8 +76,8 @@ def _beside(update: WeightUpdate, adapter: AdapterInfo | None) -> str:
     if adapter is None or adapter.rank >= adapter.full_rank:
         return base
     return base + (
-        f" It has rank {adapter.rank} of {adapter.full_rank}, which loses {adapter.lost:.2%} of the change; the figures "
-        "are those of all of it."
+        f" It has rank {adapter.rank} of {adapter.full_rank}, which loses {adapter.lost:.2%} of the change; the "
+        "figures are those of all of it."
     )
 
 
