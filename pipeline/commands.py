@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,26 +15,32 @@ from pipeline import demo as guided
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import accept, choose_layers
-from pipeline.editing.export import export_adapter, export_merged
+from pipeline.editing.export import AdapterInfo, export_adapter, export_merged
+from pipeline.editing.gguf_export import export_gguf, export_gguf_adapter
 from pipeline.editing.method import settings_of
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, note
 from pipeline.evaluation.evaluator import evaluate as measure
 from pipeline.files import write_json
 from pipeline.model.generation import generate as answer
+from pipeline.model.llm import LLM
 from pipeline.options import commands as of
 from pipeline.options.serving import ServeCommand
 from pipeline.planning.plan import plan_memory
+from pipeline.reporting.card import write_card
 from pipeline.reporting.tables import missed_of
 from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_requests
 from pipeline.requests.sets import split_by_subject
+from pipeline.serving.hub import check_target, push
 from pipeline.serving.live import LiveModel
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study
 from pipeline.study.sweep import RESULTS
+from pipeline.updates.disk import version_folder
 from pipeline.updates.history import load_version
+from pipeline.updates.making import load_base
 from pipeline.updates.schedule import Stopping
 from pipeline.updates.store import Store
 
@@ -123,20 +130,34 @@ def evaluate(options: of.EvaluateCommand) -> None:
 
 
 def export(options: of.ExportCommand) -> None:
-    """An update, of a folder or a store, in a form that others load."""
+    """An update, of a folder or a store, in a form that others load, with a model card; and maybe to the hub."""
+    if options.push:
+        check_target(options.push)
     with working(options, "export") as log:
         if options.update:
-            update, model = WeightUpdate.load(options.update), options.model
+            update: WeightUpdate | None = WeightUpdate.load(options.update)
+            model, number = options.model, None
+            made = Path(options.update)
         else:
-            update, model = _of_store(options)
+            update, model, number = _of_store(options)
+            made = version_folder(Path(options.store or ""), number)
         llm = load(options, model)
+        update = update or WeightUpdate(llm.name, llm.fingerprint, "none", [], {})
         update.check_fits(llm)
-        if options.kind == "update":
-            update.save(log.folder)
-        elif options.kind == "merged":
-            export_merged(llm, update, log.folder)
-        else:
-            export_adapter(llm, update, log.folder, options.rank)
+        held = _EXPORTS[options.kind](llm, update, log.folder, options.rank)
+        write_card(update, log.folder, options.kind, made / "metrics.json", number, held)
+    if options.push:
+        branch = "main" if number is None else f"golden-{number:04d}"
+        say(f"pushed to {push(log.folder, options.push, branch)}")
+
+
+_EXPORTS: dict[str, Callable[[LLM, WeightUpdate, Path, int | None], AdapterInfo | None]] = {
+    "merged": lambda llm, update, folder, _rank: export_merged(llm, update, folder),
+    "update": lambda _llm, update, folder, _rank: update.save(folder),
+    "gguf": lambda llm, update, folder, _rank: export_gguf(llm, update, folder),
+    "adapter": export_adapter,
+    "gguf-adapter": export_gguf_adapter,
+}
 
 
 def generate(options: of.GenerateCommand) -> None:
@@ -192,25 +213,19 @@ def serve(options: ServeCommand) -> None:
     if not key and options.host not in ("127.0.0.1", "localhost", "::1"):
         note(f"{options.host} can be reached from elsewhere, and no key is asked for; {KEY} sets one")
     with Store(options.store, reading=True) as store:
-        llm = store.load_base(partial(load, options), options.model)
+        llm = load_base(store, partial(load, options), options.model)
     live = LiveModel(options.store, llm, options.trainer)
     with serving(live, say, options.host, options.port, key) as address:
         say(f"version {live.version} of {options.store} is served at {address}: the OpenAI API at /v1, a page at /")
         threading.Event().wait()
 
 
-def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate, str]:
-    """The version that `export` is to write, and its base model's name.
-
-    UserError for the base itself, which needs no export, or a version that does not exist.
-    """
+def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate | None, str, int]:
+    """The version that `export` is to write, None being the base model, that model's name, and its number."""
     assert options.store is not None
     with Store(options.store, reading=True) as store:
         number = store.current if options.version is None else options.version
-        found = load_version(store, number)
-        if found is None:
-            raise UserError(f"export: version {number} of {store.folder} is the base model {store.model} as it is")
-        return found, _model_of(store, options)
+        return load_version(store, number), _model_of(store, options), number
 
 
 def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:

@@ -397,7 +397,10 @@ def test_what_pydantic_says_in_one_line() -> None:
         (["evaluate", "--max_new_tokens", "0"], ["max_new_tokens", "0", "1"]),
         (["export"], ["--update"]),
         (["export", "--update", "x", "--rank", "4"], ["rank: 4 of what?", "--kind adapter"]),
-        (["export", "--update", "x", "--kind", "gguf"], ["kind", "'gguf'", "adapter, merged, update"]),
+        (
+            ["export", "--update", "x", "--kind", "onnx"],
+            ["kind", "'onnx'", "adapter, gguf, gguf-adapter, merged, update"],
+        ),
         (["generate", "--output", "x"], ["--output"]),
         pytest.param(
             ["attribute", "--seed", "-1"],

@@ -296,7 +296,7 @@ def test_an_exported_update_serves_evaluate(
     model: list[str], made: SimpleNamespace, ordinary_text: str, elsewhere: Path
 ) -> None:
     assert main(["export", *model, "--update", str(made.edited), "--kind", "update", "--output", "small"]) == 0
-    assert names_in(elsewhere / "small") == {"update.safetensors", "update.json", "options.yaml"}
+    assert names_in(elsewhere / "small") == {"update.safetensors", "update.json", "options.yaml", "README.md"}
     words = ["--limit", "6", "--update", "small", "--text", ordinary_text, *CPU]
     assert main(["evaluate", *model, *words, "--output", "out"]) == 0
     assert read_json(elsewhere / "out" / "metrics.json") == read_json(made.edited / "metrics.json")

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.editing import export
 from pipeline.editing.editor import edit
 from pipeline.editing.export import AdapterInfo, export_adapter
 from pipeline.editing.update import WeightUpdate
@@ -75,18 +74,21 @@ def test_an_adapter_of_its_own_has_its_scale_in_the_factors(
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_lower_rank_is_the_nearest_by_what_text_sends_in(
-    kept: bool, tiny_llm: LLM, update: WeightUpdate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_lower_rank_is_the_nearest_by_what_facts_send_in(
+    kept: bool, tiny_llm: LLM, update: WeightUpdate, requests: list[EditRequest], tmp_path: Path
 ) -> None:
-    """Against the plain way there: the singular value decomposition of the change times C's root."""
+    """Against the plain way there: the singular value decomposition of the change times all keys as columns."""
+    asked = replace(update, requests=requests if kept else [])
+    with pytest.warns(Note, match="by what its facts send in" if kept else "in the plain norm"):
+        info = export_adapter(tiny_llm, asked, tmp_path, 3)
     roots = {}
     for name in (DOWN, UP):
-        inputs = change(tiny_llm, update, name).shape[1]
-        roots[name] = torch.randn(inputs, inputs) * torch.logspace(0, 2, inputs) if kept else torch.eye(inputs)
-    moments = {name: root @ root.T for name, root in roots.items()} if kept else {}
-    monkeypatch.setattr(export, "kept_moments", lambda _llm, _names: moments)
-    with pytest.warns(Note, match="by what text sends in" if kept else "in the plain norm"):
-        info = export_adapter(tiny_llm, update, tmp_path, 3)
+        module = tiny_llm.model.get_submodule(name)
+        keys: list[Tensor] = [] if kept else [torch.eye(change(tiny_llm, update, name).shape[1])]
+        with module.register_forward_hook(lambda _m, args, _o, keys=keys: keys.append(args[0][0].detach())):
+            for row in tiny_llm.tokens.answered(asked.requests):  # the last token predicts nothing
+                tiny_llm.model(input_ids=torch.tensor([row.token_ids[:-1]]))
+        roots[name] = torch.cat(keys).T / sum(map(len, keys)) ** 0.5 if kept else keys[0]
     lost = whole = 0.0
     for name, root in roots.items():
         A, B = factors(tmp_path, name)

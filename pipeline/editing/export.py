@@ -12,14 +12,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.statistics import kept_moments
+from pipeline.editing.statistics import KeyMoments
 from pipeline.editing.update import WeightUpdate, write_adapter
 from pipeline.errors import UserError, note
 from pipeline.files import require_room
 from pipeline.model.blocks import Projection, as_stored
 from pipeline.model.llm import LLM
+from pipeline.running.stage import run
+from pipeline.running.trainer import Runtime
 
 KEPT = 1e-5  # relative: singular values below this are rounding
+MOST_ASKED = 1000  # facts whose keys say what of a change matters
+READ_TOGETHER = 8  # of them
 
 
 def export_merged(llm: LLM, update: WeightUpdate, folder: Path) -> None:
@@ -63,9 +67,9 @@ def export_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int | Non
     """Write an update as a LoRA adapter in PEFT's layout: its own where it is one, else one that comes to the same.
 
     Any change ΔW (O, I) of a weight is a product of two factors. All pairs have one rank, filled up with zeros, and
-    alpha = r: some servers know no other adapters. A lower rank keeps what matters most for what ordinary text
-    sends in: it minimises ‖(ΔW − BA) C^(1/2)‖, C being the key statistics, where an earlier command has kept those
-    of every projection; else the plain ‖ΔW − BA‖. What is lost is told.
+    alpha = r: some servers know no other adapters. A lower rank keeps what matters most for the facts: it minimises
+    ‖(ΔW − BA) C^(1/2)‖, C being the second moment of what the update's own requests, with their new answers, send
+    into the weight. What is lost is told.
 
     Args:
         rank: the most columns of a factor; None: as many as the change needs.
@@ -75,20 +79,19 @@ def export_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int | Non
     """
     update.check_fits(llm)
     own = update.adapter_rank
-    if own and own <= (rank or own):
+    if update.adapter and own <= (rank or own):
         update.save_adapter(folder)
         return AdapterInfo(own, own, 0.0)
     changes = {weight.removesuffix(".weight"): _change(llm, weight, new) for weight, new in update.tensors.items()}
-    moments = kept_moments(llm, [*changes]) if rank else {}
-    by_text = moments.keys() == changes.keys()  # norms of two kinds do not add up
-    found = {name: _split(change, rank, moments[name] if by_text else None) for name, change in changes.items()}
+    moments = _moments(llm, update, [*changes]) if rank and update.requests else {}
+    found = {name: _split(change, rank, moments.get(name)) for name, change in changes.items()}
     parts = {name: part for name, part in found.items() if part.full_rank}
     if not parts:
         raise UserError("export: the update changes nothing that an adapter could hold")
     info = _info([*parts.values()])
     _write_parts(llm, parts, info.rank, folder, update.model)
     if info.rank < info.full_rank:
-        norm = "by what text sends in" if by_text else "in the plain norm, as not all key statistics are kept here"
+        norm = "by what its facts send in" if moments else "in the plain norm, as it holds no facts"
         note(f"adapter: rank {info.rank} of {info.full_rank} loses {info.lost:.2%} of the change, {norm}")
     return info
 
@@ -106,6 +109,15 @@ class _Part(NamedTuple):
 def _info(parts: Sequence[_Part]) -> AdapterInfo:
     lost = (sum(part.lost for part in parts) / sum(part.whole for part in parts)) ** 0.5
     return AdapterInfo(max(len(part.down_RI) for part in parts), max(part.full_rank for part in parts), lost)
+
+
+def _moments(llm: LLM, update: WeightUpdate, names: Sequence[str]) -> dict[str, Tensor]:
+    """The second moment (I, I) of what enters projections where an update's facts are asked, or a part of many."""
+    stage = KeyMoments(llm, names)
+    every = -(-len(update.requests) // MOST_ASKED)
+    with llm.frozen():
+        run(stage, llm.tokens.answered(update.requests[::every]), Runtime(), batch_size=READ_TOGETHER)
+    return stage.moments()
 
 
 @torch.no_grad()

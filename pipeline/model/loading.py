@@ -209,6 +209,14 @@ def _config(source: str, gguf: dict[str, str], name: str) -> PreTrainedConfig:
     return config
 
 
+def gguf_source(name: str) -> Path | None:
+    """The GGUF file that a model of this name is read from; None where it is none of a GGUF file."""
+    if name != BUNDLED and Path(name).suffix.lower() != ".gguf":
+        return None
+    folder, file = _locate(name)
+    return Path(folder, file["gguf_file"])
+
+
 def _locate(name: str) -> tuple[str, dict[str, str]]:
     """A folder or a name on the hub, and what else says where a GGUF file's model is."""
     if name == BUNDLED:

@@ -95,7 +95,7 @@ class RequestsCommand(AskedModelOptions, RequestOptions, ComputeOptions):
 
 @dataclass(kw_only=True)
 class ExportCommand(ModelOptions, OutputOptions):
-    """Write the edited model as a plain Hugging Face folder, or the update alone, or as a PEFT adapter."""
+    """Write the edited model as a plain Hugging Face folder or GGUF file, or the update alone, or as an adapter."""
 
     update: str | None = None
     """A folder that `edit` or `run` wrote."""
@@ -103,14 +103,18 @@ class ExportCommand(ModelOptions, OutputOptions):
     """In place of --update: a store, of which --version is exported."""
     version: int | None = None
     """With --store: which version; default: the current one."""
-    kind: Annotated[str, one_of("merged", "update", "adapter")] = "merged"
+    kind: Annotated[str, one_of("merged", "update", "adapter", "gguf", "gguf-adapter")] = "merged"
     """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: a
-    LoRA adapter for PEFT, that of `edit --method lora` or one that comes to the same change."""
+    LoRA adapter for PEFT and vLLM, that of `edit --method lora` or one that comes to the same change; gguf: the
+    edited model for llama.cpp, in F16, where --model is of a GGUF file; gguf-adapter: the adapter for llama.cpp."""
     rank: Most = None
     """The most columns of an adapter's factors; what a lower rank loses is told. Default: as many as it needs."""
+    push: str | None = None
+    """Upload it as well, to the Hugging Face hub: hub:OWNER/NAME[@BRANCH]. Default branch: golden-0007 for version
+    7 of a store, else main. A repository that does not exist is made private."""
 
     def check(self) -> None:
-        if self.rank and self.kind != "adapter":
+        if self.rank and "adapter" not in self.kind:
             raise UserError(f"rank: {self.rank} of what? --kind {self.kind} has no rank; give --kind adapter")
         if (self.update is None) == (self.store is None):
             raise UserError("export: what? give either --update DIR or --store DIR")

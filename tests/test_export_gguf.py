@@ -1,0 +1,169 @@
+"""A GGUF export is the edited model: read again here, and asked in a real llama.cpp server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import gguf
+import pytest
+import torch
+from conftest import refusal
+from test_fingerprints import tiny_gguf
+
+from pipeline.editing.gguf_export import export_gguf, export_gguf_adapter
+from pipeline.editing.update import WeightUpdate
+from pipeline.model.generation import generate
+from pipeline.model.llm import LLM
+from pipeline.model.loading import load_model
+from pipeline.requests.readers import load_requests
+
+DOWN, UP, QUERY = (f"model.layers.2.{name}.weight" for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"))
+SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server") or ""
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> LLM:
+    return load_model(str(tiny_gguf(tmp_path / "tiny.gguf")))
+
+
+def changed(llm: LLM, *names: str, layer: int = 2, size: float = 0.05) -> WeightUpdate:
+    """Each of these weights changed by a product of two columns."""
+    torch.manual_seed(0)
+    tensors = {}
+    for name in names:
+        weight = llm.model.get_parameter(name).detach()
+        tensors[name] = weight + size * torch.randn(len(weight), 2) @ torch.randn(2, weight.shape[1])
+    return WeightUpdate(llm.name, llm.fingerprint, "finetune", [layer], tensors)
+
+
+def test_a_gguf_file_holds_the_edit_and_all_else_as_it_was(llm: LLM, tmp_path: Path) -> None:
+    update = changed(llm, DOWN, UP)
+    export_gguf(llm, update, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    again = load_model(str(tmp_path / "out" / "model.gguf"))
+    with update.applied(llm):
+        for name, tensor in llm.model.state_dict().items():
+            assert torch.equal(again.model.state_dict()[name], tensor), name
+    assert again.tokenizer("ab and more").input_ids == llm.tokenizer("ab and more").input_ids
+
+
+def test_quantised_weights_become_f16(llm: LLM, tmp_path: Path) -> None:
+    source = gguf.GGUFReader(tmp_path / "tiny.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "small.gguf", "llama")
+    for field in source.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    for tensor in source.tensors:
+        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.data.shape[-1] == 32 and tensor.data.ndim == 2 else None
+        data = gguf.quantize(tensor.data, kind) if kind else tensor.data
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    small = load_model(str(tmp_path / "small.gguf"))
+    update = changed(small, UP)
+    export_gguf(small, update, tmp_path)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert kinds["blk.2.ffn_up.weight"] == kinds["token_embd.weight"] == "F16"
+    assert kinds["blk.2.attn_norm.weight"] == kinds["blk.2.ffn_down.weight"] == "F32"
+    again = load_model(str(tmp_path / "model.gguf"))
+    with update.applied(small):
+        for name, tensor in small.model.state_dict().items():
+            torch.testing.assert_close(again.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_gguf_adapter_is_the_change(llm: LLM, tmp_path: Path) -> None:
+    update = changed(llm, DOWN, UP)
+    info = export_gguf_adapter(llm, update, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["adapter.gguf"]
+    reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    said = {name: field.contents() for name, field in reader.fields.items()}
+    assert (said["general.type"], said["general.architecture"], said["adapter.type"]) == (
+        "adapter",
+        "llama",
+        "lora",
+    )
+    assert said["adapter.lora.alpha"] == info.rank == 2
+    held = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    for ours, theirs in ((DOWN, "ffn_down"), (UP, "ffn_up")):
+        product = held[f"blk.2.{theirs}.weight.lora_b"] @ held[f"blk.2.{theirs}.weight.lora_a"]
+        torch.testing.assert_close(
+            product, update.tensors[ours] - llm.model.get_parameter(ours), rtol=1e-3, atol=1e-5
+        )
+
+
+def test_cases_of_what_gguf_cannot_hold(llm: LLM, tiny_llm: LLM, tmp_path: Path) -> None:
+    of_attention = changed(llm, QUERY)
+    for export in (export_gguf, export_gguf_adapter):
+        line = refusal(lambda export=export: export(llm, of_attention, tmp_path / "out"))
+        assert QUERY in line and "expected an MLP's weight" in line
+    of_folder = changed(tiny_llm, "model.layers.1.mlp.down_proj.weight", layer=1)
+    line = refusal(lambda: export_gguf(tiny_llm, of_folder, tmp_path / "out"))
+    assert "is of no GGUF file" in line and "convert_hf_to_gguf.py" in line and "--kind merged" in line
+    tiny_gguf(tmp_path / "tiny.gguf", change=1.0)  # another file by now
+    assert "holds model.layers.2.mlp.down_proj" in refusal(lambda: export_gguf(llm, changed(llm, DOWN), tmp_path))
+    assert not (tmp_path / "model.gguf").exists()
+
+
+@contextmanager
+def llama_server(*words: str) -> Iterator[str]:
+    """A llama.cpp server's address, while it runs."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    command = [SERVER, "--host", "127.0.0.1", "--port", str(port), "-t", "1", "-c", "512", "-np", "1", *words]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            try:
+                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                assert server.poll() is None, "the server stopped"
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def completed(url: str, prompt: str) -> str:
+    """The greedy answer of 16 tokens."""
+    body: dict[str, Any] = {"prompt": prompt, "n_predict": 16, "temperature": 0, "cache_prompt": False}
+    asked = Request(f"{url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(asked, timeout=60) as answer:
+        return str(json.load(answer)["content"])
+
+
+@pytest.mark.serving
+@pytest.mark.skipif(not SERVER, reason="no llama-server on the PATH or in LLAMA_SERVER")
+def test_llama_cpp_answers_as_the_edited_model_does(tmp_path: Path) -> None:
+    """A model and an adapter on the base, in F16, give the texts that float32 gives; see docs/export.md."""
+    llm = load_model("smollm2")
+    update = changed(llm, "model.layers.12.mlp.down_proj.weight", layer=12, size=0.02)
+    prompts = [request.prompt for request in load_requests("demo", 50)]
+    base = generate(llm, prompts, max_new_tokens=16)
+    with update.applied(llm):
+        edited = generate(llm, prompts, max_new_tokens=16)
+    assert sum(one == other for one, other in zip(base, edited, strict=True)) < 40
+    export_gguf(llm, update, tmp_path / "edited")
+    export_gguf(llm, WeightUpdate(llm.name, llm.fingerprint, "finetune", [12], {}), tmp_path / "base")
+    export_gguf_adapter(llm, update, tmp_path / "adapter")
+    adapted = ["-m", f"{tmp_path}/base/model.gguf", "--lora", f"{tmp_path}/adapter/adapter.gguf"]
+    for words in (["-m", f"{tmp_path}/edited/model.gguf"], adapted):
+        with llama_server(*words) as url:
+            answers = [completed(url, prompt) for prompt in prompts]
+        same = sum(one.strip() == other.strip() for one, other in zip(answers, edited, strict=True))
+        assert same >= 45, same
