@@ -126,6 +126,8 @@ def exported(tiny_folder: Path, at: list[str], told: Callable[..., str], tmp_pat
     """A version as a merged model and as an adapter that plain PEFT loads: both answer as the version does."""
     llm = load_model(str(tiny_folder))
     ids = torch.tensor([llm.tokenizer("The capital of Spain is").input_ids])
+    told("export", "0", *at, "--output", str(tmp_path / "base"))
+    assert load_model(str(tmp_path / "base")).fingerprint == llm.fingerprint
     told("export", "2", *at, "--output", str(tmp_path / "merged"))
     told("export", "2", *at, "--kind", "adapter", "--output", str(tmp_path / "adapter"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
@@ -245,7 +247,6 @@ def test_what_a_store_refuses(
         assert "made for model" in refused(*command, *at, "--model", str(other))
     assert "9 does not exist; there is 0 (the base model) to 2" in refused("rollback", "9", *at)
     assert "9 does not exist" in refused("show", "9", *at)
-    assert "is the base model" in refused("export", "0", *at)
     assert "request: '99' does not exist" in refused("history", "--request", "99", *at)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n')
