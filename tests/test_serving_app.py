@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
-from pipeline.serving import LiveModel, turns
+from pipeline.serving import LiveModel, app, turns
 from pipeline.serving.app import serving
 from pipeline.serving.asked import Asked
 from pipeline.serving.live import Version
@@ -466,6 +466,19 @@ def test_what_was_asked_is_answered_before_the_end(
         answers = [one.result() for one in asking]
     assert [one.status_code for one in answers] == [200] * 3
     assert answers[2].text.endswith("data: [DONE]\n\n")
+
+
+def test_who_never_ends_a_request_holds_nothing_up(
+    team: Team, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "ENDING", 1)
+    with served(team, tokenizer) as client:
+        raw = socket.create_connection(client.address.removeprefix("http://").split(":"))
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
+        time.sleep(0.2)
+        ending = time.monotonic()
+    raw.close()
+    assert time.monotonic() - ending < 10
 
 
 BODIES = [{"model": f"golden@{v}", "prompt": PROMPT, "max_tokens": 30, "stream": v == 2} for v in range(3)]
