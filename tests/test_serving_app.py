@@ -146,6 +146,14 @@ def test_chat(client: Client) -> None:
     assert choice["message"]["role"] == "assistant" and whole["object"] == "chat.completion"
     plain = client.ask(f"user : {PROMPT} assistant :", "golden@1", 6)
     assert choice["message"]["content"] == plain["choices"][0]["text"]
+    parts = [{"type": "text", "text": PROMPT[:4]}, {"type": "text", "text": PROMPT[4:]}]
+    in_parts = client.post(body | {"messages": [{"role": "user", "content": parts}]}, "chat/completions").json()
+    assert in_parts["choices"] == whole["choices"]
+    picture = client.http.post(
+        "/v1/chat/completions",
+        json=body | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+    )
+    assert picture.status_code == 400 and picture.json()["error"]["param"] == "messages"
     chunks = client.stream(body | {"stream_options": {"include_usage": True}}, "chat/completions")
     usage = chunks.pop()
     assert usage["usage"] == whole["usage"] and usage["choices"] == []

@@ -158,7 +158,7 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """The answer to a conversation."""
         wish = read(Chat, await _body(request))
-        turns = [message.model_dump() for message in wish.messages]
+        turns = [message.spoken for message in wish.messages]
         return await self._answer(request, wish, lambda: self.live.llm.tokens.conversation(turns))
 
     async def _answer(self, request: Request, wish: Completion | Chat, tokens: Callable[[], list[int]]) -> Response:

@@ -82,11 +82,24 @@ class Completion(Wish):
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
-class Message(Strict):
-    """A message of a conversation."""
+class Part(Strict):
+    """A part of a message."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """A message of a conversation; a developer's is one of the system."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    @property
+    def spoken(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role.replace("developer", "system"), "content": text}
 
 
 class Chat(Wish):
