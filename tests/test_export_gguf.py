@@ -20,6 +20,7 @@ import torch
 from conftest import refusal
 from test_fingerprints import tiny_gguf
 
+from pipeline.cli import main
 from pipeline.editing.gguf_export import export_gguf, export_gguf_adapter
 from pipeline.editing.update import WeightUpdate
 from pipeline.model.generation import generate
@@ -55,6 +56,16 @@ def test_a_gguf_file_holds_the_edit_and_all_else_as_it_was(llm: LLM, tmp_path: P
         for name, tensor in llm.model.state_dict().items():
             assert torch.equal(again.model.state_dict()[name], tensor), name
     assert again.tokenizer("ab and more").input_ids == llm.tokenizer("ab and more").input_ids
+
+
+def test_the_command_writes_it_with_a_card(llm: LLM, tmp_path: Path, elsewhere: Path) -> None:
+    changed(llm, DOWN).save(tmp_path / "edit")
+    given = ["export", "--model", llm.name, "--update", str(tmp_path / "edit"), "--output"]
+    for kind, file in (("gguf", "model.gguf"), ("gguf-adapter", "adapter.gguf")):
+        assert main([*given, kind, "--kind", kind]) == 0
+        written = {one.name for one in (elsewhere / kind).iterdir()}
+        assert written == {file, "README.md", "update.json", "options.yaml"}
+        assert "llama-server" in (elsewhere / kind / "README.md").read_text()
 
 
 def test_quantised_weights_become_f16(llm: LLM, tmp_path: Path) -> None:
