@@ -5,6 +5,7 @@ VLLM_PYTHON is the Python of an environment that has vLLM (docs/publishing.md sa
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -178,6 +179,8 @@ def published(bench: Bench, store: Store, url: str) -> Figures:
         for prompt in prompts:
             (alone[name, prompt],) = Server(url).ask(name, [prompt], TOKENS)
     done = load.answers
+    kept = [one._asdict() | {"alone": alone[one.model, one.prompt]} for one in done]
+    (bench.folder / "answers.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
     rates = {side: median(load.rate(*span) for span in its) for side, its in spans.items()}
     return {
         "answers": len(done),

@@ -14,7 +14,6 @@ from pipeline.errors import UserError, one_line
 
 API_KEY = "GOLDEN_LAYERS_API_KEY"  # in the environment: what servers ask of those who use them
 PATIENCE = 600  # seconds that a server may take over one call
-AT_ONCE = 64  # prompts in one call
 LONGEST = 300  # characters of a server's own words that are shown
 
 
@@ -82,16 +81,12 @@ class Server:
 
     def ask(self, model: str, prompts: Sequence[str], most: int) -> list[str]:
         """Greedy continuations of prompts, of at most so many tokens each; UserError when the server gives none."""
-        said: list[str] = []
-        for start in range(0, len(prompts), AT_ONCE):
-            part = list(prompts[start : start + AT_ONCE])
-            body = {"prompt": part, "max_tokens": most, "temperature": 0} | self._named(model)
-            answer = call(f"{self.url}/v1/completions", body)
-            choices = sorted(answer["choices"], key=lambda one: one["index"])
-            if len(choices) != len(part) or answer["model"] not in (model, self.base):
-                raise UserError(f"publish: {self.url}: gives {len(choices)} answers to {len(part)} prompts")
-            said += [one["text"] for one in choices]
-        return said
+        body = {"prompt": [*prompts], "max_tokens": most, "temperature": 0} | self._named(model)
+        answer = call(f"{self.url}/v1/completions", body)
+        choices = sorted(answer["choices"], key=lambda one: one["index"])
+        if len(choices) != len(prompts):
+            raise UserError(f"publish: {self.url}: gives {len(choices)} answers to {len(prompts)} prompts")
+        return [one["text"] for one in choices]
 
     def _named(self, model: str) -> dict[str, str]:
         return {"model": model}

@@ -34,9 +34,10 @@ from pipeline.updates.proving import Gate, missed
 from pipeline.updates.store import Store
 
 SERVED, WHAT_IS_CALLED, LOCK = "served", "current.json", "publish.lock"  # below the store
-ROOM, STEP = 16, 32  # tokens that an answer may take beyond half its characters, and in steps of how many
+ROOM, STEP = 16, 8  # tokens that an answer may take beyond half its characters, and in steps of how many
 KEPT = 4  # tokens of an answer that is to stay as it is
-MOST = 100  # new facts of a version that are asked about
+MOST = 100  # questions for a gate
+AT_ONCE = 2  # questions that a server gets together, and then a pause as long: clients are to notice little
 
 
 class Question(NamedTuple):
@@ -162,12 +163,20 @@ def measure(server: Server, asked: Sequence[Question], model: str, before: str) 
     right: dict[str, list[bool]] = {}
     for limit in sorted({one.limit for one in asked}):
         part = [one for one in asked if one.limit == limit]
-        prompts = [one.prompt for one in part]
-        said = server.ask(model, prompts, limit)
-        stays = server.ask(before, prompts, limit) if limit == KEPT else said
+        said = _asked(server, model, part, limit)
+        stays = _asked(server, before, part, limit) if limit == KEPT else said
         for one, new, old in zip(part, said, stays, strict=True):
             right.setdefault(one.gate, []).append(new == old if one.answer is None else _holds(new, one.answer))
     return {gate: sum(its) / len(its) for gate, its in right.items()}
+
+
+def _asked(server: Server, model: str, part: Sequence[Question], limit: int) -> list[str]:
+    said: list[str] = []
+    for start in range(0, len(part), AT_ONCE):
+        began = time.perf_counter()
+        said += server.ask(model, [one.prompt for one in part[start : start + AT_ONCE]], limit)
+        time.sleep(time.perf_counter() - began)
+    return said
 
 
 def _holds(said: str, answer: str) -> bool:
@@ -180,20 +189,22 @@ def questions(store: Store, version: int, gates: GateOptions) -> list[Question]:
     """
     last = {number: change for number, change in last_changes(store, version).items() if change.what == "applied"}
     new = [number for number, change in last.items() if change.version == version]
-    draws = random.Random(version)
-    batch = _requests(store, draws.sample(new, min(MOST, len(new))))
-    old = sorted(last.keys() - {*new})
-    found = [Question("rewrite", one.prompt, one.new_answer) for one in batch]
-    found += [Question("rephrase", text, one.new_answer) for one in batch for text in one.rephrases]
-    found += [Question("locality", probe.prompt) for one in batch for probe in one.locality]
+    old, draws = sorted(last.keys() - {*new}), random.Random(version)
+    batch, earlier = (
+        _requests(store, draws.sample(all_, min(most, len(all_))))
+        for all_, most in ((new, MOST), (old, gates.earlier_sample))
+    )
+    found = {
+        "rewrite": [Question("rewrite", one.prompt, one.new_answer) for one in batch],
+        "rephrase": [Question("rephrase", text, one.new_answer) for one in batch for text in one.rephrases],
+        "locality": [Question("locality", probe.prompt) for one in batch for probe in one.locality],
+        "earlier": [Question("earlier", one.prompt, one.new_answer) for one in earlier],
+    }
     for kind, number, prompt in made_prompts(batch, chat=False):
-        asks = kind in MADE_ASKED
-        found.append(
-            Question("rephrase", prompt, batch[number].new_answer) if asks else Question("locality", prompt)
-        )
-    earlier = _requests(store, draws.sample(old, min(gates.earlier_sample, len(old))))
-    found += [Question("earlier", one.prompt, one.new_answer) for one in earlier]
-    return [one for one in found if getattr(gates, one.gate)]
+        gate, answer = ("rephrase", batch[number].new_answer) if kind in MADE_ASKED else ("locality", None)
+        found[gate].append(Question(gate, prompt, answer))
+    asked = {gate: its for gate, its in found.items() if getattr(gates, gate)}
+    return [one for its in asked.values() for one in draws.sample(its, min(MOST, len(its)))]
 
 
 def _requests(store: Store, numbers: Sequence[int]) -> list[EditRequest]:
