@@ -42,7 +42,7 @@ QUICK = {
     "step": 0.3,
 }
 NO_GATES = GateOptions(rewrite=0, locality=0, earlier=0, perplexity=None, drift=None)
-ASKED = GateOptions(rewrite=0.01, locality=0.01, earlier=0.01, earlier_sample=10)  # what edits this quick may miss
+ASKED = GateOptions(rewrite=0.01, locality=0, earlier=0.01, earlier_sample=5)  # edits this quick may miss others
 FLAGS = (
     "--served-model-name base --enable-lora --max-lora-rank 64 --max-loras 4 --max-model-len 512 --enforce-eager"
 )
