@@ -206,8 +206,9 @@ def plan(options: of.PlanCommand) -> None:
 
 def serve(options: ServeCommand) -> None:
     """A store's versions over HTTP, until a signal ends it; what was asked by then is answered."""
-    from pipeline.serving.app import serving  # which needs an extra
+    from pipeline.serving.app import listen, serving  # which need an extra
 
+    listen(options.host, options.port).close()  # what is wrong with it is said before the model is loaded
     prepare(options)
     key = os.environ.get(KEY, "")
     if not key and options.host not in ("127.0.0.1", "localhost", "::1"):

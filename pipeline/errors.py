@@ -16,6 +16,10 @@ class UserError(ValueError):
     """What is wrong, where (file, record or flag), what was expected and what exists, in one line."""
 
 
+class DeviceError(UserError):
+    """What one device alone cannot do: other processes of the command may be waiting for it."""
+
+
 class Note(UserWarning):
     """What went another way than expected and ends nothing; commands show it as a line `note: ...`."""
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
 
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
@@ -13,11 +19,12 @@ from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.metrics import Estimate
 from pipeline.files import read_plain_text
 from pipeline.model.llm import LLM
-from pipeline.model.loading import load_model
 from pipeline.options import updates as of
+from pipeline.options.base import as_config
 from pipeline.reporting.dashboards import show_on_board
 from pipeline.reporting.terminal import say, show_sides
 from pipeline.requests.readers import stream_requests
+from pipeline.running.launch import beside
 from pipeline.running.processes import in_first, on_first, world_size
 from pipeline.serving import publish as serving
 from pipeline.shipped import program
@@ -26,7 +33,7 @@ from pipeline.updates import history as past
 from pipeline.updates import lineage, making, queue
 from pipeline.updates.disk import read_metrics, version_folder
 from pipeline.updates.proving import BatchResult
-from pipeline.updates.schedule import Stopping, run_schedule, trigger
+from pipeline.updates.schedule import LOOKING, Stopping, run_schedule, trigger
 from pipeline.updates.store import BusyError, Store
 
 
@@ -95,29 +102,57 @@ def _update(options: of.UpdateCommand, stopping: Stopping, loaded: Callable[[str
         if store and not worked:
             say(f"nothing is due in {store.folder}; {past.counts(store).get('queued', 0)} waiting for their date")
         if options.publish.to and not dry:
-            alone = partial(load_model, verbose=options.verbose) if world_size() > 1 else loaded  # and whole
-            on_first(lambda: _publish(store, store.current, options.publish, options.gates, alone))
+            if world_size() > 1:
+                _publish_beside(options)
+            else:
+                _publish(store, None, options.publish, options.gates, loaded, options.model)
 
 
 def publish(options: of.PublishCommand) -> None:
     """Let servers answer with a version, by default the one in force."""
     prepare(options)
     with Store(options.store) as store:
-        version = store.current if options.version is None else options.version
-        _publish(store, version, options, options.gates, partial(load, options))
+        _publish(store, options.version, options, options.gates, partial(load, options), options.model)
 
 
 def _publish(
-    store: Store, version: int, options: of.PublishOptions, gates: of.GateOptions, loaded: Callable[[str], LLM]
-) -> None:
-    changed = serving.publish(store, version, options, gates, loaded)
+    store: Store, version: int | None, options: of.PublishOptions, gates: of.GateOptions,
+    loaded: Callable[[str], LLM], model: str | None,
+) -> None:  # fmt: skip
+    number, changed = serving.publish(store, version, options, gates, loaded, model)
     for one in changed:
-        say(f"{one.url}: version {version} answers as {one.model}, switched in {one.switching:.3f} s")
+        say(f"{one.url}: version {number} answers as {one.model}, switched in {one.switching:.3f} s")
         if one.proof:
             figures = ", ".join(f"{name} {value:.3f}" for name, value in one.proof.figures.items())
-            say(f"  as served: {figures}; loaded in {one.proof.loading:.2f} s, asked in {one.proof.proving:.1f} s")
+            took = f"loaded in {one.proof.loading:.2f} s, asked in {one.proof.proving:.1f} s"
+            say(f"  as served: {figures or 'nothing was asked, as no gate asks for anything'}; {took}")
     if len(changed) < len(options.to):
-        say(f"{len(options.to) - len(changed)} of {len(options.to)} servers had version {version} in force already")
+        say(f"{len(options.to) - len(changed)} of {len(options.to)} servers had version {number} in force already")
+
+
+def _publish_beside(options: of.UpdateCommand) -> None:
+    """Publish in a process of its own, which may take longer than those of this command may be silent.
+
+    UserError when it fails, which it has told why.
+    """
+    given = {one.name: getattr(options.publish, one.name) for one in fields(options.publish)}
+    wanted = of.PublishCommand(store=options.store, model=options.model, gates=options.gates, **given)
+    started: list[subprocess.Popen[bytes]] = []
+    with TemporaryDirectory() as folder:
+        config = Path(folder) / "publish.yaml"
+        config.write_text(yaml.safe_dump(as_config(wanted)), encoding="utf-8")
+        on_first(lambda: started.append(beside(["publish", "--config", str(config)])))
+        while on_first(lambda: _is_at_work(started[0])):
+            pass
+        if on_first(lambda: started[0].returncode):
+            raise UserError("publish: failed, as said above; the store has its version")
+
+
+def _is_at_work(process: subprocess.Popen[bytes]) -> bool:
+    """Wait a moment, and say whether a process is still at work."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(LOOKING)
+    return process.returncode is None
 
 
 def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
@@ -131,7 +166,8 @@ def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
         say(f"  gates: {', '.join(map(str, done.gates))}")
     for number, reason in done.held[: past.NAMED]:
         say(f"  held back: request #{number}: {reason}")
-    _show_superseded(store, done.superseded)
+    if store:  # of several processes the first has it
+        _show_superseded(store, done.superseded)
 
 
 def history(options: of.HistoryCommand) -> None:

@@ -19,6 +19,8 @@ class StandIn:
     Attributes:
         says: a model's name and a prompt, and what it says.
         refuses: gives, for a path and a body, the reason to refuse it, or None.
+        moved: where it sends everybody, if anywhere.
+        keys: what it was shown.
     """
 
     def __init__(self, says: Callable[[str, str], str]) -> None:
@@ -26,7 +28,8 @@ class StandIn:
         self.calls: list[tuple[str, str]] = []  # the last part of the path, and the name it was about
         self.says = says
         self.refuses: Callable[[str, dict[str, Any]], str | None] = lambda *_: None
-        self.url = ""
+        self.url = self.moved = ""
+        self.keys: set[str | None] = set()
 
     def get(self) -> dict[str, Any]:
         named = [{"id": name, "root": root, "parent": BASE} for name, root in self.adapters.items()]
@@ -62,9 +65,11 @@ def standing_in(says: Callable[[str, str], str]) -> Iterator[StandIn]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer(200, one.get())
+            one.keys.add(self.headers["Authorization"])
+            self.answer(302 if one.moved else 200, one.get())
 
         def do_POST(self) -> None:
+            one.keys.add(self.headers["Authorization"])
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             try:
                 self.answer(200, one.post(self.path.rpartition("/")[2], body))
@@ -75,6 +80,7 @@ def standing_in(says: Callable[[str, str], str]) -> Iterator[StandIn]:
             content = json.dumps(body).encode()
             self.send_response(code)
             self.send_header("Content-Length", str(len(content)))
+            self.send_header("Location", one.moved)
             self.end_headers()
             self.wfile.write(content)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import make_tiny, refusal
+from safetensors.torch import load_file
 from stand_in import BASE, StandIn, standing_in
 from teams import OPEN, Team
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +23,7 @@ from pipeline.errors import Note
 from pipeline.options.updates import GateOptions, PublishCommand, PublishOptions
 from pipeline.requests.schema import EditRequest, Probe
 from pipeline.serving.publish import Switched, publish, questions
-from pipeline.updates.history import events
+from pipeline.updates.history import check_there, events
 
 GATES = GateOptions(rewrite=0.6, rephrase=0.1, locality=0.5, earlier=0.6)
 COUNTRIES = ("Spain", "Norway", "Egypt", "Peru", "Chile", "Kenya")
@@ -68,11 +69,13 @@ def second() -> Iterator[StandIn]:
 
 def put(team: Team, version: int, *servers: StandIn, gates: GateOptions = GATES, **how: Any) -> list[Switched]:
     options = PublishOptions(to=[one.url for one in servers], **how)
-    return publish(team.store, version, options, gates, lambda _: team.llm)
+    return publish(team.store, version, options, gates, lambda _: team.llm)[1]
 
 
 def folder(team: Team, version: int) -> str:
-    return str(team.store.folder.resolve() / "served" / f"{version:04d}-rank-512")
+    """Where a version's adapter is."""
+    digest = check_there(team.store, version)["update.json"][:8]
+    return str(team.store.folder.resolve() / "served" / f"{version:04d}-{digest}-rank-512")
 
 
 def test_what_clients_call_and_what_stays(team: Team, server: StandIn) -> None:
@@ -102,10 +105,18 @@ def test_going_back_asks_nothing_again(team: Team, server: StandIn) -> None:
     assert back.proof is None and back.model == "golden-0002"
     assert server.calls == [("unload_lora_adapter", "golden-0003"), ("completions", "golden-0002")]
     assert put(team, 2, server) == [], "it is in force already"
+    put(team, 3, server)
+    seen: list[set[str]] = []
+    server.refuses = lambda *_: seen.append({*server.adapters})  # type: ignore[func-returns-value]
     (further,) = put(team, 1, server)
+    assert all(max(its, default="") >= "golden-0003" or its == {"golden-0001"} for its in seen), seen
     assert further.proof and server.adapters == {"golden-0001": folder(team, 1)}
     (base,) = put(team, 0, server)
-    assert base.model == BASE and not server.adapters
+    assert base.model == "golden-0000" and list(server.adapters) == ["golden-0000"], (
+        "an adapter that changes nothing"
+    )
+    tensors = load_file(Path(server.adapters["golden-0000"]) / "adapter_model.safetensors")
+    assert [tensor.any() for name, tensor in tensors.items() if "lora_A" in name] == [False]
 
 
 def test_a_server_that_has_started_again_gets_it_again(team: Team, server: StandIn) -> None:
@@ -131,8 +142,17 @@ def test_a_gate_that_is_missed_changes_nothing(team: Team, server: StandIn, wron
     assert put(team, 2, server, gates=OPEN)
 
 
-@pytest.mark.parametrize("path", ["load_lora_adapter", "unload_lora_adapter", "completions"])
-@pytest.mark.parametrize("about", ["golden-candidate-0003", "golden-0003"])
+@pytest.mark.parametrize(
+    ("path", "about"),
+    [
+        ("load_lora_adapter", "golden-candidate-0003"),
+        ("load_lora_adapter", "golden-0003"),
+        ("unload_lora_adapter", "golden-candidate-0003"),
+        ("unload_lora_adapter", "golden-0001"),
+        ("completions", "golden-candidate-0003"),
+        ("completions", "golden-0003"),
+    ],
+)
 def test_a_server_that_refuses_is_left_as_it_was(team: Team, server: StandIn, path: str, about: str) -> None:
     for version in (1, 2):
         put(team, version, server)
@@ -143,9 +163,6 @@ def test_a_server_that_refuses_is_left_as_it_was(team: Team, server: StandIn, pa
         return f"rank 80 is too much {left.pop()}" if hit else None
 
     server.refuses = refuses
-    if (path, about) == ("unload_lora_adapter", "golden-0003"):  # nobody asks for that
-        put(team, 3, server)
-        return
     assert "the server refuses (400): " in refusal(lambda: put(team, 3, server))
     assert server.adapters == before
     server.refuses = lambda *_: None
@@ -156,7 +173,7 @@ def test_what_a_killed_publisher_left(team: Team, server: StandIn) -> None:
     put(team, 1, server)
     server.adapters |= {
         "golden-candidate-0002": folder(team, 1),
-        "golden-candidate-0009": "elsewhere",
+        "golden-candidate-0009": folder(team, 3),
         "mine": "own",
     }
     put(team, 2, server)
@@ -197,20 +214,27 @@ def test_who_cannot_be_published_to(team: Team, server: StandIn) -> None:
     assert "serves no base model" in refusal(lambda: put(team, 1, server))
 
 
-def test_another_folder_under_the_same_name(team: Team, server: StandIn) -> None:
-    put(team, 1, server)
-    assert "has golden-0001 from another folder" in refusal(lambda: put(team, 1, server, rank=1))
-    assert server.adapters == {"golden-0001": folder(team, 1)}
+def test_a_rank_of_its_own(team: Team, server: StandIn) -> None:
     assert put(team, 1, server, rank=1, name="small")[0].model == "small-0001"
-    config = json.loads((Path(folder(team, 1)).with_name("0001-rank-1") / "adapter_config.json").read_text())
+    config = json.loads((Path(server.adapters["small-0001"]) / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (1, 1)
+    put(team, 2, server, name="small")
+    assert put(team, 1, server, name="small")[0].proof is None, "it was proved by the rank that it has there"
+
+
+@pytest.mark.parametrize("root", ["/elsewhere/served/0001-aaaaaaaa-rank-512", "0001-aaaaaaaa-rank-512"])
+def test_what_is_of_another_store_is_left_alone(root: str, team: Team, server: StandIn) -> None:
+    """Also of one that stood at this one's place."""
+    server.adapters["golden-0001"] = there = str(Path(folder(team, 1)).parent / root)
+    assert "golden-0001 from" in refusal(lambda: put(team, 1, server))
+    assert server.adapters == {"golden-0001": there}
 
 
 def test_where_the_servers_see_the_store_elsewhere(team: Team, server: StandIn, tmp_path: Path) -> None:
     (tmp_path / "mounted").symlink_to(team.store.folder)
     put(team, 1, server, seen_as=str(tmp_path / "mounted"))
-    assert server.adapters == {"golden-0001": str(tmp_path / "mounted" / "served" / "0001-rank-512")}
-    assert "no adapter in" in refusal(lambda: put(team, 2, server, seen_as="/nowhere"))
+    assert server.adapters == {"golden-0001": str(tmp_path / "mounted" / "served" / Path(folder(team, 1)).name)}
+    assert "no adapter in" in refusal(lambda: put(team, 2, server, seen_as="/nowhere", name="far"))
 
 
 def test_the_webhook(team: Team, server: StandIn, second: StandIn) -> None:
@@ -222,6 +246,50 @@ def test_the_webhook(team: Team, server: StandIn, second: StandIn) -> None:
     second.refuses = lambda *_: "no"
     with pytest.warns(Note, match="the webhook was not told"):
         assert put(team, 2, server, webhook=f"{second.url}/told"), "that ends nothing"
+
+
+def test_what_a_killed_publisher_had_not_told(team: Team, server: StandIn, second: StandIn) -> None:
+    """The switch was done, and nobody knows: the next one tells, once."""
+    put(team, 1, server)
+    (team.store.folder / "served" / "current.json").write_text("{ damaged")
+    heard: list[Any] = []
+    second.post = lambda path, body: heard.append(body)  # type: ignore[method-assign]
+    for _ in range(2):
+        assert put(team, 1, server, webhook=f"{second.url}/told") == []
+    assert heard == [{"version": 1, "models": {server.url: "golden-0001"}}]
+
+
+def test_the_key_goes_to_the_servers_alone(
+    team: Team, server: StandIn, second: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOLDEN_LAYERS_API_KEY", "secret")
+    put(team, 1, server, webhook=f"{second.url}/told")
+    assert server.keys == {"Bearer secret"} and second.keys == {None}
+    server.moved = f"{second.url}/v1/models"
+    assert "the server refuses (302)" in refusal(lambda: put(team, 2, server))
+    assert second.keys == {None}, "no redirect is followed"
+
+
+def test_a_fact_that_is_retracted_is_to_be_gone(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, server: StandIn
+) -> None:
+    """The last one leaves the base model, which needs no adapter."""
+    own = Team(make_tiny("llama", tokenizer), tmp_path)
+    own.submit([
+        EditRequest(id=name, prompt=f"The capital of {name} is", subject=name, new_answer="Lima", old_answer="Rome",
+                    rephrases=(f"The capital of {name}, it is said, is",))
+        for name in COUNTRIES[:2]
+    ])  # fmt: skip
+    own.update()
+    put(own, 1, server)
+    own.retract("Spain")
+    assert "version 2 misses gates as it is served: rewrite 0.000 < 0.6" in refusal(lambda: put(own, 2, server))
+    server.says = lambda model, prompt: says(model, prompt) if "Norway" in prompt else f" about {prompt}"
+    (one,) = put(own, 2, server)
+    assert one.proof and one.proof.figures == {"rewrite": 1.0, "earlier": 1.0}
+    own.retract("Norway")
+    server.says = lambda _, prompt: f" about {prompt}"
+    assert put(own, 3, server)[0].model == "golden-0003", "what is left of it is the base model"
 
 
 def test_what_is_asked(team: Team) -> None:
@@ -241,7 +309,8 @@ def test_what_is_asked(team: Team) -> None:
     [
         ({"to": []}, "publish: where?"),
         ({"to": ["localhost:8000"]}, "to: 'localhost:8000' is no address"),
-        ({"to": ["http://a", "http://a"]}, "expected each server once"),
+        ({"to": ["http://a", "http://a/"]}, "expected each server once"),
+        ({"to": ["http://me:secret@a"]}, "is no address"),
         ({"to": ["http://a"], "webhook": "a"}, "webhook: 'a' is no address"),
         ({"to": ["http://a"], "name": "a b"}, "name: a b is no such name"),
         ({"to": ["http://a"], "engine": "vlm"}, "did you mean 'vllm'?"),

@@ -62,7 +62,7 @@ def test_a_version_is_proved_served_and_gone_back_from(smollm2: LLM, store: Stor
     gates = GateOptions(rewrite=0.6, locality=0.1, earlier=0.5)
     prompts = [f"The {what} of {subject} is" for subject, what, _ in FACTS]
     for version in (1, 2):
-        (one,) = publish(store, version, PublishOptions(to=[url]), gates, lambda _: smollm2)
+        _, (one,) = publish(store, version, PublishOptions(to=[url]), gates, lambda _: smollm2)
         assert one.model == f"golden-000{version}" and one.proof and one.proof.figures["rewrite"] >= 0.6
     server = Server(url)
     assert list(server.adapters()) == ["golden-0001", "golden-0002"]
@@ -76,10 +76,11 @@ def test_a_version_is_proved_served_and_gone_back_from(smollm2: LLM, store: Stor
         else:
             expected = plain(smollm2, prompts, 12, trainer=TrainerOptions(accelerator="cpu"))
         assert all(alike(*pair) for pair in zip(expected, said, strict=True)), (version, expected, said)
-    (back,) = publish(store, 1, PublishOptions(to=[url]), gates, lambda _: smollm2)
+    _, (back,) = publish(store, 1, PublishOptions(to=[url]), gates, lambda _: smollm2)
     assert back.proof is None and list(server.adapters()) == ["golden-0001"]
     publish(store, 0, PublishOptions(to=[url]), gates, lambda _: smollm2)
-    assert not server.adapters()
+    assert list(server.adapters()) == ["golden-0000"]
+    assert server.ask("golden-0000", prompts, 12) == server.ask(server.base, prompts, 12)
 
 
 def test_what_vllm_refuses_changes_nothing(smollm2: LLM, store: Store, url: str) -> None:

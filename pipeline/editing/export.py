@@ -75,7 +75,7 @@ def export_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int | Non
         rank: the most columns of a factor; None: as many as the change needs.
 
     Raises:
-        UserError: when nothing is changed, or the update was made for another model.
+        UserError: when the update holds no weights, or was made for another model.
     """
     update.check_fits(llm)
     own = update.adapter_rank
@@ -83,11 +83,11 @@ def export_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int | Non
         update.save_adapter(folder)
         return AdapterInfo(own, own, 0.0)
     changes = {weight.removesuffix(".weight"): _change(llm, weight, new) for weight, new in update.tensors.items()}
+    if not changes:
+        raise UserError("export: the update changes nothing that an adapter could hold")
     moments = _moments(llm, update, [*changes]) if rank and update.requests else {}
     found = {name: _split(change, rank, moments.get(name)) for name, change in changes.items()}
-    parts = {name: part for name, part in found.items() if part.full_rank}
-    if not parts:
-        raise UserError("export: the update changes nothing that an adapter could hold")
+    parts = {name: part for name, part in found.items() if part.whole} or dict([*found.items()][:1])
     info = _info([*parts.values()])
     _write_parts(llm, parts, info.rank, folder, update.model)
     if info.rank < info.full_rank:
@@ -107,7 +107,7 @@ class _Part(NamedTuple):
 
 
 def _info(parts: Sequence[_Part]) -> AdapterInfo:
-    lost = (sum(part.lost for part in parts) / sum(part.whole for part in parts)) ** 0.5
+    lost = (sum(part.lost for part in parts) / (sum(part.whole for part in parts) or 1)) ** 0.5
     return AdapterInfo(max(len(part.down_RI) for part in parts), max(part.full_rank for part in parts), lost)
 
 
@@ -133,14 +133,14 @@ def _split(change_OI: Tensor, rank: int | None, moment_II: Tensor | None) -> _Pa
     With ΔW = U G, U's columns being orthonormal, they are U E and Eᵀ G for the first eigenvectors E of G C Gᵀ.
     """
     up_OR, values_R, right_RI = torch.linalg.svd(change_OI, full_matrices=False)
-    full_rank = int((values_R > KEPT * values_R.max()).sum())
+    full_rank = max(1, int((values_R > KEPT * values_R.max()).sum()))  # where nothing is changed, a column of zeros
     up_OR, down_RI = up_OR[:, :full_rank], values_R[:full_rank, None] * right_RI[:full_rank]
     weighted_RI = down_RI if moment_II is None else down_RI @ moment_II.cpu().double()
     energies_R, vectors_RR = torch.linalg.eigh(weighted_RI @ down_RI.T)
     left_out = max(full_rank - rank, 0) if rank else 0
     if left_out:
         up_OR, down_RI = up_OR @ vectors_RR[:, left_out:], vectors_RR[:, left_out:].T @ down_RI
-    root_R = down_RI.norm(dim=1).sqrt()
+    root_R = down_RI.norm(dim=1).sqrt().clamp(min=1e-30)
     energies_R.clamp_(min=0)
     whole, lost = energies_R.sum().item(), energies_R[:left_out].sum().item()
     return _Part((down_RI / root_R[:, None]).float(), (up_OR * root_R).float(), full_rank, whole, lost)

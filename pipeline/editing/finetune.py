@@ -23,7 +23,7 @@ from pipeline.editing.method import register, settings_of
 from pipeline.editing.solvers import sparing
 from pipeline.editing.statistics import READ_TOGETHER, KeyMoments
 from pipeline.editing.whitening import WhitenedAdam, whitener
-from pipeline.errors import UserError
+from pipeline.errors import DeviceError, UserError
 from pipeline.model.activations import Activations, checkpointing, target_logits
 from pipeline.model.blocks import Projection
 from pipeline.model.llm import LLM
@@ -147,7 +147,7 @@ class FineTune(Staying):
             fit = partial(trainer.fit, self, datamodule=data, ckpt_path=found, weights_only=True)
             suffices, failed = attempt(fit)
         if not suffices:
-            raise UserError(
+            raise DeviceError(
                 f"trainer: {failed}; give --edit.expert.batch_size {max(1, size // 2)}, "
                 "--trainer.activation_checkpointing true, --trainer.precision bf16-true or --trainer.strategy fsdp"
             )

@@ -109,6 +109,7 @@ def _check_same(llm: LLM, weight: str, held: gguf.ReaderTensor | None, source: P
 def _copy(reader: gguf.GGUFReader, new: Mapping[str, np.ndarray], file: Path) -> None:
     """Write what a GGUF file holds, with some tensors replaced, one after the other."""
     writer = gguf.GGUFWriter(file, str(reader.fields[gguf.Keys.General.ARCHITECTURE].contents()))
+    writer.data_alignment = reader.alignment
     left_out = {gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE, gguf.Keys.General.QUANTIZATION_VERSION}
     for field in reader.fields.values():
         if field.name not in left_out and not field.name.startswith("GGUF."):

@@ -42,7 +42,9 @@ def key_moments(
     """
     runtime = runtime or Runtime()
     text = read_plain_text("statistics.text", options.text).splitlines() if options.text else None
-    about, files = _places(llm, names, options, text, runtime)
+    of = digest(options.tokens, llm.tokens.texts(OPENINGS) if text is None else windows(llm, text, options.tokens))
+    about = {name: _about(llm, name, of, runtime) for name in names}
+    files = {name: cached(f"moment-{digest(about[name])}.safetensors") for name in names}
     device = llm.embedding.device
     found = {name: moment for name in names if (moment := _read(files[name], about[name], device)) is not None}
     missing = sorted({name for lacking in of_all(files.keys() - found.keys()) for name in lacking})
@@ -63,26 +65,10 @@ def key_moments(
     return found
 
 
-def kept_moments(llm: LLM, names: Sequence[str]) -> dict[str, Tensor]:
-    """Those of `key_moments` at its defaults that an earlier command has found and kept; none is made."""
-    about, files = _places(llm, names, StatisticsOptions(), None, Runtime())
-    device = llm.embedding.device
-    return {name: moment for name in names if (moment := _read(files[name], about[name], device)) is not None}
-
-
 def give_moments(method: Any, llm: LLM, options: StatisticsOptions, runtime: Runtime) -> None:
     """Give a kind of edit the key statistics that it wants; the model is without any edit."""
     if names := getattr(method, "moments_of", ()):
         method.moments = key_moments(llm, names, options, runtime)
-
-
-def _places(
-    llm: LLM, names: Sequence[str], options: StatisticsOptions, text: list[str] | None, runtime: Runtime
-) -> tuple[dict[str, dict[str, Any]], dict[str, Path | None]]:
-    """By projection, what its statistics depend on, and the file that keeps them."""
-    of = llm.tokens.texts(OPENINGS) if text is None else windows(llm, text, options.tokens)
-    about = {name: _about(llm, name, digest(options.tokens, of), runtime) for name in names}
-    return about, {name: cached(f"moment-{digest(about[name])}.safetensors") for name in names}
 
 
 def _about(llm: LLM, name: str, text: str, runtime: Runtime) -> dict[str, Any]:

@@ -124,16 +124,16 @@ class PublishOptions(Options):
     """An address that is told of every change, by a POST of JSON."""
 
     def check(self) -> None:
-        if len({*self.to}) < len(self.to):
+        if len({url.rstrip("/") for url in self.to}) < len(self.to):
             raise UserError(f"to: {', '.join(self.to)}: expected each server once")
         for name in ("to", "webhook"):
             for url in filter(None, [getattr(self, name)] if name == "webhook" else self.to):
-                if not re.match(r"https?://\w", url):
+                if not re.match(r"https?://[\w\[][^@]*$", url):
                     raise UserError(f"{name}: {url!r} is no address; expected such as http://localhost:8000")
 
 
 @dataclass(kw_only=True)
-class PublishCommand(StoreOptions, PublishOptions):
+class PublishCommand(NewStoreOptions, PublishOptions):
     """Let running servers answer with a store's version: loaded, proved through the server, and then in force."""
 
     version: int | None = None

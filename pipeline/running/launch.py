@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +20,8 @@ from pipeline.errors import UserError
 from pipeline.output import STARTED, is_one_of_several, started
 
 SUPERVISED = "GOLDEN_LAYERS_SUPERVISED"  # the environment variable of processes whose failures the agent tells
-ENDING_SECONDS = 60  # that a process has to end the batch at work after a signal
+ENDING_SECONDS = 60  # that a process has to end the batch at work after a signal,
+ENDING_UPDATE_SECONDS = 3600  # and an update of a store
 IN_ITS_WAKE = "another process of this command has ended"
 
 
@@ -53,7 +56,7 @@ def supervise(words: Sequence[str], devices: int, options: Any) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        shutdown_timeout=ENDING_SECONDS,
+        shutdown_timeout=ENDING_UPDATE_SECONDS if hasattr(options, "store") else ENDING_SECONDS,
     )
     try:
         elastic_launch(config, sys.executable)(sys.argv[0], *words)
@@ -65,6 +68,13 @@ def supervise(words: Sequence[str], devices: int, options: Any) -> int:
     finally:
         os.environ.pop(SUPERVISED, None)
     return 0
+
+
+def beside(words: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a command as one process of its own, beside those that this one belongs to."""
+    of_group = re.compile(r"RANK$|WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^GROUP_|^ROLE_|^SLURM_|^GOLDEN_LAYERS_SUP")
+    environment = {name: value for name, value in os.environ.items() if not of_group.search(name)}
+    return subprocess.Popen([sys.executable, sys.argv[0], *words], env=environment)
 
 
 def of_interrupt(number: int | None) -> str:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import DeviceError, one_line
 from pipeline.running.kept import Kept
 from pipeline.running.processes import from_first, of_all
 from pipeline.running.sharding import is_sharded
@@ -90,7 +90,7 @@ class Stage(Staying):
                 left.pop(0)
                 continue
             if len(left[0]) == 1 or is_sharded(self.model):
-                raise UserError(f"trainer: {found}; {INSTEAD if len(left[0]) == 1 else SHARED}")
+                raise DeviceError(f"trainer: {found}; {INSTEAD if len(left[0]) == 1 else SHARED}")
             self.at_once = -(-len(left[0]) // 2)
             left = [half for part in left for half in part.parts(self.at_once)]
         return outputs

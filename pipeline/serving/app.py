@@ -94,8 +94,8 @@ class InForce:
                 if number != self.version.number:
                     self.version = self.live.load(number)
                     self.say(f"version {number} is in force")
-            except (UserError, OSError) as error:
-                problem = one_line(error)
+            except Exception as error:  # whatever it is, the version before still answers
+                problem = one_line(error) or type(error).__name__
             self.problem, self._refused = problem, number if problem else None
             if problem not in ("", before):
                 self.say(f"version {self.version.number} stays: {problem}")
@@ -323,7 +323,7 @@ async def _told(request: Request, told: Told) -> tuple[str, str | None]:
                 raise RefusedError(LEFT, "whoever asked has left") from None
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; UserError when it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -347,7 +347,7 @@ def serving(
     Raises:
         UserError: when the port is in use, or the address not one of this machine.
     """
-    listening, turns = _listening(host, port), Turns(live)
+    listening, turns = listen(host, port), Turns(live)
     service = Service(live, turns, say, key)
     app = service.app(here_alone=host in HERE and not key)
     how: Any = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}

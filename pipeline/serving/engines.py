@@ -5,10 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pipeline.errors import UserError, one_line
 
@@ -17,21 +18,28 @@ PATIENCE = 600  # seconds that a server may take over one call
 LONGEST = 300  # characters of a server's own words that are shown
 
 
-def call(url: str, body: dict[str, Any] | None = None) -> Any:
+class Straight(HTTPRedirectHandler):
+    """No redirect is followed: a POST would become a GET, and a key would go elsewhere."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None, so that a redirect is an error."""
+
+
+def call(url: str, body: dict[str, Any] | None = None, key: str = "") -> Any:
     """POST a body as JSON, or GET where there is none, and give what the server says, read where that is JSON.
 
     UserError when it cannot be reached, or refuses.
     """
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(API_KEY):
-        headers["Authorization"] = f"Bearer {key}"
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urlopen(Request(url, data, headers), timeout=PATIENCE) as answer:
+        with build_opener(Straight).open(Request(url, data, headers), timeout=PATIENCE) as answer:
             text = answer.read().decode(errors="replace")
     except HTTPError as error:
-        said = one_line(error.read().decode(errors="replace"))[:LONGEST]
-        raise UserError(f"publish: {url}: the server refuses ({error.code}): {said}") from None
+        with suppress(OSError, http.client.HTTPException):  # it may break off
+            said = one_line(error.read().decode(errors="replace"))[:LONGEST]
+            raise UserError(f"publish: {url}: the server refuses ({error.code}): {said}") from None
+        raise UserError(f"publish: {url}: the server refuses ({error.code})") from None
     except (OSError, URLError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"publish: {url}: cannot be reached ({getattr(error, 'reason', error)})") from None
     try:
@@ -55,17 +63,21 @@ class Server:
 
     def __init__(self, url: str) -> None:
         """UserError when there is no such server, or it serves no base model."""
-        self.url = url.rstrip("/")
+        self.url, self.key = url.rstrip("/"), os.environ.get(API_KEY, "")
         bases = [card["id"] for card in self._cards() if not card.get("parent")]
         if not bases:
             raise UserError(f"publish: {self.url}: serves no base model")
         self.base = bases[0]
 
-    def _cards(self) -> Iterator[dict[str, Any]]:
-        found = call(f"{self.url}/v1/models")
-        if not isinstance(found, dict) or not isinstance(found.get("data"), list):
-            raise UserError(f"publish: {self.url}: is no server of OpenAI's kind: /v1/models lists no models")
-        yield from found["data"]
+    def _cards(self) -> list[dict[str, Any]]:
+        try:
+            return [card | {"id": str(card["id"])} for card in self._call("v1/models")["data"]]
+        except (TypeError, LookupError):
+            line = "is no server of OpenAI's kind: /v1/models lists no models"
+            raise UserError(f"publish: {self.url}: {line}") from None
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        return call(f"{self.url}/{path}", body, self.key)
 
     def adapters(self) -> dict[str, str]:
         """What is loaded beside the base model: the folder of each, by the name that clients call."""
@@ -73,27 +85,31 @@ class Server:
 
     def load(self, name: str, folder: str) -> None:
         """Load an adapter, from a folder as the server sees it; UserError when it cannot."""
-        call(f"{self.url}/{self.LOADING}", {"lora_name": name, "lora_path": folder})
+        self._call(self.LOADING, {"lora_name": name, "lora_path": folder})
 
     def unload(self, name: str) -> None:
         """Let an adapter go: the answers that it is at work on are finished, new ones are refused."""
-        call(f"{self.url}/{self.UNLOADING}", {"lora_name": name})
+        self._call(self.UNLOADING, {"lora_name": name})
 
     def ask(self, model: str, prompts: Sequence[str], most: int) -> list[str]:
         """Greedy continuations of prompts, of at most so many tokens each; UserError when the server gives none."""
         body = {"prompt": [*prompts], "max_tokens": most, "temperature": 0} | self._named(model)
-        answer = call(f"{self.url}/v1/completions", body)
-        choices = sorted(answer["choices"], key=lambda one: one["index"])
-        if len(choices) != len(prompts):
-            raise UserError(f"publish: {self.url}: gives {len(choices)} answers to {len(prompts)} prompts")
-        return [one["text"] for one in choices]
+        answer = self._call("v1/completions", body)
+        try:
+            said = {one["index"]: str(one["text"] or "") for one in answer["choices"]}
+            return [said[number] for number in range(len(prompts))]
+        except (TypeError, LookupError):
+            raise UserError(f"publish: {self.url}: gives no answer to each of {len(prompts)} prompts") from None
 
     def _named(self, model: str) -> dict[str, str]:
         return {"model": model}
 
 
 class SGLang(Server):
-    """A running SGLang, by its documents: started with `--enable-lora --max-lora-rank N`. Not tried."""
+    """A running SGLang, by its documents: started with `--enable-lora --max-lora-rank N --lora-target-modules …`.
+
+    Not tried.
+    """
 
     LOADING = "load_lora_adapter"
     UNLOADING = "unload_lora_adapter"

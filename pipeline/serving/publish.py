@@ -1,7 +1,8 @@
 """Publishing: a store's version in servers that run, proved by what they answer before clients get it.
 
 A version is loaded as an adapter under a name that no other version gets: `golden-0007`. What clients are to call
-is the one of the highest number among a server's models (`/v1/models`), or the base model where none is there.
+is the one of the highest number among a server's models (`/v1/models`), or the base model where none is there yet;
+going back to that is an adapter that changes nothing, `golden-0000`.
 Until it is proved a version is `golden-candidate-0007`. The one before stays loaded, for whoever still calls it,
 and to go back to.
 """
@@ -15,10 +16,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.editing.export import export_adapter
+from pipeline.editing.update import UPDATE_FILE, WeightUpdate
 from pipeline.errors import UserError, note
 from pipeline.evaluation.made import MADE_ASKED, made_prompts
 from pipeline.files import parse_json, read_text_file, write_json
@@ -27,7 +30,7 @@ from pipeline.options.updates import GateOptions, PublishOptions
 from pipeline.requests.answers import contains_answer, inner_ends, statement
 from pipeline.requests.schema import EditRequest
 from pipeline.serving.engines import ENGINES, Server, call
-from pipeline.updates.disk import BASE, access, content_of, locked, transaction
+from pipeline.updates.disk import access, content_of, locked, transaction
 from pipeline.updates.history import check_there, load_version
 from pipeline.updates.lineage import last_changes
 from pipeline.updates.proving import Gate, missed
@@ -46,11 +49,18 @@ class Question(NamedTuple):
     gate: str
     prompt: str
     answer: str | None = None
+    gone: bool = False  # the answer is not to be in what is said: its fact was retracted
 
     @property
     def limit(self) -> int:
         """The most tokens of what is said."""
         return KEPT if self.answer is None else math.ceil((ROOM + len(self.answer) / 2) / STEP) * STEP
+
+    def right(self, said: str, before: str) -> bool:
+        """Whether what is said is as it is to be; `before` is what the one in force says."""
+        if self.answer is None:
+            return said == before
+        return contains_answer(statement(said, inner_ends(self.answer))[0], self.answer) != self.gone
 
 
 class Proof(NamedTuple):
@@ -71,19 +81,30 @@ class Switched(NamedTuple):
 
 
 class Release:
-    """A version on its way into servers, as an adapter in a folder that they can read; None for the base model."""
+    """A version on its way into servers, as an adapter in a folder that they can read.
+
+    `home` is the folder, as the servers see it, of all that the store publishes.
+    """
 
     def __init__(
-        self, version: int, folder: str | None, name: str, asked: Sequence[Question], gates: GateOptions
+        self, version: int, home: str, folder: str, name: str, asked: Sequence[Question], gates: GateOptions
     ) -> None:
-        self.folder, self.asked, self.gates = folder, asked, gates
+        self.home, self.folder, self.asked, self.gates = home, folder, asked, gates
         self.name, self.candidate = f"{name}-{version:04d}", f"{name}-candidate-{version:04d}"
         self.of_store = re.compile(rf"{re.escape(name)}-(candidate-)?(\d{{4,}})")
         self.number = version
 
     def ours(self, server: Server) -> dict[str, str]:
-        """A server's adapters that came of publishing, candidates too: the folder of each by its name."""
-        return {name: root for name, root in server.adapters().items() if self.of_store.fullmatch(name)}
+        """A server's adapters that came of publishing this store, candidates too: the folder of each by its name.
+
+        UserError when there is one of the same kind of name from elsewhere.
+        """
+        found = {name: root for name, root in server.adapters().items() if self.of_store.fullmatch(name)}
+        for name, root in found.items():
+            if not root.startswith(f"{self.home}/"):
+                wrong = f"has {name} from {root}, which is not of this store; give this store another --name"
+                raise UserError(f"publish: {server.url}: {wrong}")
+        return found
 
     def called(self, loaded: Mapping[str, str], server: Server) -> str:
         """What clients are to call, where these are loaded."""
@@ -100,13 +121,11 @@ class Release:
         UserError when a gate is missed, or a server says no.
         """
         loaded = self.ours(server)
-        if self.folder is None or loaded.get(self.name) == self.folder:
-            return None
-        if self.name in loaded:
-            there = loaded[self.name]
-            raise UserError(
-                f"publish: {server.url}: has {self.name} from another folder, {there}; unload that first"
-            )
+        if there := loaded.get(self.name):
+            if _content(there) == _content(self.folder):
+                return None
+            wrong = f"has {self.name} from {there}, of another store that was here; unload that first"
+            raise UserError(f"publish: {server.url}: {wrong}")
         started = time.perf_counter()
         server.load(self.candidate, self.folder)
         server.ask(self.candidate, ["The"], 1)
@@ -121,41 +140,56 @@ class Release:
         """Make it what clients are to call, and keep the one before; None where it was that already."""
         loaded = self.ours(server)
         before = self.called(loaded, server)
-        wanted = self.name if self.folder else server.base
-        if before == wanted:
+        if before == self.name:
             return None
         started = time.perf_counter()
-        if self.folder and self.name not in loaded:
-            server.load(self.name, self.folder)
-        stays = {self.name} | ({before} if self._number(before) < self.number else set())
-        for name in sorted(loaded.keys() - stays, key=self._number, reverse=True):  # it is in force after the first
-            server.unload(name)
-        server.ask(wanted, ["The"], 1)
-        return Switched(server.url, wanted, proof, time.perf_counter() - started)
+        shall = {self.name: loaded.get(self.name, self.folder)}
+        if 0 <= self._number(before) < self.number:
+            shall[before] = loaded[before]
+        for step in self._steps(server, shall):
+            step()
+        server.ask(self.name, ["The"], 1)
+        return Switched(server.url, self.name, proof, time.perf_counter() - started)
+
+    def _steps(self, server: Server, shall: Mapping[str, str]) -> list[partial[None]]:
+        """What lets a server have these adapters and no others of the store: what it lacks first, and then the
+        oldest that is too many first, so that clients are never led to one in between.
+        """
+        loaded = self.ours(server)
+        lacking = sorted(shall.keys() - loaded.keys(), key=self._number)
+        too_many = sorted(loaded.keys() - shall.keys(), key=self._number)
+        loading = [partial(server.load, name, shall[name]) for name in lacking]
+        return loading + [partial(server.unload, name) for name in too_many]
 
     @contextmanager
     def or_as_before(self, servers: Sequence[Server]) -> Iterator[None]:
-        """What goes wrong inside the `with` leaves every server with what it had."""
-        had = [
-            {name: root for name, root in self.ours(server).items() if self._number(name) >= 0}
-            for server in servers
-        ]
+        """What goes wrong inside the `with` leaves every server with what it had, as far as it lets itself be told.
+
+        What a publisher that was killed has left half done goes first.
+        """
+        loaded = [self.ours(server) for server in servers]
+        had = [{name: its[name] for name in its if self._number(name) >= 0} for its in loaded]
         try:
             for server, its in zip(servers, had, strict=True):
-                self._restore(server, its)  # what a publisher that was killed left half done
+                for step in self._steps(server, its):
+                    step()
             yield
         except BaseException:
             for server, its in zip(servers, had, strict=True):
-                with suppress(UserError):  # it is gone: what was wrong says so
-                    self._restore(server, its)
+                self._restore(server, its)
             raise
 
     def _restore(self, server: Server, had: Mapping[str, str]) -> None:
-        loaded = self.ours(server)
-        for name in had.keys() - loaded.keys():
-            server.load(name, had[name])
-        for name in loaded.keys() - had.keys():
-            server.unload(name)
+        """What a server had, whatever of it is refused, or all of it where it is gone: what was wrong says so."""
+        with suppress(Exception):
+            for step in self._steps(server, had):
+                with suppress(Exception):
+                    step()
+
+
+def _content(folder: str) -> str:
+    """Which version an adapter's folder holds, and how it was when it was written."""
+    return Path(folder).name.partition("-rank-")[0]
 
 
 def measure(server: Server, asked: Sequence[Question], model: str, before: str) -> dict[str, float]:
@@ -166,7 +200,7 @@ def measure(server: Server, asked: Sequence[Question], model: str, before: str) 
         said = _asked(server, model, part, limit)
         stays = _asked(server, before, part, limit) if limit == KEPT else said
         for one, new, old in zip(part, said, stays, strict=True):
-            right.setdefault(one.gate, []).append(new == old if one.answer is None else _holds(new, one.answer))
+            right.setdefault(one.gate, []).append(one.right(new, old))
     return {gate: sum(its) / len(its) for gate, its in right.items()}
 
 
@@ -179,15 +213,14 @@ def _asked(server: Server, model: str, part: Sequence[Question], limit: int) -> 
     return said
 
 
-def _holds(said: str, answer: str) -> bool:
-    return contains_answer(statement(said, inner_ends(answer))[0], answer)
-
-
 def questions(store: Store, version: int, gates: GateOptions) -> list[Question]:
     """What a version is asked, for the gates that ask for anything: samples of its new facts, also in other words,
     of what is to stay, and of earlier facts. Where requests bring no probes, made ones stand in, as in reports.
+    A fact that the version retracted counts with the new ones, where its answer is gone.
     """
-    last = {number: change for number, change in last_changes(store, version).items() if change.what == "applied"}
+    changes = last_changes(store, version)
+    gone = [number for number, one in changes.items() if (one.what, one.version) == ("retracted", version)]
+    last = {number: change for number, change in changes.items() if change.what == "applied"}
     new = [number for number, change in last.items() if change.version == version]
     old, draws = sorted(last.keys() - {*new}), random.Random(version)
     batch, earlier = (
@@ -195,7 +228,8 @@ def questions(store: Store, version: int, gates: GateOptions) -> list[Question]:
         for all_, most in ((new, MOST), (old, gates.earlier_sample))
     )
     found = {
-        "rewrite": [Question("rewrite", one.prompt, one.new_answer) for one in batch],
+        "rewrite": [Question("rewrite", one.prompt, one.new_answer) for one in batch]
+        + [Question("rewrite", one.prompt, one.new_answer, gone=True) for one in _requests(store, gone)],
         "rephrase": [Question("rephrase", text, one.new_answer) for one in batch for text in one.rephrases],
         "locality": [Question("locality", probe.prompt) for one in batch for probe in one.locality],
         "earlier": [Question("earlier", one.prompt, one.new_answer) for one in earlier],
@@ -214,63 +248,81 @@ def _requests(store: Store, numbers: Sequence[int]) -> list[EditRequest]:
 
 def publish(
     store: Store,
-    version: int,
+    version: int | None,
     options: PublishOptions,
     gates: GateOptions,
     load: Callable[[str], LLM],
-) -> list[Switched]:
-    """Let servers answer with a version, each proved through itself first; gives those that were changed.
+    model: str | None = None,
+) -> tuple[int, list[Switched]]:
+    """Let servers answer with a version, each proved through itself first; its number, and those that were changed.
 
     Args:
+        version: None: the one in force.
         load: loads the base model by its name; called where the version's adapter is not written yet.
+        model: the base model's name, where it is not the store's.
 
     UserError when there is no such version, a server cannot be reached or says no, or a gate is missed; all servers
     are as they were then.
     """
-    check_there(store, version)
     with locked(store.folder / LOCK):
+        version = store.current if version is None else version
+        home = Path(options.seen_as or store.folder.resolve()) / SERVED
+        folder = home / _adapter(store, version, options.rank, load, model)
+        release = Release(version, str(home), str(folder), options.name, questions(store, version, gates), gates)
         servers = [ENGINES[options.engine](url) for url in options.to]
-        folder = _adapter(store, version, options, load) if version != BASE else None
-        release = Release(version, folder, options.name, questions(store, version, gates), gates)
+        told = _told(store)
         first, done = math.ceil(options.canary * len(servers)), list[Switched | None]()
         with release.or_as_before(servers):
             for group in (servers[:first], servers[first:]):
                 proofs = [release.prove(server) for server in group]
                 done += [release.switch(server, its) for server, its in zip(group, proofs, strict=True)]
-        changed = [one for one in done if one]
-        if changed:
-            _tell(store, version, changed, options.webhook)
-    return changed
-
-
-def _adapter(store: Store, version: int, options: PublishOptions, load: Callable[[str], LLM]) -> str:
-    """The folder of a version's adapter, as the servers see it; it is written where it was not yet."""
-    folder = store.folder.resolve() / SERVED / f"{version:04d}-rank-{options.rank}"
-    if not folder.exists():
-        update = load_version(store, version, to_serve=True)
-        assert update
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        llm = load(name := store.base_name(None))
-        store.check_base(name, llm.fingerprint)
-        export_adapter(llm, update, partial, options.rank)
-        for path in [partial.parent, partial, *partial.iterdir()]:
-            path.chmod(access(store.folder) & (0o777 if path.is_dir() else 0o666))
-        partial.rename(folder)
-    return str(Path(options.seen_as) / SERVED / folder.name if options.seen_as else folder)
-
-
-def _tell(store: Store, version: int, changed: Sequence[Switched], webhook: str | None) -> None:
-    """Keep what clients are to call where, and tell who asked to be told."""
-    with transaction(store.database):
-        for one in changed:
-            store.note(f"version {version} answers at {one.url} as {one.model}")
-    file = store.folder / SERVED / WHAT_IS_CALLED
-    file.parent.mkdir(mode=access(store.folder), exist_ok=True)
-    called = parse_json(read_text_file(file)) if file.exists() else {}
-    write_json(file, called | {one.url: one.model for one in changed})
-    if webhook:
+        called = {server.url: release.name for server in servers}
+        if news := dict(called.items() - told.items()):
+            _tell(store, version, told, news)
+    if news and options.webhook:
         try:
-            call(webhook, {"version": version, "models": {one.url: one.model for one in changed}})
+            call(options.webhook, {"version": version, "models": news})
         except UserError as error:
             note(f"the webhook was not told: {error}")
+    return version, [one for one in done if one]
+
+
+def _adapter(store: Store, version: int, rank: int, load: Callable[[str], LLM], model: str | None) -> str:
+    """The name of a version's adapter's folder, which is written where it was not yet."""
+    digest = check_there(store, version).get(UPDATE_FILE, "base")[:8]
+    folder = store.folder / SERVED / f"{version:04d}-{digest}-rank-{rank}"
+    if not folder.exists():
+        update = load_version(store, version)
+        llm = load(name := store.base_name(model))
+        store.check_base(name, llm.fingerprint)
+        partly = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partly, ignore_errors=True)
+        export_adapter(llm, update if update and update.tensors else _unchanged(llm), partly, rank)
+        for path in [partly.parent, partly, *partly.iterdir()]:
+            path.chmod(access(store.folder) & (0o777 if path.is_dir() else 0o666))
+        partly.rename(folder)
+    return folder.name
+
+
+def _unchanged(llm: LLM) -> WeightUpdate:
+    """The base model as an update of a weight that is as it was."""
+    (name, *_) = llm.blocks[0].weight_names("down")
+    weight = llm.model.get_parameter(name).detach().cpu()
+    return WeightUpdate(llm.name, llm.fingerprint, "none", [0], {name: weight})
+
+
+def _told(store: Store) -> dict[str, str]:
+    """What clients were told to call, by server; nothing where that is not known."""
+    try:
+        return dict(parse_json(read_text_file(store.folder / SERVED / WHAT_IS_CALLED)))
+    except (UserError, OSError, ValueError, TypeError):
+        return {}
+
+
+def _tell(store: Store, version: int, told: Mapping[str, str], news: Mapping[str, str]) -> None:
+    """Keep what clients are to call where, and that it has changed."""
+    with transaction(store.database):
+        for url, name in news.items():
+            store.note(f"version {version} answers at {url} as {name}")
+    (store.folder / SERVED).mkdir(mode=access(store.folder), exist_ok=True)
+    write_json(store.folder / SERVED / WHAT_IS_CALLED, {**told, **news})

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.editor import accept, can_leave_out, edit, leave_out
 from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError
+from pipeline.errors import DeviceError, UserError
 from pipeline.evaluation.evaluator import Evaluator, relative_changes
 from pipeline.evaluation.metrics import Estimate
 from pipeline.evaluation.plan import KINDS
@@ -20,6 +20,7 @@ from pipeline.model.llm import LLM
 from pipeline.options.updates import GateOptions, ProvingOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import fact
+from pipeline.running.processes import world_size
 from pipeline.updates.queue import Contradiction, number_of
 
 OF_BATCH = ("rewrite", "rephrase", "locality")
@@ -213,6 +214,8 @@ class Trial:
             update = self._edited(part, profile)
             figures = self.measure(update, part, kinds, self.accepted)
         except UserError as error:
+            if world_size() > 1 and isinstance(error, DeviceError):
+                raise
             return None, str(error)
         reason = missed(figures.gates(self.options.gates))
         if not reason:

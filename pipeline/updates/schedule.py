@@ -17,7 +17,7 @@ from apscheduler.triggers.combining import OrTrigger
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import DeviceError, UserError, one_line
 from pipeline.options.updates import seconds
 from pipeline.running.interrupts import interrupts
 from pipeline.running.processes import on_first, world_size
@@ -117,7 +117,7 @@ def _attempt(work: Callable[[], Any], say: Callable[[str], Any]) -> None:
     try:
         work()
     except (UserError, OSError) as error:
-        if world_size() > 1 and not isinstance(error, UserError):
+        if world_size() > 1 and isinstance(error, OSError | DeviceError):
             raise
         say(f"the update failed: {one_line(error)}")
     except Exception:  # a fault of ours must not end a schedule of months, nor be hidden
