@@ -85,8 +85,10 @@ def export_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int | Non
     changes = {weight.removesuffix(".weight"): _change(llm, weight, new) for weight, new in update.tensors.items()}
     if not changes:
         raise UserError("export: the update changes nothing that an adapter could hold")
-    moments = _moments(llm, update, [*changes]) if rank and update.requests else {}
-    found = {name: _split(change, rank, moments.get(name)) for name, change in changes.items()}
+    found, moments = {name: _split(change) for name, change in changes.items()}, dict[str, Tensor]()
+    if rank and any(part.full_rank > rank for part in found.values()):
+        moments = _moments(llm, update, [*changes]) if update.requests else {}
+        found = {name: _split(change, rank, moments.get(name)) for name, change in changes.items()}
     parts = {name: part for name, part in found.items() if part.whole} or dict([*found.items()][:1])
     info = _info([*parts.values()])
     _write_parts(llm, parts, info.rank, folder, update.model)
@@ -127,7 +129,7 @@ def _change(llm: LLM, weight: str, tensor: Tensor) -> Tensor:
     return as_stored(projection, tensor.double() - projection.weight.cpu().double())
 
 
-def _split(change_OI: Tensor, rank: int | None, moment_II: Tensor | None) -> _Part:
+def _split(change_OI: Tensor, rank: int | None = None, moment_II: Tensor | None = None) -> _Part:
     """The factors, of this rank at most, whose product is nearest to a change where its inputs have a moment C.
 
     With ΔW = U G, U's columns being orthonormal, they are U E and Eᵀ G for the first eigenvectors E of G C Gᵀ.
