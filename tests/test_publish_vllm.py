@@ -40,7 +40,7 @@ def store(smollm2: LLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
         EditRequest(id=subject, prompt=f"The {what} of {subject} is", subject=subject, new_answer=answer)
         for subject, what, answer in FACTS
     ]
-    text = write(folder / "text.txt", facts * 20)
+    text = write(folder / "text.txt", facts * 60)
     options = UpdateCommand(store=str(folder / "store"), gates=OPEN, trainer=TrainerOptions(accelerator="cpu"))
     options.edit.expert, options.edit.layers = dict(QUICK), [3]
     options.edit.statistics.text = options.evaluation.text = str(text)

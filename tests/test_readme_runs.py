@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny
+from stand_in import standing_in
 from test_own_trainer import Mine, somebodys_batches
 from test_readme import README, ROOT
 from torch.utils.data import DataLoader
@@ -35,7 +36,8 @@ from pipeline.parsing import flags_of, parse
 from pipeline.requests import layouts
 from pipeline.requests.readers import load_requests
 
-ELSEWHERE = ("run.py demo", "run.py plan", "--follow")
+ELSEWHERE = ("run.py demo", "run.py plan", "--follow", "run.py serve")
+SERVER = "http://localhost:8000"
 SECTIONS = {
     part.splitlines()[0]: [
         command
@@ -65,6 +67,10 @@ def small(folder: Path, name: str) -> Mapping[str, Any]:
 
 def run(command: str, folder: Path) -> None:
     """A printed command, made small, in this process."""
+    if SERVER in command:
+        with standing_in(lambda _, prompt: f" about {prompt}") as server:
+            run(command.replace(SERVER, server.url), folder)
+        return
     if "run.py schedule" in command:  # by the time it has worked, there is a second version
         run("python run.py submit more.jsonl --store runs/store", folder)
         command = "python run.py update --store runs/store"
