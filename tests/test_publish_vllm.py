@@ -19,6 +19,7 @@ from pipeline.requests.schema import EditRequest
 from pipeline.serving.engines import Server
 from pipeline.serving.publish import publish
 from pipeline.updates import Store, load_version, submit, update
+from pipeline.updates.history import check_there
 
 pytestmark = [
     pytest.mark.serving,
@@ -85,7 +86,8 @@ def test_a_version_is_proved_served_and_gone_back_from(smollm2: LLM, store: Stor
 
 def test_what_vllm_refuses_changes_nothing(smollm2: LLM, store: Store, url: str) -> None:
     publish(store, 1, PublishOptions(to=[url]), NO_GATES, lambda _: smollm2)
-    broken = Path(store.folder.resolve() / "served" / "0002-rank-511")
+    digest = check_there(store, 2)["update.json"][:8]
+    broken = Path(store.folder.resolve() / "served" / f"0002-{digest}-rank-511")
     broken.mkdir()
     (broken / "adapter_config.json").write_text("{}")
     line = refusal(lambda: publish(store, 2, PublishOptions(to=[url], rank=511), NO_GATES, lambda _: smollm2))
