@@ -299,7 +299,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files(folder)}
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("version", [1, 0])
 def test_cases_of_an_error_in_the_middle_of_a_swap(
     at: int, version: int, team: Team, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
@@ -319,7 +319,7 @@ def test_cases_of_an_error_in_the_middle_of_a_swap(
 
     with monkeypatch.context() as patched:
         patched.setattr("pipeline.editing.update.put", fail)
-        if at <= 1 + version:
+        if at == 1:  # of the one tensor that versions change here
             with pytest.raises(KeyboardInterrupt):
                 live.follow()
             assert (live.version, fingerprint(live.llm.model)) == (2, before)
