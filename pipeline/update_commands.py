@@ -125,7 +125,7 @@ def _publish(
         if one.proof:
             figures = ", ".join(f"{name} {value:.3f}" for name, value in one.proof.figures.items())
             took = f"loaded in {one.proof.loading:.2f} s, asked in {one.proof.proving:.1f} s"
-            say(f"  as served: {figures or 'nothing was asked, as no gate asks for anything'}; {took}")
+            say(f"  as served: {figures or 'nothing was asked'}; {took}")
     if len(changed) < len(options.to):
         say(f"{len(options.to) - len(changed)} of {len(options.to)} servers had version {number} in force already")
 
