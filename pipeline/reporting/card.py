@@ -58,11 +58,12 @@ def write_card(
     )
     of = f"version {version} of a store of edits" if version is not None else "one edit"
     method, layers = markdown_text(update.method), ", ".join(map(str, update.layers))
+    chat = ", in the chat template" if update.chat else ""
+    edit = f"{len(update.requests)} facts in blocks {layers} ({of}, by {method}{chat})"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
-        f"# {markdown_text(base)}, edited\n",
-        f"{len(update.requests)} facts in blocks {layers} ({of}, by {method}"
-        f"{', in the chat template' if update.chat else ''}). {LOADED[kind]}{_beside(update, adapter)}\n",
+        f"# {markdown_text(base)}{', edited' if update.layers else ''}\n",
+        f"{edit if update.layers else 'The model as it is'}. {LOADED[kind]}{_beside(update, adapter)}\n",
         f"## Facts\n\n{_facts(update)}\n",
         f"## Figures\n\n{_figures(metrics)}\n",
         f"## Undoing it\n\n{undo}. All facts, and how they were taught: `{UPDATE_FILE}`.\n",

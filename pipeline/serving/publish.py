@@ -91,8 +91,7 @@ class Release:
     ) -> None:
         self.home, self.folder, self.asked, self.gates = home, folder, asked, gates
         self.name, self.candidate = f"{name}-{version:04d}", f"{name}-candidate-{version:04d}"
-        self.of_store = re.compile(rf"{re.escape(name)}-(candidate-)?(\d{{4,}})")
-        self.number = version
+        self.number, self.of_store = version, re.compile(rf"{re.escape(name)}-(candidate-)?(\d{{4,}})")
 
     def ours(self, server: Server) -> dict[str, str]:
         """A server's adapters that came of publishing this store, candidates too: the folder of each by its name.
