@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import cache, partial
@@ -22,7 +22,8 @@ from pipeline.model.llm import LLM
 from pipeline.options import updates as of
 from pipeline.options.base import as_config
 from pipeline.reporting.dashboards import show_on_board
-from pipeline.reporting.terminal import say, show_sides
+from pipeline.reporting.tables import not_measured
+from pipeline.reporting.terminal import say, show_missed, show_sides
 from pipeline.requests.readers import stream_requests
 from pipeline.running.launch import beside
 from pipeline.running.processes import in_first, on_first, world_size
@@ -164,10 +165,19 @@ def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     say(f"{head}: {len(done.applied)} applied, {len(done.held)} held back")
     if done.gates:
         say(f"  gates: {', '.join(map(str, done.gates))}")
+    if done.after:
+        _show_held(done.after.metrics, done.after.missed)
     for number, reason in done.held[: past.NAMED]:
         say(f"  held back: request #{number}: {reason}")
     if store:  # of several processes the first has it
         _show_superseded(store, done.superseded)
+
+
+def _show_held(metrics: Mapping[str, Estimate], missed: Sequence[tuple[int, str, str]]) -> None:
+    """What of a version does not hold, and what would tell but was not measured."""
+    show_missed([(f"request #{number}", asked, says) for number, asked, says in missed])
+    if missing := not_measured(metrics):
+        say(missing)
 
 
 def history(options: of.HistoryCommand) -> None:
@@ -207,6 +217,7 @@ def show(options: of.ShowCommand) -> None:
             )
             found = {side: figures[side]["metrics"].items() for side in ("before", "after")}
             show_sides({side: {name: Estimate(**one) for name, one in some} for side, some in found.items()})
+            show_missed([(f"request #{number}", *rest) for number, *rest in after.get("missed", [])])
         _show_facts(store, sorted(held), " ")
 
 

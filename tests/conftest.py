@@ -55,7 +55,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patched.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # fonts are found once a machine
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patched.setattr("pipeline.evaluation.plan.FLUENCY_TOKENS", 4)  # each evaluation goes on from 16 prompts
-        patched.setattr("pipeline.editing.statistics.own_text", some_text)
+        patched.setattr("pipeline.editing.ordinary_text.own_text", some_text)
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import mean_loss
@@ -13,7 +14,7 @@ from pipeline.editing.auto import AFTER_FEW, AFTER_MANY, MANY_LONG, AutoSettings
 from pipeline.editing.columns import Columns, owner
 from pipeline.editing.editor import can_leave_out, edit
 from pipeline.editing.finetune import FineTune, FinetuneSettings
-from pipeline.editing.lessons import OTHER_NAME
+from pipeline.editing.lessons import APART
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.errors import Note
 from pipeline.model.llm import LLM
@@ -71,7 +72,7 @@ def test_what_training_gives_back_to_subjects_stays_after_values(
     questions = [changed(one, prompt=f"The capital of {one.subject} is what?") for one in requests]
     for asked, others_are_names_alone in ((requests, True), (questions, False)):
         edit(tiny_llm, asked, options=options)
-        taught, others = (Counter(row.tag == OTHER_NAME for row in rows) for rows in read[-2:])
+        taught, others = (Counter(row.tag == APART for row in rows) for rows in read[-2:])
         assert others[True]
         assert not taught[True]
         assert (others[False] == 0) == others_are_names_alone
@@ -116,15 +117,23 @@ def test_what_is_to_stay_is_what_the_unedited_model_says(
     assert seen == ["read", "located"]
 
 
-def test_a_fact_that_is_fine_tuned_now_leaves_nothing_that_memit_was_asked_for(
-    tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, monkeypatch: pytest.MonkeyPatch
+ANEW: dict[str, dict[str, Any]] = {
+    "fine-tuned alone by auto": {"expert": {"long": 1, "tuning": {"epochs": 1}}},
+    "located by auto": {"expert": {"steps": 2, "tuning": {"epochs": 1}}},
+    "by another kind": {"method": "finetune", "expert": {"epochs": 1}},
+    "at another layer": {"method": "memit", "expert": {"steps": 2}, "layers": [2]},
+}
+
+
+@pytest.mark.parametrize("how", ANEW.values(), ids=ANEW)
+def test_a_fact_that_is_taught_anew_leaves_nothing_that_memit_was_asked_for(
+    how: dict[str, Any], tiny_llm: LLM, requests: list[EditRequest], options: EditOptions
 ) -> None:
-    options.method, options.expert = "memit", {"steps": 5}
-    first = edit(tiny_llm, requests[:2], options=options)
-    left_out = []
-    leave_out = LocateThenEdit.leave_out
-    monkeypatch.setattr(LocateThenEdit, "leave_out", lambda *args: left_out.append(args[1]) or leave_out(*args))
-    options.method, options.expert = "auto", {"long": 1, "tuning": {"epochs": 1}}
+    first = edit(tiny_llm, requests[:2], options=replace(options, method="memit", expert={"steps": 5}))
     again = changed(requests[0], id="again", new_answer="the river and the sea")
-    second = edit(tiny_llm, [again], options=options, after=first)
-    assert left_out == [[again]] and second.requests == [requests[1], again]
+    second = edit(tiny_llm, [again], options=replace(options, **how), after=first)
+    assert second.requests == [requests[1], again]
+    first_layer = first.layers[0]
+    assert second.state[f"locate.{first_layer}.owner_n"].unique().tolist() == [owner(requests[1])]
+    assert can_leave_out(second, [again], options.method) == (how.get("method") == "memit")
+    assert can_leave_out(second, requests[1:2], "memit")

@@ -170,9 +170,9 @@ def test_an_update_that_changes_nothing_moves_nothing(
     assert set(measured.difference) == set(before.metrics)
     for name, difference in measured.difference.items():  # a probability's last bits hang on where memory lies
         assert asdict(after.metrics[name]) == pytest.approx(asdict(before.metrics[name]), rel=1e-6, abs=1e-6)
-        assert [difference.mean, difference.low, difference.high] == pytest.approx([0, 0, 0], abs=1e-6)
+        assert difference.mean == pytest.approx(0, abs=1e-6)
+        assert difference.low <= 1e-6 and difference.high >= -1e-6, "few that stay are no proof that all do"
     assert before.metrics["locality"] == Estimate(1, 7, pytest.approx(0.6457, abs=1e-4), 1), "7 of 7, by Wilson"
-    assert measured.difference["rewrite"] == Estimate(0, 7, 0, 0)
     assert set(measured.weights.values()) == {0.0}
 
 

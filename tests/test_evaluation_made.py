@@ -82,7 +82,7 @@ def test_what_a_request_brings_is_not_made(talker: LLM, bare: list[EditRequest])
     probe = Probe(prompt="Spain lies in", answer="Europe")
     whole = {"made_rephrase": 2, "made_chat": 2, "made_subject": 3, "made_neighbour": 2}
     for field, brought, without in (
-        ("rephrases", ("Spain?",), ("made_rephrase", "made_chat")),
+        ("rephrases", ("Spain?",), ("made_rephrase",)),
         ("locality", (probe,), ("made_neighbour",)),
         ("locality", (probe.model_copy(update={"axis": "relation"}),), ("made_neighbour",)),
         ("locality", (probe.model_copy(update={"axis": "subject"}),), ("made_subject",)),
@@ -96,7 +96,7 @@ def test_what_a_request_brings_is_not_made(talker: LLM, bare: list[EditRequest])
 
 def test_a_model_without_a_chat_is_asked_in_none(tiny_llm: LLM, talker: LLM, bare: list[EditRequest]) -> None:
     assert "made_chat" not in kinds(bare, tiny_llm)
-    assert "made_chat" not in kinds(bare, LLM(talker.model, talker.tokenizer, chat=True)), "all is a chat there"
+    assert kinds(bare, LLM(talker.model, talker.tokenizer, chat=True)) == kinds(bare, talker)
 
 
 def test_made_words_teach_nothing() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
-from pipeline.evaluation.metrics import bootstrap_mean
+from pipeline.evaluation.metrics import Resampled, bootstrap_mean
 
 
 def bootstrap(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
@@ -55,8 +57,28 @@ def test_a_rates_interval_is_wilsons(held: int, of: int, low: float, high: float
     assert [estimate.low, estimate.high] == pytest.approx([low, high], abs=1e-4)
 
 
-def test_a_difference_of_rates_keeps_its_paired_bootstrap() -> None:
-    before, after = (bootstrap_mean([float(n < held) for n in range(40)], [1] * 40, range(40)) for held in (5, 30))
-    difference = after.minus(before).estimate()
-    assert difference.mean == pytest.approx(25 / 40)
-    assert 0.45 < difference.low < difference.mean < difference.high < 0.8
+def rate(values: Sequence[float]) -> Resampled:
+    return bootstrap_mean(values, [1] * len(values), range(len(values)))
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "low", "high"),
+    [
+        ([1] * 10, [0] * 10, 0.6076, 1),  # ten gained say no more than that
+        ([1] * 7, [1] * 7, -0.3543, 0.3543),  # nor do seven that stay
+        ([1] * 30 + [0] * 10, [1] * 5 + [0] * 35, 0.4445, 0.7404),
+        ([1] * 20 + [0] * 20, [1] * 20 + [0] * 20, 0, 0),  # pair by pair the same
+    ],
+)
+def test_a_difference_of_rates_is_newcombes(
+    after: list[float], before: list[float], low: float, high: float
+) -> None:
+    difference = rate(after).minus(rate(before)).estimate()
+    assert difference.mean == pytest.approx(np.mean(after) - np.mean(before))
+    assert [difference.low, difference.high] == pytest.approx([low, high], abs=1e-3)
+
+
+def test_a_difference_of_other_means_keeps_its_paired_bootstrap() -> None:
+    before = rate([0.5] * 20 + [0.0] * 20)
+    difference = rate([1.0] * 20 + [0.5] * 20).minus(before).estimate()
+    assert [difference.mean, difference.low, difference.high] == pytest.approx([0.5] * 3)

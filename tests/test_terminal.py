@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.evaluation.evaluator import Evaluation, Measurement
 from pipeline.evaluation.metrics import Estimate
+from pipeline.reporting.tables import EXPECTED, not_measured
 from pipeline.reporting.terminal import LOG_WIDTH, say, show_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -31,9 +32,9 @@ def shown(columns: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
         monkeypatch.setenv("COLUMNS", str(columns))
-    show_metrics(Evaluation(measured(0.25), measured(0.125)))
+    show_metrics([], Evaluation(measured(0.25), measured(0.125)))
     *table, missing = capsys.readouterr().out.splitlines()
-    asked = "generation containment, rephrase containment, rewrite, rephrase"
+    asked = "generation containment, chat, rephrase containment, rewrite, rephrase"
     assert missing == f"NOT MEASURED: {asked}, the rest of the subject, locality, portability, sane texts"
     return table
 
@@ -81,3 +82,10 @@ def test_a_stream_that_cannot_show_a_letter_ends_no_command(tmp_path: Path) -> N
     )
     assert told.returncode == 2
     assert told.stderr.startswith("error: config: \\xfcnnamed.txt: expected a mapping")
+
+
+def test_what_was_measured_of_a_part_is_said_with_the_number_of_the_others() -> None:
+    found = {name: Estimate(1, 10, 1, 1) for names in EXPECTED.values() for name in names[:1]}
+    assert not_measured(found | {"sane_texts": Estimate(1, 4, 1, 1)}) == ""
+    found |= {"rephrase": Estimate(1, 3, 1, 1), "made_rephrase_containment": Estimate(1, 6, 1, 1)}
+    assert not_measured(found) == "NOT MEASURED: rephrase of 1, sane texts"

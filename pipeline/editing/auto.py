@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from pipeline.editing.columns import owner, owners_in
 from pipeline.editing.contexts import ASSOCIATIONS, is_question
 from pipeline.editing.finetune import make_finetune
 from pipeline.editing.locate import STACKED, LocateSettings, LocateThenEdit, memit_solver
@@ -57,7 +56,7 @@ class AutoSettings(LocateSettings):
 class Auto(LocateThenEdit):
     """memit for the requests that it suits, then fine-tuning of all.
 
-    Its `state` is empty: what is fine-tuned cannot be left out again.
+    Its `state` is empty: what is fine-tuned cannot be left out again. What was located before can.
 
     Attributes:
         tuning: the fine-tuning of these blocks and further ones.
@@ -90,8 +89,6 @@ class Auto(LocateThenEdit):
             usual = MANY_LONG
         self.tuning.settings = replace(self.tuning.settings, **usual | self.settings.tuning)
         (courses,) = self.tuning.lessons([requests], runtime)
-        if replaced := [one for one in others if owner(one) in owners_in(self.state)]:
-            self.leave_out(replaced, runtime, earlier)  # what memit was asked for them goes
         if located:
             super().run(located, runtime, [*earlier, *others])
             self.tuning.after_values = True

@@ -83,7 +83,7 @@ def owner(request: EditRequest) -> int:
 
 def owners_in(state: Mapping[str, Tensor]) -> set[int]:
     """Which facts an update's state holds columns for."""
-    return {number for layer in _layers(state) for number in state[f"locate.{layer}.owner_n"].tolist()}
+    return {number for layer in layers_in(state) for number in state[f"locate.{layer}.owner_n"].tolist()}
 
 
 OWN = {"key_In": 1, "change_On": 1, "owner_n": 0}  # a column's own, and the dimension of each that is columns
@@ -93,13 +93,13 @@ State = Mapping[str, Tensor]
 
 def columns_in(state: State) -> dict[str, Tensor]:
     """The entries of a state that grow with the facts."""
-    return {name: state[name] for layer in _layers(state) for name in _named(layer)}
+    return {name: state[name] for layer in layers_in(state) for name in _named(layer)}
 
 
 def learnt_columns(earlier: State, now: State, learnt: Sequence[int]) -> dict[str, Tensor]:
     """A state's columns of these facts, and whose columns of an earlier state it leaves out, by layer."""
     found: dict[str, Tensor] = {}
-    for layer in _layers(now):
+    for layer in layers_in(now):
         owners = f"locate.{layer}.owner_n"
         if owners in earlier and all(torch.equal(earlier[name], now[name]) for name in _named(layer)):
             continue
@@ -115,7 +115,7 @@ def gathered_columns(newest_first: Iterable[State]) -> dict[str, Tensor]:
     parts: dict[int, list[State]] = defaultdict(list)
     gone: dict[int, set[int]] = defaultdict(set)
     for part in newest_first:
-        for layer in _layers(part):
+        for layer in layers_in(part):
             owners = part[f"locate.{layer}.owner_n"].tolist()
             kept = [place for place, owner in enumerate(owners) if owner not in gone[layer]]
             parts[layer].insert(0, _chosen(part, layer, torch.tensor(kept, dtype=torch.int64)))
@@ -127,7 +127,8 @@ def gathered_columns(newest_first: Iterable[State]) -> dict[str, Tensor]:
     }
 
 
-def _layers(state: State) -> list[int]:
+def layers_in(state: State) -> list[int]:
+    """The layers that a state holds columns for."""
     return [int(found[1]) for name in sorted(state) if (found := re.fullmatch(r"locate\.(\d+)\.owner_n", name))]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing import auto, finetune, locate, lora  # noqa: F401  each registers its own kinds
-from pipeline.editing.columns import owner, owners_in
+from pipeline.editing.columns import layers_in, owner, owners_in
 from pipeline.editing.method import METHODS, settings_of
 from pipeline.editing.statistics import give_moments
 from pipeline.editing.update import WeightUpdate
@@ -71,10 +71,14 @@ def edit(
     if after:
         after.check_fits(llm)
     earlier = after or WeightUpdate(llm.name, llm.fingerprint, options.method, [], {})
+    settings = asdict(settings_of(options))
+    make = METHODS[options.method].make
+    method = make(llm, layers, options, earlier.state)
+    if not (type(method) is locate.LocateThenEdit and {*layers_in(earlier.state)} <= {*method.layers}):
+        earlier = _given_way(llm, earlier, requests, options, trainer, seed)  # memit and its kin solve anew for it
+        method = make(llm, layers, options, earlier.state)
     anew = {fact(request) for request in requests}
     left = [request for request in earlier.requests if fact(request) not in anew]
-    settings = asdict(settings_of(options))
-    method = METHODS[options.method].make(llm, layers, options, earlier.state)
     about = (llm.fingerprint, llm.chat, options.method, layers, settings, options.statistics, seed)
     own = work / digest(*about, requests, earlier.requests) if work else None
     runtime = Runtime(trainer or TrainerOptions(), logger, seed, own)
@@ -95,6 +99,25 @@ def edit(
         adapter=None if after else method.adapter,  # on top of another one it is a part of the change
         chat=llm.chat,
     )
+
+
+def _given_way(
+    llm: LLM,
+    earlier: WeightUpdate,
+    requests: Sequence[EditRequest],
+    options: EditOptions,
+    trainer: TrainerOptions | Trainer | None,
+    seed: int,
+) -> WeightUpdate:
+    """The earlier update without what was located for facts that are taught anew: it would work against that, and
+    be left out later as if that went with it.
+    """
+    replaced = [request for request in requests if owner(request) in owners_in(earlier.state)]
+    if not replaced:
+        return earlier
+    known = METHODS[earlier.method].solves_anew
+    how = replace(options, method=earlier.method if known else "memit", expert=earlier.options if known else {})
+    return leave_out(llm, earlier, replaced, how, trainer, seed)
 
 
 def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRequest]:
@@ -177,7 +200,7 @@ def leave_out(
     """
     gone = {fact(request) for request in requests}
     left = [request for request in update.requests if fact(request) not in gone]
-    layers = [layer for layer in update.layers if f"locate.{layer}.owner_n" in update.state]
+    layers = layers_in(update.state)
     method = METHODS[options.method].make(llm, layers, options, update.state)
     assert isinstance(method, locate.LocateThenEdit)
     base, runtime = weights(llm, method.weight_names), Runtime(trainer or TrainerOptions(), seed=seed)

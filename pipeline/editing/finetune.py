@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing.contexts import CONTEXTS, TAUGHT_CONTEXTS
-from pipeline.editing.lessons import OTHER_NAME, KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
+from pipeline.editing.lessons import APART, KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
+from pipeline.editing.ordinary_text import ordinary_text
 from pipeline.editing.solvers import sparing
 from pipeline.editing.statistics import READ_TOGETHER, KeyMoments
 from pipeline.editing.whitening import WhitenedAdam, whitener
@@ -28,7 +29,7 @@ from pipeline.model.activations import Activations, checkpointing, target_logits
 from pipeline.model.blocks import Projection
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count, Most, Options, Positive, Weight, above, at_least, at_most, one_of
-from pipeline.options.editing import EditOptions
+from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.rows import Batch, Row
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put, whole
@@ -78,6 +79,7 @@ class FineTune(Staying):
         llm: the model; what is not trained is frozen when training starts.
         layers: the blocks to train.
         settings: how; default: fine-tuning's.
+        statistics: which ordinary text is to go on as before.
 
     Attributes:
         weight_names: the weights it changes, by full name.
@@ -91,11 +93,17 @@ class FineTune(Staying):
 
     adapter: dict[str, Any] | None = None
 
-    def __init__(self, llm: LLM, layers: Sequence[int], settings: FinetuneSettings | None = None) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        layers: Sequence[int],
+        settings: FinetuneSettings | None = None,
+        statistics: StatisticsOptions | None = None,
+    ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds what is trained
         self.llm, self.model, self.activations = llm, llm.model, Activations(llm)
-        self.settings = settings or FinetuneSettings()
+        self.settings, self.statistics = settings or FinetuneSettings(), statistics or StatisticsOptions()
         if wrong := [depth for depth in self.settings.depths if not 0 <= depth < 1]:
             raise UserError(f"edit: depths: {wrong[0]}; expected parts of the model's depth, from 0 to below 1")
         self.layers = sorted({*layers, *(int(depth * len(llm.blocks)) for depth in self.settings.depths)})
@@ -124,7 +132,8 @@ class FineTune(Staying):
     def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[list[Lessons]]:
         """The courses of each group of requests, which know nothing of each other."""
         contexts, kept = self.settings.contexts, self.settings.kl > 0
-        return read_lessons(self.llm, min(self.layers), groups, contexts, kept, runtime)
+        ordinary = ordinary_text(self.llm, self.statistics, runtime) if kept and self.moments_of else []
+        return read_lessons(self.llm, min(self.layers), groups, contexts, kept, runtime, ordinary)
 
     def fit(self, courses: Sequence[Lessons], runtime: Runtime) -> None:
         """Train on courses, in micro-batches where the options ask for them; UserError for too little memory."""
@@ -162,8 +171,8 @@ class FineTune(Staying):
         taught = [lesson.row for course in courses for forms in course.taught for lesson in forms]
         others = [lesson.row for course in courses for lesson in course.others]
         if self.after_values:
-            taught += [row for row in others if row.tag != OTHER_NAME]
-            others = [row for row in others if row.tag == OTHER_NAME]
+            taught += [row for row in others if row.tag != APART]
+            others = [row for row in others if row.tag == APART]
         if not (others and self.moments and self.settings.sparing):
             return
         read = [self._keys_of(rows, runtime) for rows in (taught, others)]
@@ -297,7 +306,7 @@ def make_finetune(
     llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
 ) -> FineTune:
     """Fine-tuning as `edit` makes it; what was learnt before is in the weights."""
-    return FineTune(llm, layers, settings_of(options))
+    return FineTune(llm, layers, settings_of(options), options.statistics)
 
 
 register("finetune", make_finetune, FinetuneSettings)

@@ -43,14 +43,15 @@ from pipeline.running.processes import from_first
 from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
-UNRELATED = 1024  # the most texts that are to go on as before
+UNRELATED = 2048  # the most texts that are to go on as before
 PLACES = 4  # at the end of a prompt that is to go on as before, where it is
+PIECE, PIECE_PLACES, PIECES = 32, 16, 4  # of ordinary text: tokens, places at their end, and one to so many others
 ANSWER = 12  # tokens of an answer to another question about a subject
-OTHER_NAME = "another name"  # the tag of a request's prompt with one in its subject's place
+APART = "apart"  # the tag of texts about no request's subject: prompts with another name, and ordinary text
 SAME = 3  # tokens: relations after which as much is said as after the request's prompt may be the request's own
 READ_TOGETHER = 32  # rows or questions
 EVERY = 30.0  # seconds between two checkpoints within an epoch
-NAMES_EACH = 9  # other names that a request's prompt is tried with
+NAMES_EACH = 18  # other names that a request's prompt is tried with
 RELATIONS_EACH = 3  # of a request's subject
 
 
@@ -132,19 +133,25 @@ class Text(NamedTuple):
 
 
 def read_lessons(
-    llm: LLM, layer: int, groups: Sequence[Sequence[EditRequest]], contexts: int, kept: bool, runtime: Runtime
+    llm: LLM,
+    layer: int,
+    groups: Sequence[Sequence[EditRequest]],
+    contexts: int,
+    kept: bool,
+    runtime: Runtime,
+    ordinary: Sequence[list[int]] = (),
 ) -> list[list[Lessons]]:
     """What is to be taught to each group of requests, which know nothing of each other: as plain text, and as chat.
 
     `layer` is the lowest block that will be trained, `contexts` how many a prompt is put under, and `kept` says
-    whether texts that are to go on as before are wanted: requests' prompts with other names, and what else is said
-    of their subjects.
+    whether texts that are to go on as before are wanted: requests' prompts with other names, what else is said of
+    their subjects, and pieces of windows of `ordinary` text.
     """
     spoken = llm.tokens.bare_template
     joinings = [PLAIN, *([spoken] if spoken else [])]
     courses = [(group, joining) for group in groups for joining in joinings]
     taught = [text for number, course in enumerate(courses) for text in _taught(llm, number, *course, contexts)]
-    others = _others(llm, courses, runtime) if kept else []
+    others = _others(llm, courses, ordinary, runtime) if kept else []
     rows = [text.row for text in (*taught, *others)]
     enter = run(Entering(llm, layer), rows, runtime, Row.length) if layer else [None] * len(rows)
     base = [None] * len(taught) + run(HeadReads(llm), [text.row for text in others], runtime, Row.length)
@@ -166,19 +173,25 @@ def _taught(llm: LLM, course: int, group: Sequence[EditRequest], joining: Joinin
     return (Text(row, course, number) for row, number in zip(rows, numbers, strict=True))
 
 
-def _others(llm: LLM, courses: Sequence[tuple[Sequence[EditRequest], Joining]], runtime: Runtime) -> list[Text]:
+def _others(
+    llm: LLM,
+    courses: Sequence[tuple[Sequence[EditRequest], Joining]],
+    ordinary: Sequence[list[int]],
+    runtime: Runtime,
+) -> list[Text]:
     """Of each course, at most `UNRELATED` texts that are to go on as before.
 
     They are requests' prompts with other names, and what else is said of requests' subjects: in a chat, questions
-    about these, with the unedited model's own answers.
+    about these, with the unedited model's own answers. Ordinary text stands beside plain ones.
     """
+    pieces = [ids[at : at + PIECE] for ids in ordinary for at in range(0, len(ids) - PIECE + 1, PIECE)]
     spoken = courses[-1][1]
     related = _related(llm, {request.id: request for group, _ in courses for request in group}, runtime)
     rows: list[list[Row]] = []
     asked: list[tuple[int, str]] = []  # in which course, and what
     for course, (group, joining) in enumerate(courses):
         texts = [text for text, _ in neighbours(group, NAMES_EACH, UNRELATED)]
-        tags = [OTHER_NAME] * len(texts)
+        tags = [APART] * len(texts)
         if joining is PLAIN:
             texts += [text for one in group for text in statements_about(one, related[one.id])]
             ids = llm.tokens.prompts(texts, PLAIN)
@@ -187,6 +200,9 @@ def _others(llm: LLM, courses: Sequence[tuple[Sequence[EditRequest], Joining]], 
             ids = llm.tokens.opened([*map(in_chat, texts)], joining)
         read = zip_longest(ids, tags)
         rows.append([going_on(one, PLACES)._replace(tag=tag) for one, tag in read])
+        if joining is PLAIN:
+            some = random.Random(runtime.seed).sample(pieces, min(len(pieces), len(rows[-1]) // PIECES))
+            rows[-1] += [going_on(one, PIECE_PLACES)._replace(tag=APART) for one in some]
     openings = questions(llm, [text for _, text in asked], ANSWER, spoken)
     answers = _said(llm, openings, runtime)
     whole = llm.tokens.opened([(text, answer) for (_, text), answer in zip(asked, answers, strict=True)], spoken)

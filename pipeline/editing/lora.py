@@ -60,7 +60,7 @@ class LoRA(FineTune):
         self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
     ) -> None:
         settings: LoraSettings = settings_of(options)
-        super().__init__(llm, layers, settings)
+        super().__init__(llm, layers, settings, options.statistics)
         rank, projections = settings.rank, list(self.projections.values())
         most = min(side for projection in projections for side in sizes(projection))
         if not 1 <= rank <= most:

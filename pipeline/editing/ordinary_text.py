@@ -1,12 +1,13 @@
-"""Ordinary text for key statistics: a file's, or what the model writes itself."""
+"""Ordinary text, for key statistics and to go on as before: a file's, or what the model writes itself."""
 
 from __future__ import annotations
 
 import torch
 
-from pipeline.files import cached, digest
+from pipeline.files import cached, digest, read_plain_text
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
+from pipeline.options.editing import StatisticsOptions
 from pipeline.requests.tokens import PLAIN
 from pipeline.running.trainer import Runtime
 
@@ -15,6 +16,17 @@ OPENINGS = (
     *("The", "In", "It", "A", "This", "When", "After", "For"),
     *("He", "She", "They", "We", "There", "One", "Many", "As"),
 )
+
+
+def ordinary_text(llm: LLM, options: StatisticsOptions, runtime: Runtime) -> list[list[int]]:
+    """The tokens of what the options name, in equal windows; UserError when the file cannot be read."""
+    texts = file_text(options)
+    return windows(llm, own_text(llm, options.tokens, runtime) if texts is None else texts, options.tokens)
+
+
+def file_text(options: StatisticsOptions) -> list[str] | None:
+    """The lines of the options' file; None where they name none. UserError when it cannot be read."""
+    return read_plain_text("statistics.text", options.text).splitlines() if options.text else None
 
 
 def windows(llm: LLM, texts: list[str], tokens: int) -> list[list[int]]:

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, distributed
 
-from pipeline.editing.ordinary_text import OPENINGS, own_text, windows
+from pipeline.editing.ordinary_text import OPENINGS, file_text, ordinary_text, windows
 from pipeline.errors import UserError, note
-from pipeline.files import cached, digest, read_plain_text, read_sealed, write_sealed
+from pipeline.files import cached, digest, read_sealed, write_sealed
 from pipeline.model.activations import RowStage
 from pipeline.model.blocks import by_row, sizes
 from pipeline.model.llm import LLM
@@ -41,7 +41,7 @@ def key_moments(
             precision have no second moment.
     """
     runtime = runtime or Runtime()
-    text = read_plain_text("statistics.text", options.text).splitlines() if options.text else None
+    text = file_text(options)
     of = digest(options.tokens, llm.tokens.texts(OPENINGS) if text is None else windows(llm, text, options.tokens))
     about = {name: _about(llm, name, of, runtime) for name in names}
     files = {name: cached(f"moment-{digest(about[name])}.safetensors") for name in names}
@@ -49,7 +49,7 @@ def key_moments(
     found = {name: moment for name in names if (moment := _read(files[name], about[name], device)) is not None}
     missing = sorted({name for lacking in of_all(files.keys() - found.keys()) for name in lacking})
     if missing:
-        read = windows(llm, own_text(llm, options.tokens, runtime) if text is None else text, options.tokens)
+        read = ordinary_text(llm, options, runtime)
         _check_size(llm, missing, sum(map(len, read)), options)
         stage = KeyMoments(llm, missing)
         with llm.frozen():

@@ -8,11 +8,13 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 
 from pipeline.editing.update import WeightUpdate
+from pipeline.evaluation.made import HOLDS
 from pipeline.evaluation.metrics import Estimate, Resampled
 from pipeline.evaluation.plan import KINDS, Plan, Text
 from pipeline.evaluation.reading import Readings, TextReading, read
@@ -31,6 +33,14 @@ MOST_KEPT = 64  # measurements of base models; the ones not used for longest go
 Metrics = dict[str, Estimate]
 
 
+class Missed(NamedTuple):
+    """A request to which the model does not give the new answer in some kind of asking."""
+
+    request: int  # its number
+    asked: str  # all prompts of that kind
+    says: str
+
+
 @dataclass
 class Measurement:
     """A model's figures, the values that they are means of, and what it said."""
@@ -42,6 +52,17 @@ class Measurement:
     values: Values = field(default_factory=dict, compare=False, repr=False)
     resampled: dict[str, Resampled] = field(default_factory=dict, compare=False, repr=False)
     asked: dict[str, list[list[str]]] = field(default_factory=dict, compare=False)  # the prompts of what is `said`
+
+    @property
+    def missed(self) -> list[Missed]:
+        """What does not hold: answers in which the new one does not stand, by the kinds that ask for it."""
+        return [
+            Missed(number, " | ".join(self.asked[kind][number]), " | ".join(self.said[kind][number]))
+            for kind in HOLDS
+            if (held := self.values.get(f"{kind}_containment"))
+            for number, share in held.values.items()
+            if share < 1
+        ]
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pipeline.requests.tokens import Joining, Tokens
 
 MADE_TEXTS = ("made_subject", "made_neighbour")  # what comes next there is to stay as it is
 MADE_ASKED = ("made_rephrase", "made_chat")  # asked so, the model is to give the new answer
+HOLDS = ("generation", "rephrase", *MADE_ASKED)  # kinds of prompts whose answer tells whether a fact holds
 OF_SUBJECT = ("subject", "Relation_Specificity")  # axes of locality probes about the request's own subject
 
 FINISH, WONDER = "Finish this sentence: {prompt}", "I would like to know this: {prompt}"
@@ -42,7 +43,7 @@ class Made(NamedTuple):
 def made_probes(requests: Sequence[EditRequest], tokens: Tokens) -> list[Made]:
     """What is made for requests of each kind that one has none of; what leaves no room for an answer is left out.
 
-    Where prompts are given plain, a tokenizer with a chat template is also asked as in a chat (`made_chat`).
+    A tokenizer with a chat template is also asked as in a chat (`made_chat`), whatever a request brings.
     """
     found = made_prompts(requests, tokens.template is not None)
     room = max(map(len, tokens.texts([request.new_answer for request in requests])))
@@ -77,7 +78,8 @@ def _of_request(request: EditRequest, edited: set[str], chat: bool) -> dict[str,
     axes, found = {probe.axis for probe in request.locality}, dict[str, list[str]]()
     if not request.rephrases:
         found["made_rephrase"] = _asked(request, in_chat=False)
-        found |= {"made_chat": _asked(request, in_chat=True)} if chat else {}
+    if chat:
+        found["made_chat"] = _asked(request, in_chat=True)
     if request.subject and not axes & {*OF_SUBJECT}:
         taken = {*CONTENT.findall(request.prompt.casefold())}
         others = [text for text in _from(SUBJECTS, request) if not taken & {*CONTENT.findall(text)}]

@@ -11,7 +11,6 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.errors import terminal_text
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.reporting.tables import (
-    HOLDS,
     markdown_table,
     markdown_text,
     metric_table,
@@ -61,14 +60,8 @@ def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation) -> st
 
 def missed_table(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
     """The facts that do not hold, with what the edited model says, as a Markdown table; empty where all do."""
-    measured = evaluation.after or evaluation.before
-    rows = []
-    for kind in HOLDS:
-        held = measured.values.get(f"{kind}_containment")
-        for number, value in held.values.items() if held else ():
-            if value < 1:
-                asked, said = (" | ".join(texts[kind][number]) for texts in (measured.asked, measured.said))
-                rows.append([requests[number].id, asked, requests[number].new_answer, said])
+    missed = (evaluation.after or evaluation.before).missed
+    rows = [[requests[at].id, asked, requests[at].new_answer, says] for at, asked, says in missed]
     more = f"\nAnd {len(rows) - MISSED} more: `values.csv` has all.\n" if len(rows) > MISSED else ""
     return markdown_table(["id", "asked", "wanted", "says"], rows[:MISSED]) + "\n" + more if rows else ""
 

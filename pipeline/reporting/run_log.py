@@ -133,7 +133,7 @@ class RunLog:
         else:
             self._text("evaluation/metrics", metrics_table(evaluation))
             self._text("evaluation/answers", answers_table(requests, evaluation))
-        show_metrics(evaluation)
+        show_metrics(requests, evaluation)
 
     def _compare(self, evaluation: Evaluation, row: dict[str, str | float]) -> None:
         """Before at step 0 and after at step 1, beside one another and, the last of them, in HPARAMS."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError, terminal_text
-from pipeline.evaluation.made import MADE_ASKED, OF_SUBJECT
+from pipeline.evaluation.made import HOLDS, OF_SUBJECT
 from pipeline.evaluation.metrics import Estimate
 
 if TYPE_CHECKING:
@@ -63,17 +63,17 @@ GROUPS: dict[str, dict[str, str]] = {
 AXES = ("locality/subject", "locality/relation")  # probes about the subject itself, and of the same relation
 LONG_ONLY = re.compile(r"(_magnitude|(portability|distractor)_containment|(rephrase|chat)_exact_match|text_kl)$")
 IN_SHORT = tuple(name for members in (*GROUPS.values(), AXES) for name in members if not LONG_ONLY.search(name))
-HOLDS = ("generation", "rephrase", *MADE_ASKED)  # kinds of prompts whose answer tells whether a fact holds
-# what tells whether an edit holds, by any of these figures: what of it is not known is said
+# what tells whether an edit holds, each request by one of these figures: what of it is not known is said
 EXPECTED = {
     "generation containment": ("generation_containment",),
+    "exact match": ("generation_exact_match",),
+    "chat": ("made_chat_containment",),
     "rephrase containment": ("rephrase_containment", "made_rephrase_containment"),
     "rewrite": ("rewrite",),
     "rephrase": ("rephrase", "made_rephrase_containment"),
     "the rest of the subject": ("made_subject", *(f"locality/{axis}" for axis in OF_SUBJECT)),
     "locality": ("locality", "made_neighbour"),
     "portability": ("portability",),
-    "sane texts": ("sane_texts",),
 }
 SHARES = (  # what lies between 0 and 1
     *(name for group in ("by generation", "teacher-forced", "by probability") for name in GROUPS[group]),
@@ -145,10 +145,18 @@ def metric_table(
     return ["metric", *(["what it is"] if meanings else []), "count", *sides], rows
 
 
-def not_measured(metrics: Collection[str]) -> str:
-    """A line that names what would tell whether an edit holds, and was not measured; empty where all was."""
-    missing = ", ".join(what for what, names in EXPECTED.items() if not {*names} & {*metrics})
-    return f"NOT MEASURED: {missing}" if missing else ""
+def not_measured(metrics: Mapping[str, Estimate]) -> str:
+    """A line that names what would tell whether an edit holds, and was not measured; empty where all was.
+
+    What was measured of a part of the requests alone stands there with the number of the others.
+    """
+    counts = {name: metrics[name].count for names in EXPECTED.values() for name in names if name in metrics}
+    found = {what: sum(counts.get(name, 0) for name in names) for what, names in EXPECTED.items()}
+    most = max(counts.values(), default=1)
+    missing = [f"{what} of {most - count}" if count else what for what, count in found.items() if count < most]
+    if "sane_texts" not in metrics:
+        missing.append("sane texts")
+    return f"NOT MEASURED: {', '.join(missing)}" if missing else ""
 
 
 def study_table(rows: Sequence[Row], only: Sequence[str] = ()) -> Table:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LOG_WIDTH = 160  # columns of what is no terminal, unless COLUMNS says otherwise
 WIDE = 80  # columns in which intervals have room
+MISSED, ANSWER = 5, 160  # facts that do not hold, spelt out, and letters of what is asked and said
 
 
 def screen(soft_wrap: bool = False) -> Console:
@@ -86,7 +87,7 @@ def show_profile(profile: GoldenProfile) -> None:
         )
 
 
-def show_metrics(evaluation: Evaluation) -> None:
+def show_metrics(requests: Sequence[EditRequest], evaluation: Evaluation) -> None:
     """The chief metrics before and after, in their groups; metrics.json and the report hold all of them."""
     if evaluation.weights and not any(evaluation.weights.values()):
         say("note: the edit changes no weight: every answer was as asked for, or nothing was learnt")
@@ -94,6 +95,21 @@ def show_metrics(evaluation: Evaluation) -> None:
     if evaluation.weights:
         name, change = max(evaluation.weights.items(), key=lambda item: item[1])
         say(f"largest change: {change:.1%} of the norm of {name}")
+    if evaluation.weights:
+        measured = evaluation.after or evaluation.before
+        show_missed([(requests[number].id, asked, says) for number, asked, says in measured.missed])
+
+
+def show_missed(missed: Sequence[tuple[str, str, str]]) -> None:
+    """Facts that do not hold, an id, what was asked and what the model says to each; the first of many."""
+    for name, asked, says in missed[:MISSED]:
+        say(f"does not hold: {name}: {_shortened(asked)} -> {_shortened(says)!r}")
+    if len(missed) > MISSED:
+        say(f"and {len(missed) - MISSED} more that do not hold")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= ANSWER else f"{text[:ANSWER]} …"
 
 
 def show_sides(sides: Mapping[str, Mapping[str, Estimate]]) -> None:

@@ -78,13 +78,13 @@ class Tokens:
 
     @cached_property
     def template(self) -> Joining | None:
-        """The chat template's joining where prompts are given plain although there is one that works."""
-        return self._template([]) if self.joining is PLAIN else None
+        """The chat template's joining, where there is one that works."""
+        return self._template([])
 
     @cached_property
     def bare_template(self) -> Joining | None:
         """The chat that edits teach: prompts' own, or one with an empty system turn, where there is one."""
-        return self._template([{"role": "system", "content": ""}]) or self._template([])
+        return self._template([{"role": "system", "content": ""}]) or self.template
 
     def _template(self, before: Sequence[dict[str, str]]) -> Joining | None:
         with suppress(UserError):

@@ -26,7 +26,6 @@ from pipeline.updates.queue import Contradiction, number_of
 OF_BATCH = ("rewrite", "rephrase", "locality")
 OF_MODEL = ("earlier", "perplexity", "drift")  # whatever the batch
 FOR_GATES = ("probes", "text")  # the kinds of measurement that gates need
-OF_VERSION = tuple(kind for kind in KINDS if kind not in ("made", "fluency"))  # what a version is measured by
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,9 @@ class Figures:
     earlier: float | None  # rewrite of earlier facts; None where there are none
     perplexity_ratio: float  # as a multiple of the base model's
     drift: float  # the largest change of an edited weight from the base, as a share of its norm
+    missed: list[tuple[int, str, str]] = field(
+        default_factory=list
+    )  # of requests by number: asked so, it says that
 
     def gates(self, options: GateOptions, names: Sequence[str] = OF_BATCH + OF_MODEL) -> list[Gate]:
         """Those gates of the options that this can be held against."""
@@ -136,7 +138,7 @@ class Trial:
         self.accepted: list[int] = []  # places in the batch
         self.held: list[HeldBack] = []
         self.each: list[dict[int, float]] = []  # by gate, what each request reached when last measured
-        self.evaluator = Evaluator(llm, batch, options.evaluation, options.trainer, OF_VERSION)
+        self.evaluator = Evaluator(llm, batch, options.evaluation, options.trainer)
         self.earlier = self._earlier_facts()
         with self.timed("evaluation"):
             text = self.evaluator.only((), ("text",)).measure("Measuring base")
@@ -263,4 +265,5 @@ class Trial:
             earlier=sum(rewrite.mean * rewrite.count for rewrite in rewrites) / count if count else None,
             perplexity_ratio=metrics["perplexity"].mean / self.base_perplexity,
             drift=max(changes.values(), default=0.0),
+            missed=[(number_of(self.batch[place]), asked, says) for place, asked, says in found.missed],
         )
