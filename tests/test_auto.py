@@ -51,7 +51,7 @@ def test_each_request_goes_the_way_that_suits_it(
     solved = []
     monkeypatch.setattr(Columns, "and_asked", lambda self, owners, *_: solved.append(owners) or self)
     before = mean_loss(tiny, asked)
-    with pytest.warns(Note, match=r"fine-tuned alone.*: 5 of 6 requests \(questions, "):
+    with pytest.warns(Note, match=r"fine-tuned alone.*: 5 of 6 requests: .* \(a question\)"):
         update = edit(tiny, asked, options=options)
     assert {*map(tuple, solved)} == {(owner(requests[0]),)}
     layers = sorted({1, int(0.4 * len(tiny.blocks)), int(0.67 * len(tiny.blocks))})

@@ -28,6 +28,7 @@ from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
 from pipeline.running.trainer import Runtime
 
+NAMED = 5  # requests, in a note
 MANY = 32  # requests: beyond, training takes so many steps that it bends other texts
 AFTER_FEW: dict[str, Any] = {"kl": 2.0}  # what a value bends of its subject is to come back
 AFTER_MANY: dict[str, Any] = {
@@ -75,13 +76,15 @@ class Auto(LocateThenEdit):
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
         """Locate, then fine-tune; what is to stay is read before either, off the model as it is given."""
-        suits = self.suits(requests, earlier)
+        reasons = self.unfit(requests, earlier)
         located, others = (
-            [one for one, suit in zip(requests, suits, strict=True) if suit == side] for side in (1, 0)
+            [one for one, why in zip(requests, reasons, strict=True) if bool(why) == side] for side in (0, 1)
         )
         if others:
-            kinds = "questions, long answers, several facts about one subject, no subject after a text's beginning"
-            note(f"edit: fine-tuned alone, not after memit: {len(others)} of {len(requests)} requests ({kinds})")
+            named = [f"{one.id} ({why})" for one, why in zip(requests, reasons, strict=True) if why]
+            named = named[:NAMED] + [f"and {len(named) - NAMED} more"] * (len(named) > NAMED)
+            of = f"{len(others)} of {len(requests)} requests"
+            note(f"edit: fine-tuned alone, not after memit: {of}: {', '.join(named)}")
         usual: dict[str, Any] = {}
         if len(located) > len(others):
             usual = AFTER_MANY if len(located) > MANY else AFTER_FEW
@@ -95,20 +98,21 @@ class Auto(LocateThenEdit):
         self.state, self.tuning.moments = {}, self.moments
         self.tuning.fit(courses, runtime)
 
-    def suits(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[bool]:
-        """Whether a value at the subject's last token carries each request's answer.
+    def unfit(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[str]:
+        """Why a value at the subject's last token does not carry each request's answer; empty where it does.
 
         At a text's first token a decoder puts what belongs to no token (an attention sink): nothing is read there.
         """
-        facts = Counter(map(about, [*earlier, *requests]))
-        return [
-            row.subject is not None
-            and row.subject[1] > 0
-            and len(row.targets) <= self.settings.long
-            and facts[about(request)] == 1
-            and not is_question(request.prompt)
-            for request, row in zip(requests, self.llm.tokens.answered(requests), strict=True)
-        ]
+        facts, found = Counter(map(about, [*earlier, *requests])), list[str]()
+        for request, row in zip(requests, self.llm.tokens.answered(requests), strict=True):
+            reasons = {
+                "a question": is_question(request.prompt),
+                "no subject after its beginning": row.subject is None or row.subject[1] == 0,
+                "a long answer": len(row.targets) > self.settings.long,
+                "one of several facts about its subject": facts[about(request)] > 1,
+            }
+            found.append(next((reason for reason, holds in reasons.items() if holds), ""))
+        return found
 
 
 register("auto", Auto, AutoSettings, solves_anew=True, stacked=STACKED)
