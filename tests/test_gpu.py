@@ -41,6 +41,7 @@ pytestmark = [
 CPU, GPU = (TrainerOptions(accelerator=accelerator, devices=1) for accelerator in ("cpu", "gpu"))
 ROOT = Path(__file__).parent.parent
 QUICK: dict[str, dict[str, Any]] = {"finetune": {"epochs": 3}, "lora": {"epochs": 3}}
+LIBRARIES = 100e6  # bytes that CUDA's own libraries work in, taken anew by each stage
 WIDE = {"hidden_size": 768, "intermediate_size": 1536, "num_attention_heads": 8, "num_hidden_layers": 12}
 
 
@@ -154,7 +155,8 @@ def test_memory_is_what_was_planned(smollm2: LLM, tmp_path: Path) -> None:
     for name, way in ways.items():
         way()  # key statistics are kept, and libraries take what they need
         measured[name] = peak_bytes(llm, way, GPU)
-    assert measured == {name: pytest.approx(planned[name], rel=0.1) for name in ways}
+    for name, peak in measured.items():
+        assert 0.9 * planned[name] < peak < 1.1 * planned[name] + LIBRARIES, (name, peak, planned[name])
 
 
 def test_a_trainer_of_ones_own(tiny_llm: LLM, requests: list[EditRequest]) -> None:

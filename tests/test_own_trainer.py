@@ -178,6 +178,9 @@ def test_a_data_module_of_requests(tiny_llm: Any, requests: list[EditRequest]) -
 
     Trainer(inference_mode=False, callbacks=[watch], **QUIET).predict(Plain(), datamodule=data)
     assert watch.scores.shape == (len(requests), 4)
+    taught = [row for batch in data.train_dataloader() for row in batch.texts]
+    told = {row.tag: tiny_llm.tokenizer.decode(row.targets).strip() for row in taught}
+    assert told == {one.id: f"{one.new_answer}." for one in requests}, "an answer is taught with its end"
 
 
 PROGRAM = """

@@ -21,9 +21,9 @@ from pipeline.requests.tokens import Tokens
 class EditRequests(LightningDataModule):
     """Requests in batches of tokens.
 
-    For `fit`, a batch holds prompts with their new answers, in an order that is drawn anew every epoch. For
-    `predict` and `validate` it holds P requests' rows with their old answers, then the same with the new ones: what
-    `GradientAttribution` watches.
+    For `fit`, a batch holds prompts with their new answers and what ends these, in an order drawn anew every epoch.
+    For `predict` and `validate` it holds P requests' rows with their old answers, then the same with the new ones:
+    what `GradientAttribution` watches.
 
     Args:
         source: a file (JSONL, JSON or CSV), `hf:NAME`, `demo`, or requests that are loaded already.
@@ -59,7 +59,8 @@ class EditRequests(LightningDataModule):
             self.requests = load_requests(given) if isinstance(given, str | Path) else list(given)
 
     def train_dataloader(self) -> DataLoader:
-        return self._batches(self.tokens.answered(self.requests), collate, shuffle=True)
+        pairs, ids = [(one.prompt, one.new_answer) for one in self.requests], [one.id for one in self.requests]
+        return self._batches(self.tokens.rows(pairs, tags=ids, ended=True), collate, shuffle=True)
 
     def predict_dataloader(self) -> DataLoader:
         return self._batches(both_answers(self.tokens, self.requests), collate_sides)
