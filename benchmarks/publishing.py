@@ -1,6 +1,6 @@
 """Versions published into a real vLLM under load: `VLLM_PYTHON=… python -m benchmarks.publishing --output DIR`.
 
-VLLM_PYTHON is the Python of an environment that has vLLM (docs/publishing.md says how to make one).
+VLLM_PYTHON is the Python of an environment that has vLLM (docs/code.md says how to make one).
 """
 
 from __future__ import annotations

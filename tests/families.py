@@ -1,4 +1,4 @@
-"""A tiny random model of each family that the README names: three blocks, and what is peculiar to the family."""
+"""A tiny random model of each family in docs/limits.md: three blocks, and what is peculiar to the family."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ PACKAGE = "pipeline"
 
 
 def rooms() -> dict[str, int]:
-    """Each room's place from left to right, as the README has them; the package itself offers all."""
-    text = " ".join((house.ROOT / "README.md").read_text(encoding="utf-8").split())
+    """Each room's place from left to right, as docs/code.md has them; the package itself offers all."""
+    text = " ".join((house.ROOT / "docs" / "code.md").read_text(encoding="utf-8").split())
     (line,) = re.findall(r"`(errors, .*?)`, and imports run only from right to left", text)
     places = {room: place for place, group in enumerate(line.split(" → ")) for room in group.split(", ")}
     return dict.fromkeys(BELOW, 0) | places | dict.fromkeys([*DOORS, PACKAGE], places["commands"])

@@ -1,14 +1,14 @@
-"""The README's commands work: each is run as printed, section by section, on a tiny model and few requests.
+"""The commands of the README and of docs/ work: each is run as printed, section by section, on a tiny model.
 
 What is left out is run elsewhere: benchmarks (tests/test_benchmarks.py), the demo (tests/test_demo.py), plans
-(tests/test_plan.py), commands that stay until they are stopped (tests/test_updates_commands.py), and several
-processes (tests/test_distributed.py).
+(tests/test_plan.py), commands that stay until they are stopped (tests/test_updates_commands.py), several processes
+(tests/test_distributed.py), and exports of a GGUF file's model for llama.cpp (tests/test_export_gguf.py) and to the
+hub (tests/test_export_card.py). The study of files that do not come with the project is only parsed.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny
+from pages import PAGES, README, ROOT, blocks, sections
 from stand_in import standing_in
 from test_own_trainer import Mine, somebodys_batches
-from test_readme import README, ROOT
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
@@ -36,24 +36,44 @@ from pipeline.parsing import flags_of, parse
 from pipeline.requests import layouts
 from pipeline.requests.readers import load_requests
 
-ELSEWHERE = ("run.py demo", "run.py plan", "--follow", "run.py serve")
+ELSEWHERE = (
+    "run.py demo",
+    "run.py plan",
+    "--follow",
+    "run.py serve",
+    "--kind gguf ",
+    "--push",
+    "zsre_knowedit.json",
+)
 SERVER = "http://localhost:8000"
+TEXTS = {f"{page}: {title}": text for page in PAGES for title, text in sections(page).items()}
 SECTIONS = {
-    part.splitlines()[0]: [
-        command
-        for command in re.findall(r"^python run\.py.*$", part, flags=re.MULTILINE)
-        if not any(word in command for word in ELSEWHERE)
-    ]
-    for part in re.split(r"^### ", README.split("## Requests\n")[0], flags=re.MULTILINE)[1:]
+    section: commands
+    for section, text in TEXTS.items()
+    if (
+        commands := [
+            line
+            for block in blocks("bash", text)
+            for line in block.splitlines()
+            if line.startswith("python run.py") and not any(word in line for word in ELSEWHERE)
+        ]
+    )
 }
 CHAT = "{% for one in messages %}<{{ one.role }}> {{ one.content }} <end>{% endfor %}<assistant>"
-FIRST = ("Find the golden layer", "Edit")  # other sections start from what these wrote
+FIRST = (  # other sections start from what these wrote
+    "docs/find.md: Find the golden layer",
+    "docs/edit.md: Edit",
+    "docs/edit.md: Methods",
+    "docs/store.md: Submit and update",
+)
+MINE = f"{README}: Your facts, your model"
+GOING_ON = "docs/resume.md: Go on after an interruption"
 
 
 def small(folder: Path, name: str) -> Mapping[str, Any]:
     """Options that make a command quick; a command takes those that it has."""
     text = str(folder / "text.txt")
-    few: dict[str, Any] = {"model": "tiny", "limit": 4, "offset": 0, "trainer.accelerator": "cpu"}
+    few: dict[str, Any] = {"model": str(folder / "tiny"), "limit": 4, "offset": 0, "trainer.accelerator": "cpu"}
     few |= {"trainer.devices": 1, "trainer.strategy": "auto"}
     for group in ("", "edit."):
         few |= {f"{group}statistics.tokens": 512, f"{group}statistics.text": text}
@@ -62,11 +82,13 @@ def small(folder: Path, name: str) -> Mapping[str, Any]:
         few |= {f"{group}generation": "prompts"}
     few |= {f"gates.{gate}": 0 for gate in ("rewrite", "rephrase", "locality", "earlier")}
     few |= {"gates.perplexity": 1e9, "gates.drift": 1e9}
-    return few | ({"every": 2, "proxy": 2, "limit": 2} if name == "study" else {})
+    if name == "study":
+        few |= {"every": 2, "proxy": 2, "limit": 2}
+    return few
 
 
 def run(command: str, folder: Path) -> None:
-    """A printed command, made small, in this process."""
+    """A printed command, made small, in this process; `folder` has the model, which a store knows by its path."""
     if SERVER in command:
         with standing_in(lambda _, prompt: f" about {prompt}") as server:
             run(command.replace(SERVER, server.url), folder)
@@ -74,7 +96,7 @@ def run(command: str, folder: Path) -> None:
     if "run.py schedule" in command:  # by the time it has worked, there is a second version
         run("python run.py submit more.jsonl --store runs/store", folder)
         command = "python run.py update --store runs/store"
-    words = shlex.split(command.replace("2026-12-24", "2226-12-24"))[2:]
+    words = shlex.split(command.replace("2026-12-24", "2226-12-24").replace("--layers 12", "--layers 1"))[2:]
     name = words[0] if words and not words[0].startswith("-") else "run"
     flags = {f"--{flag}" for flag in flags_of(name)}
     for option, value in small(folder, name).items():
@@ -137,36 +159,47 @@ def begun(first: Path) -> Path:
     return first
 
 
-@pytest.mark.parametrize("section", [title for title, commands in SECTIONS.items() if commands])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_a_section(section: str, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if section in FIRST:
         return  # the fixture ran it
     folder = tmp_path / "here"
     shutil.copytree(begun, folder, symlinks=True)
-    if section == "Go on after an interruption":
+    if section == GOING_ON:
         shutil.rmtree(folder / "runs" / "edit")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
+    if section == MINE:
+        (facts,) = blocks("json", TEXTS[section])
+        Path("facts.jsonl").write_text(facts)
     for command in SECTIONS[section]:
-        run(command, folder)
+        run(command, begun)
 
 
 def test_every_section_is_known() -> None:
-    assert set(FIRST) <= set(SECTIONS)
-    assert sum(map(len, SECTIONS.values())) > 30
+    assert {*FIRST, MINE, GOING_ON} <= set(SECTIONS)
+    assert sum(map(len, SECTIONS.values())) > 50
 
 
-def examples(section: str) -> list[str]:
-    """The Python code of a section."""
-    part = re.split(rf"^##+ {section}$", README, flags=re.MULTILINE)[1]
-    return re.findall(r"```python\n(.*?)```", re.split(r"^## |^### ", part, flags=re.MULTILINE)[0], flags=re.DOTALL)
+def test_three_fields_are_enough(tmp_path: Path) -> None:
+    (facts,) = blocks("json", TEXTS[MINE])
+    (tmp_path / "facts.jsonl").write_text(facts)
+    assert len(load_requests(str(tmp_path / "facts.jsonl"))) == 2
+    assert {name for line in facts.splitlines() for name in json.loads(line)} == {"prompt", "subject", "new_answer"}
+
+
+def test_the_request_of_the_docs_is_read_whole(tmp_path: Path) -> None:
+    (request,) = blocks("json", PAGES["docs/requests.md"])
+    (tmp_path / "facts.jsonl").write_text(request)
+    (read,) = load_requests(str(tmp_path / "facts.jsonl"))
+    assert read.model_dump(exclude_none=True, mode="json", exclude_defaults=True) == json.loads(request)
 
 
 def test_the_python_example(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     requests = [json.dumps(request.model_dump()) for request in load_requests("demo")[:104]]
     Path("facts.jsonl").write_text("\n".join(requests))
-    first, own, watching = examples("From Python")
+    first, own, watching = blocks("python", PAGES["docs/python.md"])
     found: dict[str, Any] = {"folder": str(begun / "tiny")}
     exec(first, found)
     assert len(found["update"].requests) == 4
@@ -187,13 +220,13 @@ def test_the_python_example(begun: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_contributors_are_shown(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kind of edit, the selector and the layout of the README need no other line than their own."""
+    """The kind of edit, the selector and the layout of docs/code.md need no other line than their own."""
     monkeypatch.chdir(begun)
     for table, name in ((EDITS, "one_step"), (SELECTORS, "weight_norm")):  # taken out again after the test
         monkeypatch.setitem(table, name, None)
         del table[name]
     found: dict[str, Any] = {}
-    for code in examples("Contributing"):
+    for code in blocks("python", PAGES["docs/code.md"]):
         exec(code, found)
     monkeypatch.setattr("pipeline.requests.layouts.LAYOUTS", (found["QUIZ"], *layouts.LAYOUTS))
     Path("quiz.jsonl").write_text(json.dumps({"question": "The capital of Spain is", "reply": "Lima"}))

@@ -26,7 +26,7 @@ class AttributionOptions(Options):
     top_k: Count = 1
     """How many golden layers to name."""
     expert: dict[str, Any] = field(default_factory=dict)
-    """Settings for experts, such as {"fences": 0}; the README lists them."""
+    """Settings for experts, such as {"fences": 0}; docs/edit.md lists them."""
     fences: Annotated[Weight, NO_FLAG] = 1.0
     """Tukey's factor: blocks with scores outside [Q1 - f*IQR, Q3 + f*IQR] are set aside; 0: none are."""
     batch_size: Annotated[Count, NO_FLAG] = 16

@@ -30,7 +30,7 @@ class EditOptions(Options):
     """Of requests that contradict each other (same subject and prompt) keep the last; else they are refused."""
     statistics: StatisticsOptions = group(StatisticsOptions)
     expert: dict[str, Any] = field(default_factory=dict)
-    """Settings of the method, by name, such as {"epochs": 4}; the README lists them."""
+    """Settings of the method, by name, such as {"epochs": 4}; docs/edit.md lists them."""
     stacked: Annotated[bool, NO_FLAG] = False
     """Take the method's settings for edits that will be stacked, as a store's are, where `expert` names none."""
 
