@@ -132,7 +132,7 @@ def test_moments_are_of_what_is_read_of_rows_of_any_length(tiny: LLM) -> None:
 def test_a_last_solve_spares_what_is_to_stay(method: str, tiny: LLM, requests: list[EditRequest]) -> None:
     texts = tiny.tokens.texts([text for text, _ in neighbours(requests, 9, 256)])
     base, moved, losses = last_logits(tiny, texts), [], []
-    for sparing in (0.0, 0.3):
+    for sparing in (0.0, 0.6):
         expert = {"scope": "down", "epochs": 12, "learnt": 0.0, "kl": 0.1, "sparing": sparing}
         update = edit(tiny, requests, options=EditOptions(method=method, layers=[2], expert=expert))
         with update.applied(tiny):
@@ -141,6 +141,16 @@ def test_a_last_solve_spares_what_is_to_stay(method: str, tiny: LLM, requests: l
     gained = [mean_loss(tiny, requests) - loss for loss in losses]
     assert moved[1] / moved[0] < 0.8, "as much is done to other names as before"
     assert moved[1] / moved[0] < gained[1] / gained[0], "a smaller change would do as well"
+
+
+def test_the_change_of_a_last_solve_is_scaled(tiny: LLM, requests: list[EditRequest]) -> None:
+    changes = []
+    for scale in (1.0, 0.5):
+        expert = {"scope": "down", "epochs": 2, "sparing": 0.3, "scale": scale}
+        update = edit(tiny, requests, options=EditOptions(method="finetune", layers=[2], expert=expert))
+        ((name, tensor),) = update.tensors.items()
+        changes.append(tensor - tiny.model.get_parameter(name).detach())
+    torch.testing.assert_close(changes[1], 0.5 * changes[0], rtol=1e-3, atol=1e-6)
 
 
 def last_logits(llm: LLM, texts: list[list[int]]) -> torch.Tensor:
