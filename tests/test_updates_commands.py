@@ -114,6 +114,7 @@ def test_what_a_team_does(
     said = told("retract", "#2", *at, *config, *of_retract(quick))
     assert "to retract, applied: request #2 (capital-1)  The capital of Norway is -> Nairobi and more" in said
     assert "retracted; its new answer" in said
+    assert "does not hold" not in told("show", "4", *at), "it is to be gone"
     said = told("verify", *at)
     assert said.count("as it was written, and loads") == 5
     said = told("generate", *at, "--prompt", "The capital of Spain is", "--max_new_tokens", "2", *CPU)

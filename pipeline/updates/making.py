@@ -160,7 +160,7 @@ def _edit_back(store: Store, llm: LLM, number: int, options: RetractCommand) -> 
             without = edit(llm, [back], profile, options.edit, options.trainer, seed=options.seed, after=base)
     result = BatchResult(parent, base, update=without, before=trial.before, seconds=trial.seconds)
     result.profile = profile
-    result.after = trial.measure(without, [0], KINDS)
+    result.after = replace(trial.measure(without, [0], KINDS), missed=[])  # it is to be gone
     result.gates = result.after.gates(options.gates, OF_MODEL)
     if problem := missed(result.gates):
         raise UserError(f"retract: the version without request #{number} would miss a gate: {problem}")
