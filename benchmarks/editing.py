@@ -33,7 +33,7 @@ LEAST: dict[str, Figures] = {
     "finetune": {"rewrite": 0.95, "rephrase": 0.30, "locality": 0.50},
     "lora": {"rewrite": 0.95, "rephrase": 0.25, "locality": 0.45},
 }
-COST = {BEST: 80.0, "finetune": 60.0}
+COST = {BEST: 120.0, "finetune": 60.0}
 
 
 class Editing:
