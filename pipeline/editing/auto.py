@@ -33,7 +33,7 @@ MANY = 32  # requests: beyond, training takes so many steps that it bends other 
 AFTER_FEW: dict[str, Any] = {"kl": 2.0}  # what a value bends of its subject is to come back
 AFTER_MANY: dict[str, Any] = {
     **{"epochs": 16, "learning_rate": 0.003, "last_step": 0.1},
-    **{"kl": 3.0, "kept": 4, "sparing": 0.6, "scale": 0.8},
+    **{"kl": 3.0, "kept": 4, "sparing": 0.6},
 }
 MANY_LONG: dict[str, Any] = {"epochs": 16, "kl": 1.2, "sparing": 0.5}  # a long answer teaches much in each step
 

@@ -66,8 +66,6 @@ class FinetuneSettings(Options):
     """Ridge of whitening by key statistics, relative to their mean: steps spare what ordinary text uses; 0: off."""
     sparing: Weight = 0.15
     """Weight of what is to go on as before in a last solve, which keeps of the change what was taught; 0: none."""
-    scale: Annotated[float, above(0), at_most(1)] = 1.0
-    """Factor of the change in that solve: what was learnt stands below 1 as well, and other texts move less."""
     depths: list[float] = field(default_factory=list)
     """Further blocks that are trained beside the golden layers, each by its depth in the model: 0 to 1."""
 
@@ -184,7 +182,7 @@ class FineTune(Staying):
             if reads := self.reads(name):
                 projection, inputs = reads
                 T, N, C = (each[projection].to(weight.device) for each in (*read, self.moments))
-                M = self.settings.scale * sparing(T, N, C, self.settings.sparing).float()
+                M = sparing(T, N, C, self.settings.sparing).float()
                 start = self.origin(name).to(weight.device).float()
                 change = whole(weight).float() - start
                 put(weight, start + (change @ M if inputs == 1 else M.T @ change))
