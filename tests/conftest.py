@@ -92,7 +92,8 @@ def few_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     """What training keeps of requests lies in the CPU's memory: little of it, where a step's own is measured."""
     monkeypatch.setattr(lessons, "NAMES_EACH", AFTER_MANY["kept"])
     monkeypatch.setattr(lessons, "RELATIONS_EACH", 0)
-    monkeypatch.setattr(lessons, "ANSWER", lessons.PLACES)
+    for places in ("ANSWER", "PIECE_PLACES"):
+        monkeypatch.setattr(lessons, places, lessons.PLACES)
     monkeypatch.setattr(contexts, "other_words", lambda _: [])
     for name in ("FORMS", "ASSOCIATIONS", "CHATS"):
         monkeypatch.setattr(contexts, name, ())

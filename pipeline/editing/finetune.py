@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.editing import lessons
 from pipeline.editing.contexts import CONTEXTS, TAUGHT_CONTEXTS
 from pipeline.editing.lessons import APART, KeepTraining, LessonData, Lessons, read_lessons, teaching_loss
 from pipeline.editing.method import register, settings_of
@@ -131,9 +132,10 @@ class FineTune(Staying):
 
     def lessons(self, groups: Sequence[Sequence[EditRequest]], runtime: Runtime) -> list[list[Lessons]]:
         """The courses of each group of requests, which know nothing of each other."""
-        contexts, kept = self.settings.contexts, self.settings.kl > 0
-        ordinary = ordinary_text(self.llm, self.statistics, runtime) if kept and self.moments_of else []
-        return read_lessons(self.llm, min(self.layers), groups, contexts, kept, runtime, ordinary)
+        own = self.settings
+        names = lessons.NAMES_EACH * own.kept // 2 if own.kl else 0
+        ordinary = ordinary_text(self.llm, self.statistics, runtime) if names and self.moments_of else []
+        return read_lessons(self.llm, min(self.layers), groups, own.contexts, names, runtime, ordinary)
 
     def fit(self, courses: Sequence[Lessons], runtime: Runtime) -> None:
         """Train on courses, in micro-batches where the options ask for them; UserError for too little memory."""

@@ -51,7 +51,7 @@ APART = "apart"  # the tag of texts about no request's subject: prompts with ano
 SAME = 3  # tokens: relations after which as much is said as after the request's prompt may be the request's own
 READ_TOGETHER = 32  # rows or questions
 EVERY = 30.0  # seconds between two checkpoints within an epoch
-NAMES_EACH = 18  # other names that a request's prompt is tried with
+NAMES_EACH = 9  # other names that a request's prompt is tried with, for every two kept texts in a step
 RELATIONS_EACH = 3  # of a request's subject
 
 
@@ -137,21 +137,21 @@ def read_lessons(
     layer: int,
     groups: Sequence[Sequence[EditRequest]],
     contexts: int,
-    kept: bool,
+    names: int,
     runtime: Runtime,
     ordinary: Sequence[list[int]] = (),
 ) -> list[list[Lessons]]:
     """What is to be taught to each group of requests, which know nothing of each other: as plain text, and as chat.
 
-    `layer` is the lowest block that will be trained, `contexts` how many a prompt is put under, and `kept` says
-    whether texts that are to go on as before are wanted: requests' prompts with other names, what else is said of
-    their subjects, and pieces of windows of `ordinary` text.
+    `layer` is the lowest block that will be trained, `contexts` how many a prompt is put under, and `names` how
+    many other names each prompt is to go on with as before, beside what else is said of requests' subjects and
+    pieces of windows of `ordinary` text; 0: nothing is kept.
     """
     spoken = llm.tokens.bare_template
     joinings = [PLAIN, *([spoken] if spoken else [])]
     courses = [(group, joining) for group in groups for joining in joinings]
     taught = [text for number, course in enumerate(courses) for text in _taught(llm, number, *course, contexts)]
-    others = _others(llm, courses, ordinary, runtime) if kept else []
+    others = _others(llm, courses, names, ordinary, runtime) if names else []
     rows = [text.row for text in (*taught, *others)]
     enter = run(Entering(llm, layer), rows, runtime, Row.length) if layer else [None] * len(rows)
     base = [None] * len(taught) + run(HeadReads(llm), [text.row for text in others], runtime, Row.length)
@@ -176,6 +176,7 @@ def _taught(llm: LLM, course: int, group: Sequence[EditRequest], joining: Joinin
 def _others(
     llm: LLM,
     courses: Sequence[tuple[Sequence[EditRequest], Joining]],
+    names: int,
     ordinary: Sequence[list[int]],
     runtime: Runtime,
 ) -> list[Text]:
@@ -190,7 +191,7 @@ def _others(
     rows: list[list[Row]] = []
     asked: list[tuple[int, str]] = []  # in which course, and what
     for course, (group, joining) in enumerate(courses):
-        texts = [text for text, _ in neighbours(group, NAMES_EACH, UNRELATED)]
+        texts = [text for text, _ in neighbours(group, names, UNRELATED)]
         tags = [APART] * len(texts)
         if joining is PLAIN:
             texts += [text for one in group for text in statements_about(one, related[one.id])]

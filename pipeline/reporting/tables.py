@@ -61,7 +61,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
 }
 AXES = ("locality/subject", "locality/relation")  # probes about the subject itself, and of the same relation
-LONG_ONLY = re.compile(r"(_magnitude|(portability|distractor)_containment|(rephrase|chat)_exact_match|text_kl)$")
+LONG_ONLY = re.compile(r"(_magnitude|portability_containment|distractor_\w+|(rephrase|chat)_exact_match|text_kl)$")
 IN_SHORT = tuple(name for members in (*GROUPS.values(), AXES) for name in members if not LONG_ONLY.search(name))
 # what tells whether an edit holds, each request by one of these figures: what of it is not known is said
 EXPECTED = {
