@@ -9,17 +9,34 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     FalconConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
+    Glm4Config,
+    Glm4MoeConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteMoeHybridConfig,
+    Lfm2MoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    MiniMaxM2Config,
     MistralConfig,
+    MixtralConfig,
+    NemotronConfig,
+    NemotronHConfig,
     Olmo2Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
@@ -27,7 +44,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
     StableLmConfig,
 )
@@ -60,6 +81,31 @@ def with_pictures(vocab_size: int, **settings: Any) -> Gemma3Config:
     )
 
 
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+LOCAL = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+ROUTED |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"num_key_value_heads": 4}
+ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1}
+ERNIE |= {"moe_layer_start_index": 1}
+LLAMA4 = {"intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 8, "interleave_moe_layer_step": 2}
+BY_LAYER = SHAPE | {"head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 500}
+BY_LAYER |= {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 3}
+GEMMA3N = {"intermediate_size": [48] * 3, "activation_sparsity_pattern": [0.0] * 3, "altup_num_inputs": 2}
+GEMMA3N |= {"laurel_rank": 4, "num_kv_shared_layers": 0}
+GEMMA4_EXPERTS = {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+GEMMA4_EXPERTS |= {"moe_intermediate_size": 24, "global_head_dim": 8, "num_kv_shared_layers": 0}
+LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 8}
+LINEAR |= {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
+LINEAR |= {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+MAMBA |= {"mamba_expand": 1, "mamba_chunk_size": 8}
+GRANITE = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 40}
+GRANITE |= {"layer_types": ["mamba", "attention", "mamba"]}
+NEMOTRON = {"hybrid_override_pattern": "M-*", "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8}
+NEMOTRON |= {"n_groups": 1, "chunk_size": 8, "head_dim": 8}
+
 FAMILIES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, SHAPE),
     "mistral": (MistralConfig, SHAPE | {"sliding_window": 3}),
@@ -86,7 +132,38 @@ FAMILIES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     "olmo2": (Olmo2Config, SHAPE),
     "stablelm": (StableLmConfig, SHAPE | {"use_qkv_bias": True}),
     "smollm3": (SmolLM3Config, SHAPE | {"no_rope_layers": [1, 0, 1]}),
+    "glm4": (Glm4Config, SHAPE | {"head_dim": 8}),
+    "cohere2": (Cohere2Config, SHAPE | {"sliding_window": 3}),
+    "nemotron": (NemotronConfig, SHAPE),
+    "gemma3n": (Gemma3nTextConfig, BY_LAYER | GEMMA3N),
+    "gemma4": (Gemma4TextConfig, BY_LAYER | {"global_head_dim": 8, "num_kv_shared_layers": 0}),
+    "gemma4, keys shared": (Gemma4TextConfig, BY_LAYER | {"global_head_dim": 8, "num_kv_shared_layers": 1}),
 }
+MIXTURES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
+    "qwen3_moe": (Qwen3MoeConfig, SHAPE | EXPERTS | {"head_dim": 8}),
+    "qwen2_moe": (Qwen2MoeConfig, SHAPE | EXPERTS | {"shared_expert_intermediate_size": 40}),
+    "olmoe": (OlmoeConfig, SHAPE | EXPERTS | {"intermediate_size": 24}),
+    "mixtral": (MixtralConfig, SHAPE | {"num_local_experts": 4}),
+    "gpt_oss": (GptOssConfig, SHAPE | LOCAL | {"head_dim": 8, "sliding_window": 3, "layer_types": TURNS}),
+    "deepseek_v3": (DeepseekV3Config, SHAPE | LATENT | ROUTED),
+    "glm4_moe": (Glm4MoeConfig, SHAPE | ROUTED | {"head_dim": 8}),
+    "ernie4_5_moe": (Ernie4_5_MoeConfig, SHAPE | ERNIE),
+    "minimax_m2": (MiniMaxM2Config, SHAPE | LOCAL | {"head_dim": 8, "rotary_dim": 8}),
+    "llama4": (Llama4TextConfig, SHAPE | LLAMA4),
+    "gemma4, experts": (Gemma4TextConfig, BY_LAYER | GEMMA4_EXPERTS),
+    "qwen3_next": (Qwen3NextConfig, SHAPE | EXPERTS | LINEAR | {"shared_expert_intermediate_size": 40}),
+    "qwen3_5": (Qwen3_5TextConfig, SHAPE | LINEAR),
+    "falcon_h1": (FalconH1Config, SHAPE | MAMBA | {"head_dim": 8}),
+    "granitemoehybrid": (GraniteMoeHybridConfig, SHAPE | MAMBA | GRANITE),
+    "lfm2_moe": (
+        Lfm2MoeConfig,
+        SHAPE | EXPERTS | {"layer_types": ["conv", "full_attention", "conv"]} | {"num_dense_layers": 1},
+    ),
+    "nemotron_h": (NemotronHConfig, SHAPE | NEMOTRON),
+}
+
+
+FAMILIES |= MIXTURES
 
 
 def family_model(family: str, vocabulary: int, seed: int = 0) -> PreTrainedModel:

@@ -29,7 +29,7 @@ def autograd_scores(llm: LLM, requests: list[EditRequest], scope: str) -> torch.
         ids = torch.tensor([llm.tokenizer(f"{prompt} {answer}").input_ids])
         logits = llm.model(input_ids=ids).logits[0, start - 1 : -1]
         loss = F.cross_entropy(logits, ids[0, start:])
-        weights = [[m.weight for m in block.projections(scope).values()] for block in llm.blocks]
+        weights = [[m.weight for m in block.scopes[scope].values()] for block in llm.blocks]
         flat = torch.autograd.grad(loss, [w for row in weights for w in row])
         rest = iter(flat)
         return [[next(rest) for _ in row] for row in weights]

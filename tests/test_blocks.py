@@ -14,17 +14,13 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
     LlamaConfig,
     LlamaModel,
     MambaConfig,
     MambaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -81,19 +77,11 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: BartForConditionalGeneration(BartConfig(vocab_size=300, d_model=32, encoder_ffn_dim=48, **BART)),
         "encoder-decoder",
     ),
-    "Mixtral": (
-        lambda: MixtralForCausalLM(MixtralConfig(**SMALL, **HEADS, num_local_experts=4)),
-        "a mixture of experts (mlp.experts.gate_up_proj)",
-    ),
-    "Qwen2-MoE": (
-        lambda: Qwen2MoeForCausalLM(
-            Qwen2MoeConfig(**SMALL, **HEADS, num_experts=4, moe_intermediate_size=16, mlp_only_layers=[0])
+    "JetMoe": (
+        lambda: JetMoeForCausalLM(
+            JetMoeConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, kv_channels=8, num_local_experts=4)
         ),
-        "block 1: a mixture of experts",
-    ),
-    "gpt-oss": (
-        lambda: GptOssForCausalLM(GptOssConfig(**SMALL, **HEADS, head_dim=8, num_local_experts=4)),
-        "a mixture of experts",
+        "experts that are not run as the library runs them",
     ),
     "BERT": (
         lambda: BertLMHeadModel(BertConfig(**SMALL, num_attention_heads=4, intermediate_size=48)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import BLOCKS, FAMILIES, family_llm
+from families import FAMILIES, family_llm
 from test_attribution import autograd_scores
 from test_suffix import ROWS, plain_logits
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -68,7 +68,7 @@ def test_attribution_is_autograds(llm: LLM, requests: list[EditRequest]) -> None
             double = TrainerOptions(precision="64-true")
             profile = find_golden_layer(llm, few, AttributionOptions(scope=scope), double)
             scores = torch.tensor(profile.scores, dtype=torch.float64)
-            assert ((scores - expected).abs() / expected.abs()).max() < 1e-5
+            assert ((scores - expected).abs() / expected.abs().clamp(min=1e-30)).max() < 1e-5
     finally:
         llm.model.float()
 
@@ -84,11 +84,13 @@ def test_upper_blocks_alone_give_the_same_logits(llm: LLM, requests: list[EditRe
         with activations.from_block(LAYER, torch.zeros_like(enter_BTD)):
             other_NV = target_logits(llm.model, batch)
     torch.testing.assert_close(found_NV, expected_NV, rtol=1e-5, atol=1e-5)
-    assert (other_NV - expected_NV).abs().max() > 1e-2, "lower blocks did not run"
+    if llm.parts.blocks:
+        assert (other_NV - expected_NV).abs().max() > 1e-2, "lower blocks did not run"
 
 
-@pytest.mark.parametrize("layer", [0, BLOCKS - 1])
+@pytest.mark.parametrize("layer", [0, -1])
 def test_suffixes_equal_the_whole(llm: LLM, layer: int) -> None:
+    layer = llm.editable[layer]
     torch.manual_seed(0)
     change_BO = torch.randn(4, 32)
     with llm.frozen(), torch.no_grad():
@@ -122,11 +124,12 @@ def test_an_edit_changes_its_weights_alone_and_is_undone(
     llm: LLM, requests: list[EditRequest], method: str, statistics: StatisticsOptions
 ) -> None:
     base, expert = snapshot(llm), QUICK.get(method, LOCATE)
-    options = EditOptions(method=method, layers=[LAYER], expert=expert, statistics=statistics)
+    layer = LAYER if method in QUICK or LAYER in llm.parts.heard else llm.parts.heard[0]
+    options = EditOptions(method=method, layers=[layer], expert=expert, statistics=statistics)
     update = edit(llm, requests[:3], options=options)
     assert all(torch.equal(base[name], tensor) for name, tensor in llm.model.state_dict().items()), "edit restores"
     scope = "mlp" if method in ("finetune", "lora") else "down"
-    assert list(update.tensors) == llm.blocks[LAYER].weight_names(scope)
+    assert list(update.tensors) == llm.blocks[layer].weight_names(scope)
     undo = update.apply(llm)
     edited = snapshot(llm)
     undo.apply(llm)
@@ -146,5 +149,5 @@ def test_an_export_is_the_edited_model(llm: LLM, requests: list[EditRequest], tm
         expected = llm.model(input_ids=ids).logits
     export_merged(llm, update, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=0, atol=1e-5 if llm.has_experts else 0)
     assert not torch.equal(base, expected)

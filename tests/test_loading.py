@@ -16,7 +16,7 @@ import torch
 from conftest import make_tiny, refusal
 from test_targets import ANSWERS, plain_logits
 from transformers import (
-    MixtralConfig,
+    JetMoeConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -131,7 +131,7 @@ def reconfigure(**changes: Any) -> Callable[[Path], None]:
 
 def make_mixture(folder: Path) -> None:
     """Another family's config, and no weights: none are read before it is refused."""
-    MixtralConfig(**SMALL, **HEADS, num_local_experts=4).save_pretrained(folder)
+    JetMoeConfig(**SMALL, num_key_value_heads=2, kv_channels=8, num_local_experts=4).save_pretrained(folder)
     (folder / "model.safetensors").unlink()
 
 
@@ -141,7 +141,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "encoder-decoder": (reconfigure(model_type="t5"), "T5Config"),
     "quantised": (reconfigure(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised (gptq)"),
-    "mixture of experts": (make_mixture, "a mixture of experts"),
+    "experts of its own": (make_mixture, "experts that are not run as the library runs them"),
     "cut weights": (cut_weights, "cannot be loaded"),
     "other sizes": (
         reconfigure(intermediate_size=64),

@@ -32,7 +32,7 @@ class GradientAttribution(Callback):
 
     Args:
         blocks: the model's block map, of `find_blocks`.
-        scope: whose weights count: mlp, down, attention or block.
+        scope: whose weights count, as `Block.projections` has it.
         estimator: what a score is made of; the paper's inner product by default.
 
     Attributes:
@@ -55,7 +55,10 @@ class GradientAttribution(Callback):
 
     def __init__(self, blocks: Sequence[Block], scope: str = "mlp", estimator: Estimator = LGA) -> None:
         self.blocks = list(blocks)
-        self.projections = [block.projections(scope) for block in blocks]
+        self.projections = [block.scopes.get(scope, {}) for block in blocks]
+        if not any(self.projections):
+            blocks[0].projections(scope)  # says why
+        self.awaited = sum(map(bool, self.projections))  # blocks: one without such weights scores nought
         self.scope, self.estimator = scope, estimator
         self.scores: NDArray[np.float64] = np.empty((0, len(self.blocks)))
         self.last_scores = torch.empty(0, len(self.blocks))
@@ -63,7 +66,7 @@ class GradientAttribution(Callback):
         self.model: nn.Module | None = None
         self._open = ExitStack()  # of hooks
         self._found: list[NDArray[np.float64]] = []  # batch by batch
-        self._pass = Pass(0, len(self.blocks))
+        self._pass = Pass(0, self.awaited)
         self._passes: list[Tensor] = []  # scores of a batch's passes; mostly it is one
         self._before = True  # whether gradients were on before the batch
 
@@ -79,7 +82,7 @@ class GradientAttribution(Callback):
     def _batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not watches(trainer):
             return
-        self._pass, self._passes = Pass(0, len(self.blocks)), []
+        self._pass, self._passes = Pass(0, self.awaited), []
         self._before = torch.is_grad_enabled()
         torch.set_grad_enabled(True)  # validation and prediction switch gradients off
 
@@ -123,12 +126,13 @@ class GradientAttribution(Callback):
         if runs_again():
             return
         hidden_RTD = args[0] if args else kwargs["hidden_states"]
-        if len(hidden_RTD) % self.estimator.sides:
+        rows = hidden_RTD.shape[-3]  # of several streams, each has them
+        if rows % self.estimator.sides:
             raise UserError(
-                f"attribution: a batch of {len(hidden_RTD)} rows; expected the old answers' rows and then as many "
+                f"attribution: a batch of {rows} rows; expected the old answers' rows and then as many "
                 "of the new ones'"
             )
-        self._pass = Pass(len(hidden_RTD), len(self.blocks))
+        self._pass = Pass(rows, self.awaited)
 
     def _kept(self, vectors: Tensor) -> Tensor:
         """What entered or left a projection, row by row, at the positions that count."""
@@ -156,7 +160,9 @@ class GradientAttribution(Callback):
                 seen.products[layer] = seen.products.get(layer, 0) + products_QP
                 seen.awaited -= 1
                 if seen.is_done:
-                    products_QPL = torch.stack([seen.products[layer] for layer in range(seen.layers)], dim=2)
+                    nought_QP = torch.zeros_like(products_QP)
+                    found = [seen.products.get(layer, nought_QP) for layer in range(len(self.blocks))]
+                    products_QPL = torch.stack(found, dim=2)
                     self.last_scores = self.estimator.combine(products_QPL).cpu()
                     self._passes.append(self.last_scores)
                     seen.let_go()
@@ -167,7 +173,7 @@ class GradientAttribution(Callback):
 
 
 class Pass:
-    """What is known of one pass of so many rows: inner products by layer, and why none came."""
+    """What is known of one pass of so many rows: inner products by layer, of so many layers, or why none came."""
 
     def __init__(self, rows: int, layers: int) -> None:
         self.rows, self.layers = rows, layers
@@ -203,8 +209,8 @@ class Pass:
     def check(self) -> None:
         """Raise UserError, with what is wrong, unless it is done."""
         if not self.is_done:
-            missing = [str(layer) for layer in range(self.layers) if layer not in self.products]
-            raise UserError(f"attribution: no gradient reached blocks {', '.join(missing[:5])}: {self._why}")
+            missing = self.layers - len(self.products)
+            raise UserError(f"attribution: no gradient reached {missing} blocks: {self._why}")
 
 
 def watches(trainer: Trainer) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.attribution.callback import GradientAttribution
 from pipeline.attribution.inner_products import GRADIENT_NORM_SUBJECT, LGA, Estimator
 from pipeline.attribution.selector import Selector, Values, register, tokens_at_once
-from pipeline.model.activations import checkpointing, target_losses
+from pipeline.model.activations import Activations, checkpointing, target_losses
 from pipeline.model.blocks import sizes
 from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
@@ -74,9 +74,7 @@ class Attribution(Stage):
     def step(self, batch: Batch) -> list[Tensor]:
         positions = self.watch.estimator.positions
         self.watch.positions_RK = positions(batch, self.shared) if positions else None
-        embeddings = self.llm.model.get_input_embeddings()
-        # their output begins the graph; a copy of it, for some families change theirs in place
-        with embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True).clone()):
+        with Activations(self.llm).from_gradients():
             losses = target_losses(self.llm.model, batch)
         losses.sum().backward()
         return list(self.watch.last_scores.double().clone())
@@ -89,7 +87,7 @@ def tokens_of(item: Sides) -> int:
 
 def kept_of_a_token(llm: LLM) -> int:
     """About how many numbers a backward pass keeps of a token in a block: what its linear maps take and put out."""
-    return sum(sum(sizes(projection)) for projection in llm.blocks[0].projections("block").values())
+    return max(sum(sum(sizes(one)) for one in block.scopes["block"].values()) for block in llm.blocks)
 
 
 def of_gradients(estimator: Estimator, fenced: bool = True) -> Selector:

@@ -38,7 +38,7 @@ class Selection(NamedTuple):
 def select(
     scores: Sequence[float] | NDArray[np.float64], fences: float = 1.0, order: str = "magnitude"
 ) -> Selection:
-    """Rank blocks, setting aside those outside [Q1 − f·IQR, Q3 + f·IQR].
+    """Rank blocks, setting aside those outside [Q1 − f·IQR, Q3 + f·IQR], and those that score nought.
 
     The sign is the same for nearly all blocks, and says how well the model knows the old answers: well enough, and
     it turns negative, so that the paper's signed order would put the block of least reach first. Ranking by
@@ -49,12 +49,13 @@ def select(
         order: `signed` (the paper's) or `magnitude`.
     """
     score_L = np.asarray(scores, dtype=np.float64)
-    first, third = np.percentile(score_L, [25, 75])
+    first, third = np.percentile(score_L[score_L != 0] if score_L.any() else score_L, [25, 75])
     reach = fences * (third - first) if fences else math.inf
     low, high = first - reach, third + reach
     size_L = np.abs(score_L) if order == "magnitude" else score_L
     raw_ranking = np.argsort(-size_L, kind="stable").tolist()
-    excluded = np.flatnonzero((score_L < low) | (score_L > high)).tolist()
+    nothing = (score_L == 0) & score_L.any()
+    excluded = np.flatnonzero((score_L < low) | (score_L > high) | nothing).tolist()
     ranking = [block for block in raw_ranking if block not in excluded]
     return Selection((float(low), float(high)) if fences else None, excluded, ranking, raw_ranking)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.attribution.selector import Selector, Values, register, tokens_at_once
+from pipeline.errors import UserError
 from pipeline.model.activations import RowStage, head_reads, wide_logits
 from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
@@ -60,6 +61,8 @@ class Tracing(RowStage):
 
     def __init__(self, llm: LLM, options: AttributionOptions, seed: int) -> None:
         super().__init__(llm)
+        if not llm.parts.blocks:
+            raise UserError(f"attribution: causal_tracing runs blocks by themselves, as {llm.name}'s cannot be")
         self.samples, self.noise, self.seed = options.samples, options.noise, seed
         own = llm.model.get_input_embeddings()
         self.embeddings = next(name for name, module in llm.model.named_modules() if module is own)

@@ -156,13 +156,13 @@ def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions)
 
     What locate-then-edit writes at a subject's token reaches later tokens through the blocks above: never the last.
     """
-    unfit = {len(llm.blocks) - 1} if METHODS[options.method].solves_anew else set()
+    unfit = {*range(len(llm.blocks))} - {*llm.parts.heard} if METHODS[options.method].solves_anew else set()
     if options.layers:
         llm.check_layers(options.layers)
-        if unfit & {*options.layers}:
+        if wrong := unfit & {*options.layers}:
             raise UserError(
-                f"layers: {max(unfit)} is the last block, from which nothing that {options.method} writes at a "
-                f"subject's token reaches the answer; give one of 0 to {max(unfit) - 1}"
+                f"layers: {max(wrong)} is a block from which nothing that {options.method} writes at a subject's "
+                f"token reaches the answer; give one of {', '.join(map(str, llm.parts.heard))}"
             )
         return sorted(set(options.layers))
     if profile is None:

@@ -57,7 +57,8 @@ class Leaving(RowStage):
             self.activations.changing(self.down, len(places), change),
         ):
             self.activations.run(batch.input_ids_BT)
-        hidden = [wide(seen[name]) for name in self.names]
+        # of several streams the first is the one that MLPs write into
+        hidden = [wide(one if one.dim() == 3 else one[0]) for one in map(seen.__getitem__, self.names)]
         return [torch.stack([hidden_BTD[place] for hidden_BTD in hidden]).cpu() for place in places]
 
 

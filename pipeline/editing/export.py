@@ -16,7 +16,8 @@ from pipeline.editing.statistics import KeyMoments
 from pipeline.editing.update import WeightUpdate, write_adapter
 from pipeline.errors import UserError, note
 from pipeline.files import require_room
-from pipeline.model.blocks import Projection, as_stored
+from pipeline.model.blocks import as_matrix
+from pipeline.model.experts import Stacked
 from pipeline.model.llm import LLM
 from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
@@ -82,7 +83,7 @@ def export_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int | Non
     if update.adapter and own <= (rank or own):
         update.save_adapter(folder)
         return AdapterInfo(own, own, 0.0)
-    changes = {weight.removesuffix(".weight"): _change(llm, weight, new) for weight, new in update.tensors.items()}
+    changes = dict(_change(llm, weight, new) for weight, new in update.tensors.items())
     if not changes:
         raise UserError("export: the update changes nothing that an adapter could hold")
     found, moments = {name: _split(change) for name, change in changes.items()}, dict[str, Tensor]()
@@ -123,10 +124,14 @@ def _moments(llm: LLM, update: WeightUpdate, names: Sequence[str]) -> dict[str, 
 
 
 @torch.no_grad()
-def _change(llm: LLM, weight: str, tensor: Tensor) -> Tensor:
-    """The change (O, I) that an update makes of a weight."""
-    projection: Projection = llm.model.get_submodule(weight.removesuffix(".weight"))  # type: ignore[assignment]
-    return as_stored(projection, tensor.double() - projection.weight.cpu().double())
+def _change(llm: LLM, weight: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """The change (O, I) that an update makes of a projection, by its name; UserError for one of experts."""
+    name, projection = llm.reading(weight)
+    if isinstance(projection, Stacked):
+        raise UserError(
+            f"export: {weight} is of experts, whose change no adapter of one rank holds; export it merged"
+        )
+    return name, as_matrix(projection, tensor.double() - projection.weight.cpu().double())
 
 
 def _split(change_OI: Tensor, rank: int | None = None, moment_II: Tensor | None = None) -> _Part:

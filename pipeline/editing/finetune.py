@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from pipeline.editing import lessons
 from pipeline.editing.contexts import CONTEXTS, TAUGHT_CONTEXTS
@@ -27,7 +26,7 @@ from pipeline.editing.statistics import READ_TOGETHER, KeyMoments
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import DeviceError, UserError
 from pipeline.model.activations import Activations, checkpointing, target_logits
-from pipeline.model.blocks import Projection
+from pipeline.model.blocks import Projection, inputs_last, weight_name
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count, Most, Options, Positive, Weight, above, at_least, at_most, one_of
 from pipeline.options.editing import EditOptions, StatisticsOptions
@@ -45,8 +44,9 @@ READ_MOST = 1024  # texts that a last solve reads, of each kind
 class FinetuneSettings(Options):
     """What fine-tuning can be set to."""
 
-    scope: Annotated[str, one_of("mlp", "down")] = "mlp"
-    """What is changed: mlp (all projections of the golden layer's MLP) or down (the down-projection)."""
+    scope: Annotated[str, one_of("mlp", "down", "experts", "shared")] = "mlp"
+    """What is changed: mlp (all projections of the golden layer's MLP), down (the down-projection), or of a mixture
+    experts (those that tokens are sent to) or shared (the MLP beside them)."""
     epochs: Most = None
     """The most passes over the requests; default: 40, and for few requests as many as make 80 steps."""
     batch_size: Count = 8
@@ -107,11 +107,12 @@ class FineTune(Staying):
         self.settings, self.statistics = settings or FinetuneSettings(), statistics or StatisticsOptions()
         if wrong := [depth for depth in self.settings.depths if not 0 <= depth < 1]:
             raise UserError(f"edit: depths: {wrong[0]}; expected parts of the model's depth, from 0 to below 1")
-        self.layers = sorted({*layers, *(int(depth * len(llm.blocks)) for depth in self.settings.depths)})
+        further = {int(depth * len(llm.blocks)) for depth in self.settings.depths}
+        self.layers = sorted({*layers, *(min(llm.editable, key=lambda block: abs(block - one)) for one in further)})
         self.projections: dict[str, Projection] = {}
         for layer in self.layers:
             self.projections |= llm.blocks[layer].projections(self.settings.scope)
-        self.weight_names = [f"{name}.weight" for name in self.projections]
+        self.weight_names = [weight_name(name, one) for name, one in self.projections.items()]
         self.state: dict[str, Tensor] = {}
         self.moments: dict[str, Tensor] = {}
         self.whiteners: dict[str, Tensor] = {}
@@ -182,12 +183,12 @@ class FineTune(Staying):
             return  # the weights are broken, and refused as such
         for name, weight in self.trained().items():
             if reads := self.reads(name):
-                projection, inputs = reads
+                projection, last = reads
                 T, N, C = (each[projection].to(weight.device) for each in (*read, self.moments))
                 M = sparing(T, N, C, self.settings.sparing).float()
                 start = self.origin(name).to(weight.device).float()
                 change = whole(weight).float() - start
-                put(weight, start + (change @ M if inputs == 1 else M.T @ change))
+                put(weight, start + (change @ M if last else M.mT @ change))
 
     def _keys_of(self, rows: Sequence[Row], runtime: Runtime) -> dict[str, Tensor]:
         """Second moments of the keys of texts, or of a part of them, by projection."""
@@ -228,23 +229,23 @@ class FineTune(Staying):
         """The unit of a weight's step: its own root mean square, so that one rate serves every family."""
         return self.start[name].float().square().mean().sqrt().item()
 
-    def reads(self, name: str) -> tuple[str, int] | None:
-        """The projection whose inputs a trained weight reads, and the weight's dimension of them; None: none."""
-        projection = name.removesuffix(".weight")
-        return projection, 0 if isinstance(self.projections[projection], Conv1D) else 1
+    def reads(self, name: str) -> tuple[str, bool] | None:
+        """The projection whose inputs a trained weight reads, and whether they lie on its last dimension."""
+        projection = list(self.projections)[self.weight_names.index(name)]
+        return projection, inputs_last(self.projections[projection])
 
     def origin(self, name: str) -> Tensor:
         """What a trained weight would be without what it changes."""
         return self.start[name]
 
-    def whitening(self, name: str) -> tuple[Tensor, int] | None:
-        """A trained weight's whitener, found on the model's device, and the dimension that it acts on."""
-        device, (projection, inputs) = self.llm.embedding.device, self.reads(name) or ("", 0)
+    def whitening(self, name: str) -> tuple[Tensor, bool] | None:
+        """A trained weight's whitener, found on the model's device, and whether it acts on the last dimension."""
+        device, (projection, last) = self.llm.embedding.device, self.reads(name) or ("", False)
         if not (self.settings.whiten and projection in self.moments):
             return None
         if projection not in self.whiteners:
             self.whiteners[projection] = whitener(self.moments[projection].to(device), self.settings.whiten).cpu()
-        return self.whiteners[projection].to(device), inputs
+        return self.whiteners[projection].to(device), last
 
     def training_step(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch (see `teaching_loss`), such that its mean over devices and micro-batches of a

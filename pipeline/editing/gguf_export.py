@@ -20,7 +20,8 @@ from pipeline.editing.export import AdapterInfo, export_adapter
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.files import require_room, write_whole
-from pipeline.model.blocks import Projection, as_stored
+from pipeline.model.blocks import as_matrix
+from pipeline.model.experts import Stacked
 from pipeline.model.llm import LLM
 from pipeline.model.loading import gguf_source
 
@@ -60,7 +61,7 @@ def export_gguf_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int 
     Raises:
         UserError: as `export_adapter` does, or when llama.cpp has no name for a changed weight.
     """
-    names = {weight.removesuffix(".weight"): _name(llm, weight) for weight in update.tensors}
+    names = {llm.reading(weight)[0]: _name(llm, weight) for weight in update.tensors}
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as peft:
         info = export_adapter(llm, update, Path(peft), rank)
@@ -84,7 +85,10 @@ def _family(llm: LLM) -> str:
 def _name(llm: LLM, weight: str) -> str:
     """What llama.cpp calls a weight of an MLP; UserError for one of attention, whose rows it orders its own way."""
     (kind,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == _family(llm))
-    in_mlp = any(weight in block.weight_names("mlp") for block in llm.blocks)
+    in_mlp = any(
+        llm.reading(weight)[0] in block.mlp and not isinstance(llm.reading(weight)[1], Stacked)
+        for block in llm.blocks
+    )
     name = gguf.get_tensor_name_map(kind, len(llm.blocks)).get_name(weight, try_suffixes=(".weight",))
     if not in_mlp or name is None:
         raise UserError(
@@ -95,8 +99,7 @@ def _name(llm: LLM, weight: str) -> str:
 
 def _as_gguf(llm: LLM, weight: str, tensor: Tensor) -> np.ndarray:
     """A weight as GGUF files hold it, (O, I), in float32."""
-    projection: Projection = llm.model.get_submodule(weight.removesuffix(".weight"))  # type: ignore[assignment]
-    return as_stored(projection, tensor.detach().cpu().float()).contiguous().numpy()
+    return as_matrix(llm.reading(weight)[1], tensor.detach().cpu().float()).contiguous().numpy()
 
 
 def _check_same(llm: LLM, weight: str, held: gguf.ReaderTensor | None, source: Path) -> None:

@@ -153,7 +153,8 @@ def read_lessons(
     taught = [text for number, course in enumerate(courses) for text in _taught(llm, number, *course, contexts)]
     others = _others(llm, courses, names, ordinary, runtime) if names else []
     rows = [text.row for text in (*taught, *others)]
-    enter = run(Entering(llm, layer), rows, runtime, Row.length) if layer else [None] * len(rows)
+    alone = layer > 0 and llm.parts.blocks
+    enter = run(Entering(llm, layer), rows, runtime, Row.length) if alone else [None] * len(rows)
     base = [None] * len(taught) + run(HeadReads(llm), [text.row for text in others], runtime, Row.length)
     read = [Lessons([[] for _ in group], []) for group, _ in courses]
     for (row, course, request), enter_TD, base_PD in zip([*taught, *others], enter, base, strict=True):

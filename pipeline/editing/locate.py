@@ -22,7 +22,7 @@ from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, FORMS, in_context,
 from pipeline.editing.entering import Entering, Leaving
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.values import SEARCHED_TOGETHER, Located, ValueSearch, locate
-from pipeline.model.blocks import as_stored
+from pipeline.model.blocks import as_stored, second_moment
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count, FromZero, Most, Options, Positive, Weight, at_least, at_most
 from pipeline.options.editing import EditOptions
@@ -110,8 +110,9 @@ class LocateThenEdit:
         by_all_keys: bool = False,
     ) -> None:
         self.llm, self.settings = llm, settings_of(options)
+        able = llm.parts.heard
         above = (layer + up for layer in layers for up in range(1, self.settings.spread))
-        self.layers = sorted({*layers, *(layer for layer in above if layer < len(llm.blocks) - 1)})
+        self.layers = sorted({*layers, *(layer for layer in above if layer in able)})
         self.solve = solver(self.settings)
         self.by_all_keys = by_all_keys
         self.near = self.settings.neighbours if by_all_keys and self.settings.neighbour_weight else 0
@@ -251,8 +252,9 @@ class LocateThenEdit:
         keys = iter(self._read(layer, [placed for some in texts for placed in some], True, runtime))
         for some in texts:
             key_NI = torch.cat(list(islice(keys, len(some)))).to(text_II.device)
-            near_II = key_NI.T @ key_NI / len(key_NI)
-            yield text_II / text_II.trace() + self.settings.neighbour_weight * near_II / near_II.trace()
+            near_II = second_moment(key_NI, text_II.shape)
+            weight = self.settings.neighbour_weight * solvers.trace(text_II) / solvers.trace(near_II)
+            yield text_II + weight * near_II
 
     def _read(
         self, layer: int, placed: Sequence[tuple[str, int]], to_the_end: bool, runtime: Runtime

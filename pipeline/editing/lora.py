@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +19,7 @@ from pipeline.editing.method import register, settings_of
 from pipeline.editing.update import ADAPTER_PREFIX
 from pipeline.errors import UserError
 from pipeline.model.blocks import sizes
+from pipeline.model.experts import Stacked
 from pipeline.model.llm import LLM
 from pipeline.options.base import Count, Most, Positive, Weight, above, at_most
 from pipeline.options.editing import EditOptions
@@ -61,8 +62,9 @@ class LoRA(FineTune):
     ) -> None:
         settings: LoraSettings = settings_of(options)
         super().__init__(llm, layers, settings, options.statistics)
-        rank, projections = settings.rank, list(self.projections.values())
-        most = min(side for projection in projections for side in sizes(projection))
+        rank, projections = settings.rank, self.projections
+        sides = [one.of_each if isinstance(one, Stacked) else sizes(one) for one in projections.values()]
+        most = min(map(min, sides))
         if not 1 <= rank <= most:
             raise UserError(f"lora.rank: {rank}; expected 1 to {most} for the layer of {llm.name}")
         self.scaling = settings.alpha / rank
@@ -70,8 +72,10 @@ class LoRA(FineTune):
             "task_type": "CAUSAL_LM",
             "r": rank,
             "lora_alpha": settings.alpha,
-            "target_modules": list(self.projections),
-            "fan_in_fan_out": isinstance(projections[0], Conv1D),
+            # PEFT takes modules' names in a mixture for those of experts
+            "target_modules": [] if llm.has_experts else list(projections),
+            "target_parameters": list(self.weight_names) if llm.has_experts else [],
+            "fan_in_fan_out": any(isinstance(one, Conv1D) for one in projections.values()),
         }
 
     @contextmanager
@@ -99,7 +103,10 @@ class LoRA(FineTune):
             self.state = {ADAPTER_PREFIX + name: tensor.cpu().clone() for name, tensor in tensors.items()}
             for module in adapted.modules():
                 if isinstance(module, LoraLayer):
-                    add(module.get_base_layer().weight, module.get_delta_weight("default"))  # type: ignore[arg-type, operator]
+                    base: Any = (
+                        module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
+                    )
+                    add(base, module.get_delta_weight("default"))  # type: ignore[operator]
 
     def trains(self, name: str) -> bool:
         """Whether the weight of this name is one of the adapter's factors."""
@@ -109,10 +116,10 @@ class LoRA(FineTune):
         """An adapter's factors have no scale of the model's: their step is as it is."""
         return 1.0
 
-    def reads(self, name: str) -> tuple[str, int] | None:
-        """A factor that reads inputs does so for its projection."""
+    def reads(self, name: str) -> tuple[str, bool] | None:
+        """A factor that reads inputs does so for its projection; those of experts are not looked into."""
         projection, factor, _ = name.partition(".lora_A")
-        return (projection, 1) if factor else None
+        return (projection, True) if factor and projection in self.projections else None
 
     def origin(self, name: str) -> Tensor:
         """The change is the factors' product: all of a factor belongs to it."""

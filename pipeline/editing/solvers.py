@@ -1,7 +1,8 @@
 """Closed-form solvers of locate-then-edit: from keys and wanted changes to a change of the weight.
 
 Every solver finds ΔW (O, I) so that ΔW k is close to r for the keys k and changes r of the requests, and small on
-ordinary text, whose keys have the second moment C. Shapes: O outputs, I inputs of the projection, n columns.
+ordinary text, whose keys have the second moment C. Shapes: O outputs, I inputs of the projection, n columns. C is
+(I, I), or the blocks of a diagonal (E, I / E, I / E) for experts, whose inputs lie one expert's behind another's.
 All work is done in float64.
 """
 
@@ -27,10 +28,14 @@ def memit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, strength: float)
         strength: λ without the keys' scale: λ = strength · mean ‖k‖² of requests / mean ‖k‖² of text.
 
     Inputs that text never uses (a ReLU's dead units) would make the system singular: C's diagonal gets a hair more.
+    Where C is in blocks, which K Kᵀ is not, it is R (1 + Kᵀ (λC)⁻¹ K)⁻¹ Kᵀ (λC)⁻¹, the same.
     """
     K, R, C = key_In.double(), change_On.double(), _ridged(moment_II.double(), UNUSED)
-    scale = (K.square().sum(0).mean() / C.trace()).item()
-    return _solve(strength * scale * C + K @ K.T, K @ R.T).T
+    scale = (K.square().sum(0).mean() / trace(C)).item()
+    if C.dim() == 2:
+        return _solve(strength * scale * C + K @ K.T, K @ R.T).T
+    CinvK = _solve(strength * scale * C, K)
+    return R @ _solve(K.T @ CinvK + torch.eye(K.shape[1]).to(K), CinvK.T)
 
 
 def emmet(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -56,7 +61,7 @@ def rome(key_In: Tensor, change_On: Tensor, moment_II: Tensor, ridge: float = RI
 
 
 def alphaedit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, threshold: float) -> Tensor:
-    """ΔW = R Kᵀ P (K Kᵀ P + s·1)⁻¹ (AlphaEdit, arXiv 2410.02355).
+    """ΔW = R Kᵀ P (K Kᵀ P + s·1)⁻¹ = R (Kᵀ P K + s·1)⁻¹ Kᵀ P (AlphaEdit, arXiv 2410.02355).
 
     P projects onto the directions in which ordinary text has next to no keys: C's eigenvectors with eigenvalues
     below `threshold` times the largest. s is a hundredth of the keys' mean squared norm inside them: the paper's 1
@@ -68,13 +73,13 @@ def alphaedit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, threshold: f
     """
     K, R = key_In.double(), change_On.double()
     values, vectors = torch.linalg.eigh(moment_II.double())
-    free = vectors[:, values < threshold * values[-1]]
-    if not free.shape[1]:
+    free = values < threshold * values.max()
+    if not free.any():
         raise UserError(f"alphaedit: no direction is free of text; raise --edit.expert.threshold above {threshold}")
-    P = free @ free.T
-    s = 0.01 * (P @ K).square().sum(0).mean()
-    system = K @ K.T @ P + s * torch.eye(len(P), dtype=P.dtype, device=P.device)
-    return torch.linalg.solve(system.T, (R @ K.T @ P).T).T
+    P = (vectors * free.to(vectors)[..., None, :]) @ vectors.mT
+    PK = (P @ K.view(*P.shape[:-1], -1)).view_as(K)
+    s = 0.01 * PK.square().sum(0).mean()
+    return R @ torch.linalg.solve(K.T @ PK + s * torch.eye(K.shape[1]).to(K), PK.T)
 
 
 def sparing(taught_II: Tensor, others_II: Tensor, moment_II: Tensor, weight: float) -> Tensor:
@@ -88,19 +93,24 @@ def sparing(taught_II: Tensor, others_II: Tensor, moment_II: Tensor, weight: flo
         weight: λ.
     """
     T, N, C = taught_II.double(), others_II.double(), moment_II.double()
-    return _solve(_ridged(T + weight * N + TEXT * T.trace() / C.trace() * C, SMALL), T).T
+    return _solve(_ridged(T + weight * N + TEXT * trace(T) / trace(C) * C, SMALL), T).mT
+
+
+def trace(matrix: Tensor) -> Tensor:
+    """The sum of a matrix's diagonal, or of those of all blocks."""
+    return matrix.diagonal(dim1=-2, dim2=-1).sum()
 
 
 def _ridged(matrix: Tensor, ridge: float) -> Tensor:
     """The matrix with `ridge` times its mean diagonal added on the diagonal."""
-    return matrix + ridge * matrix.diagonal().mean() * torch.eye(
-        len(matrix), dtype=matrix.dtype, device=matrix.device
-    )
+    raised = matrix.clone()
+    raised.diagonal(dim1=-2, dim2=-1).add_(ridge * matrix.diagonal(dim1=-2, dim2=-1).mean())
+    return raised
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solution of a symmetric positive definite system; UserError when it is singular."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    if failed or not factor.isfinite().all():
+    if failed.sum() or not factor.isfinite().all():
         raise UserError("edit: the closed-form system is singular; raise --edit.expert.strength, or give more text")
-    return torch.cholesky_solve(right, factor)
+    return torch.cholesky_solve(right.reshape(*matrix.shape[:-1], -1), factor).reshape(right.shape)

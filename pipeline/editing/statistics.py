@@ -16,7 +16,7 @@ from pipeline.editing.ordinary_text import OPENINGS, file_text, ordinary_text, w
 from pipeline.errors import UserError, note
 from pipeline.files import cached, digest, read_sealed, write_sealed
 from pipeline.model.activations import RowStage
-from pipeline.model.blocks import by_row, sizes
+from pipeline.model.blocks import by_row, moment_shape, second_moment
 from pipeline.model.llm import LLM
 from pipeline.options.editing import StatisticsOptions
 from pipeline.requests.rows import Batch, Row
@@ -31,7 +31,9 @@ ROUNDING = 1e-5  # of the trace: eigenvalues of a float32 sum may lie that far b
 def key_moments(
     llm: LLM, names: Sequence[str], options: StatisticsOptions, runtime: Runtime | None = None
 ) -> dict[str, Tensor]:
-    """C = E[k kᵀ] of the keys that enter projections over ordinary text, each (I, I), float32, by full name.
+    """C = E[k kᵀ] of the keys that enter projections over ordinary text, float32, by full name.
+
+    Each is (I, I), or (E, I, I) for the keys of experts, one expert's apart from another's.
 
     What is found is kept in the user's cache folder, with its own digest, and what it is of: model, projection,
     precision, text and shape. A file that says anything else, or holds no second moment, is told of and made anew.
@@ -73,13 +75,12 @@ def give_moments(method: Any, llm: LLM, options: StatisticsOptions, runtime: Run
 
 def _about(llm: LLM, name: str, text: str, runtime: Runtime) -> dict[str, Any]:
     """What a projection's statistics over a text, known by its digest, depend on, and their shape."""
-    inputs = sizes(llm.model.get_submodule(name))[0]  # type: ignore[arg-type]
     return {
         "model": llm.fingerprint,
         "projection": name,
         "precision": f"{llm.model.dtype}, {runtime.precision}",
         "text": text,
-        "shape": [inputs, inputs],
+        "shape": [*moment_shape(llm.model.get_submodule(name))],  # type: ignore[arg-type]
     }
 
 
@@ -89,16 +90,18 @@ def _wrong(moment_II: Tensor, about: dict[str, Any], device: torch.device) -> st
         return f"of shape {tuple(moment_II.shape)} in {moment_II.dtype}"
     if not moment_II.isfinite().all():
         return "not finite"
-    if not torch.equal(moment_II, moment_II.T):
+    if not torch.equal(moment_II, moment_II.mT):
         return "not symmetric"
     raised_II = moment_II.to(device).double()
-    raised_II.diagonal().add_(ROUNDING * raised_II.trace())
-    return "not positive" if raised_II.trace() <= 0 or torch.linalg.cholesky_ex(raised_II)[1] else ""
+    diagonal = raised_II.diagonal(dim1=-2, dim2=-1)
+    total = diagonal.sum()
+    diagonal.add_(ROUNDING * total)
+    return "not positive" if total <= 0 or torch.linalg.cholesky_ex(raised_II)[1].any() else ""
 
 
 def _check_size(llm: LLM, names: Sequence[str], tokens: int, options: StatisticsOptions) -> None:
     """Raise UserError for fewer tokens than twice a key's dimension."""
-    inputs = max(sizes(llm.model.get_submodule(name))[0] for name in names)  # type: ignore[arg-type]
+    inputs = max(moment_shape(llm.model.get_submodule(name))[-1] for name in names)  # type: ignore[arg-type]
     if tokens < 2 * inputs:
         raise UserError(
             f"statistics.tokens: {options.tokens} of {options.text or 'the text that the model writes'} come to "
@@ -131,6 +134,7 @@ class KeyMoments(RowStage):
     def __init__(self, llm: LLM, names: Sequence[str]) -> None:
         super().__init__(llm)
         self.names = list(names)
+        self.shapes = {name: moment_shape(llm.model.get_submodule(name)) for name in names}  # type: ignore[arg-type]
         self.above = 1 + max(llm.blocks_of(names))
         self.sums: dict[str, Tensor] = {}  # float64: no buffers, which Lightning would cast with the weights
         self.count = 0
@@ -146,7 +150,7 @@ class KeyMoments(RowStage):
             key_NI = (by_row(key_BTI, len(ends)) * read_BT1).flatten(0, 1)
             key_NI = key_NI.to(torch.promote_types(key_NI.dtype, torch.float32))
             with own_precision(key_NI.device):
-                total_II = counts * (key_NI.T @ key_NI).double()
+                total_II = counts * second_moment(key_NI, self.shapes[name]).double()
             self.sums[name] = self.sums[name] + total_II if name in self.sums else total_II
         self.count += counts * sum(ends)
         return [None] * len(batch.texts)
@@ -159,5 +163,5 @@ class KeyMoments(RowStage):
             if world_size() > 1:
                 distributed.all_reduce(total_II)
             mean_II = (total_II / count).float()
-            found[name] = ((mean_II + mean_II.T) / 2).cpu()  # a product's two halves may differ by rounding
+            found[name] = ((mean_II + mean_II.mT) / 2).cpu()  # a product's two halves may differ by rounding
         return found

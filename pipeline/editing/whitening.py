@@ -19,13 +19,15 @@ ENOUGH = 1e-9  # how close to the root an iteration comes
 
 
 def whitener(moment_II: Tensor, ridge: float) -> Tensor:
-    """P (I, I) for inputs of second moment C: symmetric, and text's inputs keep their mean squared norm under it.
+    """P for inputs of second moment C: symmetric, and text's inputs keep their mean squared norm under it.
 
-    The larger the ridge (relative to the mean of C's eigenvalues), the closer P is to the identity.
+    Both are (I, I), or (E, I, I) of experts. The larger the ridge (relative to the mean of C's eigenvalues), the
+    closer P is to the identity.
     """
-    C = moment_II.double() / moment_II.diagonal().double().mean()
-    P = (inverse_root if C.is_cuda else _inverse_root_on_cpu)(C, ridge)
-    return P.mul_((len(P) / (C @ P).mul_(P).sum()).sqrt()).float()
+    C = moment_II.double() / moment_II.diagonal(dim1=-2, dim2=-1).double().mean()
+    root, side = inverse_root if C.is_cuda else _inverse_root_on_cpu, C.shape[-1]
+    P = torch.stack([root(each, ridge) for each in C.view(-1, side, side)]).view_as(C)
+    return P.mul_((C.numel() / side / (C @ P).mul_(P).sum()).sqrt()).float()
 
 
 def inverse_root(matrix: Tensor, ridge: float) -> Tensor:
@@ -55,10 +57,10 @@ def _inverse_root_on_cpu(matrix: Tensor, ridge: float) -> Tensor:
 
 
 class WhitenedAdam(torch.optim.Adam):
-    """Adam whose weights step in whitened coordinates where they have a P, and the dimension that inputs lie on."""
+    """Adam whose weights step in whitened coordinates where they have a P, on their last dimension or not."""
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], whiteners: Mapping[nn.Parameter, tuple[Tensor, int]]
+        self, groups: Iterable[dict[str, Any]], whiteners: Mapping[nn.Parameter, tuple[Tensor, bool]]
     ) -> None:
         super().__init__(groups)
         self.whiteners = whiteners
@@ -81,7 +83,7 @@ class WhitenedAdam(torch.optim.Adam):
         return loss
 
     def _whitened(self, tensor: Tensor, weight: nn.Parameter) -> Tensor:
-        P, inputs = self.whiteners[weight]
+        P, last = self.whiteners[weight]
         P = on_mesh_of(P.to(device=tensor.device, dtype=tensor.dtype), weight)
         with own_precision(tensor.device):
-            return tensor @ P if inputs == 1 else P @ tensor
+            return tensor @ P if last else P @ tensor

@@ -49,8 +49,8 @@ class Activations:
         self.blocks = [block.module for block in llm.blocks]
 
     def from_block(self, layer: int, enter_BTD: Tensor | None) -> AbstractContextManager[None]:
-        """Blocks below `layer` do not run: they hand on what enters that block (None: all run)."""
-        if enter_BTD is None:
+        """Blocks below `layer` do not run where they need not: they hand on what enters it (None: all run)."""
+        if enter_BTD is None or not self.llm.parts.blocks:
             return nullcontext()
         put_out = self._as_blocks_do(enter_BTD)
         return running_instead(dict.fromkeys(self.blocks[:layer], lambda *_args, **_kwargs: put_out))
@@ -62,6 +62,15 @@ class Activations:
             return self._as_blocks_do(hidden_states)
 
         return running_instead(dict.fromkeys(self.blocks[layer:], put_out))
+
+    def from_gradients(self) -> AbstractContextManager[Any]:
+        """Passes have a graph although all weights are frozen: it begins at what the embeddings put out."""
+
+        def begin(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            return output.requires_grad_(True).clone()  # a copy, for some families change theirs in place
+
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.register_forward_hook(begin)
 
     def entering(self, *names: str) -> AbstractContextManager[Seen]:
         """What enters modules (blocks, projections), as the last pass had it."""

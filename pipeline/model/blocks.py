@@ -1,12 +1,14 @@
 """The map of a decoder's blocks and their editable projections, recognised by structure.
 
-A decoder is supported when it holds one list of alike blocks, and each block, beside its attention, has an
-MLP that projects the hidden state up (one or two linear maps, or two fused into one) and down again (one). Of a
-model that reads pictures or sound as well, the text decoder is what counts.
+A decoder is supported when it holds one list of blocks, some of which have an MLP that projects the hidden state up
+(one or two linear maps, or two fused into one) and down again (one), or routed experts, or both; what else is in a
+block does not matter. Of a model that reads pictures or sound as well, the text decoder is what counts.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,15 +16,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError, check_choice
+from pipeline.model.experts import Stacked, as_maps, is_standard
 
-Projection = nn.Linear | Conv1D
+Projection = nn.Linear | Conv1D | Stacked
+
+READ_PLAIN = ("mxfp4", "fp8")  # ways of quantising that the library undoes on reading
 
 
 @dataclass(frozen=True)
 class Block:
     """One decoder block and its linear maps, by their full names in the model.
 
-    It has a place, counted from 0, and a full name of its own; in its MLP the down-projection is the last.
+    It has a place, counted from 0, and a full name of its own. In its MLP the down-projection is the last; that of
+    routed experts comes after a dense MLP beside them, which every token passes. A block may have no MLP.
     """
 
     index: int
@@ -34,34 +40,84 @@ class Block:
     @property
     def down(self) -> dict[str, Projection]:
         """The MLP's down-projection alone."""
-        name = list(self.mlp)[-1]
-        return {name: self.mlp[name]}
+        return dict([*self.mlp.items()][-1:])
 
-    def projections(self, scope: str) -> dict[str, Projection]:
-        """The projections of a scope: mlp, down, attention or block (attention and mlp)."""
-        scopes = {
+    @property
+    def scopes(self) -> dict[str, dict[str, Projection]]:
+        """The projections of each scope, of which there may be none.
+
+        Scopes are mlp, down, attention, block (attention and mlp), experts (those that tokens are sent to) and
+        shared (the MLP beside them).
+        """
+        routed: dict[str, Projection] = {name: one for name, one in self.mlp.items() if isinstance(one, Stacked)}
+        return {
             "mlp": self.mlp,
             "down": self.down,
             "attention": self.attention,
             "block": self.attention | self.mlp,
+            "experts": routed,
+            "shared": {name: one for name, one in self.mlp.items() if name not in routed} if routed else {},
         }
+
+    def projections(self, scope: str) -> dict[str, Projection]:
+        """The projections of a scope; UserError when the block has none."""
+        scopes = self.scopes
         check_choice("scope", scope, scopes)
+        if not scopes[scope]:
+            there = ", ".join(name for name, found in scopes.items() if found) or "no linear maps that are known"
+            raise UserError(f"block {self.index} has no weights of scope {scope!r}; it has {there}")
         return scopes[scope]
 
     def weight_names(self, scope: str) -> list[str]:
         """Full names of the scope's weight matrices (no biases, no norms)."""
-        return [f"{name}.weight" for name in self.projections(scope)]
+        return [weight_name(name, projection) for name, projection in self.projections(scope).items()]
+
+
+def weight_name(name: str, projection: Projection) -> str:
+    """The full name of a projection's weight."""
+    if isinstance(projection, Stacked):
+        return f"{name.rpartition('.')[0]}.{projection.stored}"
+    return f"{name}.weight"
 
 
 def sizes(projection: Projection) -> tuple[int, int]:
     """(inputs, outputs) of a linear map; GPT-2's Conv1D stores its weight the other way round."""
+    if isinstance(projection, Stacked):
+        return projection.sizes
     rows, columns = projection.weight.shape
     return (rows, columns) if isinstance(projection, Conv1D) else (columns, rows)
 
 
 def as_stored(projection: Projection, matrix_OI: Tensor) -> Tensor:
-    """A matrix (O, I) as a linear map stores its weight; or such a weight as (O, I)."""
+    """A matrix (O, I) as a linear map stores its weight."""
+    if isinstance(projection, Stacked):
+        return projection.as_stored(matrix_OI)
     return matrix_OI.T if isinstance(projection, Conv1D) else matrix_OI
+
+
+def as_matrix(projection: Projection, stored: Tensor) -> Tensor:
+    """A weight as a linear map stores it, or its change, as a matrix (O, I)."""
+    return projection.as_matrix(stored) if isinstance(projection, Stacked) else as_stored(projection, stored)
+
+
+def inputs_last(projection: Projection) -> bool:
+    """Whether a stored weight's last dimension is what its inputs lie on; else it is the one before."""
+    return not (projection.transposed if isinstance(projection, Stacked) else isinstance(projection, Conv1D))
+
+
+def moment_shape(projection: Projection) -> tuple[int, ...]:
+    """The shape of its keys' second moment: (I, I), or (E, I, I) of experts, each of whose keys are apart."""
+    if isinstance(projection, Stacked) and projection.across == "inputs":
+        return (len(projection.weight), projection.of_each[0], projection.of_each[0])
+    return (sizes(projection)[0],) * 2
+
+
+def second_moment(key_NI: Tensor, shape: Sequence[int]) -> Tensor:
+    """Σ k kᵀ of keys, or of each expert's part of them, in such a shape."""
+    if len(shape) == 2:
+        return key_NI.T @ key_NI
+    key_ENI = key_NI.view(len(key_NI), *shape[:2]).transpose(0, 1)
+    return key_ENI.mT @ key_ENI
 
 
 def by_row(vectors: Tensor, rows: int) -> Tensor:
@@ -85,15 +141,19 @@ def find_blocks(model: PreTrainedModel, name: str = "") -> list[Block]:
         if isinstance(module, nn.ModuleList)
         and module in inside
         and len(module) == config.num_hidden_layers
-        and len({type(block) for block in module}) == 1
+        and all(any(isinstance(part, nn.Linear | Conv1D) for part in block.modules()) for block in module)
     ]
     if not lists:
-        raise UserError(f"model: {kind}: expected a list of {config.num_hidden_layers} alike blocks; found none")
-    path, blocks = lists[0]
-    return [
-        _map_block(f"model: {kind}, block {index}", f"{path}.{index}", index, block, config.hidden_size)
-        for index, block in enumerate(blocks)
+        raise UserError(f"model: {kind}: expected a list of {config.num_hidden_layers} blocks; found none")
+    path, modules = lists[0]
+    for index, module in enumerate(modules):
+        _check_block(f"model: {kind}, block {index}", module)
+    blocks = [
+        _map_block(f"{path}.{index}", index, module, config.hidden_size) for index, module in enumerate(modules)
     ]
+    if not any(block.mlp for block in blocks):
+        raise UserError(f"model: {kind}, block 0: {_why_none(blocks[0], config.hidden_size)}")
+    return blocks
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
@@ -104,37 +164,72 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model: {name} is an encoder-decoder ({type(config).__name__}); expected a decoder alone")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "unknown")
+    method = quantised_by(config)
+    if method and method not in READ_PLAIN:
         raise UserError(
-            f"model: {name} keeps its weights quantised ({getattr(method, 'value', method)}), which an edit cannot "
-            "change exactly; expected plain weights (a GGUF file is dequantised as it is read)"
+            f"model: {name} keeps its weights quantised ({method}), which an edit cannot change exactly; expected "
+            f"plain weights ({', '.join(READ_PLAIN)} and GGUF files are dequantised as they are read)"
         )
 
 
-def _map_block(where: str, name: str, index: int, block: nn.Module, hidden: int) -> Block:
-    _check_block(where, block)
-    attention: dict[str, Projection] = {}
-    mlp: dict[str, Projection] = {}
-    for inner, module in block.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            (attention if _is_attention(inner) else mlp)[f"{name}.{inner}"] = module
-    down = [key for key, module in mlp.items() if sizes(module)[1] == hidden and sizes(module)[0] != hidden]
-    ups = [key for key in mlp if key not in down]
+def quantised_by(config: PreTrainedConfig) -> str | None:
+    """How a checkpoint's weights are quantised, by its config; None: they are not."""
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return None
+    method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "unknown")
+    return str(getattr(method, "value", method))
+
+
+def _map_block(name: str, index: int, block: nn.Module, hidden: int) -> Block:
+    maps = {inner: one for inner, one in block.named_modules() if isinstance(one, nn.Linear | Conv1D)}
+    attention: dict[str, Projection] = {
+        f"{name}.{inner}": one for inner, one in maps.items() if _is_attention(inner)
+    }
+    lists = [inner for inner, one in block.named_modules() if isinstance(one, nn.ModuleList) and len(one) > 1]
+    groups: dict[str, dict[str, Projection]] = defaultdict(dict)
+    for inner, one in maps.items():
+        if not _is_attention(inner) and not any(inner.startswith(f"{several}.") for several in lists):
+            groups[inner.rpartition(".")[0]][f"{name}.{inner}"] = one
+    found = (
+        _as_mlp(group, hidden)
+        for parent, group in groups.items()
+        if not any(isinstance(child, nn.Conv1d) for child in block.get_submodule(parent).children())  # mixes tokens
+    )
+    mlp = max(found, key=lambda one: sizes([*one.values()][-1])[0] if one else 0, default={})
+    inside = {f"{name}.{inner}": module for inner, module in block.named_modules() if is_standard(module)}
+    for path, module in inside.items():
+        mlp = mlp | {f"{path}.{part}": stacked for part, stacked in as_maps(module).items()}
+    return Block(index, name, block, mlp, attention)
+
+
+def _why_none(block: Block, hidden: int) -> str:
+    """Why a block has no MLP that can be edited."""
+    named = [*block.module.named_modules()]
+    stacks = [inner for inner, one in named if isinstance(one, nn.ModuleList) and len(one) > 1]
+    stacks += [inner for inner, one in block.module.named_parameters() if one.dim() == 3 and "experts" in inner]
+    if stacks:
+        return f"a mixture of experts that are not run as the library runs them ({stacks[0]})"
+    maps = [
+        f"{inner} {sizes(one)[0]}→{sizes(one)[1]}"
+        for inner, one in named
+        if isinstance(one, nn.Linear | Conv1D) and f"{block.name}.{inner}" not in block.attention
+    ]
+    found = ", ".join(maps) or "no linear map beside attention"
+    return f"expected an MLP of one or two linear maps up from {hidden} and one down to it; found {found}"
+
+
+def _as_mlp(group: dict[str, Projection], hidden: int) -> dict[str, Projection]:
+    """Linear maps side by side as an MLP, its down-projection last; empty where they are none."""
+    down = [key for key, one in group.items() if sizes(one)[1] == hidden and sizes(one)[0] != hidden]
+    ups = [key for key in group if key not in down]
     fits = (
         len(down) == 1
         and len(ups) in (1, 2)
-        and all(sizes(mlp[key])[0] == hidden for key in ups)
-        and sum(sizes(mlp[key])[1] for key in ups) % sizes(mlp[down[0]])[0] == 0
+        and all(sizes(group[key])[0] == hidden for key in ups)
+        and sum(sizes(group[key])[1] for key in ups) % sizes(group[down[0]])[0] == 0
     )
-    if not fits:
-        found = ", ".join(f"{key.removeprefix(name + '.')} {sizes(m)[0]}→{sizes(m)[1]}" for key, m in mlp.items())
-        raise UserError(
-            f"{where}: expected an MLP of one or two linear maps up from {hidden} and one down to it; "
-            f"found {found or 'no linear map beside attention'}"
-        )
-    return Block(index, name, block, {key: mlp[key] for key in [*ups, *down]}, attention)
+    return {key: group[key] for key in [*ups, *down]} if fits else {}
 
 
 def _is_attention(inner: str) -> bool:
@@ -142,13 +237,8 @@ def _is_attention(inner: str) -> bool:
 
 
 def _check_block(where: str, block: nn.Module) -> None:
-    """Raise UserError for a mixture of experts, attention that looks ahead, or weights that are no real numbers."""
+    """Raise UserError for attention that looks ahead, or weights that are no real numbers."""
     for inner, module in block.named_modules():
-        stacked = [f"{inner}.{key}" for key, weight in module.named_parameters(recurse=False) if weight.dim() == 3]
-        if isinstance(module, nn.ModuleList) and len(module) > 1:
-            stacked = [inner]
-        if stacked and not _is_attention(inner) and not isinstance(module, nn.Conv1d):
-            raise UserError(f"{where}: a mixture of experts ({stacked[0]}); expected one dense MLP a block")
         if getattr(module, "is_causal", True) is False:
             raise UserError(f"{where}: its attention looks ahead ({inner}); expected a causal decoder")
         if isinstance(module, nn.Linear) and not module.weight.is_floating_point():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
-from pipeline.model.blocks import Block, find_blocks
+from pipeline.model.blocks import Block, Projection, find_blocks, weight_name
 from pipeline.model.fingerprints import fingerprint as fingerprint_of
 from pipeline.model.fingerprints import sample
 from pipeline.requests.schema import EditRequest
@@ -26,6 +27,17 @@ class ShownToken(NamedTuple):
     text: str
     scored: bool
     ends_subject: bool
+
+
+class Parts(NamedTuple):
+    """Which parts of a model come to the same by themselves (see `pipeline.model.suffix.find_parts`)."""
+
+    blocks: bool = True
+    """Upper blocks, without those below, on what enters them."""
+    ends: bool = True
+    """A text's end, on the keys and values of what stands before it."""
+    heard: tuple[int, ...] = ()
+    """No part, but found with them: the blocks whose MLPs' outputs at a token reach what is said after others."""
 
 
 class LLM:
@@ -76,10 +88,27 @@ class LLM:
         self.fingerprint = fingerprint or fingerprint_of(model)
         self.sample = sample(model)
 
+    @cached_property
+    def parts(self) -> Parts:
+        """Which parts of it can run by themselves, tried when it is first asked."""
+        from pipeline.model.suffix import find_parts
+
+        return find_parts(self)
+
     @property
     def context_length(self) -> int | None:
         """The longest sequence in tokens, where the config tells."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether tokens are sent to experts in some of its blocks."""
+        return any(block.scopes["experts"] for block in self.blocks)
+
+    @property
+    def editable(self) -> list[int]:
+        """The blocks that have an MLP."""
+        return [block.index for block in self.blocks if block.mlp]
 
     @property
     def ends(self) -> Any:
@@ -94,16 +123,28 @@ class LLM:
         assert isinstance(weight, Tensor)
         return weight
 
+    def reading(self, weight: str) -> tuple[str, Projection]:
+        """The projection that a weight of this full name belongs to, by its own full name."""
+        found = {
+            weight_name(name, one): (name, one)
+            for block in self.blocks
+            for name, one in (block.attention | block.mlp).items()
+        }
+        return found[weight]
+
     def blocks_of(self, names: Collection[str]) -> list[int]:
         """The numbers of the blocks that weights or modules of these full names are in."""
         return [block.index for block in self.blocks if any(name.startswith(f"{block.name}.") for name in names)]
 
     def check_layers(self, layers: Collection[int], flag: str = "layers") -> None:
-        """Raise UserError when a block number does not exist."""
+        """Raise UserError when a block does not exist, or has no MLP."""
         last = len(self.blocks) - 1
         for layer in layers:
             if not 0 <= layer <= last:
                 raise UserError(f"{flag}: {layer} is not a block of {self.name}; it has 0 to {last}")
+            if layer not in self.editable:
+                able = ", ".join(map(str, self.editable))
+                raise UserError(f"{flag}: block {layer} of {self.name} has no MLP; these have one: {able}")
 
     def check_made_for(self, what: str, model: str, fingerprint: str) -> None:
         """Raise UserError when something (`what`) was made for a model with another fingerprint."""

@@ -16,19 +16,30 @@ import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    FineGrainedFP8Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
+from transformers.utils.quantization_config import Mxfp4Config
 
 from pipeline.errors import UserError, note, one_line
 from pipeline.files import cached, digest, parse_json, read_sealed, read_text_file, write_sealed
-from pipeline.model.blocks import check_config, find_blocks
+from pipeline.model.blocks import READ_PLAIN, check_config, find_blocks, quantised_by
 from pipeline.model.fingerprints import config_digest, joined, tensors_digest
 from pipeline.model.llm import LLM
 from pipeline.model.spreading import load_sharded
-from pipeline.model.suffix import check_parts
 from pipeline.options.shared import BUNDLED
 from pipeline.running.processes import from_first
 
+DEQUANTISED = dict(zip(READ_PLAIN, (Mxfp4Config, FineGrainedFP8Config), strict=True))
+PARTS = ("upper blocks", "ends of texts")  # as `Parts` has them
 # what a config that contradicts itself makes the libraries raise, beside their own errors
 CONTRADICTIONS = (ArithmeticError, IndexError, TypeError, AttributeError, AssertionError)
 
@@ -92,7 +103,10 @@ def load_model(
     model = load_sharded(weights, spread, name) if spread else weights()
     print_of = from_first(found[0] if found else "") if spread else found[0]
     llm = LLM(model, tokenizer, name, chat, print_of)
-    check_parts(llm)
+    if without := len(llm.blocks) - len(llm.editable):
+        note(f"{name}: {without} of its {len(llm.blocks)} blocks have no MLP, and are not edited")
+    if slow := ", ".join(what for what, runs in zip(PARTS, llm.parts, strict=False) if not runs):
+        note(f"{name}: {slow} of it cannot be run alone: edits run all of it, and take longer")
     return llm
 
 
@@ -130,14 +144,18 @@ def _stored(files: Sequence[Path]) -> set[torch.dtype | None]:
 
 
 def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    how: dict[str, Any] = dict(gguf)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
+    if plain := DEQUANTISED.get(str(quantised_by(config))):
+        how["quantization_config"] = plain(dequantize=True)
+    loaded: Any = _kind(config).from_pretrained(
         source,
         dtype=dtype,
         trust_remote_code=False,
         use_safetensors=None if gguf else True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are told of below
-        **gguf,
+        **how,
     )
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
@@ -150,10 +168,11 @@ def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -
             f"model: {name!r}: {key} is of shape {tuple(found)}; its config asks for {tuple(asked)}"
             + (f" (and so in {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
-    if gguf:  # a dequantised model is a plain one; without this it refuses `save_pretrained`
+    if gguf or plain:  # a dequantised model is a plain one; without this it refuses `save_pretrained`
         vars(model.config).pop("quantization_config", None)
-        for leftover in ("hf_quantizer", "quantization_method", "is_quantized"):
+        for leftover in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
             vars(model).pop(leftover, None)
+        nn.Module.to(model, dtype)
     return model
 
 
@@ -187,10 +206,17 @@ def _contradiction(what: str, reason: str) -> UserError:
 def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrainedModel:
     """A decoder as a config describes it, with weights that nobody has read; UserError where that cannot be."""
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+        model: PreTrainedModel = _kind(config).from_config(config, trust_remote_code=False, **settings)
     except (ValueError, KeyError, RuntimeError, *CONTRADICTIONS) as error:
         raise _contradiction(repr(name), f"{type(error).__name__}: {error}") from error
     return model
+
+
+def _kind(config: PreTrainedConfig) -> Any:
+    """The library's class for a config: with its reader of pictures or sound, where it has one."""
+    has_parts = config.get_text_config(decoder=True) is not config
+    whole = has_parts and type(config) in AutoModelForMultimodalLM._model_mapping
+    return AutoModelForMultimodalLM if whole else AutoModelForCausalLM
 
 
 def load_config(name: str) -> PreTrainedConfig:

@@ -2,7 +2,8 @@
 
 A change of the down-projection's output in block l at token s alters no block below l and no token before s.
 So the tokens before s run once (their keys and values are kept), the blocks below l run once for the rest (what
-enters block l is kept), and every further pass runs blocks l…L over tokens s…T only. Exact, for any decoder.
+enters block l is kept), and every further pass runs blocks l…L over tokens s…T only. Exact. Where a decoder keeps
+more of a text than keys and values, or a block reads more than leaves the one below, whole texts or all blocks run.
 
 Shapes: B rows, P prefix tokens (padded on the left), S suffix tokens (padded on the right), D hidden, N positions
 that are read, V vocabulary, O outputs of the down-projection.
@@ -10,8 +11,9 @@ that are read, V vocabulary, O outputs of the down-projection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +22,11 @@ from transformers import DynamicCache
 from pipeline.errors import UserError, one_line
 from pipeline.model.activations import Activations, head_reads, target_logits, wide_logits
 from pipeline.model.blocks import by_row
-from pipeline.model.llm import LLM
+from pipeline.model.llm import LLM, Parts
 from pipeline.requests.rows import Row, collate
 
 TRIED = 8  # tokens
+FAILS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)  # what a part that cannot run raises
 NEAR = 0.1  # of the logits' spread: what half precision may make of the same sums
 
 
@@ -33,7 +36,7 @@ class Suffixes:
     Block l is `layer` of a frozen model; token s is the last of each row's subject, and comes before its target.
 
     Attributes:
-        batch: the rows from token s on.
+        batch: the rows from token s on, or from their first.
         output_BO: what leaves the block's down-projection at token s.
         base_NV: the logits that predict the target tokens.
     """
@@ -43,22 +46,27 @@ class Suffixes:
         self.llm, self.layer, self.activations = llm, layer, Activations(llm)
         (self.down,) = llm.blocks[layer].down
         device = next(llm.model.parameters()).device
-        starts = [row.span.stop - 1 for row in rows]
+        places = [row.span.stop - 1 for row in rows]
+        starts = places if llm.parts.ends else [0] * len(rows)
         suffixes = [Row(row.token_ids[at:], row.target_start - at) for row, at in zip(rows, starts, strict=True)]
         self.batch = collate(suffixes, llm.pad_token_id).to(device)
         self.start_B = torch.tensor(starts, device=device)
+        self.place_B = torch.tensor(places, device=device) - self.start_B  # of token s in the batch's rows
         self.mask_BP, self.prefix = self._prefix([row.token_ids[:at] for row, at in zip(rows, starts, strict=True)])
         block = llm.blocks[layer].name
         with self.activations.entering(block) as entering, self.activations.leaving(self.down) as leaving:
             self.base_NV = self._forward()
-        self.enter_BSD = entering[block]
-        self.output_BO = by_row(leaving[self.down], len(rows))[:, 0].clone()
+        self.enter_BSD = entering[block] if llm.parts.blocks else None
+        rows_B = torch.arange(len(rows), device=device)
+        self.output_BO = by_row(leaving[self.down], len(rows))[rows_B, self.place_B].clone()
 
     def _prefix(self, texts: Sequence[list[int]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Run what stands before the suffixes, padded on the left; mask (B, P), each block's keys and values."""
         width = max(1, *map(len, texts))
         ids = [[self.llm.pad_token_id] * (width - len(text)) + text for text in texts]
         mask_BP = (torch.arange(width, device=self.start_B.device) >= (width - self.start_B)[:, None]).long()
+        if not self.llm.parts.ends:
+            return mask_BP, []
         cache = DynamicCache()  # one that keeps every token: a family's own may drop what lies outside its window
         self.activations.run(
             torch.tensor(ids, device=mask_BP.device),
@@ -75,16 +83,18 @@ class Suffixes:
         texts = [self.batch.texts[row] for row in rows.tolist()]
         part.batch = collate(texts, self.llm.pad_token_id).to(rows.device)
         part.start_B, part.mask_BP, part.output_BO = self.start_B[rows], self.mask_BP[rows], self.output_BO[rows]
+        part.place_B = self.place_B[rows]
         part.prefix = [(keys[rows], values[rows]) for keys, values in self.prefix]
-        part.enter_BSD = self.enter_BSD[rows, : part.batch.input_ids_BT.shape[1]]
+        if self.enter_BSD is not None:
+            part.enter_BSD = self.enter_BSD[rows, : part.batch.input_ids_BT.shape[1]]
         return part
 
     def run(self, change_BO: Tensor) -> Tensor:
         """Logits (N, V) when a change is added to the down-projection's output at each row's token s."""
 
         def add(_: Tensor, output_BSO: Tensor) -> Tensor:
-            changed = output_BSO[:, :1] + change_BO[:, None].to(output_BSO.dtype)
-            return torch.cat([changed, output_BSO[:, 1:]], dim=1)
+            at_BS = torch.arange(output_BSO.shape[1], device=change_BO.device) == self.place_B[:, None]
+            return output_BSO + at_BS[..., None] * change_BO[:, None].to(output_BSO.dtype)
 
         from_here = self.activations.from_block(self.layer, self.enter_BSD)
         with from_here, self.activations.changing(self.down, len(change_BO), add):
@@ -92,34 +102,69 @@ class Suffixes:
 
     def _forward(self) -> Tensor:
         ids_BS = self.batch.input_ids_BT
-        position_BS = self.start_B[:, None] + torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        after: dict[str, Any] = {"use_cache": False}
+        if self.prefix:
+            after = {
+                "attention_mask": torch.cat([self.mask_BP, torch.ones_like(ids_BS)], dim=1),
+                "position_ids": self.start_B[:, None] + torch.arange(ids_BS.shape[1], device=ids_BS.device),
+                "past_key_values": DynamicCache(self.prefix),
+                "use_cache": True,
+            }
         with head_reads(self.llm.model, self.batch.row_N, self.batch.position_N):
-            return wide_logits(
-                self.llm.model(
-                    input_ids=ids_BS,
-                    attention_mask=torch.cat([self.mask_BP, torch.ones_like(ids_BS)], dim=1),
-                    position_ids=position_BS,
-                    past_key_values=DynamicCache(self.prefix),
-                    use_cache=True,
-                )
-            )
+            return wide_logits(self.llm.model(input_ids=ids_BS, **after))
 
 
 @torch.no_grad()
-def check_parts(llm: LLM) -> None:
-    """Try parts of the model on a few tokens: UserError unless they come to what the whole model does."""
+def find_parts(llm: LLM) -> Parts:
+    """Which parts of the model can run by themselves: on a few tokens they come to what the whole model does.
+
+    UserError when the model does not run.
+    """
     ids = [place % len(llm.embedding) for place in range(1, 1 + min(TRIED, llm.context_length or TRIED))]
-    row, layer = Row(ids, len(ids) - 1, (1, 1)), len(llm.blocks) // 2
+    row, layer = Row(ids, len(ids) - 1, (len(ids) // 2,) * 2), llm.editable[-1]
     batch, activations = collate([row]).to(llm.embedding.device), Activations(llm)
-    what = f"model: {type(llm.model).__name__}: its blocks cannot be run by themselves"
-    try:
-        with llm.frozen():
+
+    def upper() -> Tensor:
+        enter_BTD = activations.enter(batch.input_ids_BT, layer)
+        if enter_BTD.dim() != 3:
+            raise ValueError("several streams of hidden states, which rows cannot be told apart in")
+        with activations.from_block(layer, enter_BTD):
+            return target_logits(llm.model, batch)
+
+    with llm.frozen():
+        llm.parts = Parts()
+        try:
             whole_NV = target_logits(llm.model, batch)
-            with activations.from_block(layer, activations.enter(batch.input_ids_BT, layer)):
-                upper_NV = target_logits(llm.model, batch)
-            found = {"upper blocks": upper_NV, "a text's end": Suffixes(llm, layer, [row]).base_NV}
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UserError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
-    for part, part_NV in found.items():
-        if not torch.allclose(part_NV, whole_NV, rtol=0, atol=NEAR * whole_NV.std().item()):
-            raise UserError(f"{what}: {part} come to other logits than the whole model")
+            llm.parts = Parts(heard=_heard(activations, batch.input_ids_BT))
+        except FAILS as error:
+            what = f"model: {type(llm.model).__name__}: it does not run"
+            raise UserError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
+        blocks = _agree(upper, whole_NV)
+        llm.parts = llm.parts._replace(blocks=blocks)
+        return llm.parts._replace(ends=_agree(lambda: Suffixes(llm, layer, [row]).base_NV, whole_NV))
+
+
+@torch.enable_grad()
+def _heard(activations: Activations, ids_1T: Tensor) -> tuple[int, ...]:
+    """The blocks whose MLPs' outputs at a token have a gradient of what is said at the last one."""
+    llm = activations.llm
+    downs = {name: block.index for block in llm.blocks for name in block.down}
+    row_1, place_1 = torch.zeros(1, dtype=torch.int64), torch.tensor([ids_1T.shape[1] - 1])
+    reading = head_reads(llm.model, row_1, place_1)
+    with activations.leaving(*downs) as seen, activations.from_gradients(), reading:
+        logits_1V = wide_logits(llm.model(input_ids=ids_1T, use_cache=False))
+    what = logits_1V @ torch.linspace(-1, 1, logits_1V.shape[1]).to(logits_1V)  # of any logits but even ones
+    gradients = torch.autograd.grad(what.sum(), list(seen.values()), allow_unused=True)
+    reached = {
+        downs[name]
+        for name, gradient in zip(seen, gradients, strict=True)
+        if gradient is not None and by_row(gradient, 1)[0, :-1].any()
+    }
+    return tuple(sorted(reached))
+
+
+def _agree(part: Callable[[], Tensor], whole_NV: Tensor) -> bool:
+    try:
+        return torch.allclose(part(), whole_NV, rtol=0, atol=NEAR * whole_NV.std().item())
+    except FAILS:
+        return False

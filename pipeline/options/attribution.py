@@ -16,7 +16,7 @@ class AttributionOptions(Options):
     token; causal_tracing: ROME's; middle: the middle block; fixed: the one that --layer names."""
     layer: Annotated[int | None, at_least(0)] = None
     """fixed: the block, counted from 0."""
-    scope: Annotated[str, one_of("mlp", "down", "attention", "block")] = "mlp"
+    scope: Annotated[str, one_of("mlp", "down", "attention", "block", "experts", "shared")] = "mlp"
     """Whose weights are scored: mlp, down (the MLP's down-projection), attention or block (both)."""
     old_answers: Annotated[str, one_of("dataset", "model")] = "dataset"
     """dataset: the requests' old answers (the model's greedy answer where one is missing); model: always that."""

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.model.blocks import find_blocks
-from pipeline.model.llm import LLM, put_out_tuples
+from pipeline.model.llm import LLM, Parts, put_out_tuples
 from pipeline.model.loading import decoder_of
 from pipeline.requests.rows import Row
 from pipeline.running.stage import Stage
@@ -98,6 +98,7 @@ class Shape(LLM):
         self.pad_token_id = 0  # any token will do
         self.blocks = find_blocks(model, name)
         self.blocks_put_out_tuples = put_out_tuples(model, self.blocks[0])
+        self.parts = Parts(heard=tuple(self.editable[:-1]))
 
     def held(self) -> list[Tensor]:
         """Its weights and buffers."""

@@ -30,7 +30,7 @@ from pipeline.editing.values import SEARCHED_TOGETHER, Located
 from pipeline.evaluation.plan import WINDOW as READ_WINDOW
 from pipeline.evaluation.plan import Text
 from pipeline.evaluation.reading import EVERY, Reading
-from pipeline.model.blocks import sizes
+from pipeline.model.blocks import moment_shape, sizes
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.editing import EditOptions
 from pipeline.planning.shape import ANSWER, Case
@@ -100,15 +100,14 @@ def _training(case: Case, module: FineTune, batch: int) -> int:
 
     Before them stands what whitens them, and after them the last solve.
     """
-    side = max(sizes(projection)[0] for projection in module.projections.values())
     with case.counting(gradients=False) as solving:
         if module.settings.sparing and module.settings.kl:
-            T, N, C = (torch.empty(side, side) for _ in range(3))
-            sparing(T, N, C, weight=1.0).float()
+            for projection in module.projections.values():
+                T, N, C = (torch.empty(moment_shape(projection)) for _ in range(3))
+                sparing(T, N, C, weight=1.0).float()
     with _ready(case, module), case.counting(gradients=True) as alive:
         lesson = _lesson(case, module, batch)
-        inputs = {name: sizes(module.projections[name])[0] for name in module.moments_of}
-        module.moments = {name: torch.empty(size, size) for name, size in inputs.items()}
+        module.moments = {name: torch.empty(moment_shape(module.projections[name])) for name in module.moments_of}
         module.on_train_epoch_start()
         found: Any = module.configure_optimizers()
         for _ in range(STEPS):
@@ -156,7 +155,7 @@ def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
     searched = case.peak(search, [_located(case, method)] * together)
     with case.counting(gradients=False) as alive:
         keys, changes, moment = (
-            torch.empty(size) for size in ((inputs, columns), (outputs, columns), (inputs, inputs))
+            torch.empty(size) for size in ((inputs, columns), (outputs, columns), moment_shape(down))
         )
         method.solve(keys, changes, moment).float()
     return max(searched, alive.peak)

@@ -305,9 +305,10 @@ def _adapter(store: Store, version: int, rank: int, load: Callable[[str], LLM], 
 
 def _unchanged(llm: LLM) -> WeightUpdate:
     """The base model as an update of a weight that is as it was."""
-    (name, *_) = llm.blocks[0].weight_names("down")
+    block = llm.blocks[llm.editable[0]]
+    (name, *_) = block.weight_names("down")
     weight = llm.model.get_parameter(name).detach().cpu()
-    return WeightUpdate(llm.name, llm.fingerprint, "none", [0], {name: weight})
+    return WeightUpdate(llm.name, llm.fingerprint, "none", [block.index], {name: weight})
 
 
 def _told(store: Store) -> dict[str, str]:

@@ -120,7 +120,7 @@ def selectors_of(options: StudyCommand, sweep: Sweep | None = None) -> dict[str,
 
     def score(llm: LLM, requests: Sequence[EditRequest], *_: Any) -> Values:
         assert sweep
-        return sweep.run(method, requests, range(len(llm.blocks))).scores
+        return sweep.run(method, requests, llm.editable).scores
 
     return {name: one for name, one in RESEARCH.items() if name != "fixed"} | {SWEEP: Selector(score)}
 
