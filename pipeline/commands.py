@@ -30,7 +30,7 @@ from pipeline.planning.plan import plan_memory
 from pipeline.reporting.card import write_card
 from pipeline.reporting.tables import missed_of
 from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
-from pipeline.requests.readers import load_requests
+from pipeline.requests.readers import load_facts, load_requests
 from pipeline.requests.sets import split_by_subject
 from pipeline.serving.hub import check_target, push
 from pipeline.serving.live import LiveModel
@@ -92,7 +92,9 @@ def edit(options: of.EditCommand) -> None:
     settings_of(options)
     with working(options, "edit") as log:
         after = WeightUpdate.load(options.after) if options.after else None
-        if after and options.after and options.requests == "missed":
+        if options.fact:
+            requests = load_facts(options.fact)[options.offset :][: options.limit]
+        elif after and options.after and options.requests == "missed":
             requests = missed_of(after.requests, Path(options.after))[options.offset :][: options.limit]
         else:
             requests = read_requests(options)

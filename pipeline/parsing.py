@@ -168,6 +168,9 @@ def _enter(values: dict[str, Given], one: Given, known: Mapping[str, Flag]) -> N
         raise one.refused(error) from None
     if path not in known:
         path, value = above, {**(values[above].value if above in values else {}), name: value}
+    earlier = values.get(path)
+    if earlier and earlier.file is one.file is None and isinstance(value, list) and isinstance(earlier.value, list):
+        value = [*earlier.value, *value]  # `--fact A --fact B`
     values[path] = Given(path, value, one.file)
 
 

@@ -207,6 +207,8 @@ def test_flags_override_a_config(flags_first: bool, tmp_path: Path, received: li
         (["evaluate", "--update", "DIR"], "update", "DIR"),
         (["export", "--update", "DIR"], "update", "DIR"),
         (["run", "--limit", "null"], "limit", None),
+        (["edit", "--fact", "a | b", "--limit", "3", "--fact=c"], "fact", ["a | b", "c"]),
+        (["edit", "--fact", "null", "--fact", "d"], "fact", ["null", "d"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and isinstance(value[0], str) else "",
 )

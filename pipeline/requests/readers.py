@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from pipeline.errors import UserError, note
 from pipeline.files import write_whole
 from pipeline.options.base import at_least
-from pipeline.requests.layouts import find_layout, to_request
+from pipeline.requests.layouts import OWN, find_layout, is_blank, to_request
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sources import raw_records
+
+FACT = ("subject", "prompt", "new answer")  # the parts of a fact in a line
 
 
 class Reading(NamedTuple):
@@ -57,6 +59,39 @@ def load_requests(
     if bad:
         note(f"left out {len(bad)} bad of {len(bad) + len(good)} records; the first: {bad[0]}")
     return good
+
+
+def load_facts(facts: Sequence[str]) -> list[EditRequest]:
+    """Requests of facts in a line each: `subject | prompt | new answer`.
+
+    UserError, with the fact, where it has other parts, an empty one, or a prompt that does not hold the subject.
+
+    Example:
+        >>> load_facts(["Chile | The capital of Chile is | Lima"])[0].new_answer
+        'Lima'
+    """
+    requests = []
+    for number, text in enumerate(facts, start=1):
+        try:
+            requests.append(_of_fact(text, number))
+        except UserError as error:
+            raise UserError(f"fact: {text!r}: {error}") from None
+    return requests
+
+
+def _of_fact(text: str, number: int) -> EditRequest:
+    parts = text.split("|")
+    if len(parts) != len(FACT):
+        raise UserError(f"expected three parts, {' | '.join(FACT)!r}, found {len(parts)}")
+    for name, part in zip(FACT, parts, strict=True):
+        if is_blank(part):
+            raise UserError(f"the {name} is empty")
+    subject, prompt, new_answer = parts
+    record = {"id": f"fact-{number}", "subject": subject, "prompt": prompt, "new_answer": new_answer}
+    request, _ = to_request(record, OWN, number)
+    if not request.names_subject:
+        raise UserError(f"the prompt does not hold the subject {request.subject!r}")
+    return request
 
 
 def stream_requests(
