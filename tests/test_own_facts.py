@@ -79,4 +79,5 @@ def test_facts_are_edited_without_a_file(
 
 def test_a_fact_beside_a_file_is_refused(refused: Callable[..., str]) -> None:
     line = refused("edit", "--requests", "facts.jsonl", "--fact", CHILE)
+    assert line == refused("edit", "facts.jsonl", "--fact", CHILE)
     assert line == "error: fact: stands in place of a file, and facts.jsonl is given too; give one of them"
