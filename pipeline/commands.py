@@ -46,7 +46,7 @@ from pipeline.updates.store import Store
 
 KEY = "GOLDEN_LAYERS_API_KEY"  # the environment's variable that holds what clients of `serve` must show
 FOLLOWING = 0.5  # seconds between looks at a store's current version
-STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad")
+STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad", "fields")
 
 
 def run(options: of.RunCommand) -> None:
@@ -188,7 +188,7 @@ def study(options: of.StudyCommand) -> None:
         sets = []
         for file in options.requests:
             most = options.limit + 4 * options.proxy  # some are about subjects that are tried
-            read = load_requests(file, most, options.offset, options.skip_bad)
+            read = load_requests(file, most, options.offset, options.skip_bad, options.fields)
             name = re.sub(r"[^\w.-]+", "_", file if file.startswith("hf:") else Path(file).stem)  # fit for a file's
             sets.append(parted(name, read, options))
         check_study(sets, options)

@@ -30,7 +30,7 @@ def _check(options: RequestsCommand) -> None:
         raise UserError(f"to: {to}: exists already; name another file or pass --overwrite")
     if to and not to.parent.is_dir():
         raise UserError(f"to: {to}: there is no folder {to.parent}")
-    found = check_requests(options.requests, options.limit, options.offset)
+    found = check_requests(options.requests, options.limit, options.offset, options.fields)
     print(summary(found))
     require_good(found, options.skip_bad)
     if options.forms:
@@ -45,7 +45,7 @@ def _check(options: RequestsCommand) -> None:
 
 
 def _good(options: RequestsCommand) -> Iterator[EditRequest]:
-    return stream_requests(options.requests, options.limit, options.offset, bad=[])
+    return stream_requests(options.requests, options.limit, options.offset, bad=[], fields=options.fields)
 
 
 def _show_known(options: RequestsCommand) -> None:

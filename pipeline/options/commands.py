@@ -56,8 +56,10 @@ class EditCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptio
     evaluation: EvaluationOptions = group(EvaluationOptions)
 
     def check(self) -> None:
-        if self.fact and self.requests != RequestOptions.requests:
-            raise UserError(f"fact: stands in place of a file, and {self.requests} is given too; give one of them")
+        for name in ("requests", "fields"):
+            given = getattr(self, name)
+            if self.fact and given != getattr(RequestOptions, name):
+                raise UserError(f"fact: stands in place of a file, and {name} {given} is given; leave one out")
 
 
 @dataclass(kw_only=True)

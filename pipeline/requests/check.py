@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, one_line, terminal_text
@@ -54,10 +54,12 @@ class RequestCheck:
             self.found["contradictions"].append(f"{place} ({request.new_answer!r}) against {earlier} ({answer!r})")
 
 
-def check_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> RequestCheck:
+def check_requests(
+    source: str | Path, limit: int | None = None, offset: int = 0, fields: Mapping[str, str] | None = None
+) -> RequestCheck:
     """Read a source to its end and count what is in it, as `load_requests` reads it; bad records are counted."""
     checked = RequestCheck(source)
-    for reading in read_requests(source, limit, offset):
+    for reading in read_requests(source, limit, offset, fields):
         checked.count(reading)
     return checked
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 from pipeline.errors import UserError, note
 from pipeline.files import write_whole
 from pipeline.options.base import at_least
-from pipeline.requests.layouts import OWN, find_layout, is_blank, to_request
+from pipeline.requests.layouts import OWN, Layout, find_layout, to_request
+from pipeline.requests.mapping import mapped
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sources import raw_records
 
-FACT = ("subject", "prompt", "new answer")  # the parts of a fact in a line
+FACT = ("subject", "prompt", "new_answer")  # the parts of a fact in a line
 
 
 class Reading(NamedTuple):
@@ -28,7 +29,11 @@ class Reading(NamedTuple):
 
 
 def load_requests(
-    source: str | Path, limit: int | None = None, offset: int = 0, skip_bad: bool = False
+    source: str | Path,
+    limit: int | None = None,
+    offset: int = 0,
+    skip_bad: bool = False,
+    fields: Mapping[str, str] | None = None,
 ) -> list[EditRequest]:
     """Read edit requests.
 
@@ -37,6 +42,7 @@ def load_requests(
         limit: take at most this many records; what comes after them is not read.
         offset: leave out this many records first; what is wrong with them is not said.
         skip_bad: leave bad records out; a note counts them and names the first.
+        fields: where records of another layout hold a request's fields, such as {"new_answer": "alt.text"}.
 
     Raises:
         UserError: naming file and line or record, when there is no such file, it is empty or malformed, a
@@ -53,7 +59,7 @@ def load_requests(
         requests: facts.jsonl: no such file; expected a JSON, JSONL or CSV file, `hf:NAME`, or `demo`
     """
     bad: list[UserError] = []
-    good = list(stream_requests(source, limit, offset, bad if skip_bad else None))
+    good = list(stream_requests(source, limit, offset, bad if skip_bad else None, fields))
     if bad and not good:
         raise UserError(f"requests: {source}: all {len(bad)} records are bad; the first: {bad[0]}")
     if bad:
@@ -82,23 +88,22 @@ def load_facts(facts: Sequence[str]) -> list[EditRequest]:
 def _of_fact(text: str, number: int) -> EditRequest:
     parts = text.split("|")
     if len(parts) != len(FACT):
-        raise UserError(f"expected three parts, {' | '.join(FACT)!r}, found {len(parts)}")
-    for name, part in zip(FACT, parts, strict=True):
-        if is_blank(part):
-            raise UserError(f"the {name} is empty")
-    subject, prompt, new_answer = parts
-    record = {"id": f"fact-{number}", "subject": subject, "prompt": prompt, "new_answer": new_answer}
-    request, _ = to_request(record, OWN, number)
+        raise UserError(f"expected three parts, 'subject | prompt | new answer', found {len(parts)}")
+    request, _ = to_request({"id": f"fact-{number}", **dict(zip(FACT, parts, strict=True))}, OWN, number)
     if not request.names_subject:
         raise UserError(f"the prompt does not hold the subject {request.subject!r}")
     return request
 
 
 def stream_requests(
-    source: str | Path, limit: int | None = None, offset: int = 0, bad: list[UserError] | None = None
+    source: str | Path,
+    limit: int | None = None,
+    offset: int = 0,
+    bad: list[UserError] | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> Iterator[EditRequest]:
     """As `load_requests`, one by one; what is wrong is raised when it is reached, or put into `bad`."""
-    for reading in read_requests(source, limit, offset):
+    for reading in read_requests(source, limit, offset, fields):
         if isinstance(reading.request, EditRequest):
             yield reading.request
         elif bad is None:
@@ -107,15 +112,18 @@ def stream_requests(
             bad.append(reading.request)
 
 
-def read_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> Iterator[Reading]:
+def read_requests(
+    source: str | Path, limit: int | None = None, offset: int = 0, fields: Mapping[str, str] | None = None
+) -> Iterator[Reading]:
     """As `load_requests`, one by one, each record as a request or as what is wrong with it."""
     at_least(0)("offset", offset)
     if limit is not None:
         at_least(1)("limit", limit)
-    total, used = 0, dict[str, str]()
-    for place, record in islice(raw_records(source), None if limit is None else offset + limit):
+    total, used, given = 0, dict[str, str](), mapped(fields) if fields else None
+    records = raw_records(source, whole=bool(fields))
+    for place, record in islice(records, None if limit is None else offset + limit):
         if total >= offset:
-            yield _read(record, total, place, source, used)
+            yield _read(record, total, place, source, used, given)
         total += 1
     if not total:
         raise UserError(f"requests: {source}: holds no records")
@@ -123,13 +131,15 @@ def read_requests(source: str | Path, limit: int | None = None, offset: int = 0)
         raise UserError(f"offset: {offset} leaves nothing of the {total} records of {source}")
 
 
-def _read(record: Any, number: int, place: str, source: str | Path, used: dict[str, str]) -> Reading:
+def _read(
+    record: Any, number: int, place: str, source: str | Path, used: dict[str, str], given: Layout | None
+) -> Reading:
     """One record as a request, or what is wrong with it; `used` are the places of ids."""
     layout = None
     try:
         if isinstance(record, UserError):
             raise record
-        layout = find_layout(record)
+        layout = find_layout(record, given)
         request, left_out = to_request(record, layout, number)
         if (earlier := used.setdefault(request.id, place)) != place:
             raise UserError(f"id {request.id!r} was used before, at {earlier}")
