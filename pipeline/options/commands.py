@@ -56,10 +56,8 @@ class EditCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptio
     evaluation: EvaluationOptions = group(EvaluationOptions)
 
     def check(self) -> None:
-        for name in ("requests", "fields"):
-            given = getattr(self, name)
-            if self.fact and given != getattr(RequestOptions, name):
-                raise UserError(f"fact: stands in place of a file, and {name} {given} is given; leave one out")
+        if self.fact and (self.requests, self.fields) != (RequestOptions.requests, None):
+            raise UserError("fact: stands in place of a file; leave out --fact, or --requests and --fields")
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
+from pipeline.requests.guessing import as_flag, named, suggested
 from pipeline.requests.schema import EditRequest, Probe
 
 Record = dict[str, Any]
@@ -33,7 +34,9 @@ def from_easyedit(record: Record) -> Record:
     """EasyEdit's names: CounterFact's one neighbour, and KnowEdit's probes by axis."""
     flat = "counterfact" if {"locality_prompt", "case_id"} & record.keys() else "easyedit"
     fields = _renamed(record, id="case_id", new_answer="target_new", old_answer="ground_truth")
-    neighbour = _one_probe(record.get("locality_prompt"), record.get("locality_ground_truth"), "neighborhood")
+    neighbour = as_probes(
+        first_text(record.get("locality_prompt")), record.get("locality_ground_truth"), "neighborhood"
+    )
     return fields | {
         "locality": neighbour + fields["locality"],
         "source": "knowedit" if "locality" in record else flat,
@@ -51,7 +54,7 @@ def from_zsre(record: Record) -> Record:
     question = first_text(record.get("loc"))
     if isinstance(question, str):
         question = question.removeprefix("nq question: ")
-    return fields | {"locality": _one_probe(question, record.get("loc_ans"), "nq"), "source": "zsre"}
+    return fields | {"locality": as_probes(question, record.get("loc_ans"), "nq"), "source": "zsre"}
 
 
 def _renamed(record: Record, **names: str) -> Record:
@@ -74,12 +77,9 @@ def from_counterfact(record: Record) -> Record:
         prompt, subject = fields["prompt"].strip(), fields["subject"].strip()
         fields["subject_start"] = len(prompt.rpartition("{}")[0].replace("{}", subject)) if "{}" in prompt else None
         fields["prompt"] = prompt.replace("{}", subject)
-    neighbours = listed(record, "neighborhood_prompts")
     return fields | {
         "rephrases": listed(record, "paraphrase_prompts"),
-        "locality": [
-            {"prompt": text, "answer": fields["old_answer"], "axis": "neighborhood"} for text in neighbours
-        ],
+        "locality": as_probes(listed(record, "neighborhood_prompts"), fields["old_answer"], "neighborhood"),
         "source": "counterfact",
     }
 
@@ -115,17 +115,23 @@ def listed(record: Record, name: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _one_probe(prompt: Any, answer: Any, axis: str) -> list[Record]:
-    """A probe from fields of their own; none where the record has neither."""
-    probe = {"prompt": first_text(prompt), "answer": first_text(answer), "axis": axis}
-    return [] if probe["prompt"] is None and probe["answer"] is None else [probe]
+def as_probes(prompt: Any, answer: Any, axis: Any = None) -> list[Record]:
+    """A probe, or one for each of a list of prompts, where a single answer is that of all; none without texts."""
+    many = isinstance(prompt, list)
+    count = len(prompt) if many else 1
+    columns = [one if many and isinstance(one, list) else [one] * count for one in (prompt, answer, axis)]
+    counts = [len(column) for column in columns]
+    if len({*counts}) > 1:
+        raise UserError("probes: {} prompts, {} answers, {} axes; expected as many of each".format(*counts))
+    rows = [[first_text(one) for one in row] for row in zip(*columns, strict=True)]
+    return [dict(zip(Probe.model_fields, row, strict=True)) for row in rows if row[:2] != [None, None]]
 
 
 def by_axis(record: Record, kind: str) -> list[Record]:
     """KnowEdit's probes of a kind: an object of axes, each a list of probes."""
     axes = _object(record, kind)
     if "New Question" in axes:  # one probe about a further relation, as zsRE and CounterFact were extended
-        return _one_probe(axes["New Question"], axes.get("New Answer"), "reasoning")
+        return as_probes(first_text(axes["New Question"]), axes.get("New Answer"), "reasoning")
     for axis, probes in axes.items():
         if not isinstance(probes or [], list) or not all(isinstance(probe, dict) for probe in probes or []):
             raise UserError(f"field {f'{kind}.{axis}'!r}: expected a list of probes, each an object")
@@ -160,7 +166,9 @@ def find_layout(record: Any, given: Layout | None = None) -> Layout:
         if layout.fields <= record.keys():
             return layout
     known = "; ".join(f"{' and '.join(sorted(layout.fields))} ({layout.name})" for layout in LAYOUTS)
-    raise UserError(f"no prompt and new answer found; expected the fields {known}")
+    fields = as_flag(suggested(record))
+    wanted = f"did you mean {fields}?" if fields else f"expected the fields {known}"
+    raise UserError(f"no prompt and new answer found in {named(record)}; {wanted}")
 
 
 def to_request(record: Record, layout: Layout, number: int) -> tuple[EditRequest, int]:

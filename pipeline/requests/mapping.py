@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.requests.layouts import PROBES, Layout, Record, by_axis, first_text, listed
+from pipeline.requests.guessing import named, paths
+from pipeline.requests.layouts import PROBES, Layout, Record, as_probes, by_axis, first_text, listed
 from pipeline.requests.schema import EditRequest, Probe
 
 LISTS = ("rephrases", "forms")
 TEXTS = ("id", "prompt", "subject", "new_answer", "old_answer", "source")
 NAMES = (*TEXTS, *LISTS, *(f"{kind}.{part}" for kind in PROBES for part in Probe.model_fields))
-MOST_NAMED = 30  # fields of a record, in a line
 
 
 def mapped(fields: Mapping[str, str]) -> Layout:
@@ -41,8 +41,9 @@ def _request_fields(fields: Mapping[str, str], record: Record) -> Record:
     found = {name: record[name] for name in EditRequest.model_fields if name in record}
     found |= {name: _look_up(record, path, name) for name, path in fields.items()}
     for kind in PROBES:
-        if parts := {part: found.pop(f"{kind}.{part}") for part in Probe.model_fields if f"{kind}.{part}" in found}:
-            found[kind] = _probes(parts, kind)
+        parts = [found.pop(f"{kind}.{part}", None) for part in Probe.model_fields]
+        if f"{kind}.prompt" in fields:
+            found[kind] = as_probes(*parts)
         elif isinstance(found.get(kind), dict):
             found[kind] = by_axis(record, kind)
     lists = {name: [first_text(one) for one in listed(found, name)] for name in LISTS}
@@ -54,9 +55,8 @@ def _look_up(record: Record, path: str, name: str) -> Any:
     try:
         return _at(record, path)
     except (LookupError, TypeError, ValueError):
-        more = ", …" if len(record) > MOST_NAMED else ""
-        there = ", ".join([*map(str, record)][:MOST_NAMED]) + more
-        raise UserError(f"no field {path!r}, which is to be its {name}; there is {there}") from None
+        hint = did_you_mean(path, paths(record))
+        raise UserError(f"no field {path!r}{hint}, which is to be its {name}; there is {named(record)}") from None
 
 
 def _at(value: Any, path: str) -> Any:
@@ -67,14 +67,3 @@ def _at(value: Any, path: str) -> Any:
         return [_at(one, path) for one in value]
     found = value[int(name)] if isinstance(value, list) else value[name]
     return _at(found, rest) if inner else found
-
-
-def _probes(parts: Mapping[str, Any], kind: str) -> list[Record]:
-    """A probe, or one for each of a list of prompts: what is a single value then counts for all of them."""
-    many = len(parts["prompt"]) if isinstance(parts["prompt"], list) else 0
-    columns = {part: one if many and isinstance(one, list) else [one] * (many or 1) for part, one in parts.items()}
-    if len({len(column) for column in columns.values()}) > 1:
-        counts = ", ".join(f"{len(column)} of {part}" for part, column in columns.items())
-        raise UserError(f"field {kind!r}: {counts}; expected as many of each")
-    rows = [{part: first_text(column[place]) for part, column in columns.items()} for place in range(many or 1)]
-    return [row for row in rows if [row["prompt"], row["answer"]] != [None, None]]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import UserError, note
 from pipeline.files import write_whole
 from pipeline.options.base import at_least
+from pipeline.requests.guessing import suggested
 from pipeline.requests.layouts import OWN, Layout, find_layout, to_request
 from pipeline.requests.mapping import mapped
 from pipeline.requests.schema import EditRequest
@@ -26,6 +27,7 @@ class Reading(NamedTuple):
     request: EditRequest | UserError
     layout: str | None = None  # its layout's name, where one was found
     left_out: int = 0  # how many of its probes and rephrases had an empty text
+    fields: Mapping[str, str] = {}  # which are probably which of a request's, where no layout was found
 
 
 def load_requests(
@@ -59,7 +61,7 @@ def load_requests(
         requests: facts.jsonl: no such file; expected a JSON, JSONL or CSV file, `hf:NAME`, or `demo`
     """
     bad: list[UserError] = []
-    good = list(stream_requests(source, limit, offset, bad if skip_bad else None, fields))
+    good = list(good_requests(read_requests(source, limit, offset, fields), bad if skip_bad else None))
     if bad and not good:
         raise UserError(f"requests: {source}: all {len(bad)} records are bad; the first: {bad[0]}")
     if bad:
@@ -78,32 +80,19 @@ def load_facts(facts: Sequence[str]) -> list[EditRequest]:
     """
     requests = []
     for number, text in enumerate(facts, start=1):
-        try:
-            requests.append(_of_fact(text, number))
-        except UserError as error:
-            raise UserError(f"fact: {text!r}: {error}") from None
+        parts = [part.strip() for part in text.split("|")]
+        if len(parts) != len(FACT) or not all(parts):
+            raise UserError(f"fact: {text!r}: expected three parts, none empty: 'subject | prompt | new answer'")
+        request, _ = to_request({"id": f"fact-{number}", **dict(zip(FACT, parts, strict=True))}, OWN, number)
+        if not request.names_subject:
+            raise UserError(f"fact: {text!r}: the prompt does not hold the subject {request.subject!r}")
+        requests.append(request)
     return requests
 
 
-def _of_fact(text: str, number: int) -> EditRequest:
-    parts = text.split("|")
-    if len(parts) != len(FACT):
-        raise UserError(f"expected three parts, 'subject | prompt | new answer', found {len(parts)}")
-    request, _ = to_request({"id": f"fact-{number}", **dict(zip(FACT, parts, strict=True))}, OWN, number)
-    if not request.names_subject:
-        raise UserError(f"the prompt does not hold the subject {request.subject!r}")
-    return request
-
-
-def stream_requests(
-    source: str | Path,
-    limit: int | None = None,
-    offset: int = 0,
-    bad: list[UserError] | None = None,
-    fields: Mapping[str, str] | None = None,
-) -> Iterator[EditRequest]:
-    """As `load_requests`, one by one; what is wrong is raised when it is reached, or put into `bad`."""
-    for reading in read_requests(source, limit, offset, fields):
+def good_requests(readings: Iterable[Reading], bad: list[UserError] | None = None) -> Iterator[EditRequest]:
+    """The requests among what was read, one by one; what is wrong is raised, or put into `bad`."""
+    for reading in readings:
         if isinstance(reading.request, EditRequest):
             yield reading.request
         elif bad is None:
@@ -145,7 +134,8 @@ def _read(
             raise UserError(f"id {request.id!r} was used before, at {earlier}")
         return Reading(place, request, layout.name, left_out)
     except UserError as error:
-        return Reading(place, UserError(f"{source}: {place}: {error}"), layout and layout.name)
+        name, fields = (layout.name, {}) if layout else (None, suggested(record))
+        return Reading(place, UserError(f"{source}: {place}: {error}"), name, fields=fields)
 
 
 def write_requests(path: Path, requests: Iterable[EditRequest]) -> Path:

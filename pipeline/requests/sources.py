@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from pipeline.errors import UserError
 from pipeline.files import parse_json
+from pipeline.requests.guessing import as_flag, suggested
 from pipeline.requests.layouts import is_blank, without_empty
 
 DEMO_REQUESTS = Path(__file__).with_name("demo.jsonl")
@@ -135,7 +136,11 @@ def _check_header(header: Sequence[str], own: bool) -> None:
             raise UserError(f"column {name!r} stands twice")
         if own and name not in COLUMNS and not NUMBERED.fullmatch(name):
             known = ", ".join((*COLUMNS, *REPEATED))
-            raise UserError(f"column {name!r} does not exist; there is {known}, from rephrase on also numbered")
+            fields = as_flag(suggested(dict.fromkeys(header)))
+            hint = f"; did you mean {fields}?" if fields else ""
+            raise UserError(
+                f"column {name!r} does not exist; there is {known}, from rephrase on also numbered{hint}"
+            )
 
 
 def _record(row: dict[Any, Any], header: Sequence[str], whole: bool) -> dict[str, Any] | UserError:
