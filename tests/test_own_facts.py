@@ -92,6 +92,7 @@ def test_facts_are_edited_without_a_file(
 def test_a_fact_beside_a_file_is_refused(refused: Callable[..., str]) -> None:
     line = refused("edit", "--requests", "facts.jsonl", "--fact", CHILE)
     assert line == refused("edit", "facts.jsonl", "--fact", CHILE)
+    assert "fact: none is given" in refused("edit", "--fact", "[]"), "and the demo is not edited"
     assert line == "error: fact: stands in place of a file; leave out --fact, or --requests and --fields"
 
 
@@ -182,6 +183,7 @@ def test_what_is_not_named_keeps_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({1: "question"}, ["fields: 1 is no field of a request"]),
         ({"promt": "question"}, ["fields: 'promt'", "mean prompt?", "locality.prompt"]),
         ({"locality": "near"}, ["fields: 'locality'", "locality.prompt"]),
         ({"locality.prompt": "about"}, ["locality.prompt is given without locality.answer"]),

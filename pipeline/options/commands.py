@@ -56,6 +56,8 @@ class EditCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptio
     evaluation: EvaluationOptions = group(EvaluationOptions)
 
     def check(self) -> None:
+        if self.fact == []:
+            raise UserError("fact: none is given; expected 'SUBJECT | PROMPT | NEW ANSWER'")
         if self.fact and (self.requests, self.fields) != (RequestOptions.requests, None):
             raise UserError("fact: stands in place of a file; leave out --fact, or --requests and --fields")
 

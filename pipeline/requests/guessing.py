@@ -22,26 +22,29 @@ MOST, LONGEST = 100, 400  # fields that are looked at; characters of their names
 CLOSE = 0.85  # how alike a name is that is ours but for a slip
 
 
-def paths(value: Any, above: str = "") -> Iterator[str]:
+def paths(record: Any) -> list[str]:
     """Where a record holds something, as `--fields` names it; of a list of objects, what its first one holds."""
+    return [*islice(_within(record, ""), MOST)] if isinstance(record, dict) else []
+
+
+def _within(value: Any, above: str) -> Iterator[str]:
     value = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value
     if not isinstance(value, dict):
         yield above
         return
     for name, inner in value.items():
-        yield from paths(inner, f"{above}.{name}" if above else str(name))
+        yield from _within(inner, f"{above}.{name}" if above else str(name))
 
 
 def named(record: dict[str, Any]) -> str:
     """A record's fields in a line."""
-    line = ", ".join(islice(paths(record), MOST)) or "an empty record"
+    line = ", ".join(paths(record)) or "an empty record"
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
 
 
 def suggested(record: Any) -> dict[str, str]:
     """Which fields of a record are probably which of a request's."""
-    found = islice(paths(record), MOST) if isinstance(record, dict) else ()
-    free = {_letters(path): path for path in found if not re.search("[,=]", path)}
+    free = {_letters(path): path for path in paths(record) if not re.search("[,=]", path)}
     pairs = {}
     for name, others in OTHERS.items():
         own = _letters(name)

@@ -28,7 +28,7 @@ def mapped(fields: Mapping[str, str]) -> Layout:
     """
     for name in fields:
         if name not in NAMES:
-            hint = did_you_mean(name, NAMES)
+            hint = did_you_mean(str(name), NAMES)
             raise UserError(f"fields: {name!r} is no field of a request{hint}; there is {', '.join(NAMES)}")
         kind, _, part = name.partition(".")
         for other in ("prompt", "answer"):
