@@ -30,7 +30,7 @@ from pipeline.planning.plan import plan_memory
 from pipeline.reporting.card import write_card
 from pipeline.reporting.tables import missed_of
 from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
-from pipeline.requests.readers import load_requests
+from pipeline.requests.readers import load_facts, load_requests
 from pipeline.requests.sets import split_by_subject
 from pipeline.serving.hub import check_target, push
 from pipeline.serving.live import LiveModel
@@ -46,7 +46,7 @@ from pipeline.updates.store import Store
 
 KEY = "GOLDEN_LAYERS_API_KEY"  # the environment's variable that holds what clients of `serve` must show
 FOLLOWING = 0.5  # seconds between looks at a store's current version
-STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad")
+STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selectors", "every", "skip_bad", "fields")
 
 
 def run(options: of.RunCommand) -> None:
@@ -92,7 +92,9 @@ def edit(options: of.EditCommand) -> None:
     settings_of(options)
     with working(options, "edit") as log:
         after = WeightUpdate.load(options.after) if options.after else None
-        if after and options.after and options.requests == "missed":
+        if options.fact:
+            requests = load_facts(options.fact)[options.offset :][: options.limit]
+        elif after and options.after and options.requests == "missed":
             requests = missed_of(after.requests, Path(options.after))[options.offset :][: options.limit]
         else:
             requests = read_requests(options)
@@ -186,7 +188,7 @@ def study(options: of.StudyCommand) -> None:
         sets = []
         for file in options.requests:
             most = options.limit + 4 * options.proxy  # some are about subjects that are tried
-            read = load_requests(file, most, options.offset, options.skip_bad)
+            read = load_requests(file, most, options.offset, options.skip_bad, options.fields)
             name = re.sub(r"[^\w.-]+", "_", file if file.startswith("hf:") else Path(file).stem)  # fit for a file's
             sets.append(parted(name, read, options))
         check_study(sets, options)

@@ -98,11 +98,12 @@ def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
 
     `--top-k` is `--top_k`, a bare switch `--overwrite` true, a list takes several words, and a bare word stands for
     a flag (`submit FILE`).
-    UserError for a word that is no flag and no value of one, or a flag without a value.
+    UserError for a word that is no flag and no value of one, a flag without a value, or one that a word stands for.
     """
-    known, rest = flags_of(name), list(words)
+    known, rest, bare = flags_of(name), list(words), set()
     for word in COMMANDS[name].words:
         if rest and not rest[0].startswith("-"):
+            bare.add(word)
             yield Given(word, rest.pop(0))
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
@@ -110,6 +111,8 @@ def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
         kind = _kind(path, known)
         if not flag.startswith("--") or (kind is None and path not in _groups(known)):
             raise UserError(_unknown(name, flag, known))
+        if path in bare:
+            raise UserError(f"{path}: given twice, as a word and with --{path}; give one of them")
         several = kind in (list[int], list[int] | None, list[str], list[str] | None)
         values = [value] if equals else []
         while not equals and rest and not rest[0].startswith("--") and (several or not values):
@@ -168,6 +171,9 @@ def _enter(values: dict[str, Given], one: Given, known: Mapping[str, Flag]) -> N
         raise one.refused(error) from None
     if path not in known:
         path, value = above, {**(values[above].value if above in values else {}), name: value}
+    earlier = values.get(path)
+    if earlier and earlier.file is one.file is None and isinstance(value, list) and isinstance(earlier.value, list):
+        value = [*earlier.value, *value]  # `--fact A --fact B`
     values[path] = Given(path, value, one.file)
 
 

@@ -10,7 +10,7 @@ from pipeline.editing.contexts import TAUGHT_CONTEXTS, chat_forms, plain_forms
 from pipeline.errors import UserError
 from pipeline.options.commands import RequestsCommand
 from pipeline.requests.check import NAMED, check_requests, require_good, summary
-from pipeline.requests.readers import stream_requests, write_requests
+from pipeline.requests.readers import Reading, good_requests, read_requests, write_requests
 from pipeline.requests.schema import EditRequest
 
 
@@ -30,7 +30,7 @@ def _check(options: RequestsCommand) -> None:
         raise UserError(f"to: {to}: exists already; name another file or pass --overwrite")
     if to and not to.parent.is_dir():
         raise UserError(f"to: {to}: there is no folder {to.parent}")
-    found = check_requests(options.requests, options.limit, options.offset)
+    found = check_requests(options.requests, _readings(options))
     print(summary(found))
     require_good(found, options.skip_bad)
     if options.forms:
@@ -44,8 +44,12 @@ def _check(options: RequestsCommand) -> None:
         print(f"written to {write_requests(to, _good(options))}")
 
 
+def _readings(options: RequestsCommand) -> Iterator[Reading]:
+    return read_requests(options.requests, options.limit, options.offset, options.fields)
+
+
 def _good(options: RequestsCommand) -> Iterator[EditRequest]:
-    return stream_requests(options.requests, options.limit, options.offset, bad=[])
+    return good_requests(_readings(options), bad=[])
 
 
 def _show_known(options: RequestsCommand) -> None:

@@ -47,7 +47,7 @@ def working(options: Any, command: str, may_change: Collection[str] = ()) -> Abs
 
 def read_requests(options: RequestOptions) -> list[EditRequest]:
     """The requests that the options name; what is left out of them is told."""
-    return load_requests(options.requests, options.limit, options.offset, options.skip_bad)
+    return load_requests(options.requests, options.limit, options.offset, options.skip_bad, options.fields)
 
 
 def load(options: Any, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:

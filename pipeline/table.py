@@ -30,11 +30,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "run": Command("commands:run", of.RunCommand),
+    "run": Command("commands:run", of.RunCommand, ("requests",)),
     "demo": Command("commands:demo", of.DemoCommand),
-    "attribute": Command("commands:attribute", of.AttributeCommand),
-    "edit": Command("commands:edit", of.EditCommand),
-    "evaluate": Command("commands:evaluate", of.EvaluateCommand),
+    "attribute": Command("commands:attribute", of.AttributeCommand, ("requests",)),
+    "edit": Command("commands:edit", of.EditCommand, ("requests",)),
+    "evaluate": Command("commands:evaluate", of.EvaluateCommand, ("requests",)),
     "requests": Command("request_commands:requests", of.RequestsCommand, ("requests",)),
     "export": Command("commands:export", of.ExportCommand, ("version",)),
     "generate": Command("commands:generate", of.GenerateCommand),

@@ -24,7 +24,7 @@ from pipeline.options.base import as_config
 from pipeline.reporting.dashboards import show_on_board
 from pipeline.reporting.tables import not_measured
 from pipeline.reporting.terminal import say, show_missed, show_sides
-from pipeline.requests.readers import stream_requests
+from pipeline.requests.readers import good_requests, read_requests
 from pipeline.running.launch import beside
 from pipeline.running.processes import in_first, on_first, world_size
 from pipeline.serving import publish as serving
@@ -41,7 +41,7 @@ from pipeline.updates.store import BusyError, Store
 def submit(options: of.SubmitCommand) -> None:
     """A file's requests go into the queue; a file that is refused makes no store."""
     if not Path(options.store).exists():
-        for _ in stream_requests(options.file):
+        for _ in good_requests(read_requests(options.file)):
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)

@@ -116,7 +116,7 @@ def test_help_of_a_command_names_every_flag(name: str, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("name", "usage"),
     [
-        ("run", "run [--config FILE] [--FLAG VALUE ...]"),
+        ("run", "run [REQUESTS] [--config FILE] [--FLAG VALUE ...]"),
         ("diff", "diff OLDER NEWER --store STORE [--config FILE] [--FLAG VALUE ...]"),
         ("export", "export [VERSION] [--config FILE] [--FLAG VALUE ...]"),
     ],
@@ -207,6 +207,8 @@ def test_flags_override_a_config(flags_first: bool, tmp_path: Path, received: li
         (["evaluate", "--update", "DIR"], "update", "DIR"),
         (["export", "--update", "DIR"], "update", "DIR"),
         (["run", "--limit", "null"], "limit", None),
+        (["edit", "--fact", "a | b", "--limit", "3", "--fact=c"], "fact", ["a | b", "c"]),
+        (["edit", "--fact", "null", "--fact", "d"], "fact", ["null", "d"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and isinstance(value[0], str) else "",
 )
@@ -217,6 +219,15 @@ def test_flags_reach_the_options(words: list[str], field: str, value: object, re
         found = getattr(found, name)
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("name", ["run", "attribute", "edit", "evaluate", "requests"])
+def test_a_file_of_requests_is_a_word(name: str, tmp_path: Path, received: list[Any]) -> None:
+    config = ["--config", config_file(tmp_path, "requests: theirs.jsonl\nlimit: 3\n")]
+    assert main([name, "mine.jsonl", *config]) == 0
+    assert main([name, "--requests", "mine.jsonl", *config]) == 0
+    assert received[0].requests == "mine.jsonl" and received[0].limit == 3
+    assert received[0] == received[1]
 
 
 @pytest.mark.parametrize(
@@ -357,7 +368,11 @@ def test_what_pydantic_says_in_one_line() -> None:
         (["edit", "--statistics.token", "2"], ["--statistics.token", "--statistics.tokens?"]),
         (["attribute", "--expert", '{"fence": 2}'], ["expert: 'fence' is no setting", "mean fences?"]),
         (["attribute", "--expert", "2"], ["expert: expected a mapping", "found 2"]),
-        (["attribute", "model"], ["'model' is not understood", "--NAME VALUE", "attribute --help"]),
+        (["generate", "model"], ["'model' is not understood", "--NAME VALUE", "generate --help"]),
+        (["attribute", "--top_k", "2", "a"], ["'a' is not understood", "takes REQUESTS, then flags"]),
+        (["edit", "a", "--requests", "b"], ["requests: given twice, as a word and with --requests", "one of them"]),
+        (["edit", "a", "--requests=a"], ["requests: given twice"]),
+        (["diff", "1", "2", *STORE, "--newer", "3"], ["newer: given twice"]),
         (["attribute", "-x"], ["'-x' is not understood"]),
         (["attribute", "--requests", "a", "b"], ["'b' is not understood"]),
         (["diff", "1", "2", "3", *STORE], ["'3' is not understood", "OLDER, then NEWER, then flags"]),

@@ -143,6 +143,8 @@ def first(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
     names = ("id", "prompt", "subject", "new_answer", "old_answer")
     table = [",".join(names), *(",".join(str(request[name]) for name in names) for request in requests)]
     (folder / "facts.csv").write_text("\n".join(table))
+    (quiz,) = [one for one in blocks("text", PAGES["docs/requests.md"]) if "question" in one]
+    (folder / "quiz.jsonl").write_text(quiz)
     (folder / "runs").mkdir()
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder

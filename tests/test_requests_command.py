@@ -17,7 +17,7 @@ from pipeline.evaluation.reading import find_known
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.requests.check import check_requests
-from pipeline.requests.readers import load_requests
+from pipeline.requests.readers import load_requests, read_requests
 from pipeline.running.interrupts import Interrupted
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +111,7 @@ def test_conversion_reads_back_the_same(name: str, tmp_path: Path, capsys: pytes
     file, to = written(tmp_path, KNOWEDIT, KNOWEDIT | {"prompt": "Ruritania’s seat is"}), tmp_path / name
     shown(capsys, file, "--to", to)
     assert load_requests(to) == load_requests(file)
-    assert check_requests(to).layouts == {"golden-layers": 2}
+    assert check_requests(to, read_requests(to)).layouts == {"golden-layers": 2}
     shown(capsys, to, "--offset", "1", "--to", to, "--overwrite")
     assert load_requests(to) == load_requests(file, offset=1)
 

@@ -19,6 +19,7 @@ from pipeline.reporting.report import answers_table, metrics_table, missed_table
 from pipeline.reporting.tables import csv_text, markdown_text, values_csv
 from pipeline.reporting.terminal import say, show_answers, show_table, show_tokens
 from pipeline.requests.check import check_requests, summary
+from pipeline.requests.readers import read_requests
 from pipeline.requests.schema import EditRequest
 
 STEERING = [
@@ -120,7 +121,7 @@ def test_cases_of_a_forged_line_in_a_summary(tmp_path: Any) -> None:
     file = tmp_path / "requests.jsonl"
     file.write_text('{"prompt": "A is", "new_answer": "b", "locality": [{"prompt": "c", "answer": "d", '
                     '"axis": "x\\nbad: forged \\u001b[2J"}]}\n')  # fmt: skip
-    lines = summary(check_requests(file)).splitlines()
+    lines = summary(check_requests(file, read_requests(file))).splitlines()
     assert not [line for line in lines if line.startswith("bad") or "\x1b" in line]
 
 

@@ -32,6 +32,7 @@ KINDS = {  # types as a user would name them
     list[int]: "a list of whole numbers, such as 3 or 3 4",
     list[str]: "a list of texts",
     dict[str, Any]: 'a mapping, such as {"epochs": 4}',
+    dict[str, str]: "a mapping of texts, such as prompt=src,new_answer=alt",
 }
 
 Bound = Callable[[str, Any], None]
@@ -206,6 +207,8 @@ def read(name: str, value: Any, kind: Any) -> Any:
     UserError when it is not of the type.
     """
     given = value
+    if isinstance(value, str) and dict[str, str] in get_args(kind):
+        value = _pairs(value)
     if isinstance(value, str) and kind == str | None:
         value = None if value == "null" else value  # '#4' is a text here, and a comment in YAML
     elif isinstance(value, str) and kind is not str:
@@ -218,12 +221,19 @@ def read(name: str, value: Any, kind: Any) -> Any:
     raise UserError(f"{name}: expected {described(kind)}, found {found[:LONGEST]}")
 
 
+def _pairs(text: str) -> Any:
+    """The mapping of a text such as `a=b,c=d`; the text itself where it is none."""
+    parts = [[word.strip() for word in one.split("=", 1)] for one in text.split(",")]
+    pairs = {one[0]: one[-1] for one in parts if len(one) == 2 and all(one)}
+    return pairs if len(pairs) == len(parts) else text
+
+
 def fits(value: object, kind: Any) -> bool:
     """Whether a value is of a type; a whole number is a number too, and what is not finite is none."""
     if get_origin(kind) is list:
         return isinstance(value, list) and all(fits(one, get_args(kind)[0]) for one in value)
     if get_origin(kind) is dict:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and all(fits(one, get_args(kind)[1]) for one in value.values())
     if get_args(kind):  # one type or another
         return any(fits(value, one) for one in get_args(kind))
     if kind is float:

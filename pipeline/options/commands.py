@@ -48,10 +48,18 @@ class EditCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptio
 
     profile: str | None = None
     """The golden profile to edit by: FILE of `attribute`, or its folder."""
+    fact: list[str] | None = None
+    """In place of --requests: a fact as 'SUBJECT | PROMPT | NEW ANSWER'. May be given again for the next one."""
     after: str | None = None
     """A folder that an earlier `edit` or `run` wrote: edit on top of it; what is written holds both. With
     `--requests missed` its own requests that do not hold are edited again."""
     evaluation: EvaluationOptions = group(EvaluationOptions)
+
+    def check(self) -> None:
+        if self.fact == []:
+            raise UserError("fact: none is given; expected 'SUBJECT | PROMPT | NEW ANSWER'")
+        if self.fact and (self.requests, self.fields) != (RequestOptions.requests, None):
+            raise UserError("fact: stands in place of a file; leave out --fact, or --requests and --fields")
 
 
 @dataclass(kw_only=True)

@@ -76,6 +76,8 @@ class RequestOptions(Options):
     """Leave out this many records from a file's start."""
     skip_bad: bool = False
     """Leave bad records out, and say how many, where else the first of them ends the command."""
+    fields: dict[str, str] | None = None
+    """Of files of another layout: which of their fields a request's are, as prompt=src,new_answer=alt.text."""
 
 
 @dataclass(kw_only=True)

@@ -50,7 +50,7 @@ def hparams_row(
         "block": float((golden or update.layers)[0]) if update else -1.0,
         "block chosen by": f"{profile.method}, {profile.order}" if profile and golden else "hand",
         "requests": float(requests),
-        "request set": str(options.get("requests", "")),
+        "request set": "; ".join(options.get("fact") or [str(options.get("requests", ""))]),
         "model": model,
         "chat": bool(options.get("chat")),
         "seed": float(options.get("seed", 0)),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, one_line, terminal_text
-from pipeline.requests.readers import Reading, read_requests
+from pipeline.requests.guessing import as_flag
+from pipeline.requests.readers import Reading
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import alike, fact
 
@@ -24,11 +25,15 @@ class RequestCheck:
         self.counts: Counter[str] = Counter()
         self.probes: dict[str, Counter[str]] = {"locality": Counter(), "portability": Counter()}  # by axis
         self.found: dict[str, list[str]] = defaultdict(list)
+        self.fields: dict[str, str] = {}  # which are probably which, in every record without a layout
         self.facts: dict[str, tuple[str, str]] = {}  # place and new answer of the last about each
 
     def count(self, reading: Reading) -> None:
         """Count one record."""
         self.counts.update({"records": 1, "left out": reading.left_out})
+        if as_flag(reading.fields):  # a record for which none would do stays bad
+            earlier = self.fields or reading.fields
+            self.fields = {name: path for name, path in earlier.items() if reading.fields.get(name) == path}
         if reading.layout:
             self.layouts[reading.layout] += 1
         if isinstance(reading.request, UserError):
@@ -54,10 +59,10 @@ class RequestCheck:
             self.found["contradictions"].append(f"{place} ({request.new_answer!r}) against {earlier} ({answer!r})")
 
 
-def check_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> RequestCheck:
-    """Read a source to its end and count what is in it, as `load_requests` reads it; bad records are counted."""
+def check_requests(source: str | Path, readings: Iterable[Reading]) -> RequestCheck:
+    """Read a source to its end and count what is in it; bad records are counted."""
     checked = RequestCheck(source)
-    for reading in read_requests(source, limit, offset):
+    for reading in readings:
         checked.count(reading)
     return checked
 
@@ -89,6 +94,8 @@ def summary(checked: RequestCheck) -> str:
         "duplicates": _places("", found["duplicates"]) or "none",
         "contradictions": _places("", found["contradictions"]) or "none",
     }
+    if not checked.layouts and (flag := as_flag(checked.fields)):
+        rows["try"] = flag
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
     lines += [f"bad: {reason}" for reason in bad[:NAMED]]

@@ -14,9 +14,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
+from pipeline.requests.guessing import as_flag, named, suggested
 from pipeline.requests.schema import EditRequest, Probe
 
 Record = dict[str, Any]
+PROBES = ("locality", "portability")
 MOST_FIELDS = 1_000  # of a record
 
 
@@ -32,7 +34,9 @@ def from_easyedit(record: Record) -> Record:
     """EasyEdit's names: CounterFact's one neighbour, and KnowEdit's probes by axis."""
     flat = "counterfact" if {"locality_prompt", "case_id"} & record.keys() else "easyedit"
     fields = _renamed(record, id="case_id", new_answer="target_new", old_answer="ground_truth")
-    neighbour = _one_probe(record.get("locality_prompt"), record.get("locality_ground_truth"), "neighborhood")
+    neighbour = as_probes(
+        first_text(record.get("locality_prompt")), record.get("locality_ground_truth"), "neighborhood"
+    )
     return fields | {
         "locality": neighbour + fields["locality"],
         "source": "knowedit" if "locality" in record else flat,
@@ -47,21 +51,21 @@ def from_wikibio(record: Record) -> Record:
 def from_zsre(record: Record) -> Record:
     """zsRE in MEND's layout; `nq question: ` in front of `loc` marks its source and is not part of it."""
     fields = _renamed(record, prompt="src", new_answer="alt", old_answer="answers")
-    question = _first(record.get("loc"))
+    question = first_text(record.get("loc"))
     if isinstance(question, str):
         question = question.removeprefix("nq question: ")
-    return fields | {"locality": _one_probe(question, record.get("loc_ans"), "nq"), "source": "zsre"}
+    return fields | {"locality": as_probes(question, record.get("loc_ans"), "nq"), "source": "zsre"}
 
 
 def _renamed(record: Record, **names: str) -> Record:
     """The request fields of a record that holds each in a field of its own; names are those that differ."""
     texts = ("id", "prompt", "subject", "new_answer", "old_answer")
-    fields = {name: _first(record.get(names.get(name, name))) for name in texts}
+    fields = {name: first_text(record.get(names.get(name, name))) for name in texts}
     rephrase = record.get("rephrase_prompt", record.get("rephrase"))
     return fields | {
-        "rephrases": [] if rephrase is None else [_first(rephrase)],
-        "locality": _by_axis(record, "locality"),
-        "portability": _by_axis(record, "portability"),
+        "rephrases": [] if rephrase is None else [first_text(rephrase)],
+        "locality": by_axis(record, "locality"),
+        "portability": by_axis(record, "portability"),
     }
 
 
@@ -73,12 +77,9 @@ def from_counterfact(record: Record) -> Record:
         prompt, subject = fields["prompt"].strip(), fields["subject"].strip()
         fields["subject_start"] = len(prompt.rpartition("{}")[0].replace("{}", subject)) if "{}" in prompt else None
         fields["prompt"] = prompt.replace("{}", subject)
-    neighbours = _list(record, "neighborhood_prompts")
     return fields | {
-        "rephrases": _list(record, "paraphrase_prompts"),
-        "locality": [
-            {"prompt": text, "answer": fields["old_answer"], "axis": "neighborhood"} for text in neighbours
-        ],
+        "rephrases": listed(record, "paraphrase_prompts"),
+        "locality": as_probes(listed(record, "neighborhood_prompts"), fields["old_answer"], "neighborhood"),
         "source": "counterfact",
     }
 
@@ -88,13 +89,13 @@ def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _first(value: Any) -> Any:
+def first_text(value: Any) -> Any:
     """The value itself, or the first of a list, however deep, that is not empty; None where there is none.
 
     Of CounterFact's `{"str": text, "id": …}` the text.
     """
     if isinstance(value, list):
-        return next((found for found in map(_first, value) if found is not None), None)
+        return next((found for found in map(first_text, value) if found is not None), None)
     if isinstance(value, dict):
         value = value.get("str", value)
     return None if is_blank(value) else value
@@ -108,27 +109,34 @@ def _object(record: Record, name: str) -> Record:
     return value
 
 
-def _list(record: Record, name: str) -> list[Any]:
+def listed(record: Record, name: str) -> list[Any]:
+    """A field that holds a list, or one thing that could be of it."""
     value = record.get(name) or []
     return value if isinstance(value, list) else [value]
 
 
-def _one_probe(prompt: Any, answer: Any, axis: str) -> list[Record]:
-    """A probe from fields of their own; none where the record has neither."""
-    probe = {"prompt": _first(prompt), "answer": _first(answer), "axis": axis}
-    return [] if probe["prompt"] is None and probe["answer"] is None else [probe]
+def as_probes(prompt: Any, answer: Any, axis: Any = None) -> list[Record]:
+    """A probe, or one for each of a list of prompts, where a single answer is that of all; none without texts."""
+    many = isinstance(prompt, list)
+    count = len(prompt) if many else 1
+    columns = [one if many and isinstance(one, list) else [one] * count for one in (prompt, answer, axis)]
+    counts = [len(column) for column in columns]
+    if len({*counts}) > 1:
+        raise UserError("probes: {} prompts, {} answers, {} axes; expected as many of each".format(*counts))
+    rows = [[first_text(one) for one in row] for row in zip(*columns, strict=True)]
+    return [dict(zip(Probe.model_fields, row, strict=True)) for row in rows if row[:2] != [None, None]]
 
 
-def _by_axis(record: Record, kind: str) -> list[Record]:
+def by_axis(record: Record, kind: str) -> list[Record]:
     """KnowEdit's probes of a kind: an object of axes, each a list of probes."""
     axes = _object(record, kind)
     if "New Question" in axes:  # one probe about a further relation, as zsRE and CounterFact were extended
-        return _one_probe(axes["New Question"], axes.get("New Answer"), "reasoning")
+        return as_probes(first_text(axes["New Question"]), axes.get("New Answer"), "reasoning")
     for axis, probes in axes.items():
         if not isinstance(probes or [], list) or not all(isinstance(probe, dict) for probe in probes or []):
             raise UserError(f"field {f'{kind}.{axis}'!r}: expected a list of probes, each an object")
     return [
-        {"prompt": _first(probe.get("prompt")), "answer": _first(probe.get("ground_truth")), "axis": axis}
+        {"prompt": first_text(probe.get("prompt")), "answer": first_text(probe.get("ground_truth")), "axis": axis}
         for axis, probes in axes.items()
         for probe in probes or []
     ]
@@ -145,17 +153,22 @@ LAYOUTS = (
 )
 
 
-def find_layout(record: Any) -> Layout:
-    """The layout that a record's fields give away; UserError, without the record's place, where none does."""
+def find_layout(record: Any, given: Layout | None = None) -> Layout:
+    """The layout that is given, or that a record's fields give away.
+
+    UserError, without the record's place, where none does.
+    """
     if not isinstance(record, dict):
         raise UserError(f"expected an object, found {type(record).__name__}")
     if len(record) > MOST_FIELDS:
         raise UserError(f"{len(record)} fields; the most are {MOST_FIELDS:,}")
-    for layout in LAYOUTS:
+    for layout in [given] if given else LAYOUTS:
         if layout.fields <= record.keys():
             return layout
     known = "; ".join(f"{' and '.join(sorted(layout.fields))} ({layout.name})" for layout in LAYOUTS)
-    raise UserError(f"no prompt and new answer found; expected the fields {known}")
+    fields = as_flag(suggested(record))
+    wanted = f"did you mean {fields}?" if fields else f"expected the fields {known}"
+    raise UserError(f"no prompt and new answer found in {named(record)}; {wanted}")
 
 
 def to_request(record: Record, layout: Layout, number: int) -> tuple[EditRequest, int]:
@@ -176,12 +189,16 @@ def to_request(record: Record, layout: Layout, number: int) -> tuple[EditRequest
 def _leave_out_empty(fields: Record) -> int:
     """Take rephrases without text and probes without prompt or answer out of a request's fields; how many."""
     left_out = 0
-    for kind in ("rephrases", "locality", "portability"):
-        found = fields.get(kind, [])
-        texts = [(one,) if kind == "rephrases" else (one["prompt"], one["answer"]) for one in found]
-        fields[kind] = [one for one, its in zip(found, texts, strict=True) if not any(map(is_blank, its))]
-        left_out += len(found) - len(fields[kind])
+    for kind in ("rephrases", "forms", *PROBES):
+        if isinstance(found := fields.get(kind), list):
+            fields[kind] = [one for one in found if not any(map(is_blank, _texts(one, kind)))]
+            left_out += len(found) - len(fields[kind])
     return left_out
+
+
+def _texts(one: Any, kind: str) -> list[Any]:
+    """What a rephrase or probe cannot do without."""
+    return [one.get("prompt"), one.get("answer")] if kind in PROBES and isinstance(one, dict) else [one]
 
 
 def without_empty(row: Record) -> Record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 from pipeline.errors import UserError, note
 from pipeline.files import write_whole
 from pipeline.options.base import at_least
-from pipeline.requests.layouts import find_layout, to_request
+from pipeline.requests.guessing import suggested
+from pipeline.requests.layouts import OWN, Layout, find_layout, to_request
+from pipeline.requests.mapping import mapped
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sources import raw_records
+
+FACT = ("subject", "prompt", "new_answer")  # the parts of a fact in a line
 
 
 class Reading(NamedTuple):
@@ -23,10 +27,15 @@ class Reading(NamedTuple):
     request: EditRequest | UserError
     layout: str | None = None  # its layout's name, where one was found
     left_out: int = 0  # how many of its probes and rephrases had an empty text
+    fields: Mapping[str, str] = {}  # which are probably which of a request's, where no layout was found
 
 
 def load_requests(
-    source: str | Path, limit: int | None = None, offset: int = 0, skip_bad: bool = False
+    source: str | Path,
+    limit: int | None = None,
+    offset: int = 0,
+    skip_bad: bool = False,
+    fields: Mapping[str, str] | None = None,
 ) -> list[EditRequest]:
     """Read edit requests.
 
@@ -35,6 +44,7 @@ def load_requests(
         limit: take at most this many records; what comes after them is not read.
         offset: leave out this many records first; what is wrong with them is not said.
         skip_bad: leave bad records out; a note counts them and names the first.
+        fields: where records of another layout hold a request's fields, such as {"new_answer": "alt.text"}.
 
     Raises:
         UserError: naming file and line or record, when there is no such file, it is empty or malformed, a
@@ -51,7 +61,7 @@ def load_requests(
         requests: facts.jsonl: no such file; expected a JSON, JSONL or CSV file, `hf:NAME`, or `demo`
     """
     bad: list[UserError] = []
-    good = list(stream_requests(source, limit, offset, bad if skip_bad else None))
+    good = list(good_requests(read_requests(source, limit, offset, fields), bad if skip_bad else None))
     if bad and not good:
         raise UserError(f"requests: {source}: all {len(bad)} records are bad; the first: {bad[0]}")
     if bad:
@@ -59,11 +69,30 @@ def load_requests(
     return good
 
 
-def stream_requests(
-    source: str | Path, limit: int | None = None, offset: int = 0, bad: list[UserError] | None = None
-) -> Iterator[EditRequest]:
-    """As `load_requests`, one by one; what is wrong is raised when it is reached, or put into `bad`."""
-    for reading in read_requests(source, limit, offset):
+def load_facts(facts: Sequence[str]) -> list[EditRequest]:
+    """Requests of facts in a line each: `subject | prompt | new answer`.
+
+    UserError, with the fact, where it has other parts, an empty one, or a prompt that does not hold the subject.
+
+    Example:
+        >>> load_facts(["Chile | The capital of Chile is | Lima"])[0].new_answer
+        'Lima'
+    """
+    requests = []
+    for number, text in enumerate(facts, start=1):
+        parts = [part.strip() for part in text.split("|")]
+        if len(parts) != len(FACT) or not all(parts):
+            raise UserError(f"fact: {text!r}: expected three parts, none empty: 'subject | prompt | new answer'")
+        request, _ = to_request({"id": f"fact-{number}", **dict(zip(FACT, parts, strict=True))}, OWN, number)
+        if not request.names_subject:
+            raise UserError(f"fact: {text!r}: the prompt does not hold the subject {request.subject!r}")
+        requests.append(request)
+    return requests
+
+
+def good_requests(readings: Iterable[Reading], bad: list[UserError] | None = None) -> Iterator[EditRequest]:
+    """The requests among what was read, one by one; what is wrong is raised, or put into `bad`."""
+    for reading in readings:
         if isinstance(reading.request, EditRequest):
             yield reading.request
         elif bad is None:
@@ -72,15 +101,18 @@ def stream_requests(
             bad.append(reading.request)
 
 
-def read_requests(source: str | Path, limit: int | None = None, offset: int = 0) -> Iterator[Reading]:
+def read_requests(
+    source: str | Path, limit: int | None = None, offset: int = 0, fields: Mapping[str, str] | None = None
+) -> Iterator[Reading]:
     """As `load_requests`, one by one, each record as a request or as what is wrong with it."""
     at_least(0)("offset", offset)
     if limit is not None:
         at_least(1)("limit", limit)
-    total, used = 0, dict[str, str]()
-    for place, record in islice(raw_records(source), None if limit is None else offset + limit):
+    total, used, given = 0, dict[str, str](), mapped(fields) if fields else None
+    records = raw_records(source, whole=bool(fields))
+    for place, record in islice(records, None if limit is None else offset + limit):
         if total >= offset:
-            yield _read(record, total, place, source, used)
+            yield _read(record, total, place, source, used, given)
         total += 1
     if not total:
         raise UserError(f"requests: {source}: holds no records")
@@ -88,19 +120,22 @@ def read_requests(source: str | Path, limit: int | None = None, offset: int = 0)
         raise UserError(f"offset: {offset} leaves nothing of the {total} records of {source}")
 
 
-def _read(record: Any, number: int, place: str, source: str | Path, used: dict[str, str]) -> Reading:
+def _read(
+    record: Any, number: int, place: str, source: str | Path, used: dict[str, str], given: Layout | None
+) -> Reading:
     """One record as a request, or what is wrong with it; `used` are the places of ids."""
     layout = None
     try:
         if isinstance(record, UserError):
             raise record
-        layout = find_layout(record)
+        layout = find_layout(record, given)
         request, left_out = to_request(record, layout, number)
         if (earlier := used.setdefault(request.id, place)) != place:
             raise UserError(f"id {request.id!r} was used before, at {earlier}")
         return Reading(place, request, layout.name, left_out)
     except UserError as error:
-        return Reading(place, UserError(f"{source}: {place}: {error}"), layout and layout.name)
+        name, fields = (layout.name, {}) if layout else (None, suggested(record))
+        return Reading(place, UserError(f"{source}: {place}: {error}"), name, fields=fields)
 
 
 def write_requests(path: Path, requests: Iterable[EditRequest]) -> Path:

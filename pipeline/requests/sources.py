@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from pipeline.errors import UserError
 from pipeline.files import parse_json
+from pipeline.requests.guessing import as_flag, suggested
 from pipeline.requests.layouts import is_blank, without_empty
 
 DEMO_REQUESTS = Path(__file__).with_name("demo.jsonl")
@@ -36,14 +37,15 @@ BLANK, COLUMNS_MOST = 100_000, 10_000  # blank lines, or characters at the begin
 NUMBERED = re.compile(rf"({'|'.join(REPEATED)})(?:_(\d{{1,9}}))?")
 
 
-def raw_records(source: str | Path) -> Iterator[tuple[str, Any]]:
+def raw_records(source: str | Path, whole: bool = False) -> Iterator[tuple[str, Any]]:
     """Each record's place in its source and what it holds, read as it is asked for; of a JSON list, all at once.
 
+    `whole`: a table's columns may have any name, and its empty cells are of the record.
     A record that is broken, where those after it can be read, is the UserError that says what is wrong with it.
     UserError when there is no such source, or it is broken where the next record would begin.
     """
     if str(source).startswith(PREFIX):
-        yield from _hub_records(str(source))
+        yield from _hub_records(str(source), whole)
         return
     path = DEMO_REQUESTS if str(source) == "demo" else Path(source)
     if not path.is_file():
@@ -51,7 +53,7 @@ def raw_records(source: str | Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"requests: {path}: {found}; expected a JSON, JSONL or CSV file, `hf:NAME`, or `demo`")
     place = "its beginning"
     try:
-        for place, record in _file_records(path):
+        for place, record in _file_records(path, whole):
             yield place, record
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -59,11 +61,11 @@ def raw_records(source: str | Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: gzip data is cut short or damaged after {place}") from None
 
 
-def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_records(path: Path, whole: bool) -> Iterator[tuple[str, Any]]:
     """The records of a file: told by its name where it is a table, else by its first character."""
     with _opened(path) as file:
         if path.name.lower().removesuffix(".gz").endswith(SUFFIXES):
-            yield from _row_records(_lines(file))
+            yield from _row_records(_lines(file), whole)
             return
         characters = islice(iter(lambda: file.read(1), ""), BLANK)
         first = next(filter(str.strip, characters), "")
@@ -109,24 +111,24 @@ def _list_records(file: TextIO) -> Iterator[tuple[str, Any]]:
         yield f"record {number}", record
 
 
-def _row_records(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+def _row_records(lines: Iterator[str], whole: bool) -> Iterator[tuple[str, Any]]:
     """The rows of a CSV file; commas, semicolons or tabs, whichever the first line holds most of."""
     first = next(lines, "")
     delimiter = max(DELIMITERS, key=first.count)
     rows = csv.DictReader(chain([first], lines), restval="", delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in rows.fieldnames or ()]
-        _check_header(header)
+        _check_header(header, own="new_answer" in header and not whole)
         rows.fieldnames = header
         for row in rows:
             if not all(map(is_blank, row.values())):
-                yield f"line {rows.line_num}", _record(row, header)
+                yield f"line {rows.line_num}", _record(row, header, whole)
     except csv.Error as error:
         raise UserError(f"line {rows.reader.line_num}: malformed CSV: {error}") from None
 
 
-def _check_header(header: Sequence[str]) -> None:
-    own = "new_answer" in header  # else a benchmark's columns; what is missing is told with the first record
+def _check_header(header: Sequence[str], own: bool) -> None:
+    """UserError for a header of a wrong column; what is missing is told with the first record."""
     if len(header) > COLUMNS_MOST:
         raise UserError(f"{len(header)} columns; the most are {COLUMNS_MOST:,}")
     for name, count in Counter(filter(None, header)).items():
@@ -134,15 +136,21 @@ def _check_header(header: Sequence[str]) -> None:
             raise UserError(f"column {name!r} stands twice")
         if own and name not in COLUMNS and not NUMBERED.fullmatch(name):
             known = ", ".join((*COLUMNS, *REPEATED))
-            raise UserError(f"column {name!r} does not exist; there is {known}, from rephrase on also numbered")
+            fields = as_flag(suggested(dict.fromkeys(header)))
+            hint = f"; did you mean {fields}?" if fields else ""
+            raise UserError(
+                f"column {name!r} does not exist; there is {known}, from rephrase on also numbered{hint}"
+            )
 
 
-def _record(row: dict[Any, Any], header: Sequence[str]) -> dict[str, Any] | UserError:
+def _record(row: dict[Any, Any], header: Sequence[str], whole: bool) -> dict[str, Any] | UserError:
     """A row as a record of the layout that its columns name; what is wrong where it is none."""
     if more := row.pop(None, None):
         return UserError(f"{len(header) + len(more)} cells; the first line names {len(header)} columns")
     row.pop("", None)
     cells = without_empty(row)
+    if whole:
+        return row | _nested(cells)
     return _nested(cells) if "new_answer" in header else cells
 
 
@@ -178,7 +186,7 @@ def _opened(path: Path) -> TextIO:
     return TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
-def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
+def _hub_records(source: str, whole: bool) -> Iterator[tuple[str, Any]]:
     """The rows of a data set on the hub or in a folder, read from the library's files on disk, one after another.
 
     They are not streamed from the hub: streamed, fields whose type differs between rows come undecoded (datasets
@@ -205,4 +213,4 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
             raise UserError(f"requests: {source}: has several splits; add one of them: {', '.join(rows)}")
         (rows,) = rows.values()
     for number, row in enumerate(rows):
-        yield f"row {number}", without_empty(row)
+        yield f"row {number}", row if whole else without_empty(row)

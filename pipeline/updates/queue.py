@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.editing.columns import owner
 from pipeline.errors import UserError, note
-from pipeline.requests.readers import stream_requests
+from pipeline.requests.readers import good_requests, read_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.updates.disk import content_digest, content_of, transaction
 from pipeline.updates.store import Store
@@ -56,7 +56,7 @@ def submit(
 
 
 def _rows(file: str | Path, source: str | None) -> Iterator[tuple[str, str | None, str, bytes, int]]:
-    for request in stream_requests(file):
+    for request in good_requests(read_requests(file)):
         content = request.model_dump_json(exclude={"id", "source"}, exclude_defaults=True)
         yield request.id, source or request.source, content, content_digest(content), owner(request)
 
