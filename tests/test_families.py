@@ -18,7 +18,7 @@ from pipeline.editing.export import export_merged
 from pipeline.model.activations import Activations, target_logits
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
-from pipeline.model.suffix import Suffixes
+from pipeline.model.suffix import Suffixes, parts_of
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.options.shared import TrainerOptions
@@ -84,7 +84,7 @@ def test_upper_blocks_alone_give_the_same_logits(llm: LLM, requests: list[EditRe
         with activations.from_block(LAYER, torch.zeros_like(enter_BTD)):
             other_NV = target_logits(llm.model, batch)
     torch.testing.assert_close(found_NV, expected_NV, rtol=1e-5, atol=1e-5)
-    if llm.parts.blocks:
+    if parts_of(llm).blocks:
         assert (other_NV - expected_NV).abs().max() > 1e-2, "lower blocks did not run"
 
 
@@ -124,7 +124,7 @@ def test_an_edit_changes_its_weights_alone_and_is_undone(
     llm: LLM, requests: list[EditRequest], method: str, statistics: StatisticsOptions
 ) -> None:
     base, expert = snapshot(llm), QUICK.get(method, LOCATE)
-    layer = LAYER if method in QUICK or LAYER in llm.parts.heard else llm.parts.heard[0]
+    layer = LAYER if method in QUICK or LAYER in parts_of(llm).heard else parts_of(llm).heard[0]
     options = EditOptions(method=method, layers=[layer], expert=expert, statistics=statistics)
     update = edit(llm, requests[:3], options=options)
     assert all(torch.equal(base[name], tensor) for name, tensor in llm.model.state_dict().items()), "edit restores"

@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.model.activations import RowStage, head_reads, wide_logits
 from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
+from pipeline.model.suffix import parts_of
 from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.rows import Batch, Row
 from pipeline.requests.schema import EditRequest
@@ -61,7 +62,7 @@ class Tracing(RowStage):
 
     def __init__(self, llm: LLM, options: AttributionOptions, seed: int) -> None:
         super().__init__(llm)
-        if not llm.parts.blocks:
+        if not parts_of(llm).blocks:
             raise UserError(f"attribution: causal_tracing runs blocks by themselves, as {llm.name}'s cannot be")
         self.samples, self.noise, self.seed = options.samples, options.noise, seed
         own = llm.model.get_input_embeddings()

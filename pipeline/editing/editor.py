@@ -21,6 +21,7 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.files import digest
 from pipeline.model.llm import LLM
+from pipeline.model.suffix import parts_of
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import TrainerOptions
 from pipeline.requests.schema import EditRequest
@@ -156,13 +157,13 @@ def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions)
 
     What locate-then-edit writes at a subject's token reaches later tokens through the blocks above: never the last.
     """
-    unfit = {*range(len(llm.blocks))} - {*llm.parts.heard} if METHODS[options.method].solves_anew else set()
+    unfit = {*range(len(llm.blocks))} - {*parts_of(llm).heard} if METHODS[options.method].solves_anew else set()
     if options.layers:
         llm.check_layers(options.layers)
         if wrong := unfit & {*options.layers}:
             raise UserError(
                 f"layers: {max(wrong)} is a block from which nothing that {options.method} writes at a subject's "
-                f"token reaches the answer; give one of {', '.join(map(str, llm.parts.heard))}"
+                f"token reaches the answer; give one of {', '.join(map(str, parts_of(llm).heard))}"
             )
         return sorted(set(options.layers))
     if profile is None:

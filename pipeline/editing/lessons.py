@@ -34,6 +34,7 @@ from pipeline.editing.entering import Entering, HeadReads, going_on
 from pipeline.editing.relations import statement
 from pipeline.model.generation import Question, Saying, questions
 from pipeline.model.llm import LLM
+from pipeline.model.suffix import parts_of
 from pipeline.requests.rows import Batch, Row, collate, means_by
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.tokens import PLAIN, Joining
@@ -153,7 +154,7 @@ def read_lessons(
     taught = [text for number, course in enumerate(courses) for text in _taught(llm, number, *course, contexts)]
     others = _others(llm, courses, names, ordinary, runtime) if names else []
     rows = [text.row for text in (*taught, *others)]
-    alone = layer > 0 and llm.parts.blocks
+    alone = layer > 0 and parts_of(llm).blocks
     enter = run(Entering(llm, layer), rows, runtime, Row.length) if alone else [None] * len(rows)
     base = [None] * len(taught) + run(HeadReads(llm), [text.row for text in others], runtime, Row.length)
     read = [Lessons([[] for _ in group], []) for group, _ in courses]

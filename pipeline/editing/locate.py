@@ -24,6 +24,7 @@ from pipeline.editing.method import register, settings_of
 from pipeline.editing.values import SEARCHED_TOGETHER, Located, ValueSearch, locate
 from pipeline.model.blocks import as_stored, second_moment
 from pipeline.model.llm import LLM
+from pipeline.model.suffix import parts_of
 from pipeline.options.base import Count, FromZero, Most, Options, Positive, Weight, at_least, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Row
@@ -110,7 +111,7 @@ class LocateThenEdit:
         by_all_keys: bool = False,
     ) -> None:
         self.llm, self.settings = llm, settings_of(options)
-        able = llm.parts.heard
+        able = parts_of(llm).heard
         above = (layer + up for layer in layers for up in range(1, self.settings.spread))
         self.layers = sorted({*layers, *(layer for layer in above if layer in able)})
         self.solve = solver(self.settings)

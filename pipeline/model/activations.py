@@ -49,8 +49,8 @@ class Activations:
         self.blocks = [block.module for block in llm.blocks]
 
     def from_block(self, layer: int, enter_BTD: Tensor | None) -> AbstractContextManager[None]:
-        """Blocks below `layer` do not run where they need not: they hand on what enters it (None: all run)."""
-        if enter_BTD is None or not self.llm.parts.blocks:
+        """Blocks below `layer` do not run: they hand on what enters that block (None: all run)."""
+        if enter_BTD is None:
             return nullcontext()
         put_out = self._as_blocks_do(enter_BTD)
         return running_instead(dict.fromkeys(self.blocks[:layer], lambda *_args, **_kwargs: put_out))

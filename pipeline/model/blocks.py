@@ -20,6 +20,7 @@ from pipeline.model.experts import Stacked, as_maps, is_standard
 
 Projection = nn.Linear | Conv1D | Stacked
 
+DOWN = ("down", "w2", "fc2", "fc_out", "output", "dense_4h_to_h")  # how down-projections are called
 READ_PLAIN = ("mxfp4", "fp8")  # ways of quantising that the library undoes on reading
 
 
@@ -222,6 +223,8 @@ def _why_none(block: Block, hidden: int) -> str:
 def _as_mlp(group: dict[str, Projection], hidden: int) -> dict[str, Projection]:
     """Linear maps side by side as an MLP, its down-projection last; empty where they are none."""
     down = [key for key, one in group.items() if sizes(one)[1] == hidden and sizes(one)[0] != hidden]
+    if all(sizes(one) == (hidden, hidden) for one in group.values()):  # only their names tell
+        down = [key for key in group if key.rpartition(".")[2].startswith(DOWN)]
     ups = [key for key in group if key not in down]
     fits = (
         len(down) == 1

@@ -124,7 +124,7 @@ def as_maps(experts: Any) -> dict[str, Stacked]:
 
 def _forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     (up, down), index_TK = as_maps(experts).values(), top_k_index
-    number, watched = len(up.weight), bool(up._forward_hooks or down._forward_hooks)
+    number, watched = len(up.weight), any(one._forward_hooks for one in (up, down))
     if watched:
         inner_TKU = taken(up(hidden_states, index_TK), index_TK, number)
     else:

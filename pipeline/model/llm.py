@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ class ShownToken(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Which parts of a model come to the same by themselves (see `pipeline.model.suffix.find_parts`)."""
+    """Which parts of a model come to the same by themselves (see `pipeline.model.suffix.parts_of`)."""
 
     blocks: bool = True
     """Upper blocks, without those below, on what enters them."""
@@ -57,6 +56,7 @@ class LLM:
         fingerprint: tells this model from any other, whatever precision it is loaded in; taken when the LLM is
             made, so it stays the base model's while an update is applied.
         sample: what `pipeline.model.fingerprints.sample` gives while no update is applied.
+        parts: which parts of it can run by themselves; None until somebody has asked (`parts_of`).
 
     Raises:
         UserError: when the model's structure is not supported, or a chat is asked for without a chat template.
@@ -87,13 +87,7 @@ class LLM:
         self.blocks_put_out_tuples = put_out_tuples(model, self.blocks[0])
         self.fingerprint = fingerprint or fingerprint_of(model)
         self.sample = sample(model)
-
-    @cached_property
-    def parts(self) -> Parts:
-        """Which parts of it can run by themselves, tried when it is first asked."""
-        from pipeline.model.suffix import find_parts
-
-        return find_parts(self)
+        self.parts: Parts | None = None
 
     @property
     def context_length(self) -> int | None:

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import Mxfp4Config
 
@@ -35,6 +36,7 @@ from pipeline.model.blocks import READ_PLAIN, check_config, find_blocks, quantis
 from pipeline.model.fingerprints import config_digest, joined, tensors_digest
 from pipeline.model.llm import LLM
 from pipeline.model.spreading import load_sharded
+from pipeline.model.suffix import parts_of
 from pipeline.options.shared import BUNDLED
 from pipeline.running.processes import from_first
 
@@ -105,7 +107,7 @@ def load_model(
     llm = LLM(model, tokenizer, name, chat, print_of)
     if without := len(llm.blocks) - len(llm.editable):
         note(f"{name}: {without} of its {len(llm.blocks)} blocks have no MLP, and are not edited")
-    if slow := ", ".join(what for what, runs in zip(PARTS, llm.parts, strict=False) if not runs):
+    if slow := ", ".join(what for what, runs in zip(PARTS, parts_of(llm), strict=False) if not runs):
         note(f"{name}: {slow} of it cannot be run alone: edits run all of it, and take longer")
     return llm
 
@@ -215,7 +217,7 @@ def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrain
 def _kind(config: PreTrainedConfig) -> Any:
     """The library's class for a config: with its reader of pictures or sound, where it has one."""
     has_parts = config.get_text_config(decoder=True) is not config
-    whole = has_parts and type(config) in AutoModelForMultimodalLM._model_mapping
+    whole = has_parts and config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
     return AutoModelForMultimodalLM if whole else AutoModelForCausalLM
 
 

@@ -47,7 +47,7 @@ class Suffixes:
         (self.down,) = llm.blocks[layer].down
         device = next(llm.model.parameters()).device
         places = [row.span.stop - 1 for row in rows]
-        starts = places if llm.parts.ends else [0] * len(rows)
+        starts = places if parts_of(llm).ends else [0] * len(rows)
         suffixes = [Row(row.token_ids[at:], row.target_start - at) for row, at in zip(rows, starts, strict=True)]
         self.batch = collate(suffixes, llm.pad_token_id).to(device)
         self.start_B = torch.tensor(starts, device=device)
@@ -56,7 +56,7 @@ class Suffixes:
         block = llm.blocks[layer].name
         with self.activations.entering(block) as entering, self.activations.leaving(self.down) as leaving:
             self.base_NV = self._forward()
-        self.enter_BSD = entering[block] if llm.parts.blocks else None
+        self.enter_BSD = entering[block] if parts_of(llm).blocks else None
         rows_B = torch.arange(len(rows), device=device)
         self.output_BO = by_row(leaving[self.down], len(rows))[rows_B, self.place_B].clone()
 
@@ -65,7 +65,7 @@ class Suffixes:
         width = max(1, *map(len, texts))
         ids = [[self.llm.pad_token_id] * (width - len(text)) + text for text in texts]
         mask_BP = (torch.arange(width, device=self.start_B.device) >= (width - self.start_B)[:, None]).long()
-        if not self.llm.parts.ends:
+        if not parts_of(self.llm).ends:
             return mask_BP, []
         cache = DynamicCache()  # one that keeps every token: a family's own may drop what lies outside its window
         self.activations.run(
@@ -114,12 +114,18 @@ class Suffixes:
             return wide_logits(self.llm.model(input_ids=ids_BS, **after))
 
 
-@torch.no_grad()
-def find_parts(llm: LLM) -> Parts:
+def parts_of(llm: LLM) -> Parts:
     """Which parts of the model can run by themselves: on a few tokens they come to what the whole model does.
 
-    UserError when the model does not run.
+    It is tried once. UserError when the model does not run.
     """
+    if llm.parts is None:
+        with torch.no_grad(), llm.frozen():
+            llm.parts = _found(llm)
+    return llm.parts
+
+
+def _found(llm: LLM) -> Parts:
     ids = [place % len(llm.embedding) for place in range(1, 1 + min(TRIED, llm.context_length or TRIED))]
     row, layer = Row(ids, len(ids) - 1, (len(ids) // 2,) * 2), llm.editable[-1]
     batch, activations = collate([row]).to(llm.embedding.device), Activations(llm)
@@ -131,17 +137,14 @@ def find_parts(llm: LLM) -> Parts:
         with activations.from_block(layer, enter_BTD):
             return target_logits(llm.model, batch)
 
-    with llm.frozen():
-        llm.parts = Parts()
-        try:
-            whole_NV = target_logits(llm.model, batch)
-            llm.parts = Parts(heard=_heard(activations, batch.input_ids_BT))
-        except FAILS as error:
-            what = f"model: {type(llm.model).__name__}: it does not run"
-            raise UserError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
-        blocks = _agree(upper, whole_NV)
-        llm.parts = llm.parts._replace(blocks=blocks)
-        return llm.parts._replace(ends=_agree(lambda: Suffixes(llm, layer, [row]).base_NV, whole_NV))
+    try:
+        whole_NV, heard = target_logits(llm.model, batch), _heard(activations, batch.input_ids_BT)
+    except FAILS as error:
+        what = f"model: {type(llm.model).__name__}: it does not run"
+        raise UserError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
+    blocks = _agree(upper, whole_NV)
+    llm.parts = Parts(blocks)  # with ends, which are tried
+    return Parts(blocks, _agree(lambda: Suffixes(llm, layer, [row]).base_NV, whole_NV), heard)
 
 
 @torch.enable_grad()
