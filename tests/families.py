@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
     Cohere2Config,
     DeepseekV3Config,
@@ -31,6 +30,7 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MiniMaxM2Config,
+    Mistral3Config,
     MistralConfig,
     MixtralConfig,
     NemotronConfig,
@@ -49,11 +49,13 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    Qwen3VLMoeConfig,
     SmolLM3Config,
     StableLmConfig,
 )
 
 from pipeline.model.llm import LLM
+from pipeline.model.loading import decoder_of
 
 HIDDEN, BLOCKS, CONTEXT = 32, 3, 128
 ENDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
@@ -70,15 +72,20 @@ GPT = {"n_embd": HIDDEN, "n_layer": BLOCKS, "n_head": 4, "n_positions": CONTEXT}
 TURNS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
-def with_pictures(vocab_size: int, **settings: Any) -> Gemma3Config:
-    """A text decoder beside a reader of pictures that has as many blocks, also called `layers`."""
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": BLOCKS, "num_attention_heads": 2}
-    return Gemma3Config(
-        text_config={"vocab_size": vocab_size, **settings},
-        vision_config=vision | {"image_size": 8, "patch_size": 4},
-        mm_tokens_per_image=4,
-        **{f"{token}_token_index": vocab_size - 1 for token in ("boi", "eoi", "image")},
-    )
+VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": BLOCKS, "depth": 1}
+VISION |= {"num_attention_heads": 2, "num_heads": 2, "head_dim": 8, "image_size": 8, "patch_size": 4}
+VISION |= {"out_hidden_size": HIDDEN, "spatial_merge_size": 1, "deepstack_visual_indexes": [0]}
+
+
+def with_pictures(make: Callable[..., PreTrainedConfig], **more: Any) -> Callable[..., PreTrainedConfig]:
+    """A text decoder beside a reader of pictures, which may have as many blocks, also called `layers`."""
+
+    def build(vocab_size: int, **settings: Any) -> PreTrainedConfig:
+        own = {name: more[name] for name in more if name != "vision"}
+        text = {"vocab_size": vocab_size, **settings, "pad_token_id": 0}
+        return make(text_config=text, vision_config=VISION | more.get("vision", {}), **own)
+
+    return build
 
 
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
@@ -99,6 +106,8 @@ GEMMA4_EXPERTS |= {"moe_intermediate_size": 24, "global_head_dim": 8, "num_kv_sh
 LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 8}
 LINEAR |= {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
 LINEAR |= {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
+BY_PLACE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+BY_PLACE = {"head_dim": 8, "rope_parameters": BY_PLACE}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 MAMBA |= {"mamba_expand": 1, "mamba_chunk_size": 8}
 GRANITE = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 40}
@@ -114,7 +123,14 @@ FAMILIES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     "gemma": (GemmaConfig, SHAPE | {"head_dim": 16}),
     "gemma2": (Gemma2Config, SHAPE | {"head_dim": 8, "sliding_window": 3, "layer_types": TURNS}),
     "gemma3": (Gemma3TextConfig, SHAPE | {"head_dim": 8, "sliding_window": 3, "layer_types": TURNS}),
-    "gemma3 with pictures": (with_pictures, SHAPE | {"head_dim": 8, "sliding_window": 3, "layer_types": TURNS}),
+    "gemma3 with pictures": (
+        with_pictures(Gemma3Config, mm_tokens_per_image=4),
+        SHAPE | {"head_dim": 8, "sliding_window": 3, "layer_types": TURNS},
+    ),
+    "mistral3 with pictures": (
+        with_pictures(Mistral3Config, vision={"model_type": "pixtral"}, spatial_merge_size=1),
+        SHAPE | {"model_type": "mistral", "head_dim": 8},
+    ),
     "gpt2": (GPT2Config, GPT),
     "gptj": (GPTJConfig, GPT | {"rotary_dim": 4}),
     "gpt_neox": (GPTNeoXConfig, OWN_HEADS | {"rotary_pct": 0.5}),
@@ -159,6 +175,10 @@ MIXTURES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
         Lfm2MoeConfig,
         SHAPE | EXPERTS | {"layer_types": ["conv", "full_attention", "conv"]} | {"num_dense_layers": 1},
     ),
+    "qwen3_vl_moe": (
+        with_pictures(Qwen3VLMoeConfig),
+        SHAPE | EXPERTS | {"head_dim": 8, "rope_parameters": BY_PLACE},
+    ),
     "nemotron_h": (NemotronHConfig, SHAPE | NEMOTRON),
 }
 
@@ -170,7 +190,7 @@ def family_model(family: str, vocabulary: int, seed: int = 0) -> PreTrainedModel
     """A fresh model, its weights large enough for gradients and attention to differ from place to place."""
     make, settings = FAMILIES[family]
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(make(vocab_size=vocabulary, **ENDS | settings))
+    model: PreTrainedModel = decoder_of(make(vocab_size=vocabulary, **ENDS | settings), family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +129,17 @@ def test_sparing_is_the_least_squares_solution(system: tuple[Tensor, Tensor, Ten
     found = change @ sparing(T, N, C, 0.5)
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert (found @ others).norm() < (change @ others).norm()
+
+
+@pytest.mark.parametrize("solver", [lambda *a: memit(*a, strength=10), emmet, rome, lambda *a: alphaedit(*a, 0.1)])
+def test_blocks_of_a_moment_are_a_moment(system: tuple[Tensor, Tensor, Tensor], solver: Any) -> None:
+    keys, changes, moment = system
+    blocks = torch.stack([moment[:6, :6], moment[6:, 6:]])
+    torch.testing.assert_close(solver(keys, changes, blocks), solver(keys, changes, torch.block_diag(*blocks)))
+
+
+def test_sparing_is_each_blocks_own(system: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, moment = system
+    T, N, C = (torch.stack([moment[at : at + 6, at : at + 6], moment[3:9, 3:9]]) for at in (0, 4, 6))
+    whole = sparing(*(torch.block_diag(*each) for each in (T, N, C)), 0.5)
+    torch.testing.assert_close(torch.block_diag(*sparing(T, N, C, 0.5)), whole)

@@ -157,3 +157,10 @@ def test_depths_lie_within_the_model(tiny_llm: LLM) -> None:
     assert FineTune(tiny_llm, [1], FinetuneSettings(depths=[0.5])).layers == [1, len(tiny_llm.blocks) // 2]
     with pytest.raises(UserError, match=r"depths: 1.5; expected parts"):
         FineTune(tiny_llm, [1], FinetuneSettings(depths=[1.5]))
+
+
+def test_experts_are_whitened_as_one() -> None:
+    torch.manual_seed(0)
+    keys = torch.randn(3, 40, 5) * torch.tensor([3.0, 1.0, 0.1])[:, None, None]
+    blocks = keys.mT @ keys / 40
+    torch.testing.assert_close(torch.block_diag(*whitener(blocks, 0.01)), whitener(torch.block_diag(*blocks), 0.01))

@@ -40,6 +40,7 @@ from pipeline.model.suffix import parts_of
 from pipeline.options.shared import BUNDLED
 from pipeline.running.processes import from_first
 
+FP8_BLOCK = 128
 DEQUANTISED = dict(zip(READ_PLAIN, (Mxfp4Config, FineGrainedFP8Config), strict=True))
 PARTS = ("upper blocks", "ends of texts")  # as `Parts` has them
 # what a config that contradicts itself makes the libraries raise, beside their own errors
@@ -170,6 +171,8 @@ def _weights(source: str, gguf: dict[str, str], name: str, dtype: torch.dtype) -
             f"model: {name!r}: {key} is of shape {tuple(found)}; its config asks for {tuple(asked)}"
             + (f" (and so in {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
+    if plain is FineGrainedFP8Config:
+        _check_sides(model, name)
     if gguf or plain:  # a dequantised model is a plain one; without this it refuses `save_pretrained`
         vars(model.config).pop("quantization_config", None)
         for leftover in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
@@ -212,6 +215,17 @@ def decoder_of(config: PreTrainedConfig, name: str, **settings: Any) -> PreTrain
     except (ValueError, KeyError, RuntimeError, *CONTRADICTIONS) as error:
         raise _contradiction(repr(name), f"{type(error).__name__}: {error}") from error
     return model
+
+
+def _check_sides(model: PreTrainedModel, name: str) -> None:
+    """Raise UserError for a linear map whose sides are not made up of FP8's blocks, which is read wrongly."""
+    maps = {path: one.weight.shape for path, one in model.named_modules() if isinstance(one, nn.Linear)}
+    for path, (rows, columns) in maps.items():
+        unfilled = any(side > FP8_BLOCK and side % FP8_BLOCK for side in (rows, columns))
+        if unfilled and model.get_submodule(path) is not model.get_output_embeddings():
+            raise UserError(
+                f"model: {name!r}: {path} is of {rows} by {columns} in FP8; expected multiples of {FP8_BLOCK}"
+            )
 
 
 def _kind(config: PreTrainedConfig) -> Any:
