@@ -124,7 +124,7 @@ def overview() -> str:
     """What `--help` says: the commands with a line each."""
     lines = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
     return f"""usage: {program()} [COMMAND] [--config FILE] [--FLAG VALUE ...]
-       {program()} COMMAND --help | --version
+       {program()} COMMAND --help | COMMAND --help-all | --version
 
 Find the golden layer of a language model, edit facts there, prove it, keep it.
 

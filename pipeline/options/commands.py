@@ -70,7 +70,8 @@ class EvaluateCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeO
     update: str | None = None
     """A folder that `edit` or `run` wrote; without it the model is measured as it is."""
     explain: FromZero = 0
-    """Show the tokens of this many requests, which are scored and where the subject ends, and measure nothing."""
+    """Show the tokens of this many requests, and measure nothing. Shown are those that are scored, and where the
+    subject ends."""
 
 
 @dataclass(kw_only=True)
@@ -112,9 +113,10 @@ class ExportCommand(ModelOptions, OutputOptions):
     version: int | None = None
     """With --store: which version; default: the current one."""
     kind: Annotated[str, one_of("merged", "update", "adapter", "gguf", "gguf-adapter")] = "merged"
-    """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: a
-    LoRA adapter for PEFT and vLLM, that of `edit --method lora` or one that comes to the same change; gguf: the
-    edited model for llama.cpp, in F16, where --model is of a GGUF file; gguf-adapter: the adapter for llama.cpp."""
+    """merged, update, adapter, gguf or gguf-adapter. merged: a plain Hugging Face folder with the edit in it;
+    update: the changed tensors alone; adapter: a LoRA adapter for PEFT and vLLM, that of `edit --method lora` or
+    one that comes to the same change; gguf: the edited model for llama.cpp, in F16, where --model is of a GGUF
+    file; gguf-adapter: the adapter for llama.cpp."""
     rank: Most = None
     """The most columns of an adapter's factors; what a lower rank loses is told. Default: as many as it needs."""
     push: str | None = None
@@ -138,7 +140,7 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     update: str | None = None
     """A folder that `edit` or `run` wrote; its answers stand beside the base model's."""
     store: str | None = None
-    """A store of updates in place of --update: the answers of its current version stand beside the base model's."""
+    """In place of --update: a store, whose current version's answers stand beside the base model's."""
     follow: bool = False
     """With --store: stay, and answer again whenever another version becomes the current one."""
     prompt: list[str] | None = None
@@ -165,11 +167,11 @@ class StudyCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOpti
     limit: Annotated[int, at_least(2)] = 32
     """Requests of each set that are edited alone at every block."""
     proxy: Count = 128
-    """Further requests of each set, about other subjects, that selectors choose by; fewer where there are fewer."""
+    """Further requests of each set, about other subjects, that selectors choose by. Fewer where there are fewer."""
     methods: Names = field(default_factory=lambda: ["memit"])
     """Ways to edit: memit, emmet, rome, alphaedit or lora."""
     selectors: Names = field(default_factory=lambda: ["lga", "gradient_norm", "causal_tracing", "middle"])
-    """Ways to choose a block; the first one's choice is the golden layer. Those that --method of `attribute` takes,
+    """Ways to choose a block, first the golden layer's. Those that --method of `attribute` takes,
     but fixed; under research: lga_past_first, lga_subject, lga_cosine, lga_cosine_past_first, lga_cosine_last,
     gradient_norm; sweep: each proxy request edited alone at every block by the first of --methods."""
     every: Count = 1
@@ -186,11 +188,11 @@ class PlanCommand(ModelOptions, OutputOptions):
     """Say what memory a device will need for attribution, edits and evaluation; no weight is read."""
 
     devices: Most = None
-    """How many devices share the work, over all hosts; default: as --trainer.devices says, or 1."""
+    """How many devices share the work, over all hosts. Default: as --trainer.devices says, or 1."""
     memory: Annotated[float | None, above(0)] = None
-    """A device's memory in GB (1e9 bytes); default: what this machine's GPU has, or else this machine."""
+    """A device's memory in GB (1e9 bytes). Default: what this machine's GPU has, or else this machine."""
     length: Annotated[int, at_least(3)] = 64
-    """Tokens of the longest row: prompt, answer and, where there is one, the context before."""
+    """Tokens of the longest row: context, prompt and answer."""
     batch: Most = None
     """Requests in a batch, in every stage; default: each stage's own batch size."""
     layer: FromZero = 0
