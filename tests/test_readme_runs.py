@@ -8,6 +8,7 @@ hub (tests/test_export_card.py). The study of files that do not come with the pr
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -172,6 +173,7 @@ def test_a_section(section: str, begun: Path, tmp_path: Path, monkeypatch: pytes
         shutil.rmtree(folder / "runs" / "edit")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where is Chile?\n/facts\n"))  # what `chat` is told
     if section == MINE:
         (facts,) = blocks("json", TEXTS[section])
         Path("facts.jsonl").write_text(facts)

@@ -12,6 +12,7 @@ from pipeline.options.shared import (
     ComputeOptions,
     EvaluationOptions,
     ModelOptions,
+    OneDeviceOptions,
     OutputOptions,
     RequestOptions,
     ResumeOptions,
@@ -103,15 +104,27 @@ class RequestsCommand(AskedModelOptions, RequestOptions, ComputeOptions):
 
 
 @dataclass(kw_only=True)
-class ExportCommand(ModelOptions, OutputOptions):
-    """Write the edited model as a plain Hugging Face folder or GGUF file, or the update alone, or as an adapter."""
+class UpdatedModelOptions(ModelOptions):
+    """Which language model, and which update of it."""
 
     update: str | None = None
     """A folder that `edit` or `run` wrote."""
     store: str | None = None
-    """In place of --update: a store, of which --version is exported."""
+    """In place of --update: a store, of which --version is taken."""
     version: int | None = None
     """With --store: which version; default: the current one."""
+
+    def check(self) -> None:
+        if self.update is not None and self.store is not None:
+            raise UserError("update: give either --update DIR or --store DIR")
+        if self.version is not None and self.store is None:
+            raise UserError(f"version: {self.version} of which store? give --store DIR in place of --update")
+
+
+@dataclass(kw_only=True)
+class ExportCommand(UpdatedModelOptions, OutputOptions):
+    """Write the edited model as a plain Hugging Face folder or GGUF file, or the update alone, or as an adapter."""
+
     kind: Annotated[str, one_of("merged", "update", "adapter", "gguf", "gguf-adapter")] = "merged"
     """merged, update, adapter, gguf or gguf-adapter. merged: a plain Hugging Face folder with the edit in it;
     update: the changed tensors alone; adapter: a LoRA adapter for PEFT and vLLM, that of `edit --method lora` or
@@ -126,10 +139,8 @@ class ExportCommand(ModelOptions, OutputOptions):
     def check(self) -> None:
         if self.rank and "adapter" not in self.kind:
             raise UserError(f"rank: {self.rank} of what? --kind {self.kind} has no rank; give --kind adapter")
-        if (self.update is None) == (self.store is None):
+        if self.update is None is self.store:
             raise UserError("export: what? give either --update DIR or --store DIR")
-        if self.version is not None and self.store is None:
-            raise UserError(f"version: {self.version} of which store? give --store DIR in place of --update")
 
 
 @dataclass(kw_only=True)
@@ -155,6 +166,18 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
             self.trainer.check_whole("a store")
         if self.follow and self.store is None:
             raise UserError("follow: what? name a store with --store DIR")
+
+
+@dataclass(kw_only=True)
+class ChatCommand(UpdatedModelOptions, OneDeviceOptions, SeedOptions):
+    """Talk with an edited model, and with the base model beside it, in the terminal."""
+
+    plain: bool = False
+    """Let the model go on from plain text, also where the tokenizer has a chat template."""
+    max_new_tokens: Count = 256
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, at_least(0), at_most(2)] = 0.0
+    """How freely tokens are drawn; at 0 the likeliest one is taken."""
 
 
 @dataclass(kw_only=True)

@@ -106,6 +106,18 @@ class ComputeOptions(Options):
 
 
 @dataclass(kw_only=True)
+class OneDeviceOptions(ComputeOptions):
+    """What it is computed on, where one process on one device is enough."""
+
+    trainer: TrainerOptions = group(
+        TrainerOptions, without=("devices", "num_nodes", "strategy", "activation_checkpointing")
+    )
+
+    def check(self) -> None:
+        self.trainer.devices = 1
+
+
+@dataclass(kw_only=True)
 class SeedOptions(Options):
     """Of commands that draw."""
 

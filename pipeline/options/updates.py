@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group, matching, one_of
 from pipeline.options.editing import EditOptions
-from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, SeedOptions, TrainerOptions
+from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, OneDeviceOptions, SeedOptions
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -223,20 +223,13 @@ class PruneCommand(StoreOptions):
 
 
 @dataclass(kw_only=True)
-class RetractCommand(ProvingOptions):
+class RetractCommand(OneDeviceOptions, ProvingOptions):
     """Take a request out of the queue, or edit its fact back."""
 
     attribution: AttributionOptions = group(
         AttributionOptions, without=("method", "layer", "scope", "order", "top_k", "expert", "old_answers")
     )  # none: a store with a version has a golden layer
-    trainer: TrainerOptions = group(
-        TrainerOptions, without=("devices", "num_nodes", "strategy", "activation_checkpointing")
-    )
     gates: GateOptions = group(GateOptions, without=("rewrite", "rephrase", "locality"))  # those of a batch
     evaluation: EvaluationOptions = group(EvaluationOptions, without=("generation", "max_new_tokens", "fluency"))
     request: str
     """A request's id, or its number in the store as '#4'."""
-
-    def check(self) -> None:
-        """One device is enough for it."""
-        self.trainer.devices = 1
