@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # whoever started this had closed it
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what it cannot show ends no command
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot read or show ends no command
             stream.reconfigure(errors="backslashreplace")
     with interrupts.heeding(), warnings.catch_warnings():
         warnings.simplefilter("default", Note)
@@ -124,7 +124,7 @@ def overview() -> str:
     """What `--help` says: the commands with a line each."""
     lines = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
     return f"""usage: {program()} [COMMAND] [--config FILE] [--FLAG VALUE ...]
-       {program()} COMMAND --help | --version
+       {program()} COMMAND --help | COMMAND --help-all | --version
 
 Find the golden layer of a language model, edit facts there, prove it, keep it.
 

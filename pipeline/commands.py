@@ -14,6 +14,7 @@ from typing import Any
 from pipeline import demo as guided
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
+from pipeline.chat import talk
 from pipeline.editing.editor import accept, choose_layers
 from pipeline.editing.export import AdapterInfo, export_adapter, export_merged
 from pipeline.editing.gguf_export import export_gguf, export_gguf_adapter
@@ -136,13 +137,8 @@ def export(options: of.ExportCommand) -> None:
     if options.push:
         check_target(options.push)
     with working(options, "export") as log:
-        if options.update:
-            update: WeightUpdate | None = WeightUpdate.load(options.update)
-            model, number = options.model, None
-            made = Path(options.update)
-        else:
-            update, model, number = _of_store(options)
-            made = version_folder(Path(options.store or ""), number)
+        update, model, number = _named(options)
+        made = Path(options.update or version_folder(Path(options.store or ""), number or 0))
         llm = load(options, model)
         update = update or WeightUpdate(llm.name, llm.fingerprint, "none", [], {})
         update.check_fits(llm)
@@ -180,6 +176,16 @@ def generate(options: of.GenerateCommand) -> None:
         with update.applied(llm):
             answers["edited"] = answer(llm, prompts, title="Edited model", **how)
     show_answers(prompts, answers)
+
+
+def chat(options: of.ChatCommand) -> None:
+    """A talk with the model, and what an update or a version of a store makes of it."""
+    prepare(options)
+    update, model, _ = _named(options)
+    llm = load(options, model)
+    if update:
+        update.check_fits(llm)
+    talk(llm, update, options)
 
 
 def study(options: of.StudyCommand) -> None:
@@ -223,9 +229,10 @@ def serve(options: ServeCommand) -> None:
         threading.Event().wait()
 
 
-def _of_store(options: of.ExportCommand) -> tuple[WeightUpdate | None, str, int]:
-    """The version that `export` is to write, None being the base model, that model's name, and its number."""
-    assert options.store is not None
+def _named(options: of.UpdatedModelOptions) -> tuple[WeightUpdate | None, str, int | None]:
+    """The update that the options name, None being the base model, that model's name, and a version's number."""
+    if options.store is None:
+        return WeightUpdate.load(options.update) if options.update else None, options.model, None
     with Store(options.store, reading=True) as store:
         number = store.current if options.version is None else options.version
         return load_version(store, number), _model_of(store, options), number
@@ -250,6 +257,6 @@ def _generate_live(prompts: list[str], options: of.GenerateCommand) -> None:
             stopping.wait(FOLLOWING)
 
 
-def _model_of(store: Store, options: of.ExportCommand | of.GenerateCommand) -> str:
+def _model_of(store: Store, options: of.UpdatedModelOptions | of.GenerateCommand) -> str:
     """The model to load for a store: the one that it knows, unless another is named."""
     return store.model if options.model == type(options).model else options.model

@@ -7,10 +7,13 @@ stands in the options' classes (`pipeline.options.base`).
 from __future__ import annotations
 
 import re
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
+from functools import partial
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Any, NamedTuple, get_origin
 
 import yaml
@@ -19,9 +22,11 @@ from pipeline.errors import UserError, did_you_mean, one_line
 from pipeline.files import read_text_file
 from pipeline.options.base import LARGEST_YAML, Flag, as_config, declared, described, fits, flags, read, read_yaml
 from pipeline.shipped import DEFAULT_CONFIG, find_config, program, shipped_configs
-from pipeline.table import COMMANDS
+from pipeline.table import COMMANDS, EXAMPLES, SHOWN
 
 DEFAULT_COMMAND = "run"
+WHOLE = ("--help-all", "--help_all")  # which ask for the help of every option
+LONG = 9  # letters of a value's name that help has no room for
 OF_EVERY_COMMAND = {
     "config": Flag(str, None, "YAML file of options, or the name of one that comes with the project."),
     "print_config": Flag(bool, False, "Show what all options come to, as a config, and end."),
@@ -49,8 +54,8 @@ def parse(name: str, words: Sequence[str]) -> object:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         raise UserError(f"command {name!r} does not exist{hint}; there is {', '.join(COMMANDS)}")
-    if {"-h", "--help"} & {*words}:
-        _parser(name).print_help()
+    if {"-h", "--help", *WHOLE} & {*words}:
+        _parser(name, whole=bool({*WHOLE} & {*words})).print_help()
         raise SystemExit(0)
     known, flagged = flags_of(name), list(_from_words(name, words))
     files = [shipped_configs()[DEFAULT_CONFIG]] if name == DEFAULT_COMMAND else []
@@ -74,23 +79,37 @@ def flags_of(name: str) -> dict[str, Flag]:
     return OF_EVERY_COMMAND | flags(COMMANDS[name].options)
 
 
-def _parser(name: str) -> ArgumentParser:
-    """What prints the help of a command, with what it cannot do without as its usage."""
+def _parser(name: str, whole: bool) -> ArgumentParser:
+    """What prints a command's help: examples and the options that people use, or the whole, in its groups."""
     command, known = COMMANDS[name], flags_of(name)
     required = [path for path, flag in known.items() if flag.default is MISSING]
     words = [word.upper() if word in required else f"[{word.upper()}]" for word in command.words]
     words += [f"--{flag} {flag.upper()}" for flag in required if flag not in command.words]
     usage = " ".join([program(), name, *words, "[--config FILE] [--FLAG VALUE ...]"])
-    parser = ArgumentParser(usage=usage, description=command.help, add_help=False)
+    examples = [] if whole else ["", *(f"  {program()} {line}" for line in EXAMPLES[name].splitlines())]
+    about = "\n".join([fill(command.help, get_terminal_size().columns - 2), *examples])
+    end = None if whole else f"{WHOLE[0]} shows all {len(known)} options."
+    style = partial(RawDescriptionHelpFormatter, max_help_position=32)
+    parser = ArgumentParser(usage=usage, description=about, epilog=end, add_help=False, formatter_class=style)
     groups: dict[str, Any] = {}
-    for path, flag in known.items():
-        group, _, last = path.rpartition(".")
+    for path in known if whole else SHOWN[name].split():
+        flag, last = known[path], path.rpartition(".")[2]
+        group = path.rpartition(".")[0] if whole else ""
         if group not in groups:
             groups[group] = parser.add_argument_group(group or "options")
-        default = "" if flag.default in (None, MISSING) else f"; default: {flag.default}"
-        help = f"{flag.help} ({described(flag.kind)}{default})".replace("%", "%%")
-        groups[group].add_argument(f"--{path}", metavar=last.upper(), help=help)
+        metavar = last.upper() if len(last) < LONG else "VALUE"
+        taken: Any = {"action": "store_true"} if flag.kind is bool else {"metavar": metavar}
+        groups[group].add_argument(f"--{path}", help=_told(flag, whole).replace("%", "%%"), **taken)
     return parser
+
+
+def _told(flag: Flag, whole: bool) -> str:
+    """What help says of a flag: all, or the first sentence; and the default, where there is one."""
+    default = None if flag.default in (MISSING, "", [], {}) or flag.kind is bool else flag.default
+    value = " ".join(default) if isinstance(default, list) else default
+    notes = [described(flag.kind)] * whole + [f"default: {value}"] * (value is not None)
+    text = flag.help if whole else re.split(r"\.\s", flag.help)[0].rstrip(".")
+    return f"{text} ({'; '.join(notes)})" if notes else text
 
 
 def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
@@ -191,7 +210,7 @@ def _kind(path: str, known: Mapping[str, Flag]) -> Any:
 
 
 def _unknown(name: str, word: str, known: Iterable[str]) -> str:
-    listed = f"`{program()} {name} --help` lists them"
+    listed = f"`{program()} {name} {WHOLE[0]}` lists them"
     if word.startswith("--"):
         hint = did_you_mean(word.removeprefix("--").replace("-", "_"), known, "--{}")
         return f"flag {word} does not exist{hint}; {listed}"

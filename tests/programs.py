@@ -91,6 +91,18 @@ def small_files(most: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
+def at_terminal(name: str) -> None:
+    """Let a terminal be the program's own; there, each token of an answer takes a moment."""
+    from pipeline.serving.asked import Asked
+
+    number = os.open(name, os.O_RDWR)  # of a process that leads its session: it becomes the controlling one
+    os.dup2(number, 0)
+    os.dup2(number, 1)
+    sys.stdin, sys.stdout = (os.fdopen(at, mode, closefd=False) for at, mode in ((0, "r"), (1, "w")))
+    take = Asked.take
+    Asked.take = lambda *how: (time.sleep(0.1), take(*how))[1]  # type: ignore[method-assign]
+
+
 def start_server() -> None:
     """Start the process that programs are forked from, unless it runs; it ends with the tests."""
     FORKING.set_forkserver_preload([*IMPORTED])

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import errno
 import re
+import shlex
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -19,6 +20,7 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only
+from pages import PAGES
 
 from pipeline import UserError, errors
 from pipeline.cli import main, show_warning
@@ -32,7 +34,7 @@ from pipeline.parsing import flags_of, parse
 from pipeline.requests.schema import EditRequest
 from pipeline.running import launch
 from pipeline.running.interrupts import Interrupted
-from pipeline.table import COMMANDS, Command
+from pipeline.table import COMMANDS, EXAMPLES, SHOWN, Command
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -106,11 +108,60 @@ def test_help_names_every_command(word: str, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_names_every_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "--help"]) == 0
+    assert main([name, "--help-all"]) == 0
     text = capsys.readouterr().out
     missing = [flag for flag in flags_of(name) if not re.search(rf"--{re.escape(flag)}\b", text)]
     assert not missing
     assert COMMANDS[name].help in " ".join(text.split())
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_short_help_fits_a_screen(
+    name: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an option is for takes two lines at most."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert sum(1 + len(line) // (columns + 1) for line in lines) <= 50
+    assert lines[-1] == f"--help-all shows all {len(flags_of(name))} options."
+    assert COMMANDS[name].help in " ".join(text.split())
+    options = re.split(r"^  --", text.rpartition("\n\n")[0], flags=re.MULTILINE)[1:]
+    assert [one.split()[0] for one in options] == SHOWN[name].split()
+    for option in options:
+        assert len(option.splitlines()) <= 2, option
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_short_help_shows_what_there_is(name: str) -> None:
+    shown, known = SHOWN[name].split(), flags_of(name)
+    assert 1 <= len(shown) <= 12 and len({*shown}) == len(shown)
+    assert {*shown} <= {*known}
+    assert {path for path, flag in known.items() if flag.default is MISSING} <= {*shown}, (
+        "what it cannot do without"
+    )
+    assert {*COMMANDS[name].words} <= {*shown}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_of_help_are_understood(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stand in the docs as well, whose commands are run."""
+    assert main([name, "--help"]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  python run.py ")]
+    assert 1 <= len(printed) <= 2
+    monkeypatch.chdir(ROOT)
+    for line in printed:
+        words = shlex.split(line)[2:]
+        assert words[0] == name and isinstance(parse(name, words[1:]), COMMANDS[name].options)
+        assert any(line.strip() in text.splitlines() for text in PAGES.values()), line
+
+
+def test_every_command_has_its_help() -> None:
+    assert list(SHOWN) == list(EXAMPLES) == list(COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -124,13 +175,16 @@ def test_help_of_a_command_names_every_flag(name: str, capsys: pytest.CaptureFix
 def test_usage_is_what_a_command_cannot_do_without(
     name: str, usage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert main([name, "--help-all"]) == 0
+    whole = capsys.readouterr().out
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
+    assert whole.startswith(text.partition("\n\n")[0])
     assert text.startswith(f"usage: python run.py {usage}\n\n")
     assert "Path to a configuration file" not in text
 
 
-@pytest.mark.parametrize("words", [["--help"], ["attribute", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["attribute", "--help"], ["run", "--help-all"]], ids=" ".join)
 def test_help_imports_no_heavy_library(words: list[str]) -> None:
     told = subprocess.run(
         [sys.executable, "-X", "importtime", "run.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -363,7 +417,8 @@ def test_what_pydantic_says_in_one_line() -> None:
     [
         (["atribute"], ["'atribute'", "attribute?", *COMMANDS]),
         (["Attribute"], ["'Attribute'", *COMMANDS]),
-        (["attribute", "--modle", "x"], ["--modle", "--model?", "attribute --help"]),
+        (["attribute", "--modle", "x"], ["--modle", "--model?", "attribute --help-all"]),
+        (["run", "--method", "memit"], ["--method", "did you mean --edit.method?", "run --help-all"]),
         (["edit", "--finetune.epochs", "2"], ["--finetune.epochs"]),
         (["edit", "--statistics.token", "2"], ["--statistics.token", "--statistics.tokens?"]),
         (["attribute", "--expert", '{"fence": 2}'], ["expert: 'fence' is no setting", "mean fences?"]),

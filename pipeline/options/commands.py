@@ -12,6 +12,7 @@ from pipeline.options.shared import (
     ComputeOptions,
     EvaluationOptions,
     ModelOptions,
+    OneDeviceOptions,
     OutputOptions,
     RequestOptions,
     ResumeOptions,
@@ -70,7 +71,8 @@ class EvaluateCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeO
     update: str | None = None
     """A folder that `edit` or `run` wrote; without it the model is measured as it is."""
     explain: FromZero = 0
-    """Show the tokens of this many requests, which are scored and where the subject ends, and measure nothing."""
+    """Show the tokens of this many requests, and measure nothing. Shown are those that are scored, and where the
+    subject ends."""
 
 
 @dataclass(kw_only=True)
@@ -102,19 +104,32 @@ class RequestsCommand(AskedModelOptions, RequestOptions, ComputeOptions):
 
 
 @dataclass(kw_only=True)
-class ExportCommand(ModelOptions, OutputOptions):
-    """Write the edited model as a plain Hugging Face folder or GGUF file, or the update alone, or as an adapter."""
+class UpdatedModelOptions(ModelOptions):
+    """Which language model, and which update of it."""
 
     update: str | None = None
     """A folder that `edit` or `run` wrote."""
     store: str | None = None
-    """In place of --update: a store, of which --version is exported."""
+    """In place of --update: a store, of which --version is taken."""
     version: int | None = None
     """With --store: which version; default: the current one."""
+
+    def check(self) -> None:
+        if self.update is not None and self.store is not None:
+            raise UserError("update: give either --update DIR or --store DIR")
+        if self.version is not None and self.store is None:
+            raise UserError(f"version: {self.version} of which store? give --store DIR in place of --update")
+
+
+@dataclass(kw_only=True)
+class ExportCommand(UpdatedModelOptions, OutputOptions):
+    """Write the edited model as a plain Hugging Face folder or GGUF file, or the update alone, or as an adapter."""
+
     kind: Annotated[str, one_of("merged", "update", "adapter", "gguf", "gguf-adapter")] = "merged"
-    """merged: a plain Hugging Face folder with the edit in it; update: the changed tensors alone; adapter: a
-    LoRA adapter for PEFT and vLLM, that of `edit --method lora` or one that comes to the same change; gguf: the
-    edited model for llama.cpp, in F16, where --model is of a GGUF file; gguf-adapter: the adapter for llama.cpp."""
+    """merged, update, adapter, gguf or gguf-adapter. merged: a plain Hugging Face folder with the edit in it;
+    update: the changed tensors alone; adapter: a LoRA adapter for PEFT and vLLM, that of `edit --method lora` or
+    one that comes to the same change; gguf: the edited model for llama.cpp, in F16, where --model is of a GGUF
+    file; gguf-adapter: the adapter for llama.cpp."""
     rank: Most = None
     """The most columns of an adapter's factors; what a lower rank loses is told. Default: as many as it needs."""
     push: str | None = None
@@ -124,10 +139,8 @@ class ExportCommand(ModelOptions, OutputOptions):
     def check(self) -> None:
         if self.rank and "adapter" not in self.kind:
             raise UserError(f"rank: {self.rank} of what? --kind {self.kind} has no rank; give --kind adapter")
-        if (self.update is None) == (self.store is None):
+        if self.update is None is self.store:
             raise UserError("export: what? give either --update DIR or --store DIR")
-        if self.version is not None and self.store is None:
-            raise UserError(f"version: {self.version} of which store? give --store DIR in place of --update")
 
 
 @dataclass(kw_only=True)
@@ -138,7 +151,7 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     update: str | None = None
     """A folder that `edit` or `run` wrote; its answers stand beside the base model's."""
     store: str | None = None
-    """A store of updates in place of --update: the answers of its current version stand beside the base model's."""
+    """In place of --update: a store, whose current version's answers stand beside the base model's."""
     follow: bool = False
     """With --store: stay, and answer again whenever another version becomes the current one."""
     prompt: list[str] | None = None
@@ -156,6 +169,18 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
 
 
 @dataclass(kw_only=True)
+class ChatCommand(UpdatedModelOptions, OneDeviceOptions, SeedOptions):
+    """Talk with an edited model, and with the base model beside it, in the terminal."""
+
+    plain: bool = False
+    """Let the model go on from plain text, also where the tokenizer has a chat template."""
+    max_new_tokens: Count = 256
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, at_least(0), at_most(2)] = 0.0
+    """How freely tokens are drawn; at 0 the likeliest one is taken."""
+
+
+@dataclass(kw_only=True)
 class StudyCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions):
     """Edit requests alone at every block, and compare the golden layer, every request's own best, and selectors."""
 
@@ -165,11 +190,11 @@ class StudyCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOpti
     limit: Annotated[int, at_least(2)] = 32
     """Requests of each set that are edited alone at every block."""
     proxy: Count = 128
-    """Further requests of each set, about other subjects, that selectors choose by; fewer where there are fewer."""
+    """Further requests of each set, about other subjects, that selectors choose by. Fewer where there are fewer."""
     methods: Names = field(default_factory=lambda: ["memit"])
     """Ways to edit: memit, emmet, rome, alphaedit or lora."""
     selectors: Names = field(default_factory=lambda: ["lga", "gradient_norm", "causal_tracing", "middle"])
-    """Ways to choose a block; the first one's choice is the golden layer. Those that --method of `attribute` takes,
+    """Ways to choose a block, first the golden layer's. Those that --method of `attribute` takes,
     but fixed; under research: lga_past_first, lga_subject, lga_cosine, lga_cosine_past_first, lga_cosine_last,
     gradient_norm; sweep: each proxy request edited alone at every block by the first of --methods."""
     every: Count = 1
@@ -186,11 +211,11 @@ class PlanCommand(ModelOptions, OutputOptions):
     """Say what memory a device will need for attribution, edits and evaluation; no weight is read."""
 
     devices: Most = None
-    """How many devices share the work, over all hosts; default: as --trainer.devices says, or 1."""
+    """How many devices share the work, over all hosts. Default: as --trainer.devices says, or 1."""
     memory: Annotated[float | None, above(0)] = None
-    """A device's memory in GB (1e9 bytes); default: what this machine's GPU has, or else this machine."""
+    """A device's memory in GB (1e9 bytes). Default: what this machine's GPU has, or else this machine."""
     length: Annotated[int, at_least(3)] = 64
-    """Tokens of the longest row: prompt, answer and, where there is one, the context before."""
+    """Tokens of the longest row: context, prompt and answer."""
     batch: Most = None
     """Requests in a batch, in every stage; default: each stage's own batch size."""
     layer: FromZero = 0

@@ -21,9 +21,10 @@ class EditOptions(Options):
     """How the golden layer is changed."""
 
     method: str = "auto"
-    """auto: memit for single statements, then finetune for all in every form of asking, in one update;
-    finetune, lora: mini-batches over epochs; memit, emmet, rome, alphaedit: locate-then-edit, in closed form.
-    These need subjects, and are poor at questions, long answers and chat; the others take no fact out again."""
+    """auto, memit, finetune, lora, emmet, rome or alphaedit. auto: memit for single statements, then
+    finetune for all in every form of asking, in one update; finetune, lora: mini-batches over epochs; the others:
+    locate-then-edit, in closed form. These need subjects, and are poor at questions, long answers and chat; auto,
+    finetune and lora take no fact out again."""
     layers: list[int] | None = None
     """Blocks to edit, counted from 0, in place of the profile's golden layers."""
     last_wins: bool = False

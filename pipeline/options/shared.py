@@ -21,8 +21,8 @@ class TrainerOptions(Options):
     num_nodes: Count = 1
     """How many hosts."""
     strategy: Annotated[str, one_of("auto", "ddp", *SHARDED)] = "auto"
-    """ddp: the whole model on every device; fsdp or fsdp2 (the same): its blocks' weights spread over the devices,
-    for models that one device does not hold; auto: ddp where there are several devices."""
+    """auto, ddp, fsdp or fsdp2. ddp: the whole model on every device; fsdp or fsdp2 (the same): its blocks' weights
+    spread over the devices, for models that one device does not hold; auto: ddp where there are several devices."""
     precision: Annotated[str, one_of("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")] = "32-true"
     """32-true, 64-true, bf16-mixed, bf16-true or 16-mixed."""
     micro_batch: Annotated[Most, NO_FLAG] = None
@@ -52,7 +52,7 @@ class ModelOptions(CommandOptions):
     """Which language model."""
 
     model: str = BUNDLED
-    """`smollm2` (the bundled SmolLM2-135M-Instruct), a Hugging Face name, a folder, or a GGUF file."""
+    """A Hugging Face name, a folder, a GGUF file, or the one that is bundled. `smollm2`: SmolLM2-135M-Instruct."""
 
 
 @dataclass(kw_only=True)
@@ -68,8 +68,8 @@ class RequestOptions(Options):
     """Which edit requests."""
 
     requests: str = "demo"
-    """A file of edit requests (JSONL, JSON or CSV, gzipped or not), hf:NAME[:SPLIT] for a Hugging Face data set,
-    or `demo` for the ones that come with the project."""
+    """A file of edit requests: JSONL, JSON or CSV, gzipped or not. Or hf:NAME[:SPLIT] for a Hugging Face data set,
+    or `demo` for the requests that come with the project."""
     limit: Most = None
     """Take at most this many records."""
     offset: FromZero = 0
@@ -106,6 +106,18 @@ class ComputeOptions(Options):
 
 
 @dataclass(kw_only=True)
+class OneDeviceOptions(ComputeOptions):
+    """What it is computed on, where one process on one device is enough."""
+
+    trainer: TrainerOptions = group(
+        TrainerOptions, without=("devices", "num_nodes", "strategy", "activation_checkpointing")
+    )
+
+    def check(self) -> None:
+        self.trainer.devices = 1
+
+
+@dataclass(kw_only=True)
 class SeedOptions(Options):
     """Of commands that draw."""
 
@@ -118,8 +130,8 @@ class EvaluationOptions(Options):
     """How an edit is measured."""
 
     generation: Annotated[str, one_of("all", "prompts", "none")] = "all"
-    """Whose answers the model is left to give by itself: all (prompts, rephrases, portability probes, and prompts
-    after a distracting sentence), prompts, or none."""
+    """Whose answers the model is left to give by itself: all, prompts or none. all: prompts, rephrases, portability
+    probes, and prompts after a distracting sentence."""
     max_new_tokens: Most = None
     """The most tokens of a greedy answer, which has room for the answer looked for in any case; default: 8 more
     than that has. It ends with its statement."""

@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group, matching, one_of
 from pipeline.options.editing import EditOptions
-from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, SeedOptions, TrainerOptions
+from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, OneDeviceOptions, SeedOptions
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -109,11 +109,11 @@ class PublishOptions(Options):
     """Which servers are to answer with a store's version, and how they are told."""
 
     to: list[str] = field(default_factory=list)
-    """The servers' addresses, such as http://localhost:8000; which key they ask for, GOLDEN_LAYERS_API_KEY says."""
+    """The servers' addresses, such as http://localhost:8000. Which key they ask for, GOLDEN_LAYERS_API_KEY says."""
     engine: Annotated[str, one_of("vllm", "sglang")] = "vllm"
     """What they are: vllm, or sglang (by its documents, not tried)."""
     name: Annotated[str, matching(r"[A-Za-z0-9][\w.]*", "letters, digits, _ and .")] = "golden"
-    """What clients call it, before the version's number: golden-0007; each store of a server has its own."""
+    """What clients call it, before the version's number: golden-0007. Each store of a server has its own."""
     rank: Count = 512
     """The most columns of the adapter; a change that needs more is cut down to them, and its loss told."""
     canary: Share = 0.0
@@ -150,7 +150,7 @@ class UpdateCommand(ProvingOptions):
     """Edit, prove and publish what is due in a store, once."""
 
     profile: str | None = None
-    """A golden profile made before; default: the store's, made from the first batch where it has none."""
+    """A golden profile made before. Default: the store's, made from the first batch where it has none."""
     batch: Count = 100
     """The most requests that make a version."""
     dry_run: bool = False
@@ -223,20 +223,13 @@ class PruneCommand(StoreOptions):
 
 
 @dataclass(kw_only=True)
-class RetractCommand(ProvingOptions):
+class RetractCommand(OneDeviceOptions, ProvingOptions):
     """Take a request out of the queue, or edit its fact back."""
 
     attribution: AttributionOptions = group(
         AttributionOptions, without=("method", "layer", "scope", "order", "top_k", "expert", "old_answers")
     )  # none: a store with a version has a golden layer
-    trainer: TrainerOptions = group(
-        TrainerOptions, without=("devices", "num_nodes", "strategy", "activation_checkpointing")
-    )
     gates: GateOptions = group(GateOptions, without=("rewrite", "rephrase", "locality"))  # those of a batch
     evaluation: EvaluationOptions = group(EvaluationOptions, without=("generation", "max_new_tokens", "fluency"))
     request: str
     """A request's id, or its number in the store as '#4'."""
-
-    def check(self) -> None:
-        """One device is enough for it."""
-        self.trainer.devices = 1

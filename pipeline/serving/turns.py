@@ -60,6 +60,15 @@ class Drawing(LogitsProcessor):
         return scores
 
 
+def answer(llm: LLM, batch: Sequence[Asked], others_wait: Callable[[], bool] = lambda: False) -> None:
+    """Answer requests together, each to its end, or for a turn when others wait."""
+    ids_BT, mask_BT = padded(llm, [one.token_ids + one.said for one in batch])
+    limit = max(one.limit - len(one.said) for one in batch)
+    turn = max(TURN, ids_BT.shape[1] // SHARE)
+    device, heard = llm.embedding.device, Heard(batch, llm, lambda steps: steps >= turn and others_wait())
+    go_on(llm, ids_BT.to(device), mask_BT.to(device), limit, heard, Drawing(batch))
+
+
 class Turns:
     """Answers requests with a live model, in a thread of its own; `close` ends it when all are answered."""
 
@@ -130,7 +139,7 @@ class Turns:
         """Answer a batch, or begin to; where the memory does not suffice, fewer are run together for a while."""
         try:
             with self.live.at(batch[0].version):
-                suffices, why = attempt(partial(self._say, batch))
+                suffices, why = attempt(partial(answer, self.live.llm, batch, lambda: bool(self._waiting)))
         except Exception:  # a fault must not end the server, nor be hidden
             traceback.print_exc()
             suffices, why = False, "the model failed; the server's log says more"
@@ -141,11 +150,3 @@ class Turns:
         else:
             batch[0].fail(str(why))
         self._queue([one for one in batch if not one.over])
-
-    def _say(self, batch: list[Asked]) -> None:
-        llm = self.live.llm
-        ids_BT, mask_BT = padded(llm, [one.token_ids + one.said for one in batch])
-        limit = max(one.limit - len(one.said) for one in batch)
-        turn = max(TURN, ids_BT.shape[1] // SHARE)
-        device, heard = llm.embedding.device, Heard(batch, llm, lambda steps: steps >= turn and bool(self._waiting))
-        go_on(llm, ids_BT.to(device), mask_BT.to(device), limit, heard, Drawing(batch))
