@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import refusal
 from families import ENDS, FAMILIES
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from benchmarks.bench import most_alive
 from pipeline.attribution.find import score_requests
@@ -272,3 +272,38 @@ def test_what_cannot_be_planned_for(tmp_path: Path) -> None:
     assert "no decoder can be made of its config" in refused(model=str(broken))
     (broken / "config.json").write_text("{")
     assert "the config of" in refused(model=str(broken))
+
+
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+
+
+def test_experts_that_a_token_does_not_meet_are_not_active(tmp_path: Path) -> None:
+    MixtralConfig(vocab_size=500, **SHAPE | MIXTURE).save_pretrained(tmp_path)
+    plan = plan_memory(PlanCommand(model=str(tmp_path), memory=1.0, method=["memit"]))
+    of_an_expert = 3 * SHAPE["hidden_size"] * SHAPE["intermediate_size"]
+    assert plan.parameters - plan.active == SHAPE["num_hidden_layers"] * (4 - 2) * of_an_expert
+
+
+@pytest.mark.real_model
+def test_mixtures_take_what_was_planned(
+    smollm2: LLM, editing: EditOptions, tmp_path: Path, few_lessons: None
+) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=len(smollm2.tokenizer), **SHAPE | MIXTURE)
+    config.save_pretrained(tmp_path / "model")
+    mixture = LLM(MixtralForCausalLM(config), smollm2.tokenizer, "mixture")
+    requests = long_requests(mixture, 16)
+    options = PlanCommand(
+        model=str(tmp_path / "model"), length=tokens(mixture, requests), layer=LAYER, edit=editing, trainer=CPU
+    )
+    options = replace(options, method=["finetune", "memit"], batch=8)
+    planned = {need.stage: need for need in plan_memory(options).stages}
+    ways: dict[str, Callable[[], Any]] = {
+        "attribution": lambda: score_requests(mixture, requests, AttributionOptions(batch_size=8), CPU)
+    }
+    for method in options.method:
+        ways[method] = partial(
+            run_edit, mixture, requests[:8], replace(editing, method=method, expert=SHORT[method])
+        )
+    for name, way in ways.items():
+        assert planned[name].beside == pytest.approx(most_alive(way), rel=0.2), name

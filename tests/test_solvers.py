@@ -135,7 +135,10 @@ def test_sparing_is_the_least_squares_solution(system: tuple[Tensor, Tensor, Ten
 def test_blocks_of_a_moment_are_a_moment(system: tuple[Tensor, Tensor, Tensor], solver: Any) -> None:
     keys, changes, moment = system
     blocks = torch.stack([moment[:6, :6], moment[6:, 6:]])
-    torch.testing.assert_close(solver(keys, changes, blocks), solver(keys, changes, torch.block_diag(*blocks)))
+    whole = solver(keys, changes, torch.block_diag(*blocks))
+    torch.testing.assert_close(
+        solver(keys, changes, blocks), whole, rtol=1e-3, atol=1e-4 * whole.abs().max().item()
+    )
 
 
 def test_sparing_is_each_blocks_own(system: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 
 UNUSED = 1e-8  # of the mean of C's diagonal
 TEXT, SMALL = 0.03, 1e-6  # of text in `sparing`, and of its diagonal's mean
-RIDGE = 1e-4  # added to the diagonals of both of emmet's systems, relative to their mean
+RIDGE = 1e-4  # added to the diagonals of matrices that are solved for alone, relative to their mean
 
 
 def memit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, strength: float) -> Tensor:
@@ -28,9 +28,10 @@ def memit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, strength: float)
         strength: λ without the keys' scale: λ = strength · mean ‖k‖² of requests / mean ‖k‖² of text.
 
     Inputs that text never uses (a ReLU's dead units) would make the system singular: C's diagonal gets a hair more.
-    Where C is in blocks, which K Kᵀ is not, it is R (1 + Kᵀ (λC)⁻¹ K)⁻¹ Kᵀ (λC)⁻¹, the same.
+    Where C is in blocks, which K Kᵀ is not, it is R (1 + Kᵀ (λC)⁻¹ K)⁻¹ Kᵀ (λC)⁻¹, the same, and C raised more.
     """
-    K, R, C = key_In.double(), change_On.double(), _ridged(moment_II.double(), UNUSED)
+    K, R, C = key_In.double(), change_On.double(), moment_II.double()
+    C = _ridged(C, UNUSED if C.dim() == 2 else RIDGE)
     scale = (K.square().sum(0).mean() / trace(C)).item()
     if C.dim() == 2:
         return _solve(strength * scale * C + K @ K.T, K @ R.T).T

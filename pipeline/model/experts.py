@@ -31,6 +31,7 @@ class Stacked(nn.Module):
         super().__init__()
         self.owner = (experts,)  # no module of this one's, which is the owner's
         self.stored, self.across = stored, across
+        self.reached = 0  # experts that a token is sent to, in the last pass
 
     @property
     def weight(self) -> Tensor:
@@ -73,7 +74,7 @@ class Stacked(nn.Module):
 
     def of_pairs(self, own_TKI: Tensor, index_TK: Tensor) -> Tensor:
         """What an expert makes of what enters it alone, for each token and each of its experts: (T, K, outputs)."""
-        chosen = index_TK.reshape(-1)
+        chosen, self.reached = index_TK.reshape(-1), index_TK.shape[1]
         order = chosen.argsort(stable=True)
         counts_E = torch.zeros(len(self.weight), dtype=torch.int64, device=chosen.device)
         ends_E = counts_E.scatter_add(0, chosen, torch.ones_like(chosen)).cumsum(0).to(torch.int32)

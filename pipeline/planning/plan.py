@@ -25,6 +25,7 @@ from pipeline.editing.method import settings_of
 from pipeline.editing.statistics import READ_TOGETHER
 from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.reading import BATCH_SIZE, BATCH_TOKENS
+from pipeline.model.experts import Stacked
 from pipeline.model.loading import load_config
 from pipeline.options.commands import PlanCommand
 from pipeline.options.shared import SHARDED
@@ -54,6 +55,7 @@ class MemoryPlan:
 
     model: str
     parameters: int
+    active: int  # parameters that a token meets: all, but for experts that it is not sent to
     blocks: int
     layer: int
     length: int
@@ -80,9 +82,12 @@ def plan_memory(options: PlanCommand) -> MemoryPlan:
     sharded = trainer.strategy in SHARDED
     case = Case(shape, options.length, options.layer, trainer.precision, options.all_devices, sharded)
     weights = weight_bytes(shape, trainer.strategy, case.devices)
+    parameters = sum(parameter.numel() for parameter in shape.model.parameters())
+    stacks = [one for block in shape.blocks for one in block.mlp.values() if isinstance(one, Stacked)]
     return MemoryPlan(
         model=options.model,
-        parameters=sum(parameter.numel() for parameter in shape.model.parameters()),
+        parameters=parameters,
+        active=parameters - sum((len(one.weight) - one.reached) * one.weight[0].numel() for one in stacks),
         blocks=len(shape.blocks),
         layer=options.layer,
         length=options.length,

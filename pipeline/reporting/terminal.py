@@ -150,9 +150,10 @@ def show_tokens(request: EditRequest, tokens: Sequence[ShownToken]) -> None:
 def show_plan(plan: MemoryPlan) -> None:
     """What a device needs, stage by stage, and the longest batch that fits."""
     devices = "1 device" if plan.devices == 1 else f"{plan.devices} devices ({plan.strategy})"
+    active = f" ({plan.active / 1e6:,.0f} M of them active)" if plan.active < plan.parameters else ""
     say(
-        f"{plan.model}: {plan.parameters / 1e6:,.0f} M weights, {plan.blocks} blocks, golden layer {plan.layer}, "
-        f"{plan.precision}, {devices}, rows of {plan.length} tokens; GB on each device"
+        f"{plan.model}: {plan.parameters / 1e6:,.0f} M weights{active}, {plan.blocks} blocks, "
+        f"golden layer {plan.layer}, {plan.precision}, {devices}, rows of {plan.length} tokens; GB on each device"
     )
     rows = []
     for need in plan.stages:
