@@ -13,10 +13,11 @@ import torch
 import yaml
 from conftest import refusal
 
-from benchmarks import attribution, distributed, editing, evaluation, full_size, holding, serving, updates
+from benchmarks import attribution, distributed, editing, evaluation, full_size, holding, mixture, serving, updates
 from benchmarks.bench import COUNTERFACT, Bench, most_alive
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.model.llm import LLM
+from pipeline.model.loading import load_model
 from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.options.updates import GateOptions, UpdateCommand
 from pipeline.requests.readers import load_requests
@@ -53,6 +54,21 @@ def measured(main: Callable[[list[str]], None], words: list[str]) -> Measured:
     rows = json.loads(Path(words[3], "benchmark.json").read_text())
     assert all(set(row) == {"name", "value", "bound", "met"} for row in rows)
     return {row["name"]: row for row in rows}
+
+
+def test_a_mixture_says_what_its_model_says(tiny_folder: Path, tmp_path: Path) -> None:
+    mixture.main([str(tmp_path / "same"), "--model", str(tiny_folder), "--noise", "0"])
+    mixture.main([str(tmp_path / "other"), "--model", str(tiny_folder), "--noise", "0.5"])
+    dense, same, other = (load_model(str(name)) for name in (tiny_folder, tmp_path / "same", tmp_path / "other"))
+    assert same.has_experts and not dense.has_experts
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        expected, found, noisy = (one.model(input_ids=ids).logits for one in (dense, same, other))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (noisy - expected).abs().max() > 0.01
+    assert "expected a Llama" in refusal(
+        lambda: mixture.main([str(tmp_path / "no"), "--model", str(tmp_path / "same")])
+    )
 
 
 def test_holding(small: Callable[..., None], words: list[str]) -> None:

@@ -149,7 +149,7 @@ def run_study(
     ways = selectors_of(options, sweep)
     profiles = {one.name: _profiles(llm, one, options, ways, folder / "profiles", work) for one in sets}
     chosen = {profile.golden_layers[0] for found in profiles.values() for profile in found.values()}
-    blocks = sorted({*range(0, len(llm.blocks), options.every), *chosen})
+    blocks = sorted({*llm.editable[:: options.every], *chosen})
     grids = {
         one.name: {
             method: sweep.run(method, one.tried, blocks, f"{method}, {one.name}"[:22]) for method in options.methods

@@ -116,6 +116,8 @@ def each_alone(
     method = METHODS[options.method].make(llm, [layer], options)
     give_moments(method, llm, options.statistics, runtime)
     if isinstance(method, LoRA):
+        if llm.has_experts:
+            raise UserError("study: lora: adapters of experts cannot be tried side by side; try memit")
         return _adapters(method, requests, runtime)
     assert isinstance(method, LocateThenEdit)
     return _values(method, layer, requests, runtime)
