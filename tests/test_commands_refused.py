@@ -257,3 +257,11 @@ def test_a_loss_that_is_no_number(editing: list[str], refused: Callable[..., str
 
 def test_a_loss_that_is_no_number_after_the_last_step(editing: list[str], refused: Callable[..., str]) -> None:
     assert "not a number" in refused(*editing, "--expert.learning_rate", "1e30", "--output", "out")
+
+
+def test_more_processes_than_the_cores_run(
+    asked: list[str], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    told = refused("attribute", *asked, "--trainer.devices", "5", "--trainer.accelerator", "cpu")
+    assert told == "error: trainer.devices: 5 processes; the 2 cores of this machine run 4 at most"

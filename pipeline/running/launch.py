@@ -22,6 +22,7 @@ from pipeline.output import STARTED, is_one_of_several, started
 SUPERVISED = "GOLDEN_LAYERS_SUPERVISED"  # the environment variable of processes whose failures the agent tells
 ENDING_SECONDS = 60  # that a process has to end the batch at work after a signal,
 ENDING_UPDATE_SECONDS = 3600  # and an update of a store
+PROCESSES_A_CORE = 2  # at most
 IN_ITS_WAKE = "another process of this command has ended"
 
 
@@ -35,7 +36,8 @@ def may_start_others(options: Any) -> bool:
 def supervise(words: Sequence[str], devices: int, options: Any) -> int:
     """Run the command of these words on so many devices of this host, a process each; its exit code.
 
-    UserError for several hosts, on each of which the command must be started.
+    UserError for several hosts, on each of which the command must be started, or processes that would stand in each
+    other's way.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -45,9 +47,15 @@ def supervise(words: Sequence[str], devices: int, options: Any) -> int:
         raise UserError(
             f"trainer.num_nodes: {options.trainer.num_nodes} hosts: start the command on each, by torchrun or srun"
         )
+    cores = os.cpu_count() or 1
+    if devices > PROCESSES_A_CORE * cores:
+        most = PROCESSES_A_CORE * cores
+        raise UserError(
+            f"trainer.devices: {devices} processes; the {cores} cores of this machine run {most} at most"
+        )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     own = {SUPERVISED: "1", STARTED: started()}
-    os.environ |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))} | own | os.environ
+    os.environ |= {"OMP_NUM_THREADS": str(max(1, cores // devices))} | own | os.environ
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
