@@ -101,6 +101,13 @@ def test_unsupported_models_are_refused(
     assert type(model).__name__ in message and words in message
 
 
+def test_blocks_that_share_weights_are_refused(tiny_llm: LLM) -> None:
+    layers: Any = tiny_llm.model.get_submodule("model.layers")
+    layers[2].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
+    message = refusal(lambda: LLM(tiny_llm.model, tiny_llm.tokenizer))
+    assert "blocks 1 and 2 share a weight (mlp.down_proj.weight)" in message
+
+
 @pytest.mark.real_model
 def test_the_bundled_model_is_mapped(smollm2: LLM) -> None:
     assert smollm2.name == "smollm2" and len(smollm2.blocks) == 30

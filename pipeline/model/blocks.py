@@ -154,6 +154,7 @@ def find_blocks(model: PreTrainedModel, name: str = "") -> list[Block]:
     ]
     if not any(block.mlp for block in blocks):
         raise UserError(f"model: {kind}, block 0: {_why_none(blocks[0], config.hidden_size)}")
+    _check_own(f"model: {kind}", blocks)
     return blocks
 
 
@@ -237,6 +238,18 @@ def _as_mlp(group: dict[str, Projection], hidden: int) -> dict[str, Projection]:
 
 def _is_attention(inner: str) -> bool:
     return "att" in inner.split(".")[0].lower()
+
+
+def _check_own(where: str, blocks: Sequence[Block]) -> None:
+    """Raise UserError for blocks that share a weight: an edit of one of them would change the other."""
+    owners: dict[Tensor, Block] = {}  # by identity
+    for block in blocks:
+        for name, projection in (block.attention | block.mlp).items():
+            owner = owners.setdefault(projection.weight, block)
+            if owner is not block:
+                inner = weight_name(name, projection).removeprefix(f"{block.name}.")
+                both = f"blocks {owner.index} and {block.index}"
+                raise UserError(f"{where}: {both} share a weight ({inner}); expected weights of each block's own")
 
 
 def _check_block(where: str, block: nn.Module) -> None:
