@@ -115,6 +115,10 @@ GRANITE |= {"layer_types": ["mamba", "attention", "mamba"]}
 NEMOTRON = {"hybrid_override_pattern": "M-*", "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8}
 NEMOTRON |= {"n_groups": 1, "chunk_size": 8, "head_dim": 8}
 
+NEMOTRON_EXPERTS = {"hybrid_override_pattern": "ME*", "n_routed_experts": 4, "num_experts_per_tok": 2}
+NEMOTRON_EXPERTS |= {"moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40, "moe_latent_size": 48}
+NEMOTRON_EXPERTS |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+
 FAMILIES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, SHAPE),
     "mistral": (MistralConfig, SHAPE | {"sliding_window": 3}),
@@ -180,6 +184,7 @@ MIXTURES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
         SHAPE | EXPERTS | {"head_dim": 8, "rope_parameters": BY_PLACE},
     ),
     "nemotron_h": (NemotronHConfig, SHAPE | NEMOTRON),
+    "nemotron_h, experts": (NemotronHConfig, SHAPE | NEMOTRON | NEMOTRON_EXPERTS),
 }
 
 

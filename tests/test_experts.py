@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import refusal
 from families import family_llm, family_model
+from gguf import GGUFReader
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.attribution.find import find_golden_layer
 from pipeline.editing.editor import edit
 from pipeline.editing.export import export_adapter
+from pipeline.editing.gguf_export import export_gguf_adapter
 from pipeline.editing.statistics import KeyMoments
 from pipeline.model.activations import Activations
 from pipeline.model.blocks import as_matrix, as_stored, find_blocks, sizes
@@ -148,6 +150,29 @@ def test_other_changes_of_experts_are_exported_merged_alone(
     message = refusal(lambda: export_adapter(llm, update, tmp_path))
     (down,) = llm.blocks[1].weight_names("down")
     assert f"{down} is of experts" in message and "merged" in message
+
+
+def test_a_shared_mlp_is_an_adapter_for_llama_cpp(
+    tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest], statistics: StatisticsOptions, tmp_path: Path
+) -> None:
+    mixture = family_llm("qwen2_moe", tokenizer)
+    expert = {"epochs": 1, "contexts": 0, "learning_rate": 0.1, "scope": "shared"}
+    options = EditOptions(method="finetune", layers=[1], expert=expert, statistics=statistics)
+    update = edit(mixture, requests[:2], options=options)
+    export_gguf_adapter(mixture, update, tmp_path)
+    names = {tensor.name for tensor in GGUFReader(next(tmp_path.glob("*.gguf"))).tensors}
+    assert names == {
+        f"blk.1.ffn_{part}_shexp.weight.lora_{side}" for part in ("gate", "up", "down") for side in "ab"
+    }
+
+
+def test_what_leads_into_experts_is_no_mlp_beside_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Nemotron-H may send a narrower state to its experts; the maps there and back look like an MLP."""
+    block = family_llm("nemotron_h, experts", tokenizer).blocks[1]
+    assert [name.rpartition("mixer.")[2] for name in block.mlp] == [
+        *("shared_experts.up_proj", "shared_experts.down_proj"),
+        *("experts.routed_up", "experts.routed_down"),
+    ]
 
 
 def test_scopes_of_a_mixture(tokenizer: PreTrainedTokenizerFast) -> None:

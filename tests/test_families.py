@@ -16,6 +16,7 @@ from pipeline.attribution.find import find_golden_layer
 from pipeline.editing.editor import edit
 from pipeline.editing.export import export_merged
 from pipeline.model.activations import Activations, target_logits
+from pipeline.model.blocks import sizes
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.model.suffix import Suffixes, parts_of
@@ -94,12 +95,13 @@ def test_upper_blocks_alone_give_the_same_logits(family: str, llm: LLM, requests
 @pytest.mark.parametrize("layer", [0, -1])
 def test_suffixes_equal_the_whole(llm: LLM, layer: int) -> None:
     layer = llm.editable[layer]
+    ((_, outputs),) = map(sizes, llm.blocks[layer].down.values())
     torch.manual_seed(0)
-    change_BO = torch.randn(4, 32)
+    change_BO = torch.randn(4, outputs)
     with llm.frozen(), torch.no_grad():
         rows = Suffixes(llm, layer, ROWS)
         changed_NV = rows.run(change_BO)
-        expected_base = torch.cat([plain_logits(llm, layer, row, torch.zeros(32)) for row in ROWS])
+        expected_base = torch.cat([plain_logits(llm, layer, row, torch.zeros(outputs)) for row in ROWS])
         expected = torch.cat([plain_logits(llm, layer, row, c) for row, c in zip(ROWS, change_BO, strict=True)])
     torch.testing.assert_close(rows.base_NV, expected_base, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(changed_NV, expected, rtol=1e-4, atol=1e-4)

@@ -126,7 +126,8 @@ class GradientAttribution(Callback):
         if runs_again():
             return
         hidden_RTD = args[0] if args else kwargs["hidden_states"]
-        rows = hidden_RTD.shape[-3]  # of several streams, each has them
+        streams_first = hasattr(self.blocks[0].module, "altup")  # Gemma 3n's, each of which has all rows
+        rows = hidden_RTD.shape[1 if streams_first else 0]
         if rows % self.estimator.sides:
             raise UserError(
                 f"attribution: a batch of {rows} rows; expected the old answers' rows and then as many "

@@ -77,9 +77,10 @@ def export_gguf_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int 
 def _family(llm: LLM) -> str:
     """What llama.cpp calls the model's architecture; UserError where it has none by the config's name."""
     kind = str(llm.model.config.get_text_config(decoder=True).model_type).removesuffix("_text")
-    if kind not in gguf.MODEL_ARCH_NAMES.values():
-        raise UserError(f"kind: gguf: llama.cpp has no family of models by the name {kind!r}, that of {llm.name!r}")
-    return kind
+    for name in gguf.MODEL_ARCH_NAMES.values():
+        if name.replace("-", "_") in (kind, kind.replace("_moe", "moe")):
+            return str(name)
+    raise UserError(f"kind: gguf: llama.cpp has no family of models by the name {kind!r}, that of {llm.name!r}")
 
 
 def _name(llm: LLM, weight: str) -> str:

@@ -193,15 +193,16 @@ def _map_block(name: str, index: int, block: nn.Module, hidden: int) -> Block:
     for inner, one in maps.items():
         if not _is_attention(inner) and not any(inner.startswith(f"{several}.") for several in lists):
             groups[inner.rpartition(".")[0]][f"{name}.{inner}"] = one
+    experts = {inner: module for inner, module in block.named_modules() if is_standard(module)}
     found = (
         _as_mlp(group, hidden)
         for parent, group in groups.items()
         if not any(isinstance(child, nn.Conv1d) for child in block.get_submodule(parent).children())  # mixes tokens
+        and not any(not parent or inner.startswith(f"{parent}.") for inner in experts)  # leads into them
     )
     mlp = max(found, key=lambda one: sizes([*one.values()][-1])[0] if one else 0, default={})
-    inside = {f"{name}.{inner}": module for inner, module in block.named_modules() if is_standard(module)}
-    for path, module in inside.items():
-        mlp = mlp | {f"{path}.{part}": stacked for part, stacked in as_maps(module).items()}
+    for inner, module in experts.items():
+        mlp = mlp | {f"{name}.{inner}.{part}": stacked for part, stacked in as_maps(module).items()}
     return Block(index, name, block, mlp, attention)
 
 
@@ -237,7 +238,7 @@ def _as_mlp(group: dict[str, Projection], hidden: int) -> dict[str, Projection]:
 
 
 def _is_attention(inner: str) -> bool:
-    return "att" in inner.split(".")[0].lower()
+    return any("att" in part for part in inner.lower().split("."))
 
 
 def _check_own(where: str, blocks: Sequence[Block]) -> None:
