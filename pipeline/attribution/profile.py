@@ -54,7 +54,7 @@ def select(
     low, high = first - reach, third + reach
     size_L = np.abs(score_L) if order == "magnitude" else score_L
     raw_ranking = np.argsort(-size_L, kind="stable").tolist()
-    nothing = (score_L == 0) & score_L.any()
+    nothing = (score_L == 0) & bool(fences and score_L.any())
     excluded = np.flatnonzero((score_L < low) | (score_L > high) | nothing).tolist()
     ranking = [block for block in raw_ranking if block not in excluded]
     return Selection((float(low), float(high)) if fences else None, excluded, ranking, raw_ranking)

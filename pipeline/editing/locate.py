@@ -254,8 +254,8 @@ class LocateThenEdit:
         for some in texts:
             key_NI = torch.cat(list(islice(keys, len(some)))).to(text_II.device)
             near_II = second_moment(key_NI, text_II.shape)
-            weight = self.settings.neighbour_weight * solvers.trace(text_II) / solvers.trace(near_II)
-            yield text_II + weight * near_II
+            near_II *= self.settings.neighbour_weight / solvers.trace(near_II)
+            yield text_II / solvers.trace(text_II) + near_II
 
     def _read(
         self, layer: int, placed: Sequence[tuple[str, int]], to_the_end: bool, runtime: Runtime

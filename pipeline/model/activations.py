@@ -79,7 +79,7 @@ class Activations:
     def leaving(self, *names: str) -> AbstractContextManager[Seen]:
         """What leaves modules, as the last pass had it; of a block, the hidden state."""
         return self._seeing(
-            names, lambda _args, _kwargs, output: output[0] if isinstance(output, tuple) else output
+            names, lambda _args, _kwargs, output: output[0] if isinstance(output, tuple | list) else output
         )
 
     @contextmanager

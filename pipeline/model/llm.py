@@ -177,8 +177,10 @@ class LLM:
 
 @torch.no_grad()
 def put_out_tuples(model: PreTrainedModel, block: Block) -> bool:
-    """Whether the model's blocks put out tuples; running one token tells."""
+    """Whether the model's blocks put out tuples, or lists; running one token tells."""
     seen: list[bool] = []
-    with block.module.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple))):
+    with block.module.register_forward_hook(
+        lambda _module, _args, output: seen.append(isinstance(output, tuple | list))
+    ):
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return seen[0]

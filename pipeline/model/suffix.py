@@ -131,7 +131,6 @@ def _found(llm: LLM) -> Parts:
     batch, activations = collate([row]).to(llm.embedding.device), Activations(llm)
 
     def upper() -> Tensor:
-        enter_BTD = activations.enter(batch.input_ids_BT, layer)
         if enter_BTD.dim() != 3:
             raise ValueError("several streams of hidden states, which rows cannot be told apart in")
         with activations.from_block(layer, enter_BTD):
@@ -139,8 +138,9 @@ def _found(llm: LLM) -> Parts:
 
     try:
         whole_NV, heard = target_logits(llm.model, batch), _heard(activations, batch.input_ids_BT)
+        enter_BTD = activations.enter(batch.input_ids_BT, layer)
     except FAILS as error:
-        what = f"model: {type(llm.model).__name__}: it does not run"
+        what = f"model: {type(llm.model).__name__}: its blocks cannot be run by themselves"
         raise UserError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
     blocks = _agree(upper, whole_NV)
     llm.parts = Parts(blocks)  # with ends, which are tried
