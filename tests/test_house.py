@@ -22,7 +22,7 @@ import pytest
 # 235 for somebody's own facts: in a line, a file named as a word, fields of any name, and which they probably are;
 # 75 for a short help of each command, with its examples; 160 for talks in the terminal;
 # 450 for mixtures of experts, hybrids, blocks without an MLP, models with pictures, checkpoints in FP8 and MXFP4
-LINES = 18_135
+LINES = 18_133
 OPTIONS_OF_RUN = 39
 OPTIONS_OF_ALL = (
     420  # 13 of chat; edit's --fact, --fields of the seven commands that read files of requests; 399 others

@@ -86,10 +86,8 @@ def _family(llm: LLM) -> str:
 def _name(llm: LLM, weight: str) -> str:
     """What llama.cpp calls a weight of an MLP; UserError for one of attention, whose rows it orders its own way."""
     (kind,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == _family(llm))
-    in_mlp = any(
-        llm.reading(weight)[0] in block.mlp and not isinstance(llm.reading(weight)[1], Stacked)
-        for block in llm.blocks
-    )
+    projection, kept = llm.reading(weight)
+    in_mlp = not isinstance(kept, Stacked) and any(projection in block.mlp for block in llm.blocks)
     name = gguf.get_tensor_name_map(kind, len(llm.blocks)).get_name(weight, try_suffixes=(".weight",))
     if not in_mlp or name is None:
         raise UserError(

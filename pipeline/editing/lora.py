@@ -72,11 +72,11 @@ class LoRA(FineTune):
             "task_type": "CAUSAL_LM",
             "r": rank,
             "lora_alpha": settings.alpha,
-            # PEFT takes modules' names in a mixture for those of experts
-            "target_modules": [] if llm.has_experts else list(projections),
-            "target_parameters": list(self.weight_names) if llm.has_experts else [],
+            "target_modules": list(projections),
             "fan_in_fan_out": any(isinstance(one, Conv1D) for one in projections.values()),
         }
+        if llm.has_experts:  # there PEFT takes modules' names for those of experts
+            self.adapter |= {"target_modules": [], "target_parameters": list(self.weight_names)}
 
     @contextmanager
     def attached(self, seed: int) -> Iterator[PeftModel]:
