@@ -15,7 +15,7 @@ from pipeline import demo as guided
 from pipeline.attribution.find import check_selector
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.chat import talk
-from pipeline.editing.editor import accept, choose_layers
+from pipeline.editing.editor import accept, blocks_named, choose_layers
 from pipeline.editing.export import AdapterInfo, export_adapter, export_merged
 from pipeline.editing.gguf_export import export_gguf, export_gguf_adapter
 from pipeline.editing.method import settings_of
@@ -32,6 +32,7 @@ from pipeline.reporting.card import write_card
 from pipeline.reporting.tables import missed_of
 from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
 from pipeline.requests.readers import load_facts, load_requests
+from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import split_by_subject
 from pipeline.serving.hub import check_target, push
 from pipeline.serving.live import LiveModel
@@ -56,14 +57,14 @@ def run(options: of.RunCommand) -> None:
     settings_of(options.edit)
     with working(options, "run") as log:
         requests = read_requests(options)
-        if options.profile:
-            profile, edits = GoldenProfile.load(options.profile), requests
-        else:
+        profile = GoldenProfile.load(options.profile) if options.profile else None
+        proxy, edits = list[EditRequest](), requests
+        if not profile:
             proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
             check_selector(proxy, options.attribution)
         edits = accept(edits, options.edit)
-        llm = load(options, requests=requests)
-        if options.profile:
+        llm = load(options, requests=requests, layers=blocks_named(profile, options.edit))
+        if profile:
             choose_layers(llm, profile, options.edit)
             note_chat(llm, "profile", profile.chat)
             log.keep_profile(profile)
@@ -103,7 +104,7 @@ def edit(options: of.EditCommand) -> None:
         profile = GoldenProfile.load(options.profile) if options.profile else None
         if profile is None and not options.layers:
             raise UserError(f"edit: where? give --profile FILE, which `{program()} attribute` makes, or --layers N")
-        llm = load(options, requests=requests)
+        llm = load(options, requests=requests, layers=blocks_named(profile, options))
         choose_layers(llm, profile, options)
         if profile:
             note_chat(llm, "profile", profile.chat)

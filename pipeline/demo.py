@@ -14,7 +14,7 @@ from pipeline.model.fingerprints import sample
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.options.commands import DemoCommand
-from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.options.editing import EditOptions
 from pipeline.reporting.run_log import RunLog
 from pipeline.reporting.terminal import say, show_answers
 from pipeline.requests.answers import first_statement
@@ -51,7 +51,7 @@ def show(llm: LLM, options: DemoCommand, log: RunLog) -> None:
         "What this block should put out for each subject is searched for all facts together; then its "
         "down-projection is solved for in closed form, so that ordinary text goes through as before."
     )
-    how = EditOptions(method="memit", statistics=StatisticsOptions(tokens=16000))
+    how = EditOptions(method="memit")
     update = edit(llm, facts, profile, how, options.trainer, log.tensorboard, options.seed)
 
     step(4, "Ask again, also in other words")

@@ -50,16 +50,18 @@ def read_requests(options: RequestOptions) -> list[EditRequest]:
     return load_requests(options.requests, options.limit, options.offset, options.skip_bad, options.fields)
 
 
-def load(options: Any, model: str | None = None, requests: Sequence[EditRequest] = ()) -> LLM:
-    """See that all processes were given the same, and load the model."""
+def load(
+    options: Any, model: str | None = None, requests: Sequence[EditRequest] = (), layers: Collection[int] = ()
+) -> LLM:
+    """See that all processes were given the same, and load the model, which is to have these blocks."""
     name, verbose, chat = model or options.model, options.verbose, getattr(options, "chat", False)
     if not isinstance(options, ComputeOptions):
-        return load_model(name, verbose=verbose, chat=chat)
+        return load_model(name, verbose=verbose, chat=chat, layers=layers)
     trainer = options.trainer
     device = join(trainer)
     check_alike("requests", requests)
     spread = device if trainer.strategy in SHARDED else None
-    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread)
+    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread, layers)
     if not spread:
         llm.model.to(device)  # type: ignore[arg-type]  # where every stage finds it
     check_alike("model", [llm.fingerprint])

@@ -382,7 +382,7 @@ def test_requests_that_contradict_each_other(
     request_file.write_text("\n".join([*lines, json.dumps(other)]) + "\n")
     message = refused(*editing)
     assert "capital-1 ('Nairobi and more') and other ('Quito')" in message
-    assert "--last_wins" in message
+    assert "last_wins" in message
     assert main([*editing, "--last_wins", "--output", "out"]) == 0
     learnt = [request.id for request in WeightUpdate.load(elsewhere / "out").requests]
     assert learnt == ["capital-0", *(f"capital-{number}" for number in range(2, 7)), "other"]

@@ -137,12 +137,12 @@ def test_trial_edits(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path)
 def test_no_room_for_one(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
     with room_for(tiny_llm, 0):
         message = refusal(lambda: score_requests(tiny_llm, requests, AttributionOptions()))
-    assert "CUDA out of memory" in message and "--trainer.precision bf16-true" in message
+    assert "CUDA out of memory" in message and "trainer.precision bf16-true" in message
     options = options_of(tmp_path, "finetune", whiten=0.0, kl=0.0)
     options.layers = [0]  # below which nothing is read
     with room_for(tiny_llm, 0):
         message = refusal(lambda: edit(tiny_llm, requests, options=options))
-    assert "CUDA out of memory" in message and "--edit.expert.batch_size" in message
+    assert "CUDA out of memory" in message and "expert.batch_size" in message
 
 
 def test_other_errors_pass(tiny_llm: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def test_the_wheel_holds_every_file_of_the_project(installed: Path) -> None:
     ("words", "parts"),
     [
         (["--version"], [f"golden-layers {__version__} (Python 3.", "torch ", "lightning ", "transformers "]),
-        (["--print_config"], ["order: magnitude", "tokens: 16000"]),  # those of default.yaml
+        (["--print_config"], ["order: magnitude", "proxy_fraction: 0.9"]),  # those of default.yaml
         (["run", "--config", "debug", "--print_config"], ["epochs: 3", "limit: 16"]),
         (["requests"], ["160"]),  # the demo's
     ],

@@ -53,6 +53,21 @@ def test_a_long_stage_does_not_fill_a_log(clock: list[float], capsys: pytest.Cap
     assert told[-1].startswith("Trying blocks: 86399/86400 after 23:59:59, left ")
 
 
+def test_a_long_batch_shows_its_steps(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    bar = StageProgressBar("Finding values")
+    bar.start(2)
+    for step in range(41):
+        clock[0] += 1
+        bar.within(step, 50)
+    bar.stop()
+    assert capsys.readouterr().err.splitlines() == [
+        "Finding values: 0/2 after 00:00, left ?",
+        "Finding values: 0/2 after 00:20, left ?, step 19 of 50",
+        "Finding values: 0/2 after 00:40, left ?, step 39 of 50",
+        "Finding values: 0/2 after 00:41, left ?, step 40 of 50",
+    ]
+
+
 @pytest.mark.parametrize("width", [44, 60, 80, 120])
 @pytest.mark.parametrize("title", ["Editing", "What the model knows"])
 def test_a_bar_fits_its_terminal(width: int, title: str, monkeypatch: pytest.MonkeyPatch) -> None:

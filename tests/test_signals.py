@@ -60,14 +60,19 @@ def test_sigterm_while_loading(tiny_folder: Path, request_file: Path, tmp_path: 
     assert not (tmp_path / "out").exists(), "nothing was done yet"
 
 
-def test_a_second_signal_does_not_wait_for_the_batch() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait_for_the_batch(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     own = Interrupts()
     own.postponing = True
     with own.heeding():
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert own.noted == signal.SIGTERM
+        os.kill(os.getpid(), number)
+        assert own.noted == number
+        told = capfd.readouterr().err.strip()
+        assert told == ("stopping when this step is done; Ctrl-C again: at once" if number == signal.SIGINT else "")
         with pytest.raises(Interrupted):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
 
 def test_a_signal_during_the_clean_up_ends_at_once() -> None:

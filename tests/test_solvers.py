@@ -110,7 +110,7 @@ def test_memit_leaves_inputs_alone_that_nothing_uses(system: tuple[Tensor, Tenso
 
 def test_a_singular_system_says_what_to_raise(system: tuple[Tensor, Tensor, Tensor]) -> None:
     keys, changes, _ = system
-    with pytest.raises(UserError, match="singular; raise"):
+    with pytest.raises(UserError, match="singular; give"):
         memit(keys, changes, torch.zeros(INPUTS, INPUTS), strength=1)
     with pytest.raises(UserError, match="no direction is free"):
         alphaedit(keys, changes, torch.eye(INPUTS), threshold=1e-3)

@@ -28,7 +28,6 @@ from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import check_subjects, fact, settle
 from pipeline.running.sharding import whole
 from pipeline.running.trainer import Runtime
-from pipeline.shipped import program
 
 ROUNDING = 1e-5  # relative: what adding and taking away changes may leave of them
 
@@ -152,6 +151,11 @@ def restored(llm: LLM, names: Sequence[str]) -> Iterator[None]:
                 llm.model.get_parameter(name).copy_(tensor)
 
 
+def blocks_named(profile: GoldenProfile | None, options: EditOptions) -> list[int]:
+    """The blocks that options, or else a profile, name for an edit."""
+    return options.layers or (profile.golden_layers if profile else [])
+
+
 def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions) -> list[int]:
     """The blocks to edit: the options' where given, else the profile's golden layers.
 
@@ -167,7 +171,7 @@ def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions)
             )
         return sorted(set(options.layers))
     if profile is None:
-        raise UserError(f"edit: where? give --profile FILE, which `{program()} attribute` makes, or --layers N")
+        raise UserError("edit: where? give a profile, which `find_golden_layer` makes, or layers")
     llm.check_made_for("profile", profile.model, profile.fingerprint)
     llm.check_layers(profile.golden_layers)
     fit = [layer for layer in dict.fromkeys([*profile.golden_layers, *profile.ranking]) if layer not in unfit]

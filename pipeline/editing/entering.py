@@ -17,6 +17,8 @@ class Entering(RowStage):
     Read are the tokens of a row's subject; of a row without one, all. Outputs are (tokens, D), on the CPU.
     """
 
+    title = "Running lower blocks"
+
     def __init__(self, llm: LLM, layer: int, projection: str | None = None) -> None:
         super().__init__(llm)
         self.name = projection or llm.blocks[layer].name
@@ -64,6 +66,8 @@ class Leaving(RowStage):
 
 class HeadReads(RowStage):
     """Reads what the head makes its words of, (N, D), at the places that predict each row's N targets."""
+
+    title = "Reading what is to stay"
 
     def step(self, batch: Batch) -> list[Tensor]:
         with head_reads(self.model, batch.row_N, batch.position_N) as hidden:

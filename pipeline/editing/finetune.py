@@ -160,8 +160,8 @@ class FineTune(Staying):
             suffices, failed = attempt(fit)
         if not suffices:
             raise DeviceError(
-                f"trainer: {failed}; give --edit.expert.batch_size {max(1, size // 2)}, "
-                "--trainer.activation_checkpointing true, --trainer.precision bf16-true or --trainer.strategy fsdp"
+                f"trainer: {failed}; give expert.batch_size {max(1, size // 2)}, "
+                "trainer.activation_checkpointing true, trainer.precision bf16-true or trainer.strategy fsdp2"
             )
         self.spare(courses, runtime)
 
@@ -264,7 +264,7 @@ class FineTune(Staying):
             ids = dict.fromkeys(str(row.tag) for row in batch.texts[: len(losses_B)])
             raise UserError(
                 f"edit: the loss is not a number in step {self.global_step}, in the batch of requests "
-                f"{', '.join(ids)}; try a smaller --edit.expert.learning_rate"
+                f"{', '.join(ids)}; try a smaller expert.learning_rate"
             )
         hits_B = batch.means((logits_NV.argmax(-1) == batch.target_N).to(losses_B))[: len(losses_B)]
         self._follow(losses_B.detach()[counts_B], hits_B[counts_B])

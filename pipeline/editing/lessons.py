@@ -236,7 +236,8 @@ def _related(llm: LLM, requests: Mapping[str, EditRequest], runtime: Runtime) ->
 
 def _said(llm: LLM, openings: Sequence[Question], runtime: Runtime) -> list[str]:
     """What the model says to each."""
-    return run(Saying(llm, "Reading"), openings, runtime, lambda one: len(one.token_ids), READ_TOGETHER)
+    stage = Saying(llm, "Asking what is to stay")
+    return run(stage, openings, runtime, lambda one: len(one.token_ids), READ_TOGETHER)
 
 
 class LessonData(LightningDataModule):

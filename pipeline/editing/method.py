@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError, check_choice
 from pipeline.options.base import Options, read_expert
-from pipeline.options.editing import EditOptions
+from pipeline.options.editing import NAMES, EditOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 
@@ -73,6 +73,7 @@ def register(name: str, make: Callable[..., EditMethod], settings: type = Option
     if name in METHODS or not name.isidentifier():
         raise ValueError(f"method: {name!r} is {'registered already' if name in METHODS else 'no identifier'}")
     METHODS[name] = Method(make, settings, **about)
+    NAMES.add(name)
 
 
 def settings_of(options: EditOptions) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.editing.bundled import bundled_text
 from pipeline.files import cached, digest, read_plain_text
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
@@ -21,6 +22,8 @@ OPENINGS = (
 def ordinary_text(llm: LLM, options: StatisticsOptions, runtime: Runtime) -> list[list[int]]:
     """The tokens of what the options name, in equal windows; UserError when the file cannot be read."""
     texts = file_text(options)
+    if texts is None:
+        texts = bundled_text(llm.fingerprint, options.tokens)
     return windows(llm, own_text(llm, options.tokens, runtime) if texts is None else texts, options.tokens)
 
 
@@ -44,7 +47,7 @@ def own_text(llm: LLM, tokens: int, runtime: Runtime) -> list[str]:
     length = min(WINDOW, (llm.context_length or 2 * WINDOW) // 2)
     seeds = _continuations(llm, -(-tokens // (length * len(OPENINGS))))
     folder = cached(f"text-{digest(llm.fingerprint, llm.model.dtype, runtime.precision, seeds, length)}")
-    told = generate(llm, seeds, length, 32, runtime.trainer, "Own text", PLAIN, kept=folder)
+    told = generate(llm, seeds, length, 32, runtime.trainer, "Own text (once a model, kept)", PLAIN, kept=folder)
     return [seed + text for seed, text in zip(seeds, told, strict=True)]
 
 

@@ -76,7 +76,7 @@ def alphaedit(key_In: Tensor, change_On: Tensor, moment_II: Tensor, threshold: f
     values, vectors = torch.linalg.eigh(moment_II.double())
     free = values < threshold * values.max()
     if not free.any():
-        raise UserError(f"alphaedit: no direction is free of text; raise --edit.expert.threshold above {threshold}")
+        raise UserError(f"alphaedit: no direction is free of text; give an expert.threshold above {threshold}")
     P = (vectors * free.to(vectors)[..., None, :]) @ vectors.mT
     PK = (P @ K.view(*P.shape[:-1], -1)).view_as(K)
     s = 0.01 * PK.square().sum(0).mean()
@@ -113,5 +113,5 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solution of a symmetric positive definite system; UserError when it is singular."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed.sum() or not factor.isfinite().all():
-        raise UserError("edit: the closed-form system is singular; raise --edit.expert.strength, or give more text")
+        raise UserError("edit: the closed-form system is singular; give a larger expert.strength, or more text")
     return torch.cholesky_solve(right.reshape(*matrix.shape[:-1], -1), factor).reshape(right.shape)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, distributed
 
+from pipeline.editing.bundled import bundled_moment
 from pipeline.editing.ordinary_text import OPENINGS, file_text, ordinary_text, windows
 from pipeline.errors import UserError, note
 from pipeline.files import cached, digest, read_sealed, write_sealed
@@ -35,8 +36,9 @@ def key_moments(
 
     Each is (I, I), or (E, I, I) for the keys of experts, one expert's apart from another's.
 
-    What is found is kept in the user's cache folder, with its own digest, and what it is of: model, projection,
-    precision, text and shape. A file that says anything else, or holds no second moment, is told of and made anew.
+    What the project brings is taken (see `pipeline.editing.bundled`); else it is found and kept in the user's cache
+    folder, with its own digest, and what it is of: model, projection, precision, text and shape. A file that says
+    anything else, or holds no second moment, is told of and made anew.
 
     Raises:
         UserError: when the text cannot be read or is too short for the keys' dimension, or the model's keys in this
@@ -60,7 +62,7 @@ def key_moments(
             if wrong := _wrong(moment, about[name], device):
                 raise UserError(
                     f"statistics: of {name} in precision {runtime.precision} are {wrong}; the model's weights are "
-                    "broken, or need a wider --trainer.precision"
+                    "broken, or need a wider trainer.precision"
                 )
             found[name] = moment
             rank_zero_only(write_sealed)(files[name], about[name], save({"moment": moment}))
@@ -112,7 +114,7 @@ def _check_size(llm: LLM, names: Sequence[str], tokens: int, options: Statistics
 def _read(file: Path | None, about: dict[str, Any], device: torch.device) -> Tensor | None:
     content = read_sealed(file, about)
     if content is None:
-        return None
+        return bundled_moment(digest(about))
     try:
         moment = load(content)["moment"]
         wrong = _wrong(moment, about, device)
@@ -129,7 +131,7 @@ class KeyMoments(RowStage):
     A text's last token is read where it has no targets. Blocks run up to the last of these projections.
     """
 
-    title = "Key statistics"
+    title = "Key statistics (once a model, kept)"
 
     def __init__(self, llm: LLM, names: Sequence[str]) -> None:
         super().__init__(llm)

@@ -159,7 +159,7 @@ class WeightUpdate:
                 raise UserError(f"update: {name} holds values that {weight.dtype} has no finite numbers for")
 
     @rank_zero_only
-    def save(self, folder: Path, learnt: tuple[str, str] | None = None) -> None:
+    def save(self, folder: Path | str, learnt: tuple[str, str] | None = None) -> None:
         """Write `update.safetensors` and `state.safetensors`, then `update.json`, which holds their SHA-256.
 
         Args:
@@ -169,6 +169,7 @@ class WeightUpdate:
         Raises:
             UserError: when the disk has no room for it.
         """
+        folder = Path(folder)
         elsewhere = columns_in(self.state) if learnt else {}
         state = {name: tensor for name, tensor in self.state.items() if name not in elsewhere}
         contents = {TENSORS_FILE: self.tensors} | ({STATE_FILE: state} if state else {})

@@ -146,6 +146,7 @@ class ValueSearch(Stage):
         running_G, live = torch.ones(len(ids), dtype=torch.bool, device=unit_GO.device), True
         learnt_G = torch.zeros_like(running_G, dtype=torch.long)  # steps in which all that was asked was known
         for step in range(self.steps + 1):
+            self.tell(step, self.steps)
             turns = max(1, -(-len(others) // OTHERS_EACH))
             parts = [*bare, *others[step % turns :: turns]]
             turn = step % len(stays)
@@ -153,7 +154,7 @@ class ValueSearch(Stage):
             if not nll_G.isfinite().all():
                 raise UserError(
                     f"edit: the loss is not a number in step {step}, in the batch of requests {', '.join(ids)}; "
-                    "try a smaller --edit.expert.step"
+                    "try a smaller expert.step"
                 )
             if live:
                 learnt_GO[running_G] = unit_GO.detach()[running_G]

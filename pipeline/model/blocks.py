@@ -8,7 +8,7 @@ block does not matter. Of a model that reads pictures or sound as well, the text
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -124,6 +124,13 @@ def second_moment(key_NI: Tensor, shape: Sequence[int]) -> Tensor:
 def by_row(vectors: Tensor, rows: int) -> Tensor:
     """What enters or leaves a projection as (rows, T, D): OPT hands its MLP all rows' tokens as one list."""
     return vectors.reshape(rows, -1, vectors.shape[-1])
+
+
+def check_exist(layers: Iterable[int], blocks: int, name: str, flag: str = "layers") -> None:
+    """Raise UserError for a layer that is none of so many blocks of a model of this name."""
+    for layer in layers:
+        if not 0 <= layer < blocks:
+            raise UserError(f"{flag}: {layer} is not a block of {name}; it has 0 to {blocks - 1}")
 
 
 def find_blocks(model: PreTrainedModel, name: str = "") -> list[Block]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Saying(Stage):
 
     def step(self, batch: QuestionBatch) -> list[str]:
         limit = max(question.limit for question in batch.questions)
-        said_BS = go_on(self.llm, batch.input_ids_BT, batch.mask_BT, limit, SaidEnough(self.llm, batch))
+        said_BS = go_on(self.llm, batch.input_ids_BT, batch.mask_BT, limit, SaidEnough(self.llm, batch, self.tell))
         limited = [row[: one.limit] for one, row in zip(batch.questions, said_BS, strict=True)]
         texts = self.llm.tokenizer.batch_decode(limited, skip_special_tokens=True)
         return [statement(said, one.inner_ends)[0] for one, said in zip(batch.questions, texts, strict=True)]
@@ -103,14 +103,16 @@ def go_on(
 
 
 class SaidEnough(StoppingCriteria):
-    """Tells which rows of a batch need no more tokens."""
+    """Tells which rows of a batch need no more tokens; `tell` hears how many there are, of how many at most."""
 
-    def __init__(self, llm: LLM, batch: QuestionBatch) -> None:
+    def __init__(self, llm: LLM, batch: QuestionBatch, tell: Callable[[int, int], None]) -> None:
         self.llm, self.questions, self.width = llm, batch.questions, batch.input_ids_BT.shape[1]
+        self.tell, self.limit = tell, max(one.limit for one in batch.questions)
         self.over = [False] * len(batch.questions)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         said_BS = input_ids[:, self.width :]
+        self.tell(said_BS.shape[1], self.limit)
         texts = self.llm.tokenizer.batch_decode(said_BS.tolist(), skip_special_tokens=True)
         for row, (one, said) in enumerate(zip(self.questions, texts, strict=True)):
             self.over[row] = self.over[row] or said_BS.shape[1] >= one.limit or statement(said, one.inner_ends)[1]

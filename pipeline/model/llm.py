@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
-from pipeline.model.blocks import Block, Projection, find_blocks, weight_name
+from pipeline.model.blocks import Block, Projection, check_exist, find_blocks, weight_name
 from pipeline.model.fingerprints import fingerprint as fingerprint_of
 from pipeline.model.fingerprints import sample
 from pipeline.requests.schema import EditRequest
@@ -132,10 +132,8 @@ class LLM:
 
     def check_layers(self, layers: Collection[int], flag: str = "layers") -> None:
         """Raise UserError when a block does not exist, or has no MLP."""
-        last = len(self.blocks) - 1
+        check_exist(layers, len(self.blocks), self.name, flag)
         for layer in layers:
-            if not 0 <= layer <= last:
-                raise UserError(f"{flag}: {layer} is not a block of {self.name}; it has 0 to {last}")
             if layer not in self.editable:
                 able = ", ".join(map(str, self.editable))
                 raise UserError(f"{flag}: block {layer} of {self.name} has no MLP; these have one: {able}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import cache
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from pipeline.errors import UserError, note, one_line
 from pipeline.files import cached, digest, parse_json, read_sealed, read_text_file, write_sealed
-from pipeline.model.blocks import READ_PLAIN, check_config, find_blocks, quantised_by
+from pipeline.model.blocks import READ_PLAIN, check_config, check_exist, find_blocks, quantised_by
 from pipeline.model.fingerprints import config_digest, joined, tensors_digest
 from pipeline.model.llm import LLM
 from pipeline.model.spreading import load_sharded
@@ -65,6 +65,7 @@ def load_model(
     verbose: bool = False,
     chat: bool = False,
     spread: torch.device | None = None,
+    layers: Iterable[int] = (),
 ) -> LLM:
     """Load a model for editing; never runs code that comes with the weights.
 
@@ -77,6 +78,7 @@ def load_model(
         chat: put prompts into the tokenizer's chat template, in every stage.
         spread: spread the blocks' weights over all processes (see `pipeline.running.sharding`), this one's share on
             this device; None: the whole model on the CPU.
+        layers: blocks that the model is to have, for an edit.
 
     Raises:
         UserError: when there is no such model, or it cannot be read or edited; where its config tells, before any
@@ -90,8 +92,9 @@ def load_model(
     with _reading(repr(name), verbose=verbose):
         source, gguf = _locate(name)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
+        config = _config(source, gguf, name)
+        check_exist(layers, config.get_text_config(decoder=True).num_hidden_layers, name)
         if not gguf:  # built without weights, a model shows its structure
-            config = _config(source, gguf, name)
             with torch.device("meta"):
                 find_blocks(decoder_of(config, name), name)
 

@@ -135,9 +135,13 @@ class Options:
 
     def __post_init__(self) -> None:
         own: Any = type(self)
-        for one, _, notes in declared(own):
+        for one, kind, notes in declared(own):
             value = getattr(self, one.name)
             name = f"expert.{one.name}" if one.name in getattr(self, "expert", ()) else one.name
+            group = isinstance(kind, type) and is_dataclass(kind)
+            if not (isinstance(value, kind) if group else fits(value, kind)):
+                wanted = kind.__name__ if group else described(kind)
+                raise UserError(f"{name}: expected {wanted}, found {reprlib.repr(value)}")
             for bound in notes:
                 if callable(bound) and value is not None:
                     bound(name, value)

@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
+from pipeline.errors import check_choice
 from pipeline.options.base import NO_FLAG, Count, Options, group
+
+NAMES = {"auto", "memit", "finetune", "lora", "emmet", "rome", "alphaedit"}  # and each that is registered
 
 
 @dataclass(kw_only=True)
@@ -34,6 +37,9 @@ class EditOptions(Options):
     """Settings of the method, by name, such as {"epochs": 4}; docs/edit.md lists them."""
     stacked: Annotated[bool, NO_FLAG] = False
     """Take the method's settings for edits that will be stacked, as a store's are, where `expert` names none."""
+
+    def check(self) -> None:
+        check_choice("method", self.method, NAMES)
 
     def by(self, method: str) -> "EditOptions":
         """The same by another method, whose settings are its own; auto's are memit's."""

@@ -53,7 +53,7 @@ def run_log(
     except BaseException as error:
         kept = [name for name in sorted(folder.finished) if (path / name).is_file()] if not overwrite else []
         if kept:
-            say(f"finished before it failed, and kept in {path}: {', '.join(kept)}")
+            say(f"finished before it ended, and kept in {path}: {', '.join(kept)}")
         if folder.goes_on or (kept and "resume" in options and not isinstance(error, Exception)):
             say(f"work in progress is kept in {path}: the same command with --output {path} --resume goes on")
         raise

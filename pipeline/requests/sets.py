@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
+from pipeline.options.base import between
 from pipeline.requests.schema import EditRequest
 
 NAMED = 3  # contradictions that a message spells out
@@ -25,7 +26,7 @@ def settle(requests: Sequence[EditRequest], last_wins: bool = False) -> list[Edi
         more = f", and {len(named) - NAMED} more pairs" if len(named) > NAMED else ""
         raise UserError(
             f"requests: contradict each other, the same prompt: {'; '.join(named[:NAMED])}{more}; "
-            "correct them, or keep the last of each with --last_wins (`run`: --edit.last_wins)"
+            "correct them, or keep the last of each with last_wins (`run`: edit.last_wins)"
         )
     return [one for one, other in pairs if alike(one.new_answer, other.new_answer)]
 
@@ -68,20 +69,21 @@ def split_by_subject(
     request without a subject counts as a subject of its own.
 
     Raises:
-        UserError: when there are too few subjects for two sets.
+        UserError: when there are too few subjects for two sets, or the fraction is not between 0 and 1.
 
     Example:
         >>> proxy, edits = split_by_subject(load_requests("demo"), proxy_fraction=0.5)
         >>> len(proxy), len(edits)
         (80, 80)
     """
+    between(0, 1)("proxy_fraction", proxy_fraction)
     groups: dict[str, list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(about(request), []).append(index)
     if len(groups) < 2:
         raise UserError(
             f"requests: {len(requests)} with {len(groups)} different subjects cannot be split into a proxy set "
-            "and an edit set; give more requests, or a golden profile with --profile"
+            "and an edit set; give more requests, or a golden profile"
         )
     subjects = sorted(groups)
     random.Random(seed).shuffle(subjects)

@@ -244,7 +244,7 @@ def chat_joining(tokenizer: PreTrainedTokenizerBase, name: str, before: Sequence
     UserError when there is no chat template, or it does not put a prompt into the text as it is.
     """
     if not tokenizer.chat_template:
-        raise UserError(f"chat: the tokenizer of {name} has no chat template; leave --chat out")
+        raise UserError(f"chat: the tokenizer of {name} has no chat template; leave chat out")
     asked = [*before, {"role": "user", "content": PROMPT}]
     answered = [*asked, {"role": "assistant", "content": ANSWER}]
     try:
@@ -254,7 +254,7 @@ def chat_joining(tokenizer: PreTrainedTokenizerBase, name: str, before: Sequence
         raise UserError(line) from None
     head, found, tail = opened.partition(PROMPT)
     if not found:
-        raise UserError(f"chat: the chat template of {name} does not hold the prompt as it is; leave --chat out")
+        raise UserError(f"chat: the chat template of {name} does not hold the prompt as it is; leave chat out")
     between, _, end = told.removeprefix(opened).partition(ANSWER) if told.startswith(opened) else ("", "", "")
     return Joining(head, tail, between if between.isspace() else "", special=False, end=end.strip())
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPING = b"\nstopping when this step is done; Ctrl-C again: at once\n"
 RESTORE_CURSOR = b"\x1b[?25h"  # which a progress bar hides
 
 
@@ -84,6 +85,8 @@ class Interrupts:
         first, self.noted = self.noted is None, number
         if not (first and self.postponing):
             self.end(number)
+        elif number == signal.SIGINT and os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, STOPPING)
 
 
 interrupts = Interrupts()

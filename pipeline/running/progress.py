@@ -53,11 +53,17 @@ class Shown(tqdm):
 
     def advance(self, more: int = 1, note: str = "") -> None:
         """So many more are done."""
-        if note:
-            self.set_postfix_str(note, refresh=False)
+        self.set_postfix_str(note, refresh=False)
         if not self.moves:
             self.mininterval = max(EVERY, self.format_dict["elapsed"] / 10)
         self.update(more)
+
+    def within(self, step: int, steps: int) -> None:
+        """What is at work has come to a step of at most so many."""
+        self.set_postfix_str(f"step {step} of {steps}", refresh=False)
+        if self._time() - self.last_print_t >= self.mininterval:  # type: ignore[has-type]
+            self.refresh()
+            self.last_print_t = self._time()
 
 
 @contextmanager
@@ -107,6 +113,11 @@ class StageProgressBar(ProgressBar):
     def on_predict_batch_end(self, *_: Any) -> None:
         if self.shown:
             self.shown.advance()
+
+    def within(self, step: int, steps: int) -> None:
+        """The batch at work has come to a step of at most so many."""
+        if self.shown:
+            self.shown.within(step, steps)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         loss = trainer.progress_bar_metrics.get("loss")

@@ -19,15 +19,16 @@ from torch.utils.data import DataLoader, DistributedSampler
 from pipeline.errors import DeviceError, one_line
 from pipeline.running.kept import Kept
 from pipeline.running.processes import from_first, of_all
+from pipeline.running.progress import StageProgressBar
 from pipeline.running.sharding import is_sharded
 from pipeline.running.trainer import Runtime, trainer_of
 
 MEMORY_WORDS = ("out of memory", "not enough memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 INSTEAD = (
-    "with one at a time already; give --trainer.precision bf16-true, spread the model over devices "
-    "(--trainer.strategy fsdp), or take shorter texts or a smaller model"
+    "with one at a time already; give trainer.precision bf16-true, spread the model over devices "
+    "(trainer.strategy fsdp2), or take shorter texts or a smaller model"
 )
-SHARED = "devices that share a model's weights cannot repeat a step alone; give a smaller --expert.batch_size"
+SHARED = "devices that share a model's weights cannot repeat a step alone; give a smaller expert.batch_size"
 
 
 class Items:
@@ -77,6 +78,11 @@ class Stage(Staying):
     def step(self, batch: Any) -> Sequence[Any]:
         """An output for each item of a batch, in their order, on the CPU."""
         raise NotImplementedError
+
+    def tell(self, step: int, steps: int) -> None:
+        """Show to which step of at most so many the batch at work has come."""
+        if self._trainer and isinstance(bar := self.trainer.progress_bar_callback, StageProgressBar):
+            bar.within(step, steps)
 
     def predict_step(self, batch: Items) -> dict[int, Any]:
         """Outputs by the items' numbers."""
