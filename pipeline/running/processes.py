@@ -26,17 +26,18 @@ T = TypeVar("T")
 
 
 @contextmanager
-def trainer_errors() -> Iterator[None]:
+def trainer_errors(options: TrainerOptions) -> Iterator[None]:
     """What Lightning says of an accelerator, devices or a strategy that do not exist here, as a UserError."""
     try:
         yield
     except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"trainer: {one_line(error)}") from error
+        asked = f"accelerator {options.accelerator}, devices {options.devices}, strategy {options.strategy}"
+        raise UserError(f"trainer: {asked}: not to be had on this machine ({one_line(error)})") from error
 
 
 def devices_here(options: TrainerOptions) -> int:
     """How many devices of this host the options ask for; UserError when they do not exist."""
-    with trainer_errors():
+    with trainer_errors(options):
         return Trainer(accelerator=options.accelerator, devices=options.devices, logger=False).num_devices
 
 
@@ -46,7 +47,7 @@ def join(options: TrainerOptions) -> torch.device:
     All name the same default output folder from then on. UserError when the accelerator, devices or hosts do not
     exist here.
     """
-    with trainer_errors():
+    with trainer_errors(options):
         fabric = Fabric(
             accelerator=options.accelerator,
             devices=options.devices if is_one_of_several() else 1,

@@ -121,7 +121,7 @@ def build_trainer(
         strategy = ShardedStrategy(world_size())
         if options.precision == "64-true":  # which Lightning takes of a model-parallel strategy as a plugin only
             precision, plugins = {}, [*plugins, DoublePrecision()]
-    with trainer_errors():
+    with trainer_errors(options):
         return Trainer(
             accelerator=options.accelerator,
             devices=options.devices,

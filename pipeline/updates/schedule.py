@@ -56,6 +56,8 @@ def trigger(cron: str | None, every: str | None) -> BaseTrigger:
         assert every is not None
         return IntervalTrigger(seconds=seconds("every", every))
     try:
+        if len(cron.split()) != len(FIELDS):
+            raise ValueError(f"it has {len(cron.split())}")
         given = dict(zip(FIELDS, cron.split(), strict=True))
         fields = {name: _listed(name, field) for name, field in given.items()}
         if given["day"].startswith("*") or given["day_of_week"].startswith("*"):
