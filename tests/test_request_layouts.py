@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import SHARED, refusal
 
-from pipeline.requests.readers import load_requests, read_requests
+from pipeline.requests.readers import good_requests, load_requests, read_requests
 from pipeline.requests.schema import EditRequest, Probe
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not here")
@@ -148,8 +148,10 @@ def test_a_layout_is_told_by_its_fields(tmp_path: Path, record: dict[str, Any], 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"requested_rewrite": ["x"]}, ["'requested_rewrite'", "an object", "list"]),
+        ({"requested_rewrite": ["x"]}, ["'requested_rewrite'", "an object", "list", "found str"]),
+        ({"requested_rewrite": []}, ["'requested_rewrite'", "found none"]),
         ({"requested_rewrite": {}}, ["'prompt'", "found none"]),
+        ({"requested_rewrite": {"subject": "Zenda Castle"}}, ["'prompt'", "found none"]),
         ({"requested_rewrite": COUNTERFACT["requested_rewrite"] | {"target_new": {}}}, ["'new_answer'"]),
         ({"requested_rewrite": COUNTERFACT["requested_rewrite"] | {"subject": 5}}, ["'subject'", "string"]),
         ({"paraphrase_prompts": [5]}, ["'rephrases.0'", "string"]),
@@ -185,8 +187,8 @@ def test_empty_probes_are_left_out_and_counted(tmp_path: Path) -> None:
     empty = [{"prompt": "", "ground_truth": "x"}, {"prompt": "x", "ground_truth": [[""], []]}, {"prompt": "x"}]
     record = KNOWEDIT | {"portability": {"Reasoning": empty, "Other": None}, "rephrase": " "}
     (reading,) = read_requests(written(tmp_path, record))
-    assert isinstance(reading.request, EditRequest)
-    assert (reading.request.portability, reading.request.rephrases, reading.left_out) == ((), (), 4)
+    (request,) = good_requests([reading])
+    assert (request.portability, request.rephrases, reading.left_out) == ((), (), 4)
     (whole,) = read_requests(written(tmp_path, KNOWEDIT))
     assert whole.left_out == 0
 
@@ -195,8 +197,8 @@ def test_probes_without_an_old_answer_have_none(tmp_path: Path) -> None:
     """CounterFact's neighbours are answered with the old answer: without it there is nothing to keep."""
     rewrite = {name: value for name, value in COUNTERFACT["requested_rewrite"].items() if name != "target_true"}  # type: ignore[attr-defined]
     (reading,) = read_requests(written(tmp_path, COUNTERFACT | {"requested_rewrite": rewrite}))
-    assert isinstance(reading.request, EditRequest)
-    assert (reading.request.old_answer, reading.request.locality, reading.left_out) == (None, (), 2)
+    (request,) = good_requests([reading])
+    assert (request.old_answer, request.locality, reading.left_out) == (None, (), 2)
 
 
 def test_a_file_may_hold_several_layouts(tmp_path: Path) -> None:

@@ -100,10 +100,11 @@ def test_any_record_of_a_layout_is_a_request_or_is_named(tmp_path_factory: Any, 
 def _is_read_or_named(tmp_path_factory: Any, record: dict[str, Any]) -> None:
     file = scratch(tmp_path_factory, json.dumps([record]).encode())
     (reading,) = read_requests(file)
-    if isinstance(reading.request, UserError):
-        assert str(reading.request).startswith(f"{file}: record 0: ")
+    if isinstance(reading.requests, UserError):
+        assert str(reading.requests).startswith(f"{file}: record 0: ")
     else:
-        assert reading.request.prompt.strip() and reading.request.new_answer.strip() and reading.layout
+        assert reading.requests and reading.layout
+        assert all(request.prompt.strip() and request.new_answer.strip() for request in reading.requests)
 
 
 @FEW

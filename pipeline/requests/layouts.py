@@ -1,25 +1,28 @@
 """The layouts of requests: which fields give one away, and how its records become requests.
 
-To add one, write the function from a record (a dict) to an EditRequest's fields, and enter it in LAYOUTS.
-Benchmarks hold a text or a list in the same field, leave some texts empty, and give several answers where one is
-scored: the first that is not empty is taken, as EasyEdit does.
+To add one, enter it in LAYOUTS: with what `--fields` would say of it, or with a function from a record (a dict) to
+an EditRequest's fields, or to a list of such where a record holds several edits.
 """
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
-from pipeline.requests.guessing import as_flag, named, suggested
+from pipeline.requests.guessing import CLOSE, as_flag, named, suggested
+from pipeline.requests.mapping import PROBES, Record, by_names, is_blank, listed
 from pipeline.requests.schema import EditRequest, Probe
 
-Record = dict[str, Any]
-PROBES = ("locality", "portability")
 MOST_FIELDS = 1_000  # of a record
+LONGEST_SENTENCE = 1_000  # characters of a fact that is a sentence
+LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")  # en, zh-CN, deu_Latn
 
 
 class Layout(NamedTuple):
@@ -27,130 +30,123 @@ class Layout(NamedTuple):
 
     name: str
     fields: frozenset[str]
-    read: Callable[[Record], Record]
+    read: Callable[[Record], Record | list[Record]]
+    source: str | None = None  # of its requests, where a record names none
 
 
-def from_easyedit(record: Record) -> Record:
-    """EasyEdit's names: CounterFact's one neighbour, and KnowEdit's probes by axis."""
-    flat = "counterfact" if {"locality_prompt", "case_id"} & record.keys() else "easyedit"
-    fields = _renamed(record, id="case_id", new_answer="target_new", old_answer="ground_truth")
-    neighbour = as_probes(
-        first_text(record.get("locality_prompt")), record.get("locality_ground_truth"), "neighborhood"
-    )
-    return fields | {
-        "locality": neighbour + fields["locality"],
-        "source": "knowedit" if "locality" in record else flat,
-    }
+def as_named(name: str, fields: str, names: str, source: str) -> Layout:
+    """A layout that is read as `--fields` would, and that these fields, parted by blanks, give away."""
+    return Layout(name, frozenset(fields.split()), by_names(names), source)
 
 
-def from_wikibio(record: Record) -> Record:
-    """KnowEdit's WikiBio: a passage, and the sentence that is to follow."""
-    return _renamed(record, prompt="text", subject="concept", new_answer="labels") | {"source": "wikibio"}
-
-
-def from_zsre(record: Record) -> Record:
-    """zsRE in MEND's layout; `nq question: ` in front of `loc` marks its source and is not part of it."""
-    fields = _renamed(record, prompt="src", new_answer="alt", old_answer="answers")
-    question = first_text(record.get("loc"))
-    if isinstance(question, str):
-        question = question.removeprefix("nq question: ")
-    return fields | {"locality": as_probes(question, record.get("loc_ans"), "nq"), "source": "zsre"}
-
-
-def _renamed(record: Record, **names: str) -> Record:
-    """The request fields of a record that holds each in a field of its own; names are those that differ."""
-    texts = ("id", "prompt", "subject", "new_answer", "old_answer")
-    fields = {name: first_text(record.get(names.get(name, name))) for name in texts}
-    rephrase = record.get("rephrase_prompt", record.get("rephrase"))
-    return fields | {
-        "rephrases": [] if rephrase is None else [first_text(rephrase)],
-        "locality": by_axis(record, "locality"),
-        "portability": by_axis(record, "portability"),
-    }
-
-
-def from_counterfact(record: Record) -> Record:
-    """CounterFact as published: neighbours share the rewrite's true answer."""
-    rewrite = _object(record, "requested_rewrite")
-    fields = _renamed(record | rewrite, id="case_id", new_answer="target_new", old_answer="target_true")
-    if isinstance(fields["subject"], str) and isinstance(fields["prompt"], str):
-        prompt, subject = fields["prompt"].strip(), fields["subject"].strip()
-        fields["subject_start"] = len(prompt.rpartition("{}")[0].replace("{}", subject)) if "{}" in prompt else None
-        fields["prompt"] = prompt.replace("{}", subject)
-    return fields | {
-        "rephrases": listed(record, "paraphrase_prompts"),
-        "locality": as_probes(listed(record, "neighborhood_prompts"), fields["old_answer"], "neighborhood"),
-        "source": "counterfact",
-    }
-
-
-def is_blank(value: Any) -> bool:
-    """Whether a field holds nothing that could be a text of its own."""
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def first_text(value: Any) -> Any:
-    """The value itself, or the first of a list, however deep, that is not empty; None where there is none.
-
-    Of CounterFact's `{"str": text, "id": …}` the text.
-    """
-    if isinstance(value, list):
-        return next((found for found in map(first_text, value) if found is not None), None)
-    if isinstance(value, dict):
-        value = value.get("str", value)
-    return None if is_blank(value) else value
-
-
-def _object(record: Record, name: str) -> Record:
-    """A field that holds an object; empty where the record has none."""
-    value = record.get(name) or {}
-    if not isinstance(value, dict):
-        raise UserError(f"field {name!r}: expected an object, found {type(value).__name__}")
-    return value
-
-
-def listed(record: Record, name: str) -> list[Any]:
-    """A field that holds a list, or one thing that could be of it."""
-    value = record.get(name) or []
-    return value if isinstance(value, list) else [value]
-
-
-def as_probes(prompt: Any, answer: Any, axis: Any = None) -> list[Record]:
-    """A probe, or one for each of a list of prompts, where a single answer is that of all; none without texts."""
-    many = isinstance(prompt, list)
-    count = len(prompt) if many else 1
-    columns = [one if many and isinstance(one, list) else [one] * count for one in (prompt, answer, axis)]
-    counts = [len(column) for column in columns]
-    if len({*counts}) > 1:
-        raise UserError("probes: {} prompts, {} answers, {} axes; expected as many of each".format(*counts))
-    rows = [[first_text(one) for one in row] for row in zip(*columns, strict=True)]
-    return [dict(zip(Probe.model_fields, row, strict=True)) for row in rows if row[:2] != [None, None]]
-
-
-def by_axis(record: Record, kind: str) -> list[Record]:
-    """KnowEdit's probes of a kind: an object of axes, each a list of probes."""
-    axes = _object(record, kind)
-    if "New Question" in axes:  # one probe about a further relation, as zsRE and CounterFact were extended
-        return as_probes(first_text(axes["New Question"]), axes.get("New Answer"), "reasoning")
-    for axis, probes in axes.items():
-        if not isinstance(probes or [], list) or not all(isinstance(probe, dict) for probe in probes or []):
-            raise UserError(f"field {f'{kind}.{axis}'!r}: expected a list of probes, each an object")
-    return [
-        {"prompt": first_text(probe.get("prompt")), "answer": first_text(probe.get("ground_truth")), "axis": axis}
-        for axis, probes in axes.items()
-        for probe in probes or []
-    ]
-
-
-OWN = Layout("golden-layers", frozenset({"prompt", "new_answer"}), dict)
-
-LAYOUTS = (
-    Layout("CounterFact", frozenset({"requested_rewrite"}), from_counterfact),
-    Layout("zsRE (MEND)", frozenset({"src", "alt"}), from_zsre),
-    Layout("KnowEdit WikiBio", frozenset({"text", "labels", "concept"}), from_wikibio),
-    Layout("EasyEdit", frozenset({"prompt", "target_new"}), from_easyedit),
-    OWN,
+REWRITE = by_names(
+    "id=case_id,new_answer=target_new,old_answer=target_true,rephrases=paraphrase_prompts|question,"
+    "locality.neighborhood.prompt=neighborhood_prompts,locality.neighborhood.answer=target_true,"
+    "portability.multi_hop.prompt=questions,portability.multi_hop.answer=new_answer"
 )
+
+
+def from_rewrites(record: Record) -> list[Record]:
+    """CounterFact's one edit, whose neighbours share its true answer; or MQuAKE's several, and its questions.
+
+    What answers the questions follows from all of a record's edits: they stand with the last, when all are made.
+    """
+    rewrites = listed(record, "requested_rewrite")
+    if not rewrites or not all(isinstance(one, dict) for one in rewrites):
+        found = ", ".join(type(one).__name__ for one in rewrites) or "none"
+        raise UserError(f"field 'requested_rewrite': expected an object, or a list of objects, found {found}")
+    several = [REWRITE(record | one) for one in rewrites]
+    for fields in several:
+        prompt, subject = fields["prompt"], fields["subject"]
+        if isinstance(subject, str) and isinstance(prompt, str) and "{}" in prompt:
+            prompt, subject = prompt.strip(), subject.strip()
+            fields["subject_start"] = len(prompt.rpartition("{}")[0].replace("{}", subject))
+            fields["prompt"] = prompt.replace("{}", subject)
+    return [*(fields | {"portability": []} for fields in several[:-1]), several[-1]]
+
+
+LOCAL = ("Relation_Specificity", "Forgetfulness")  # RippleEdits' axes that stay; the others follow from the edit
+AXES = (*LOCAL, "Logical_Generalization", "Subject_Aliasing", "Compositionality_I", "Compositionality_II")
+RIPPLE = by_names(
+    ",".join(
+        f"{'locality' if axis in LOCAL else 'portability'}.{axis}.{part}={axis}.test_queries.{path}"
+        for axis in AXES
+        for part, path in (("prompt", "prompt"), ("answer", "answers.value"))
+    )
+)
+SENTENCE = re.compile(  # its facts: `The place of birth of SUBJECT is ANSWER.`
+    r"((?P<first>.+?) (?:follows|is followed by)|The (?:names? of the )?"
+    r"(?:award|number of children|(?:(?:place|date|country|field|head) of \w+|[\w ]+?) (?:of|in|which|by)) "
+    r"(?P<subject>.+?)(?: (?:has|won|plays in|is (?:associated with|a member of|part of|the capital of)))? "
+    r"(?:is|are)) (?P<answer>.*?)\.?"
+)
+
+
+def from_rippleedits(record: Record) -> Record:
+    """RippleEdits, whose facts are sentences. Of each test the first query is put, whatever its conditions."""
+    edit = record["edit"] if isinstance(record["edit"], dict) else {}
+    before = edit.get("original_fact")
+    new, old = (_sentence(one) for one in (edit, before if isinstance(before, dict) else {}))
+    if not new:
+        such = "a sentence such as 'The mother of SUBJECT is ANSWER.'"
+        raise UserError(f"field 'edit.prompt': expected {such}, found {reprlib.repr(edit.get('prompt'))}")
+    fields = {"prompt": new[1], "subject": new["first"] or new["subject"], "new_answer": new["answer"]}
+    return RIPPLE(record) | fields | {"old_answer": old["answer"] or None if old else None}
+
+
+def _sentence(fact: Record) -> re.Match[str] | None:
+    text = fact.get("prompt")
+    return SENTENCE.fullmatch(text) if isinstance(text, str) and len(text) <= LONGEST_SENTENCE else None
+
+
+EASYEDIT = (
+    "id=case_id|id,new_answer=target_new,old_answer=ground_truth|target_old,rephrases=rephrase_prompt|rephrase,"
+    "locality.neighborhood.prompt=locality_prompt,locality.neighborhood.answer=locality_ground_truth"
+)
+OWN = Layout("golden-layers", frozenset({"prompt", "new_answer"}), dict)
+LAYOUTS = (
+    Layout("MQuAKE", frozenset({"requested_rewrite", "questions"}), from_rewrites, "mquake"),
+    Layout("CounterFact", frozenset({"requested_rewrite"}), from_rewrites, "counterfact"),
+    Layout("RippleEdits", frozenset({"edit", "example_type"}), from_rippleedits, "rippleedits"),
+    as_named(
+        "zsRE (MEND)", "src alt",
+        "prompt=src,new_answer=alt,old_answer=answers,rephrases=rephrase,"
+        "locality.nq.prompt=loc,locality.nq.answer=loc_ans", "zsre",
+    ),
+    as_named(
+        "WikiBigEdit", "update ans",
+        "prompt=update,new_answer=ans,rephrases=rephrase,locality.loc.prompt=loc,locality.loc.answer=loc_ans,"
+        "portability.personas.prompt=personas,portability.personas.answer=ans,"
+        "portability.mhop.prompt=mhop,portability.mhop.answer=mhop_ans", "wikibigedit",
+    ),
+    as_named(
+        "UnKE", "question answer para_question",
+        "prompt=question,new_answer=answer,rephrases=para_question,"
+        "portability.sub_question.prompt=sub_question,portability.sub_question.answer=sub_answer", "unke",
+    ),
+    as_named(
+        "MLaKE", "question o_answer e_answer", "prompt=question,new_answer=e_answer,old_answer=o_answer", "mlake"
+    ),
+    as_named("KnowEdit WikiBio", "text labels concept", "prompt=text,subject=concept,new_answer=labels", "wikibio"),
+    as_named("QAEdit", "prompt target locality", "id=case_id,new_answer=target,rephrases=rephrase", "qaedit"),
+    as_named("EasyEdit", "prompt target_new locality", EASYEDIT, "knowedit"),
+    as_named("EasyEdit", "prompt target_new locality_prompt", EASYEDIT, "counterfact"),
+    as_named("EasyEdit", "prompt target_new case_id", EASYEDIT, "counterfact"),
+    as_named("EasyEdit", "prompt target_new", EASYEDIT, "easyedit"),
+    OWN,
+)  # fmt: skip
+
+
+def in_languages(record: Any) -> dict[str, Any]:
+    """The parts of a record that holds one for each language (`{"en": {…}, "zh": {…}}`); else the whole as one."""
+    codes = isinstance(record, dict) and all(map(LANGUAGE.fullmatch, record))
+    return record if codes and any(told(part) for part in record.values()) else {"": record}
+
+
+def told(record: Any) -> Layout | None:
+    """The layout that a record's fields give away."""
+    told = (layout for layout in LAYOUTS if isinstance(record, dict) and layout.fields <= record.keys())
+    return next(told, None)
 
 
 def find_layout(record: Any, given: Layout | None = None) -> Layout:
@@ -162,28 +158,47 @@ def find_layout(record: Any, given: Layout | None = None) -> Layout:
         raise UserError(f"expected an object, found {type(record).__name__}")
     if len(record) > MOST_FIELDS:
         raise UserError(f"{len(record)} fields; the most are {MOST_FIELDS:,}")
-    for layout in [given] if given else LAYOUTS:
-        if layout.fields <= record.keys():
-            return layout
-    known = "; ".join(f"{' and '.join(sorted(layout.fields))} ({layout.name})" for layout in LAYOUTS)
+    if layout := given or told(record):
+        return layout
+    known = {layout.name: " and ".join(sorted(layout.fields)) for layout in (OWN, *LAYOUTS)}
     fields = as_flag(suggested(record))
-    wanted = f"did you mean {fields}?" if fields else f"expected the fields {known}"
-    raise UserError(f"no prompt and new answer found in {named(record)}; {wanted}")
+    listing = "; ".join(f"{needed} ({name})" for name, needed in known.items())
+    wanted = f"did you mean {fields}?" if fields else f"expected the fields {listing}"
+    raise UserError(f"no prompt and new answer found in {named(record)}; {_slip(record)}{wanted}")
 
 
-def to_request(record: Record, layout: Layout, number: int) -> tuple[EditRequest, int]:
-    """A record as a request, and how many of its probes and rephrases were left out because a text is empty.
+def _slip(record: Record) -> str:
+    """The field that would give a layout away, were it not misspelt; empty where there is none."""
+    for layout in LAYOUTS:
+        missing, *more = [*(layout.fields - record.keys()), ""][:2]
+        near = get_close_matches(missing, record.keys() - layout.fields, 1, CLOSE)
+        if near and not any(more):
+            return f"{near[0]!r} is almost {missing} of {layout.name}; "
+    return ""
 
-    `number` is the id of a record without one. UserError, without the record's place, for a wrong field.
+
+def to_requests(record: Record, layout: Layout, number: int, language: str = "") -> tuple[list[EditRequest], int]:
+    """A record's requests, and how many of their probes and rephrases were left out because a text is empty.
+
+    `number` is the id of a record without one. Behind it stand the places of several, and a language.
+    UserError, without the record's place, for a wrong field.
     """
-    fields = layout.read(record)
-    left_out = 0 if layout is OWN else _leave_out_empty(fields)
-    fields["id"] = str(number if fields.get("id") is None else fields["id"])
-    try:
-        return EditRequest.model_validate(fields), left_out
-    except ValidationError as error:
-        read_as = "" if layout is OWN else f" (read as {layout.name})"  # its fields have other names
-        raise UserError(f"{_wrong_field(error.errors()[0])}{read_as}") from None
+    found = layout.read(record)
+    several = found if isinstance(found, list) else [found]
+    requests, left_out = [], 0
+    for place, fields in enumerate(several, start=1):
+        left_out += 0 if layout is OWN else _leave_out_empty(fields)
+        own = number if fields.get("id") is None else fields["id"]
+        fields["id"] = "-".join(map(str, [own, *[place] * (len(several) > 1), *[language] * bool(language)]))
+        if layout.source:
+            fields["source"] = fields.get("source") or layout.source
+        try:
+            requests.append(EditRequest.model_validate(fields))
+        except ValidationError as error:
+            read_as = "" if layout is OWN else f" (read as {layout.name})"  # its fields have other names
+            edit = f"edit {place}: " if len(several) > 1 else ""
+            raise UserError(f"{edit}{_wrong_field(error.errors()[0])}{read_as}") from None
+    return requests, left_out
 
 
 def _leave_out_empty(fields: Record) -> int:

@@ -1,51 +1,66 @@
 """Records of any layout, read through a mapping from a request's fields to theirs.
 
-As `--fields prompt=src,new_answer=alt`. On the left stands a field of a request, or of its probes
-(`locality.prompt`). On the right stands where the record holds it, from the outside in, parted by dots: `alt.text`,
-`answers.0`, `probes.prompt` (of each in a list).
+As `--fields prompt=src,new_answer=alt`. On the left stands a field of a request, or of its probes (`locality.prompt`,
+or `locality.near.prompt` of the axis `near`). On the right stands where the record holds it, from the outside in,
+parted by dots: `alt.text`, `answers.0`, `probes.prompt` (of each in a list).
+
+Benchmarks hold a text or a list in the same field, leave some texts empty, and give several answers where one is
+scored: the first that is not empty is taken, as EasyEdit does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from pipeline.errors import UserError, did_you_mean
 from pipeline.requests.guessing import named, paths
-from pipeline.requests.layouts import PROBES, Layout, Record, as_probes, by_axis, first_text, listed
 from pipeline.requests.schema import EditRequest, Probe
 
+Record = dict[str, Any]
+PROBES = ("locality", "portability")
 LISTS = ("rephrases", "forms")
 TEXTS = ("id", "prompt", "subject", "new_answer", "old_answer", "source")
 NAMES = (*TEXTS, *LISTS, *(f"{kind}.{part}" for kind in PROBES for part in Probe.model_fields))
+OF_PROBES = re.compile(rf"(({'|'.join(PROBES)})(?:\.[^.]+)?)\.({'|'.join(Probe.model_fields)})")
+NQ = "nq question: "  # marks the source of MEND's questions, and is no part of them
 
 
-def mapped(fields: Mapping[str, str]) -> Layout:
-    """The layout that a mapping says; a field that it does not name keeps its name.
+def mapped(fields: Mapping[str, str]) -> Callable[[Record], Record]:
+    """The function from a record to a request's fields that a mapping says; what it does not name keeps its name.
 
     UserError for a left side that is no field of a request, or a probe without prompt or answer.
     """
     for name in fields:
-        if name not in NAMES:
+        probe = OF_PROBES.fullmatch(str(name))
+        if name not in NAMES and not probe:
             hint = did_you_mean(str(name), NAMES)
             raise UserError(f"fields: {name!r} is no field of a request{hint}; there is {', '.join(NAMES)}")
-        kind, _, part = name.partition(".")
         for other in ("prompt", "answer"):
-            if part and f"{kind}.{other}" not in fields:
-                raise UserError(f"fields: {name} is given without {kind}.{other}; a probe needs both")
-    return Layout("--fields", frozenset(), partial(_request_fields, fields))
+            if probe and f"{probe[1]}.{other}" not in fields:
+                raise UserError(f"fields: {name} is given without {probe[1]}.{other}; a probe needs both")
+    return partial(_request_fields, fields, True)
 
 
-def _request_fields(fields: Mapping[str, str], record: Record) -> Record:
+def by_names(text: str) -> Callable[[Record], Record]:
+    """The same of a layout that not every record fills; what one lacks is none. `a|b`: the first that is there."""
+    fields = dict(one.split("=") for one in text.split(","))
+    return partial(_request_fields, fields, False)
+
+
+def _request_fields(fields: Mapping[str, str], strict: bool, record: Record) -> Record:
+    look_up = _look_up if strict else _look_for
     found = {name: record[name] for name in EditRequest.model_fields if name in record}
-    found |= {name: _look_up(record, path, name) for name, path in fields.items()}
+    found |= {name: look_up(record, path, name) for name, path in fields.items()}
+    groups = {probe[1]: probe[2] for name in fields if (probe := OF_PROBES.fullmatch(name))}
     for kind in PROBES:
-        parts = [found.pop(f"{kind}.{part}", None) for part in Probe.model_fields]
-        if f"{kind}.prompt" in fields:
-            found[kind] = as_probes(*parts)
-        elif isinstance(found.get(kind), dict):
-            found[kind] = by_axis(record, kind)
+        probes = [] if strict and kind in groups.values() else by_axis(record, kind)
+        for group in [group for group, its in groups.items() if its == kind]:
+            prompt, answer, axis = (found.pop(f"{group}.{part}", None) for part in Probe.model_fields)
+            probes += as_probes(kind, prompt, answer, axis or group.partition(".")[2] or None)
+        found[kind] = probes
     lists = {name: [first_text(one) for one in listed(found, name)] for name in LISTS}
     return found | {name: first_text(found.get(name)) for name in TEXTS} | lists
 
@@ -59,11 +74,85 @@ def _look_up(record: Record, path: str, name: str) -> Any:
         raise UserError(f"no field {path!r}{hint}, which is to be its {name}; there is {named(record)}") from None
 
 
-def _at(value: Any, path: str) -> Any:
+def _look_for(record: Record, path: str, name: str) -> Any:
+    """The same, or None; of several paths, parted by `|`, the first at which something stands."""
+    return next((found for one in path.split("|") if (found := _at(record, one, None)) is not None), None)
+
+
+def _at(value: Any, path: str, *missing: Any) -> Any:
+    """What stands at a path; what lacks it gives `missing`, or an error where that is not given."""
     if value is None or (isinstance(value, dict) and path in value):  # a name may hold dots
         return value and value[path]
     name, inner, rest = path.partition(".")
     if isinstance(value, list) and not name.isdecimal():
-        return [_at(one, path) for one in value]
-    found = value[int(name)] if isinstance(value, list) else value[name]
-    return _at(found, rest) if inner else found
+        return [_at(one, path, *missing) for one in value]
+    try:
+        found = value[int(name)] if isinstance(value, list) else value[name]
+    except (LookupError, TypeError, ValueError):
+        if missing:
+            return missing[0]
+        raise
+    return _at(found, rest, *missing) if inner else found
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a field holds nothing that could be a text of its own."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def first_text(value: Any) -> Any:
+    """The value itself, or the first of a list, however deep, that is not empty; None where there is none.
+
+    Of CounterFact's `{"str": text, "id": …}` the text.
+    """
+    if isinstance(value, list):
+        return next((found for found in map(first_text, value) if found is not None), None)
+    if isinstance(value, dict):
+        value = value.get("str", value)
+    return None if is_blank(value) else value
+
+
+def listed(record: Record, name: str) -> list[Any]:
+    """A field that holds a list, or one thing that could be of it."""
+    value = record.get(name)
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def as_probes(kind: str, prompt: Any, answer: Any, axis: Any = None) -> list[Record]:
+    """A probe, or one for each of a list of prompts, where a single answer is that of all; none without texts."""
+    if prompt is None:
+        return []
+    many = isinstance(prompt, list)
+    count = len(prompt) if many else 1
+    columns = [one if many and isinstance(one, list) else [one] * count for one in (prompt, answer, axis)]
+    counts = [len(column) for column in columns]
+    if len({*counts}) > 1:
+        raise UserError("{}: {} prompts, {} answers, {} axes; expected as many of each".format(kind, *counts))
+    rows = [[first_text(one) for one in row] for row in zip(*columns, strict=True)]
+    rows = [[one[0].removeprefix(NQ) if isinstance(one[0], str) else one[0], *one[1:]] for one in rows]
+    return [dict(zip(Probe.model_fields, row, strict=True)) for row in rows if row[:2] != [None, None]]
+
+
+def by_axis(record: Record, kind: str) -> list[Record]:
+    """A record's own probes of a kind: a list of them, or as in KnowEdit an object of axes, each a list."""
+    axes = record.get(kind) or {}
+    axes = {"": axes} if isinstance(axes, list) else axes
+    if not isinstance(axes, dict):
+        raise UserError(
+            f"field {kind!r}: expected a list of probes, or an object of such, found {type(axes).__name__}"
+        )
+    if "New Question" in axes:  # one probe about a further relation, as zsRE and CounterFact were extended
+        return as_probes(kind, first_text(axes["New Question"]), axes.get("New Answer"), "reasoning")
+    for axis, probes in axes.items():
+        if not isinstance(probes or [], list) or not all(isinstance(probe, dict) for probe in probes or []):
+            field = f"{kind}.{axis}" if axis else kind
+            raise UserError(f"field {field!r}: expected a list of probes, each an object")
+    return [
+        {
+            "prompt": first_text(_look_for(probe, "prompt|loc", "prompt")),
+            "answer": first_text(_look_for(probe, "ground_truth|answer|loc_ans", "answer")),
+            "axis": axis or probe.get("axis"),
+        }
+        for axis, probes in axes.items()
+        for probe in probes or []
+    ]
