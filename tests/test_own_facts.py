@@ -299,7 +299,7 @@ def test_fields_that_are_probably_meant_are_named_and_read(
     assert shown == ([f"--fields {fields}"] if fields else [])
     message = refusal(lambda: load_requests(file))
     assert "theirs.jsonl: line 1: no prompt and new answer found in " in message
-    assert (f"did you mean --fields {fields}?" if fields else "expected the fields") in message
+    assert (f"--fields {fields}?" if fields else "expected the fields") in message
     for flag in shown:
         assert main(["requests", str(file), *shlex.split(flag)]) == 0
         assert "records         1, 0 bad" in capsys.readouterr().out

@@ -17,11 +17,11 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
 from pipeline.requests.guessing import CLOSE, as_flag, named, suggested
-from pipeline.requests.mapping import PROBES, Record, by_names, is_blank, listed
+from pipeline.requests.mapping import PROBES, Record, by_names, is_blank, listed, look_for
 from pipeline.requests.schema import EditRequest, Probe
 
 MOST_FIELDS = 1_000  # of a record
-LONGEST_SENTENCE = 1_000  # characters of a fact that is a sentence
+LONGEST_SENTENCE = 500  # characters of a fact that is a sentence
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")  # en, zh-CN, deu_Latn
 
 
@@ -84,19 +84,14 @@ SENTENCE = re.compile(  # its facts: `The place of birth of SUBJECT is ANSWER.`
 
 def from_rippleedits(record: Record) -> Record:
     """RippleEdits, whose facts are sentences. Of each test the first query is put, whatever its conditions."""
-    edit = record["edit"] if isinstance(record["edit"], dict) else {}
-    before = edit.get("original_fact")
-    new, old = (_sentence(one) for one in (edit, before if isinstance(before, dict) else {}))
+    facts = [look_for(record, f"edit.{path}") for path in ("prompt", "original_fact.prompt")]
+    short = [fact if isinstance(fact, str) and len(fact) <= LONGEST_SENTENCE else "" for fact in facts]
+    new, old = map(SENTENCE.fullmatch, short)
     if not new:
         such = "a sentence such as 'The mother of SUBJECT is ANSWER.'"
-        raise UserError(f"field 'edit.prompt': expected {such}, found {reprlib.repr(edit.get('prompt'))}")
+        raise UserError(f"field 'edit.prompt': expected {such}, found {reprlib.repr(facts[0])}")
     fields = {"prompt": new[1], "subject": new["first"] or new["subject"], "new_answer": new["answer"]}
     return RIPPLE(record) | fields | {"old_answer": old["answer"] or None if old else None}
-
-
-def _sentence(fact: Record) -> re.Match[str] | None:
-    text = fact.get("prompt")
-    return SENTENCE.fullmatch(text) if isinstance(text, str) and len(text) <= LONGEST_SENTENCE else None
 
 
 EASYEDIT = (
@@ -160,21 +155,24 @@ def find_layout(record: Any, given: Layout | None = None) -> Layout:
         raise UserError(f"{len(record)} fields; the most are {MOST_FIELDS:,}")
     if layout := given or told(record):
         return layout
-    known = {layout.name: " and ".join(sorted(layout.fields)) for layout in (OWN, *LAYOUTS)}
-    fields = as_flag(suggested(record))
-    listing = "; ".join(f"{needed} ({name})" for name, needed in known.items())
-    wanted = f"did you mean {fields}?" if fields else f"expected the fields {listing}"
-    raise UserError(f"no prompt and new answer found in {named(record)}; {_slip(record)}{wanted}")
+    raise UserError(f"no prompt and new answer found in {named(record)}; {_wanted(record)}")
 
 
-def _slip(record: Record) -> str:
-    """The field that would give a layout away, were it not misspelt; empty where there is none."""
-    for layout in LAYOUTS:
-        missing, *more = [*(layout.fields - record.keys()), ""][:2]
-        near = get_close_matches(missing, record.keys() - layout.fields, 1, CLOSE)
-        if near and not any(more):
-            return f"{near[0]!r} is almost {missing} of {layout.name}; "
-    return ""
+def _wanted(record: Record) -> str:
+    """Which field or mapping was probably meant; else what is missing of the layouts that are the nearest."""
+    lacking = {layout: sorted(layout.fields - record.keys()) for layout in LAYOUTS}
+    meant = [
+        f"{lacks[0]} ({layout.name}) in place of {slips[0]!r}"
+        for layout, lacks in lacking.items()
+        if len(lacks) == 1 and (slips := get_close_matches(lacks[0], record.keys() - layout.fields, 1, CLOSE))
+    ]
+    if meant := [*meant[:1], *filter(None, [as_flag(suggested(record))])]:
+        return f"did you mean {', or '.join(meant)}?"
+    begun = {layout.name: lacks for layout, lacks in lacking.items() if len(lacks) < len(layout.fields)}
+    least = min(map(len, begun.values()), default=0)
+    near = [f"{' and '.join(lacks)} ({name})" for name, lacks in begun.items() if len(lacks) == least]
+    others = ", ".join({layout.name: layout for layout in LAYOUTS})
+    return f"expected the fields {' or '.join(near)} as well" if near else f"expected the fields of {others}"
 
 
 def to_requests(record: Record, layout: Layout, number: int, language: str = "") -> tuple[list[EditRequest], int]:
@@ -226,7 +224,9 @@ def _wrong_field(error: ErrorDetails) -> str:
     """Which field is wrong, in what, and what there is instead."""
     name = ".".join(str(part) for part in error["loc"])
     message = "expected a text, found none" if error["input"] is None else error["msg"]
-    if error["type"] == "string_unicode":
+    if error["type"] == "string_type" and error["input"] is not None:
+        message = f"found {type(error['input']).__name__} in place of a string"
+    elif error["type"] == "string_unicode":
         message = "not UTF-8 text"
     elif error["type"] == "tuple_type":
         message = f"expected a list of {'texts' if name == 'rephrases' else 'probes'}"

@@ -1,8 +1,8 @@
 """Records of any layout, read through a mapping from a request's fields to theirs.
 
-As `--fields prompt=src,new_answer=alt`. On the left stands a field of a request, or of its probes (`locality.prompt`,
-or `locality.near.prompt` of the axis `near`). On the right stands where the record holds it, from the outside in,
-parted by dots: `alt.text`, `answers.0`, `probes.prompt` (of each in a list).
+As `--fields prompt=src,new_answer=alt`. On the left stands a field of a request, or of probes
+(`locality.prompt`, or `locality.near.prompt` of the axis `near`). On the right stands where the record holds it,
+from the outside in, parted by dots: `alt.text`, `answers.0`, `probes.prompt` (of each in a list).
 
 Benchmarks hold a text or a list in the same field, leave some texts empty, and give several answers where one is
 scored: the first that is not empty is taken, as EasyEdit does.
@@ -51,9 +51,9 @@ def by_names(text: str) -> Callable[[Record], Record]:
 
 
 def _request_fields(fields: Mapping[str, str], strict: bool, record: Record) -> Record:
-    look_up = _look_up if strict else _look_for
     found = {name: record[name] for name in EditRequest.model_fields if name in record}
-    found |= {name: look_up(record, path, name) for name, path in fields.items()}
+    for name, path in fields.items():
+        found[name] = _look_up(record, path, name) if strict else look_for(record, path)
     groups = {probe[1]: probe[2] for name in fields if (probe := OF_PROBES.fullmatch(name))}
     for kind in PROBES:
         probes = [] if strict and kind in groups.values() else by_axis(record, kind)
@@ -74,13 +74,19 @@ def _look_up(record: Record, path: str, name: str) -> Any:
         raise UserError(f"no field {path!r}{hint}, which is to be its {name}; there is {named(record)}") from None
 
 
-def _look_for(record: Record, path: str, name: str) -> Any:
-    """The same, or None; of several paths, parted by `|`, the first at which something stands."""
-    return next((found for one in path.split("|") if (found := _at(record, one, None)) is not None), None)
+def look_for(record: Record, path: str) -> Any:
+    """What stands at the first of several paths, parted by `|`, where something does; else None.
+
+    UserError where a path leads on from what holds nothing.
+    """
+    try:
+        return next((found for one in path.split("|") if (found := _at(record, one, None)) is not None), None)
+    except TypeError:
+        raise UserError(f"field {path!r}: a text or number stands where an object or a list was expected") from None
 
 
 def _at(value: Any, path: str, *missing: Any) -> Any:
-    """What stands at a path; what lacks it gives `missing`, or an error where that is not given."""
+    """What stands at a path; where an object lacks it, `missing`, or an error if there is none."""
     if value is None or (isinstance(value, dict) and path in value):  # a name may hold dots
         return value and value[path]
     name, inner, rest = path.partition(".")
@@ -88,7 +94,7 @@ def _at(value: Any, path: str, *missing: Any) -> Any:
         return [_at(one, path, *missing) for one in value]
     try:
         found = value[int(name)] if isinstance(value, list) else value[name]
-    except (LookupError, TypeError, ValueError):
+    except LookupError:
         if missing:
             return missing[0]
         raise
@@ -149,8 +155,8 @@ def by_axis(record: Record, kind: str) -> list[Record]:
             raise UserError(f"field {field!r}: expected a list of probes, each an object")
     return [
         {
-            "prompt": first_text(_look_for(probe, "prompt|loc", "prompt")),
-            "answer": first_text(_look_for(probe, "ground_truth|answer|loc_ans", "answer")),
+            "prompt": first_text(look_for(probe, "prompt|loc")),
+            "answer": first_text(look_for(probe, "ground_truth|answer|loc_ans")),
             "axis": axis or probe.get("axis"),
         }
         for axis, probes in axes.items()
