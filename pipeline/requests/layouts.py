@@ -41,8 +41,7 @@ def as_named(name: str, fields: str, names: str, source: str) -> Layout:
 
 REWRITE = by_names(
     "id=case_id,new_answer=target_new,old_answer=target_true,rephrases=paraphrase_prompts|question,"
-    "locality.neighborhood.prompt=neighborhood_prompts,locality.neighborhood.answer=target_true,"
-    "portability.multi_hop.prompt=questions,portability.multi_hop.answer=new_answer"
+    "locality.neighborhood=neighborhood_prompts:target_true,portability.multi_hop=questions:new_answer"
 )
 
 
@@ -67,13 +66,9 @@ def from_rewrites(record: Record) -> list[Record]:
 
 LOCAL = ("Relation_Specificity", "Forgetfulness")  # RippleEdits' axes that stay; the others follow from the edit
 AXES = (*LOCAL, "Logical_Generalization", "Subject_Aliasing", "Compositionality_I", "Compositionality_II")
-RIPPLE = by_names(
-    ",".join(
-        f"{'locality' if axis in LOCAL else 'portability'}.{axis}.{part}={axis}.test_queries.{path}"
-        for axis in AXES
-        for part, path in (("prompt", "prompt"), ("answer", "answers.value"))
-    )
-)
+KIND_OF = {axis: "locality" if axis in LOCAL else "portability" for axis in AXES}
+QUERY = "{1}.{0}={0}.test_queries.prompt:{0}.test_queries.answers.value"
+RIPPLE = by_names(",".join(QUERY.format(*one) for one in KIND_OF.items()))
 SENTENCE = re.compile(  # its facts: `The place of birth of SUBJECT is ANSWER.`
     r"((?P<first>.+?) (?:follows|is followed by)|The (?:names? of the )?"
     r"(?:award|number of children|(?:(?:place|date|country|field|head) of \w+|[\w ]+?) (?:of|in|which|by)) "
@@ -96,40 +91,33 @@ def from_rippleedits(record: Record) -> Record:
 
 EASYEDIT = (
     "id=case_id|id,new_answer=target_new,old_answer=ground_truth|target_old,rephrases=rephrase_prompt|rephrase,"
-    "locality.neighborhood.prompt=locality_prompt,locality.neighborhood.answer=locality_ground_truth"
+    "locality.neighborhood=locality_prompt:locality_ground_truth"
 )
+ZSRE = "prompt=src,new_answer=alt,old_answer=answers,rephrases=rephrase,locality.nq=loc:loc_ans"
+WIKIBIGEDIT = (
+    "prompt=update,new_answer=ans,rephrases=rephrase,locality.loc=loc:loc_ans,"
+    "portability.personas=personas:ans,portability.mhop=mhop:mhop_ans"
+)
+UNKE = "prompt=question,new_answer=answer,rephrases=para_question,portability.sub_question=sub_question:sub_answer"
+MLAKE = "prompt=question,new_answer=e_answer,old_answer=o_answer"
+QAEDIT = "id=case_id,new_answer=target,rephrases=rephrase"  # some of its own ids come twice
 OWN = Layout("golden-layers", frozenset({"prompt", "new_answer"}), dict)
 LAYOUTS = (
     Layout("MQuAKE", frozenset({"requested_rewrite", "questions"}), from_rewrites, "mquake"),
     Layout("CounterFact", frozenset({"requested_rewrite"}), from_rewrites, "counterfact"),
     Layout("RippleEdits", frozenset({"edit", "example_type"}), from_rippleedits, "rippleedits"),
-    as_named(
-        "zsRE (MEND)", "src alt",
-        "prompt=src,new_answer=alt,old_answer=answers,rephrases=rephrase,"
-        "locality.nq.prompt=loc,locality.nq.answer=loc_ans", "zsre",
-    ),
-    as_named(
-        "WikiBigEdit", "update ans",
-        "prompt=update,new_answer=ans,rephrases=rephrase,locality.loc.prompt=loc,locality.loc.answer=loc_ans,"
-        "portability.personas.prompt=personas,portability.personas.answer=ans,"
-        "portability.mhop.prompt=mhop,portability.mhop.answer=mhop_ans", "wikibigedit",
-    ),
-    as_named(
-        "UnKE", "question answer para_question",
-        "prompt=question,new_answer=answer,rephrases=para_question,"
-        "portability.sub_question.prompt=sub_question,portability.sub_question.answer=sub_answer", "unke",
-    ),
-    as_named(
-        "MLaKE", "question o_answer e_answer", "prompt=question,new_answer=e_answer,old_answer=o_answer", "mlake"
-    ),
+    as_named("zsRE (MEND)", "src alt", ZSRE, "zsre"),
+    as_named("WikiBigEdit", "update ans", WIKIBIGEDIT, "wikibigedit"),
+    as_named("UnKE", "question answer para_question", UNKE, "unke"),
+    as_named("MLaKE", "question o_answer e_answer", MLAKE, "mlake"),
     as_named("KnowEdit WikiBio", "text labels concept", "prompt=text,subject=concept,new_answer=labels", "wikibio"),
-    as_named("QAEdit", "prompt target locality", "id=case_id,new_answer=target,rephrases=rephrase", "qaedit"),
+    as_named("QAEdit", "prompt target locality", QAEDIT, "qaedit"),
     as_named("EasyEdit", "prompt target_new locality", EASYEDIT, "knowedit"),
     as_named("EasyEdit", "prompt target_new locality_prompt", EASYEDIT, "counterfact"),
     as_named("EasyEdit", "prompt target_new case_id", EASYEDIT, "counterfact"),
     as_named("EasyEdit", "prompt target_new", EASYEDIT, "easyedit"),
     OWN,
-)  # fmt: skip
+)
 
 
 def in_languages(record: Any) -> dict[str, Any]:
@@ -140,8 +128,8 @@ def in_languages(record: Any) -> dict[str, Any]:
 
 def told(record: Any) -> Layout | None:
     """The layout that a record's fields give away."""
-    told = (layout for layout in LAYOUTS if isinstance(record, dict) and layout.fields <= record.keys())
-    return next(told, None)
+    fields = record.keys() if isinstance(record, dict) else ()
+    return next((layout for layout in LAYOUTS if layout.fields <= {*fields}), None)
 
 
 def find_layout(record: Any, given: Layout | None = None) -> Layout:
@@ -159,20 +147,17 @@ def find_layout(record: Any, given: Layout | None = None) -> Layout:
 
 
 def _wanted(record: Record) -> str:
-    """Which field or mapping was probably meant; else what is missing of the layouts that are the nearest."""
-    lacking = {layout: sorted(layout.fields - record.keys()) for layout in LAYOUTS}
-    meant = [
-        f"{lacks[0]} ({layout.name}) in place of {slips[0]!r}"
-        for layout, lacks in lacking.items()
-        if len(lacks) == 1 and (slips := get_close_matches(lacks[0], record.keys() - layout.fields, 1, CLOSE))
+    """Which field or mapping was probably meant; else what would make a record of a layout."""
+    lacking = {layout: lacks for layout in LAYOUTS if len(lacks := [*(layout.fields - record.keys())]) == 1}
+    slips = [
+        f"{field} ({layout.name}) in place of {near[0]!r}"
+        for layout, (field,) in lacking.items()
+        if (near := get_close_matches(field, record.keys() - layout.fields, 1, CLOSE))
     ]
-    if meant := [*meant[:1], *filter(None, [as_flag(suggested(record))])]:
+    if meant := [*slips[:1], *filter(None, [as_flag(suggested(record))])]:
         return f"did you mean {', or '.join(meant)}?"
-    begun = {layout.name: lacks for layout, lacks in lacking.items() if len(lacks) < len(layout.fields)}
-    least = min(map(len, begun.values()), default=0)
-    near = [f"{' and '.join(lacks)} ({name})" for name, lacks in begun.items() if len(lacks) == least]
-    others = ", ".join({layout.name: layout for layout in LAYOUTS})
-    return f"expected the fields {' or '.join(near)} as well" if near else f"expected the fields of {others}"
+    also = [f"{field} ({layout.name})" for layout, (field,) in lacking.items() if len(layout.fields) > 1]
+    return f"expected the fields {' or '.join(also) or 'prompt and new_answer, or those of another layout'}"
 
 
 def to_requests(record: Record, layout: Layout, number: int, language: str = "") -> tuple[list[EditRequest], int]:

@@ -25,7 +25,7 @@ LISTS = ("rephrases", "forms")
 TEXTS = ("id", "prompt", "subject", "new_answer", "old_answer", "source")
 NAMES = (*TEXTS, *LISTS, *(f"{kind}.{part}" for kind in PROBES for part in Probe.model_fields))
 OF_PROBES = re.compile(rf"(({'|'.join(PROBES)})(?:\.[^.]+)?)\.({'|'.join(Probe.model_fields)})")
-NQ = "nq question: "  # marks the source of MEND's questions, and is no part of them
+NQ = "nq question: "
 
 
 def mapped(fields: Mapping[str, str]) -> Callable[[Record], Record]:
@@ -45,8 +45,14 @@ def mapped(fields: Mapping[str, str]) -> Callable[[Record], Record]:
 
 
 def by_names(text: str) -> Callable[[Record], Record]:
-    """The same of a layout that not every record fills; what one lacks is none. `a|b`: the first that is there."""
-    fields = dict(one.split("=") for one in text.split(","))
+    """The same of a layout that not every record fills: what one lacks is none. `a|b`: the first that is there.
+
+    `locality.near=q:a` are probes of the axis `near`, with their prompts at `q` and their answers at `a`.
+    """
+    fields = dict[str, str]()
+    for name, path in (one.split("=") for one in text.split(",")):
+        parts = zip(("prompt", "answer"), path.split(":"), strict=True) if ":" in path else ()
+        fields |= {f"{name}.{part}": its for part, its in parts} or {name: path}
     return partial(_request_fields, fields, False)
 
 
@@ -109,13 +115,13 @@ def is_blank(value: Any) -> bool:
 def first_text(value: Any) -> Any:
     """The value itself, or the first of a list, however deep, that is not empty; None where there is none.
 
-    Of CounterFact's `{"str": text, "id": …}` the text.
+    Of CounterFact's `{"str": text, "id": …}` the text, and of MEND's questions not `nq question: `, their source.
     """
     if isinstance(value, list):
         return next((found for found in map(first_text, value) if found is not None), None)
     if isinstance(value, dict):
         value = value.get("str", value)
-    return None if is_blank(value) else value
+    return None if is_blank(value) else value.removeprefix(NQ) if isinstance(value, str) else value
 
 
 def listed(record: Record, name: str) -> list[Any]:
@@ -126,16 +132,13 @@ def listed(record: Record, name: str) -> list[Any]:
 
 def as_probes(kind: str, prompt: Any, answer: Any, axis: Any = None) -> list[Record]:
     """A probe, or one for each of a list of prompts, where a single answer is that of all; none without texts."""
-    if prompt is None:
-        return []
     many = isinstance(prompt, list)
-    count = len(prompt) if many else 1
+    count = len(prompt) if many else prompt is not None
     columns = [one if many and isinstance(one, list) else [one] * count for one in (prompt, answer, axis)]
     counts = [len(column) for column in columns]
     if len({*counts}) > 1:
         raise UserError("{}: {} prompts, {} answers, {} axes; expected as many of each".format(kind, *counts))
     rows = [[first_text(one) for one in row] for row in zip(*columns, strict=True)]
-    rows = [[one[0].removeprefix(NQ) if isinstance(one[0], str) else one[0], *one[1:]] for one in rows]
     return [dict(zip(Probe.model_fields, row, strict=True)) for row in rows if row[:2] != [None, None]]
 
 
@@ -144,9 +147,7 @@ def by_axis(record: Record, kind: str) -> list[Record]:
     axes = record.get(kind) or {}
     axes = {"": axes} if isinstance(axes, list) else axes
     if not isinstance(axes, dict):
-        raise UserError(
-            f"field {kind!r}: expected a list of probes, or an object of such, found {type(axes).__name__}"
-        )
+        raise UserError(f"field {kind!r}: expected a list or an object of probes, found {type(axes).__name__}")
     if "New Question" in axes:  # one probe about a further relation, as zsRE and CounterFact were extended
         return as_probes(kind, first_text(axes["New Question"]), axes.get("New Answer"), "reasoning")
     for axis, probes in axes.items():
