@@ -156,7 +156,7 @@ def _wanted(record: Record) -> str:
     ]
     if meant := [*slips[:1], *filter(None, [as_flag(suggested(record))])]:
         return f"did you mean {', or '.join(meant)}?"
-    also = [f"{field} ({layout.name})" for layout, (field,) in lacking.items() if len(layout.fields) > 1]
+    also = {f"{field} ({layout.name})": 1 for layout, (field,) in lacking.items() if len(layout.fields) > 1}
     return f"expected the fields {' or '.join(also) or 'prompt and new_answer, or those of another layout'}"
 
 
