@@ -83,8 +83,8 @@ def from_rippleedits(record: Record) -> Record:
     short = [fact if isinstance(fact, str) and len(fact) <= LONGEST_SENTENCE else "" for fact in facts]
     new, old = map(SENTENCE.fullmatch, short)
     if not new:
-        such = "a sentence such as 'The mother of SUBJECT is ANSWER.'"
-        raise UserError(f"field 'edit.prompt': expected {such}, found {reprlib.repr(facts[0])}")
+        found = f"found {reprlib.repr(facts[0])}"
+        raise UserError(f"field 'edit.prompt': expected a sentence such as 'The mother of A is B.', {found}")
     fields = {"prompt": new[1], "subject": new["first"] or new["subject"], "new_answer": new["answer"]}
     return RIPPLE(record) | fields | {"old_answer": old["answer"] or None if old else None}
 
@@ -103,6 +103,7 @@ MLAKE = "prompt=question,new_answer=e_answer,old_answer=o_answer"
 QAEDIT = "id=case_id,new_answer=target,rephrases=rephrase"  # some of its own ids come twice
 OWN = Layout("golden-layers", frozenset({"prompt", "new_answer"}), dict)
 LAYOUTS = (
+    OWN,
     Layout("MQuAKE", frozenset({"requested_rewrite", "questions"}), from_rewrites, "mquake"),
     Layout("CounterFact", frozenset({"requested_rewrite"}), from_rewrites, "counterfact"),
     Layout("RippleEdits", frozenset({"edit", "example_type"}), from_rippleedits, "rippleedits"),
@@ -116,7 +117,6 @@ LAYOUTS = (
     as_named("EasyEdit", "prompt target_new locality_prompt", EASYEDIT, "counterfact"),
     as_named("EasyEdit", "prompt target_new case_id", EASYEDIT, "counterfact"),
     as_named("EasyEdit", "prompt target_new", EASYEDIT, "easyedit"),
-    OWN,
 )
 
 
@@ -128,8 +128,8 @@ def in_languages(record: Any) -> dict[str, Any]:
 
 def told(record: Any) -> Layout | None:
     """The layout that a record's fields give away."""
-    fields = record.keys() if isinstance(record, dict) else ()
-    return next((layout for layout in LAYOUTS if layout.fields <= {*fields}), None)
+    fields = record.keys() if isinstance(record, dict) else dict[str, Any]().keys()
+    return next((layout for layout in LAYOUTS if layout.fields <= fields), None)
 
 
 def find_layout(record: Any, given: Layout | None = None) -> Layout:

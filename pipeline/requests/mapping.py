@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from pipeline.errors import UserError, did_you_mean
@@ -23,8 +22,9 @@ Record = dict[str, Any]
 PROBES = ("locality", "portability")
 LISTS = ("rephrases", "forms")
 TEXTS = ("id", "prompt", "subject", "new_answer", "old_answer", "source")
-NAMES = (*TEXTS, *LISTS, *(f"{kind}.{part}" for kind in PROBES for part in Probe.model_fields))
-OF_PROBES = re.compile(rf"(({'|'.join(PROBES)})(?:\.[^.]+)?)\.({'|'.join(Probe.model_fields)})")
+OWN_NAMES, PARTS = tuple(EditRequest.model_fields), tuple(Probe.model_fields)
+NAMES = (*TEXTS, *LISTS, *(f"{kind}.{part}" for kind in PROBES for part in PARTS))
+OF_PROBES = re.compile(rf"(({'|'.join(PROBES)})(?:\.[^.]+)?)\.({'|'.join(PARTS)})")
 NQ = "nq question: "
 
 
@@ -41,7 +41,7 @@ def mapped(fields: Mapping[str, str]) -> Callable[[Record], Record]:
         for other in ("prompt", "answer"):
             if probe and f"{probe[1]}.{other}" not in fields:
                 raise UserError(f"fields: {name} is given without {probe[1]}.{other}; a probe needs both")
-    return partial(_request_fields, fields, True)
+    return _reader(fields, _look_up)
 
 
 def by_names(text: str) -> Callable[[Record], Record]:
@@ -53,22 +53,24 @@ def by_names(text: str) -> Callable[[Record], Record]:
     for name, path in (one.split("=") for one in text.split(",")):
         parts = zip(("prompt", "answer"), path.split(":"), strict=True) if ":" in path else ()
         fields |= {f"{name}.{part}": its for part, its in parts} or {name: path}
-    return partial(_request_fields, fields, False)
+    return _reader(fields, lambda record, path, _: look_for(record, path))
 
 
-def _request_fields(fields: Mapping[str, str], strict: bool, record: Record) -> Record:
-    found = {name: record[name] for name in EditRequest.model_fields if name in record}
-    for name, path in fields.items():
-        found[name] = _look_up(record, path, name) if strict else look_for(record, path)
+def _reader(fields: Mapping[str, str], look_up: Callable[[Record, str, str], Any]) -> Callable[[Record], Record]:
     groups = {probe[1]: probe[2] for name in fields if (probe := OF_PROBES.fullmatch(name))}
-    for kind in PROBES:
-        probes = [] if strict and kind in groups.values() else by_axis(record, kind)
-        for group in [group for group, its in groups.items() if its == kind]:
-            prompt, answer, axis = (found.pop(f"{group}.{part}", None) for part in Probe.model_fields)
-            probes += as_probes(kind, prompt, answer, axis or group.partition(".")[2] or None)
-        found[kind] = probes
-    lists = {name: [first_text(one) for one in listed(found, name)] for name in LISTS}
-    return found | {name: first_text(found.get(name)) for name in TEXTS} | lists
+    own = [kind for kind in PROBES if look_up is not _look_up or kind not in groups.values()]
+
+    def read(record: Record) -> Record:
+        found = {name: record[name] for name in OWN_NAMES if name in record}
+        found |= {name: look_up(record, path, name) for name, path in fields.items()}
+        found |= {kind: by_axis(record, kind) if kind in own else [] for kind in PROBES}
+        for group, kind in groups.items():
+            prompt, answer, axis = (found.pop(f"{group}.{part}", None) for part in PARTS)
+            found[kind] += as_probes(kind, prompt, answer, axis or group.partition(".")[2] or None)
+        found |= {name: [first_text(one) for one in listed(found, name)] for name in LISTS}
+        return found | {name: first_text(found.get(name)) for name in TEXTS}
+
+    return read
 
 
 def _look_up(record: Record, path: str, name: str) -> Any:
@@ -139,7 +141,7 @@ def as_probes(kind: str, prompt: Any, answer: Any, axis: Any = None) -> list[Rec
     if len({*counts}) > 1:
         raise UserError("{}: {} prompts, {} answers, {} axes; expected as many of each".format(kind, *counts))
     rows = [[first_text(one) for one in row] for row in zip(*columns, strict=True)]
-    return [dict(zip(Probe.model_fields, row, strict=True)) for row in rows if row[:2] != [None, None]]
+    return [dict(zip(PARTS, row, strict=True)) for row in rows if row[:2] != [None, None]]
 
 
 def by_axis(record: Record, kind: str) -> list[Record]:
@@ -152,8 +154,7 @@ def by_axis(record: Record, kind: str) -> list[Record]:
         return as_probes(kind, first_text(axes["New Question"]), axes.get("New Answer"), "reasoning")
     for axis, probes in axes.items():
         if not isinstance(probes or [], list) or not all(isinstance(probe, dict) for probe in probes or []):
-            field = f"{kind}.{axis}" if axis else kind
-            raise UserError(f"field {field!r}: expected a list of probes, each an object")
+            raise UserError(f"field '{kind}{axis and f'.{axis}'}': expected a list of probes, each an object")
     return [
         {
             "prompt": first_text(look_for(probe, "prompt|loc")),

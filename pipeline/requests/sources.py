@@ -64,8 +64,9 @@ def raw_records(source: str | Path, whole: bool = False) -> Iterator[tuple[str, 
 
 def _spread(place: str, record: Any) -> Iterator[tuple[str, Any]]:
     """A record; or each of those that it holds in lists by name (`{"en": […], "zh": […]}`), a language with it."""
-    lists = record.items() if isinstance(record, dict) and not told(record) else ()
-    if not lists or not all(isinstance(held, list) and held and isinstance(held[0], dict) for _, held in lists):
+    lists = record.items() if isinstance(record, dict) else ()
+    of_records = (isinstance(held, list) and held and isinstance(held[0], dict) for _, held in lists)
+    if not lists or not all(of_records) or told(record):
         yield place, record
         return
     for name, held in lists:
