@@ -18,7 +18,7 @@ OTHERS = {  # what others call a request's fields, the likeliest first, in lette
     "locality.prompt": "loc localityprompt neighborhoodprompts",
     "locality.answer": "locans localityanswer localitygroundtruth",
 }
-KINDS = frozenset({"locality", "portability"})  # whose probes have prompts of their own
+PROBES = ("locality", "portability")  # which have prompts of their own
 MOST, LONGEST = 100, 400  # fields that are looked at; characters of their names that are shown
 CLOSE = 0.85  # how alike a name is that is ours but for a slip
 
@@ -50,7 +50,7 @@ def suggested(record: Any) -> dict[str, str]:
     for name, others in OTHERS.items():
         own = _letters(name)
         whole = {_letters(path): path for path in reversed(free)}
-        inner = {_letters(path, "."): path for path in reversed(free) if KINDS.isdisjoint(path.split("."))}
+        inner = {_letters(path, "."): path for path in reversed(free) if not {*PROBES} & {*path.split(".")}}
         wanted = [own, *others.split()]
         near = [*wanted, *get_close_matches(own, whole, 1, CLOSE)]
         tell = [*map(whole.get, near), *(map(inner.get, wanted) if "." not in name else ())]

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
-from pipeline.requests.guessing import CLOSE, as_flag, named, suggested
-from pipeline.requests.mapping import PROBES, Record, by_names, is_blank, listed, look_for
+from pipeline.requests.guessing import CLOSE, PROBES, as_flag, named, suggested
+from pipeline.requests.mapping import Record, by_names, is_blank, listed, look_for
 from pipeline.requests.schema import EditRequest, Probe
 
 MOST_FIELDS = 1_000  # of a record

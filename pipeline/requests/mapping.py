@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.requests.guessing import named, paths
+from pipeline.requests.guessing import PROBES, named, paths
 from pipeline.requests.schema import EditRequest, Probe
 
 Record = dict[str, Any]
-PROBES = ("locality", "portability")
 LISTS = ("rephrases", "forms")
 TEXTS = ("id", "prompt", "subject", "new_answer", "old_answer", "source")
 OWN_NAMES, PARTS = tuple(EditRequest.model_fields), tuple(Probe.model_fields)

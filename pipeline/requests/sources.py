@@ -82,9 +82,9 @@ def _file_records(path: Path, whole: bool) -> Iterator[tuple[str, Any]]:
             return
         characters = islice(iter(lambda: file.read(1), ""), BLANK)
         first = next(filter(str.strip, characters), "")
-        whole = first == "[" or (first == "{" and file.readline(BLANK).isspace())
+        at_once = first == "[" or (first == "{" and file.readline(BLANK).isspace())
         file.seek(0)
-        yield from _list_records(file) if whole else _line_records(_lines(file))
+        yield from _list_records(file) if at_once else _line_records(_lines(file))
 
 
 def _lines(file: TextIO) -> Iterator[str]:
@@ -121,11 +121,8 @@ def _list_records(file: TextIO) -> Iterator[tuple[str, Any]]:
         records = parse_json(text)
     except ValueError as error:
         raise UserError(f"line {getattr(error, 'lineno', 1)}: {_why(text, error)}") from None
-    if isinstance(records, dict):
-        yield from _spread("its object", records)
-        return
-    for number, record in enumerate(records):
-        yield f"record {number}", record
+    numbered = ((f"record {number}", record) for number, record in enumerate(records))
+    yield from _spread("its object", records) if isinstance(records, dict) else numbered
 
 
 def _row_records(lines: Iterator[str], whole: bool) -> Iterator[tuple[str, Any]]:
