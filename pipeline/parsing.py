@@ -121,9 +121,12 @@ def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
     """
     known, rest, bare = flags_of(name), list(words), set()
     for word in COMMANDS[name].words:
-        if rest and not rest[0].startswith("-"):
+        several, given = known[word].kind == list[str], list[str]()
+        while rest and not rest[0].startswith("-") and (several or not given):
+            given.append(rest.pop(0))
+        if given:
             bare.add(word)
-            yield Given(word, rest.pop(0))
+            yield Given(word, given if several else given[0])
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         path = flag.removeprefix("--").replace("-", "_")

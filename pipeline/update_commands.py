@@ -41,12 +41,12 @@ from pipeline.updates.store import BusyError, Store
 def submit(options: of.SubmitCommand) -> None:
     """A file's requests go into the queue; a file that is refused makes no store."""
     if not Path(options.store).exists():
-        for _ in good_requests(read_requests(options.file)):
+        for _ in good_requests(read_requests(options.file, fields=options.fields)):
             pass
     with Store(options.store, options.model, make=True) as store:
         store.check_model(options.model)
         not_before = of.date("not_before", options.not_before) if options.not_before else 0.0
-        done = queue.submit(store, options.file, options.source, not_before, options.again)
+        done = queue.submit(store, options.file, options.source, not_before, options.again, options.fields)
         parts = [f"{done.queued} new"]
         parts += [f"{done.again} queued anew"] if done.again else []
         parts += [f"{done.known} known already"] if done.known else []

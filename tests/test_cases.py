@@ -34,7 +34,7 @@ from pipeline.options.attribution import AttributionOptions
 from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.options.shared import EvaluationOptions, TrainerOptions
 from pipeline.requests.answers import contains_answer
-from pipeline.requests.layouts import find_layout, to_request
+from pipeline.requests.layouts import find_layout, to_requests
 from pipeline.requests.schema import EditRequest, find_words
 from pipeline.requests.sets import settle
 from pipeline.running.trainer import Runtime
@@ -110,7 +110,7 @@ def test_all_stages_see_the_same_subject(tiny_llm: LLM) -> None:
 def test_a_layouts_own_place_counts() -> None:
     rewrite = {"prompt": "{} is near Spain; its capital is", "subject": "Spain", "target_new": {"str": "Lima"}}
     record = {"case_id": 1, "requested_rewrite": rewrite | {"target_true": {"str": "Madrid"}}}
-    request, _ = to_request(record, find_layout(record), 0)
+    (request,), _ = to_requests(record, find_layout(record), 0)
     assert request.prompt == "Spain is near Spain; its capital is"
     assert request.subject_span == (0, 5)
     assert asked(request.prompt, "Spain").subject_span == (14, 19), "the last mention, where no place is given"

@@ -275,13 +275,26 @@ def test_flags_reach_the_options(words: list[str], field: str, value: object, re
     assert type(found) is type(value)
 
 
-@pytest.mark.parametrize("name", ["run", "attribute", "edit", "evaluate", "requests"])
+@pytest.mark.parametrize("name", ["run", "attribute", "edit", "evaluate", "requests", "generate"])
 def test_a_file_of_requests_is_a_word(name: str, tmp_path: Path, received: list[Any]) -> None:
     config = ["--config", config_file(tmp_path, "requests: theirs.jsonl\nlimit: 3\n")]
     assert main([name, "mine.jsonl", *config]) == 0
     assert main([name, "--requests", "mine.jsonl", *config]) == 0
     assert received[0].requests == "mine.jsonl" and received[0].limit == 3
     assert received[0] == received[1]
+
+
+def test_files_of_a_study_are_words(tmp_path: Path, received: list[Any]) -> None:
+    config = ["--config", config_file(tmp_path, "requests: [theirs.jsonl]\nlimit: 3\n")]
+    assert main(["study", "mine.jsonl", *config]) == 0
+    assert main(["study", "mine.jsonl", "yours.csv", *config]) == 0
+    assert main(["study", *config]) == 0
+    assert [found.requests for found in received] == [["mine.jsonl"], ["mine.jsonl", "yours.csv"], ["theirs.jsonl"]]
+
+
+def test_prompts_beside_a_file_are_refused(refused: Callable[..., str]) -> None:
+    line = refused("generate", "mine.jsonl", "--prompt", "The capital of Peru is")
+    assert line == "error: prompt: stands in place of a file; leave out --prompt, or --requests and --fields"
 
 
 @pytest.mark.parametrize(
@@ -423,10 +436,11 @@ def test_what_pydantic_says_in_one_line() -> None:
         (["edit", "--statistics.token", "2"], ["--statistics.token", "--statistics.tokens?"]),
         (["attribute", "--expert", '{"fence": 2}'], ["expert: 'fence' is no setting", "mean fences?"]),
         (["attribute", "--expert", "2"], ["expert: expected a mapping", "found 2"]),
-        (["generate", "model"], ["'model' is not understood", "--NAME VALUE", "generate --help"]),
+        (["demo", "model"], ["'model' is not understood", "--NAME VALUE", "demo --help"]),
         (["attribute", "--top_k", "2", "a"], ["'a' is not understood", "takes REQUESTS, then flags"]),
         (["edit", "a", "--requests", "b"], ["requests: given twice, as a word and with --requests", "one of them"]),
         (["edit", "a", "--requests=a"], ["requests: given twice"]),
+        (["study", "a", "b", "--requests", "a"], ["requests: given twice"]),
         (["diff", "1", "2", *STORE, "--newer", "3"], ["newer: given twice"]),
         (["attribute", "-x"], ["'-x' is not understood"]),
         (["attribute", "--requests", "a", "b"], ["'b' is not understood"]),

@@ -90,8 +90,8 @@ def test_cases_of_long_and_deep_requests(
 
     def read() -> None:
         for one in read_requests(file):
-            if isinstance(one.request, UserError):
-                raise one.request
+            if isinstance(one.requests, UserError):
+                raise one.requests
 
     line = refusal(read)
     assert words in line and len(line) < 1000

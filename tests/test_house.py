@@ -27,7 +27,7 @@ import pytest
 LINES = 18_261
 OPTIONS_OF_RUN = 39
 OPTIONS_OF_ALL = (
-    420  # 13 of chat; edit's --fact, --fields of the seven commands that read files of requests; 399 others
+    421  # 13 of chat; edit's --fact, --fields of the eight commands that read files of requests; 399 others
 )
 CHAIN = 15
 REACHING = 3  # the library's name of experts' gates, whether a module is hooked, and an operator of torch's

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from commanding import CPU, FINETUNE, events
 from conftest import refusal
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -171,6 +172,39 @@ def test_probes_are_one_or_many(given: dict[str, Any], probes: list[tuple[str, s
     assert [(probe.prompt, probe.answer) for probe in request.locality] == probes
 
 
+ZSRE = {
+    "src": "The capital of Chile is",
+    "alt": "Lima",
+    "rephrase": ["Chile's capital is", "Chile is governed from"],
+    "loc": "The capital of Peru is",
+    "loc_ans": "Lima",
+    "hops": [{"q": "The river of Chile's capital is", "a": "the Rimac"}],
+}
+
+
+def test_probes_have_an_axis_where_their_name_has_one(tmp_path: Path) -> None:
+    probes = "locality.prompt=loc,locality.answer=loc_ans,locality.near.prompt=loc,locality.near.answer=loc_ans"
+    hops = "portability.hops.prompt=hops.q,portability.hops.answer=hops.a"
+    names = f"prompt=src,new_answer=alt,rephrases=rephrase,{probes},{hops}"
+    fields = dict(one.split("=") for one in names.split(","))
+    (request,) = load_requests(written(tmp_path, ZSRE), fields=fields)
+    assert request == EditRequest(
+        id="0",
+        prompt="The capital of Chile is",
+        new_answer="Lima",
+        rephrases=("Chile's capital is", "Chile is governed from"),
+        locality=(
+            Probe(prompt="The capital of Peru is", answer="Lima"),
+            Probe(prompt="The capital of Peru is", answer="Lima", axis="near"),
+        ),
+        portability=(Probe(prompt="The river of Chile's capital is", answer="the Rimac", axis="hops"),),
+    )
+    (kinds,) = load_requests(
+        written(tmp_path, ZSRE | {"kind": "far"}), fields=fields | {"locality.near.axis": "kind"}
+    )
+    assert [probe.axis for probe in kinds.locality] == [None, "far"]
+
+
 def test_what_is_not_named_keeps_its_name(tmp_path: Path) -> None:
     ours = {"rephrases": "So", "locality": [{"prompt": "a", "answer": "b"}], "portability": {"Near": []}}
     request = read_one(tmp_path, CHILE_IN_FIELDS | ours)
@@ -186,7 +220,17 @@ def test_what_is_not_named_keeps_its_name(tmp_path: Path) -> None:
         ({1: "question"}, ["fields: 1 is no field of a request"]),
         ({"promt": "question"}, ["fields: 'promt'", "mean prompt?", "locality.prompt"]),
         ({"locality": "near"}, ["fields: 'locality'", "locality.prompt"]),
-        ({"locality.prompt": "about"}, ["locality.prompt is given without locality.answer"]),
+        ({"locality.prompt": "about"}, ["locality.prompt is given without locality.answer; a probe needs both"]),
+        ({"locality.answer": "about"}, ["locality.answer is given without locality.prompt"]),
+        ({"portability.hop.prompt": "about"}, ["is given without portability.hop.answer"]),
+        ({"locality.near.reply": "about"}, ["fields: 'locality.near.reply' is no field of a request"]),
+        ({"locality.a.b.prompt": "about"}, ["fields: 'locality.a.b.prompt' is no field of a request"]),
+        ({"prompt": "question.0"}, ["line 1: no field 'question.0'"]),
+        ({"subject": "wanted"}, ["line 1: field 'subject': found dict in place of a string"]),
+        (
+            {"locality.prompt": "about", "locality.answer": "about", "locality.axis": "kind"},
+            ["line 1: no field 'kind', which is to be its locality.axis"],
+        ),
         (
             {"prompt": "src"},
             ["theirs.jsonl: line 1: no field 'src'", "its prompt", "there is question, about, wanted"],
@@ -198,7 +242,7 @@ def test_what_is_not_named_keeps_its_name(tmp_path: Path) -> None:
         ({"new_answer": "null"}, ["line 1: field 'new_answer': expected a text, found none"]),
         (
             {"locality.prompt": "wanted.by", "locality.answer": "three"},
-            ["line 1: probes: 1 prompts, 3 answers", "as many"],
+            ["line 1: locality: 1 prompts, 3 answers", "as many"],
         ),
     ],
 )
@@ -210,12 +254,8 @@ def test_a_mapping_that_does_not_fit_is_named(fields: dict[str, str], words: lis
 
 def test_a_record_without_a_named_field_is_bad_and_the_others_are_read(tmp_path: Path) -> None:
     file = written(tmp_path, CHILE_IN_FIELDS, {"question": "x"}, 5, CHILE_IN_FIELDS)
-    assert [type(one.request) for one in read_requests(file, fields=FIELDS)] == [
-        EditRequest,
-        UserError,
-        UserError,
-        EditRequest,
-    ]
+    bad = [isinstance(one.requests, UserError) for one in read_requests(file, fields=FIELDS)]
+    assert bad == [False, True, True, False]
 
 
 @pytest.mark.parametrize("own", ["new_answer", "wanted"])
@@ -250,6 +290,20 @@ def test_fields_are_named_on_the_command_line_or_in_a_config(
     assert main(["requests", str(file), *words, "--config", str(tmp_path / "fields.yaml"), "--to", str(to)]) == 0
     assert re.search(r"^layout +--fields 1$", capsys.readouterr().out, re.MULTILINE)
     assert load_requests(to) == load_requests(file, fields=FIELDS)
+
+
+def test_fields_are_kept_among_the_saved_options(
+    model: list[str], ordinary_text: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(elsewhere, ZSRE)
+    names = "prompt=src,new_answer=alt,rephrases=rephrase,locality.prompt=loc,locality.answer=loc_ans"
+    flags = [*CPU, "--layers", "1", *FINETUNE, "1", "--evaluation.text", ordinary_text]
+    assert main(["edit", str(file), *model, *flags, "--fields", names, "--output", "first"]) == 0
+    saved = yaml.safe_load((elsewhere / "first" / "options.yaml").read_text())
+    assert saved["fields"] == dict(one.split("=") for one in names.split(","))
+    assert main(["edit", "--config", str(elsewhere / "first" / "options.yaml"), "--output", "again"]) == 0
+    first, again = (WeightUpdate.load(elsewhere / name).requests for name in ("first", "again"))
+    assert first == again == load_requests(file, fields=saved["fields"])
 
 
 @pytest.mark.parametrize("text", ["prompt", "prompt=", "prompt=a,=b", "prompt=a,prompt=b", "{prompt: 5}", "[a]"])
@@ -292,6 +346,19 @@ def test_every_command_that_reads_requests_takes_fields(
             "prompt=question,new_answer=alt,locality.prompt=locality.prompt,locality.answer=locality.answer",
         ),
         ({"question": "Chile is in", "a,b": "Peru", "alt=": "Asia"}, ""),
+        (
+            {"fact": {"question": "Chile is in", "entity": "Chile"}, "edit": {"target": {"str": "Asia"}}},
+            "prompt=fact.question,new_answer=edit.target.str,subject=fact.entity",
+        ),
+        (
+            {"fact": {"question": "Chile is in", "alt": "Asia"}, "alt": "America"},
+            "prompt=fact.question,new_answer=alt",
+        ),
+        (
+            {"data": {"src": "Chile is in", "alt": "Asia", "locality": {"near": [{"prompt": "Peru is in"}]}}},
+            "prompt=data.src,new_answer=data.alt",
+        ),
+        ({"near": [{"locality": {"prompt": "Peru is in"}}], "alt": "Asia"}, ""),
     ],
 )
 def test_fields_that_are_probably_meant_are_named_and_read(
@@ -303,7 +370,7 @@ def test_fields_that_are_probably_meant_are_named_and_read(
     assert shown == ([f"--fields {fields}"] if fields else [])
     message = refusal(lambda: load_requests(file))
     assert "theirs.jsonl: line 1: no prompt and new answer found in " in message
-    assert (f"did you mean --fields {fields}?" if fields else "expected the fields") in message
+    assert (f"--fields {fields}?" if fields else "expected the fields") in message
     for flag in shown:
         assert main(["requests", str(file), *shlex.split(flag)]) == 0
         assert "records         1, 0 bad" in capsys.readouterr().out

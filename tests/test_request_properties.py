@@ -50,13 +50,16 @@ FIELDS = sorted(
         "portability",
     }
     | {"answers", "loc", "loc_ans", "paraphrase_prompts", "neighborhood_prompts", "rephrases", "source"}
+    | {"en", "zh", "personas", "mhop", "mhop_ans", "sub_question", "sub_answer", "Forgetfulness", "target_old"}
 )
+INNER = ["prompt", "ground_truth", "answer", "axis", "str", "target_new", "subject", "src", "alt", "loc"]
+INNER += ["original_fact", "test_queries", "answers", "value", "New Question", "New Answer"]
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=6),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["prompt", "ground_truth", "answer", "axis", "str", "target_new", "subject"]),
+            st.sampled_from(INNER),
             inner,
             max_size=3,
         )
@@ -97,13 +100,23 @@ def test_any_record_of_a_layout_is_a_request_or_is_named(tmp_path_factory: Any, 
     _is_read_or_named(tmp_path_factory, more | needed)
 
 
-def _is_read_or_named(tmp_path_factory: Any, record: dict[str, Any]) -> None:
+@FEW
+@given(st.dictionaries(st.sampled_from(FIELDS), anything, max_size=8), st.data())
+def test_any_record_is_read_by_any_mapping_or_is_named(tmp_path_factory: Any, record: Any, data: Any) -> None:
+    path = st.lists(st.sampled_from([*FIELDS, *INNER, "0"]), min_size=1, max_size=3).map(".".join)
+    fields = data.draw(st.dictionaries(st.sampled_from(["subject", "rephrases", "source"]), path))
+    fields |= {name: data.draw(path) for name in ("prompt", "new_answer", "locality.prompt", "locality.answer")}
+    _is_read_or_named(tmp_path_factory, record, fields)
+
+
+def _is_read_or_named(tmp_path_factory: Any, record: dict[str, Any], fields: dict[str, str] | None = None) -> None:
     file = scratch(tmp_path_factory, json.dumps([record]).encode())
-    (reading,) = read_requests(file)
-    if isinstance(reading.request, UserError):
-        assert str(reading.request).startswith(f"{file}: record 0: ")
+    (reading,) = read_requests(file, fields=fields)
+    if isinstance(reading.requests, UserError):
+        assert str(reading.requests).startswith((f"{file}: record 0: ", f"{file}: record 0, "))
     else:
-        assert reading.request.prompt.strip() and reading.request.new_answer.strip() and reading.layout
+        assert reading.requests and reading.layout
+        assert all(request.prompt.strip() and request.new_answer.strip() for request in reading.requests)
 
 
 @FEW

@@ -93,7 +93,9 @@ def test_lines_are_read_in_constant_memory(tmp_path: Path) -> None:
         ('{"prompt": ' + "9" * 5000 + "}", "malformed JSON"),
         ('["' + "x" * 200_000, "Unterminated string"),
         ('{"prompt": "\\ud800", "new_answer": "b"}', "'prompt'"),
-        ("{\n}", "line 1: malformed JSON"),
+        ("{\n}", "its object: no prompt and new answer found in an empty record"),
+        ('{\n"prompt": oh}', "line 2: malformed JSON"),
+        (f"{{\n{LINE[1:]}\n{LINE}", "line 3: malformed JSON: Extra data"),
     ],
 )
 def test_broken_json_says_where(content: str, word: str, tmp_path: Path) -> None:
@@ -299,4 +301,4 @@ def test_a_data_set_in_a_folder(tmp_path: Path) -> None:
 def test_readings_come_one_by_one(tmp_path: Path) -> None:
     readings = read_requests(written(tmp_path, f"{LINE}\nno JSON\n"))
     assert next(readings).place == "line 1"
-    assert "malformed JSON" in str(next(readings).request)
+    assert "malformed JSON" in str(next(readings).requests)

@@ -101,14 +101,27 @@ def test_zsre_layout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "field"),
     [
-        *[(COUNTERFACT, field) for field in COUNTERFACT if field not in ("case_id", "prompt", "subject")],
-        *[(ZSRE, field) for field in ("rephrase", "alt", "answers", "loc", "loc_ans")],
+        *[(COUNTERFACT, field) for field in ("target_new", "ground_truth", "locality_ground_truth")],
+        *[(ZSRE, field) for field in ("alt", "answers", "loc_ans")],
     ],
 )
-def test_benchmark_fields_hold_a_string_or_a_list(tmp_path: Path, record: dict[str, Any], field: str) -> None:
+def test_of_several_answers_the_first_counts(tmp_path: Path, record: dict[str, Any], field: str) -> None:
     first = record[field][0] if isinstance(record[field], list) else record[field]
     as_list, as_string = record | {field: [first, "something else"]}, record | {field: first}
     assert read_one(tmp_path, as_list) == read_one(tmp_path, as_string) == read_one(tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    ("record", "rephrase", "near"), [(COUNTERFACT, "rephrase_prompt", "locality_prompt"), (ZSRE, "rephrase", "loc")]
+)
+def test_of_several_rephrases_and_probes_all_do(
+    tmp_path: Path, record: dict[str, Any], rephrase: str, near: str
+) -> None:
+    whole = read_one(tmp_path, record)
+    request = read_one(tmp_path, record | {name: [record[name], "Who else?"] for name in (rephrase, near)})
+    assert request.rephrases == (*whole.rephrases, "Who else?")
+    (probe,) = whole.locality
+    assert request.locality == (probe, probe.model_copy(update={"prompt": "Who else?"}))
 
 
 @pytest.mark.parametrize("missing", ["", [], None])

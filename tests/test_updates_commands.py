@@ -258,6 +258,20 @@ def test_what_a_store_refuses(
     assert "no such file" in refused("submit", str(tmp_path / "none.jsonl"), *at)
 
 
+def test_a_file_of_another_layout_is_submitted(
+    tiny_folder: Path, at: list[str], told: Callable[..., str], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    file = tmp_path / "theirs.jsonl"
+    file.write_text(json.dumps({"question": "The capital of Chile is", "wanted": {"text": "Lima"}}))
+    submit = ["submit", str(file), *at, "--model", str(tiny_folder)]
+    assert "no prompt and new answer found" in refused(*submit)
+    assert "no field 'answer'" in refused(*submit, "--fields", "prompt=question,new_answer=answer")
+    assert not (tmp_path / "store").exists()
+    fields = ["--fields", "prompt=question,new_answer=wanted.text"]
+    assert "1 new; " in (said := told(*submit, *fields)) and "The capital of Chile is -> Lima" in said
+    assert "1 known already" in told(*submit, *fields)
+
+
 def test_a_damaged_version_is_told(
     tiny_folder: Path, request_file: Path, quick: list[str], at: list[str], refused: Callable[..., str],
     told: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str],

@@ -162,6 +162,8 @@ class GenerateCommand(AskedModelOptions, RequestOptions, ComputeOptions):
     def check(self) -> None:
         if self.store is not None and self.update is not None:
             raise UserError("generate: give --update or --store, not both")
+        if self.prompt and (self.requests, self.fields) != (RequestOptions.requests, None):
+            raise UserError("prompt: stands in place of a file; leave out --prompt, or --requests and --fields")
         if self.store is not None:
             self.trainer.check_whole("a store")
         if self.follow and self.store is None:

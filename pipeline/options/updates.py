@@ -74,6 +74,8 @@ class SubmitCommand(NewStoreOptions):
 
     file: str
     """A file of edit requests (JSONL, JSON or CSV, gzipped or not), or `demo`."""
+    fields: dict[str, str] | None = None
+    """Of a file of another layout: which of its fields a request's are, as prompt=src,new_answer=alt.text."""
     source: str | None = None
     """Where the requests come from, in place of what the file says."""
     not_before: Annotated[str | None, date] = None

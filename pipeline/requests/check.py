@@ -36,10 +36,11 @@ class RequestCheck:
             self.fields = {name: path for name, path in earlier.items() if reading.fields.get(name) == path}
         if reading.layout:
             self.layouts[reading.layout] += 1
-        if isinstance(reading.request, UserError):
-            self.found["bad"].append(one_line(reading.request))
-        else:
-            self._count_request(reading.request, reading.place)
+        if isinstance(reading.requests, UserError):
+            self.found["bad"].append(one_line(reading.requests))
+            return
+        for request in reading.requests:
+            self._count_request(request, reading.place)
 
     def _count_request(self, request: EditRequest, place: str) -> None:
         having = {"subject": request.subject, "old_answer": request.old_answer, "rephrase": request.rephrases}
@@ -82,9 +83,10 @@ def require_good(checked: RequestCheck, skip_bad: bool) -> None:
 def summary(checked: RequestCheck) -> str:
     """What was found as a table of two columns, then what is wrong with each bad record."""
     counts, found, bad = checked.counts, checked.found, checked.found["bad"]
+    more = f"; {counts['requests']} requests" if counts["requests"] > counts["records"] - len(bad) else ""
     rows = {
         "requests": checked.source,
-        "records": f"{counts['records']}, {len(bad)} bad",
+        "records": f"{counts['records']}, {len(bad)} bad" + more,
         "layout": _by_name(checked.layouts),
         "subject": _share(counts, "subject") + _places("; ", found["astray"], " not in their prompts"),
         "old answer": _share(counts, "old_answer") + _places("; ", found["unchanged"], " the same as the new one"),

@@ -18,6 +18,7 @@ OTHERS = {  # what others call a request's fields, the likeliest first, in lette
     "locality.prompt": "loc localityprompt neighborhoodprompts",
     "locality.answer": "locans localityanswer localitygroundtruth",
 }
+PROBES = ("locality", "portability")  # which have prompts of their own
 MOST, LONGEST = 100, 400  # fields that are looked at; characters of their names that are shown
 CLOSE = 0.85  # how alike a name is that is ours but for a slip
 
@@ -43,15 +44,19 @@ def named(record: dict[str, Any]) -> str:
 
 
 def suggested(record: Any) -> dict[str, str]:
-    """Which fields of a record are probably which of a request's."""
-    free = {_letters(path): path for path in paths(record) if not re.search("[,=]", path)}
+    """Which fields of a record are probably which of a request's; of one within others its own name may tell."""
+    free = [path for path in paths(record) if not re.search("[,=]", path)]
     pairs = {}
     for name, others in OTHERS.items():
         own = _letters(name)
-        for one in (own, *others.split(), *get_close_matches(own, free, 1, CLOSE)):
-            if one in free:
-                pairs[name] = free.pop(one)
-                break
+        whole = {_letters(path): path for path in reversed(free)}
+        inner = {_letters(path, "."): path for path in reversed(free) if not {*PROBES} & {*path.split(".")}}
+        wanted = [own, *others.split()]
+        near = [*wanted, *get_close_matches(own, whole, 1, CLOSE)]
+        tell = [*map(whole.get, near), *(map(inner.get, wanted) if "." not in name else ())]
+        if found := next(filter(None, tell), None):
+            pairs[name] = found
+            free.remove(found)
     return pairs
 
 
@@ -62,6 +67,7 @@ def as_flag(pairs: Mapping[str, str]) -> str:
     return f"--fields {shlex.quote(line)}" if {"prompt", "new_answer"} <= {*pairs} else ""
 
 
-def _letters(path: str) -> str:
-    """A field's name but for its case and signs, and for what only says that it holds a text."""
-    return re.sub(r"\.(text|str|value)$|[\W_]", "", path.casefold())
+def _letters(path: str, after: str = "\0") -> str:
+    """A field's name but for its case and signs, for what only says that it holds a text, and for what it is in."""
+    name = re.sub(r"\.(text|str|value)$", "", path.casefold())
+    return re.sub(r"[\W_]", "", name.rpartition(after)[2])

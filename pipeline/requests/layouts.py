@@ -1,25 +1,28 @@
 """The layouts of requests: which fields give one away, and how its records become requests.
 
-To add one, write the function from a record (a dict) to an EditRequest's fields, and enter it in LAYOUTS.
-Benchmarks hold a text or a list in the same field, leave some texts empty, and give several answers where one is
-scored: the first that is not empty is taken, as EasyEdit does.
+To add one, enter it in LAYOUTS: with what `--fields` would say of it, or with a function from a record (a dict) to
+an EditRequest's fields, or to a list of such where a record holds several edits.
 """
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
-from pipeline.requests.guessing import as_flag, named, suggested
+from pipeline.requests.guessing import CLOSE, PROBES, as_flag, named, suggested
+from pipeline.requests.mapping import Record, by_names, is_blank, listed, look_for
 from pipeline.requests.schema import EditRequest, Probe
 
-Record = dict[str, Any]
-PROBES = ("locality", "portability")
 MOST_FIELDS = 1_000  # of a record
+LONGEST_SENTENCE = 500  # characters of a fact that is a sentence
+LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")  # en, zh-CN, deu_Latn
 
 
 class Layout(NamedTuple):
@@ -27,130 +30,106 @@ class Layout(NamedTuple):
 
     name: str
     fields: frozenset[str]
-    read: Callable[[Record], Record]
+    read: Callable[[Record], Record | list[Record]]
+    source: str | None = None  # of its requests, where a record names none
 
 
-def from_easyedit(record: Record) -> Record:
-    """EasyEdit's names: CounterFact's one neighbour, and KnowEdit's probes by axis."""
-    flat = "counterfact" if {"locality_prompt", "case_id"} & record.keys() else "easyedit"
-    fields = _renamed(record, id="case_id", new_answer="target_new", old_answer="ground_truth")
-    neighbour = as_probes(
-        first_text(record.get("locality_prompt")), record.get("locality_ground_truth"), "neighborhood"
-    )
-    return fields | {
-        "locality": neighbour + fields["locality"],
-        "source": "knowedit" if "locality" in record else flat,
-    }
+def as_named(name: str, fields: str, names: str, source: str) -> Layout:
+    """A layout that is read as `--fields` would, and that these fields, parted by blanks, give away."""
+    return Layout(name, frozenset(fields.split()), by_names(names), source)
 
 
-def from_wikibio(record: Record) -> Record:
-    """KnowEdit's WikiBio: a passage, and the sentence that is to follow."""
-    return _renamed(record, prompt="text", subject="concept", new_answer="labels") | {"source": "wikibio"}
-
-
-def from_zsre(record: Record) -> Record:
-    """zsRE in MEND's layout; `nq question: ` in front of `loc` marks its source and is not part of it."""
-    fields = _renamed(record, prompt="src", new_answer="alt", old_answer="answers")
-    question = first_text(record.get("loc"))
-    if isinstance(question, str):
-        question = question.removeprefix("nq question: ")
-    return fields | {"locality": as_probes(question, record.get("loc_ans"), "nq"), "source": "zsre"}
-
-
-def _renamed(record: Record, **names: str) -> Record:
-    """The request fields of a record that holds each in a field of its own; names are those that differ."""
-    texts = ("id", "prompt", "subject", "new_answer", "old_answer")
-    fields = {name: first_text(record.get(names.get(name, name))) for name in texts}
-    rephrase = record.get("rephrase_prompt", record.get("rephrase"))
-    return fields | {
-        "rephrases": [] if rephrase is None else [first_text(rephrase)],
-        "locality": by_axis(record, "locality"),
-        "portability": by_axis(record, "portability"),
-    }
-
-
-def from_counterfact(record: Record) -> Record:
-    """CounterFact as published: neighbours share the rewrite's true answer."""
-    rewrite = _object(record, "requested_rewrite")
-    fields = _renamed(record | rewrite, id="case_id", new_answer="target_new", old_answer="target_true")
-    if isinstance(fields["subject"], str) and isinstance(fields["prompt"], str):
-        prompt, subject = fields["prompt"].strip(), fields["subject"].strip()
-        fields["subject_start"] = len(prompt.rpartition("{}")[0].replace("{}", subject)) if "{}" in prompt else None
-        fields["prompt"] = prompt.replace("{}", subject)
-    return fields | {
-        "rephrases": listed(record, "paraphrase_prompts"),
-        "locality": as_probes(listed(record, "neighborhood_prompts"), fields["old_answer"], "neighborhood"),
-        "source": "counterfact",
-    }
-
-
-def is_blank(value: Any) -> bool:
-    """Whether a field holds nothing that could be a text of its own."""
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def first_text(value: Any) -> Any:
-    """The value itself, or the first of a list, however deep, that is not empty; None where there is none.
-
-    Of CounterFact's `{"str": text, "id": …}` the text.
-    """
-    if isinstance(value, list):
-        return next((found for found in map(first_text, value) if found is not None), None)
-    if isinstance(value, dict):
-        value = value.get("str", value)
-    return None if is_blank(value) else value
-
-
-def _object(record: Record, name: str) -> Record:
-    """A field that holds an object; empty where the record has none."""
-    value = record.get(name) or {}
-    if not isinstance(value, dict):
-        raise UserError(f"field {name!r}: expected an object, found {type(value).__name__}")
-    return value
-
-
-def listed(record: Record, name: str) -> list[Any]:
-    """A field that holds a list, or one thing that could be of it."""
-    value = record.get(name) or []
-    return value if isinstance(value, list) else [value]
-
-
-def as_probes(prompt: Any, answer: Any, axis: Any = None) -> list[Record]:
-    """A probe, or one for each of a list of prompts, where a single answer is that of all; none without texts."""
-    many = isinstance(prompt, list)
-    count = len(prompt) if many else 1
-    columns = [one if many and isinstance(one, list) else [one] * count for one in (prompt, answer, axis)]
-    counts = [len(column) for column in columns]
-    if len({*counts}) > 1:
-        raise UserError("probes: {} prompts, {} answers, {} axes; expected as many of each".format(*counts))
-    rows = [[first_text(one) for one in row] for row in zip(*columns, strict=True)]
-    return [dict(zip(Probe.model_fields, row, strict=True)) for row in rows if row[:2] != [None, None]]
-
-
-def by_axis(record: Record, kind: str) -> list[Record]:
-    """KnowEdit's probes of a kind: an object of axes, each a list of probes."""
-    axes = _object(record, kind)
-    if "New Question" in axes:  # one probe about a further relation, as zsRE and CounterFact were extended
-        return as_probes(first_text(axes["New Question"]), axes.get("New Answer"), "reasoning")
-    for axis, probes in axes.items():
-        if not isinstance(probes or [], list) or not all(isinstance(probe, dict) for probe in probes or []):
-            raise UserError(f"field {f'{kind}.{axis}'!r}: expected a list of probes, each an object")
-    return [
-        {"prompt": first_text(probe.get("prompt")), "answer": first_text(probe.get("ground_truth")), "axis": axis}
-        for axis, probes in axes.items()
-        for probe in probes or []
-    ]
-
-
-OWN = Layout("golden-layers", frozenset({"prompt", "new_answer"}), dict)
-
-LAYOUTS = (
-    Layout("CounterFact", frozenset({"requested_rewrite"}), from_counterfact),
-    Layout("zsRE (MEND)", frozenset({"src", "alt"}), from_zsre),
-    Layout("KnowEdit WikiBio", frozenset({"text", "labels", "concept"}), from_wikibio),
-    Layout("EasyEdit", frozenset({"prompt", "target_new"}), from_easyedit),
-    OWN,
+REWRITE = by_names(
+    "id=case_id,new_answer=target_new,old_answer=target_true,rephrases=paraphrase_prompts|question,"
+    "locality.neighborhood=neighborhood_prompts:target_true,portability.multi_hop=questions:new_answer"
 )
+
+
+def from_rewrites(record: Record) -> list[Record]:
+    """CounterFact's one edit, whose neighbours share its true answer; or MQuAKE's several, and its questions.
+
+    What answers the questions follows from all of a record's edits: they stand with the last, when all are made.
+    """
+    rewrites = listed(record, "requested_rewrite")
+    if not rewrites or not all(isinstance(one, dict) for one in rewrites):
+        found = ", ".join(type(one).__name__ for one in rewrites) or "none"
+        raise UserError(f"field 'requested_rewrite': expected an object, or a list of objects, found {found}")
+    several = [REWRITE(record | one) for one in rewrites]
+    for fields in several:
+        prompt, subject = fields["prompt"], fields["subject"]
+        if isinstance(subject, str) and isinstance(prompt, str) and "{}" in prompt:
+            prompt, subject = prompt.strip(), subject.strip()
+            fields["subject_start"] = len(prompt.rpartition("{}")[0].replace("{}", subject))
+            fields["prompt"] = prompt.replace("{}", subject)
+    return [*(fields | {"portability": []} for fields in several[:-1]), several[-1]]
+
+
+LOCAL = ("Relation_Specificity", "Forgetfulness")  # RippleEdits' axes that stay; the others follow from the edit
+AXES = (*LOCAL, "Logical_Generalization", "Subject_Aliasing", "Compositionality_I", "Compositionality_II")
+KIND_OF = {axis: "locality" if axis in LOCAL else "portability" for axis in AXES}
+QUERY = "{1}.{0}={0}.test_queries.prompt:{0}.test_queries.answers.value"
+RIPPLE = by_names(",".join(QUERY.format(*one) for one in KIND_OF.items()))
+SENTENCE = re.compile(  # its facts: `The place of birth of SUBJECT is ANSWER.`
+    r"((?P<first>.+?) (?:follows|is followed by)|The (?:names? of the )?"
+    r"(?:award|number of children|(?:(?:place|date|country|field|head) of \w+|[\w ]+?) (?:of|in|which|by)) "
+    r"(?P<subject>.+?)(?: (?:has|won|plays in|is (?:associated with|a member of|part of|the capital of)))? "
+    r"(?:is|are)) (?P<answer>.*?)\.?"
+)
+
+
+def from_rippleedits(record: Record) -> Record:
+    """RippleEdits, whose facts are sentences. Of each test the first query is put, whatever its conditions."""
+    facts = [look_for(record, f"edit.{path}") for path in ("prompt", "original_fact.prompt")]
+    short = [fact if isinstance(fact, str) and len(fact) <= LONGEST_SENTENCE else "" for fact in facts]
+    new, old = map(SENTENCE.fullmatch, short)
+    if not new:
+        found = f"found {reprlib.repr(facts[0])}"
+        raise UserError(f"field 'edit.prompt': expected a sentence such as 'The mother of A is B.', {found}")
+    fields = {"prompt": new[1], "subject": new["first"] or new["subject"], "new_answer": new["answer"]}
+    return RIPPLE(record) | fields | {"old_answer": old["answer"] or None if old else None}
+
+
+EASYEDIT = (
+    "id=case_id|id,new_answer=target_new,old_answer=ground_truth|target_old,rephrases=rephrase_prompt|rephrase,"
+    "locality.neighborhood=locality_prompt:locality_ground_truth"
+)
+ZSRE = "prompt=src,new_answer=alt,old_answer=answers,rephrases=rephrase,locality.nq=loc:loc_ans"
+WIKIBIGEDIT = (
+    "prompt=update,new_answer=ans,rephrases=rephrase,locality.loc=loc:loc_ans,"
+    "portability.personas=personas:ans,portability.mhop=mhop:mhop_ans"
+)
+UNKE = "prompt=question,new_answer=answer,rephrases=para_question,portability.sub_question=sub_question:sub_answer"
+MLAKE = "prompt=question,new_answer=e_answer,old_answer=o_answer"
+QAEDIT = "id=case_id,new_answer=target,rephrases=rephrase"  # some of its own ids come twice
+OWN = Layout("golden-layers", frozenset({"prompt", "new_answer"}), dict)
+LAYOUTS = (
+    OWN,
+    Layout("MQuAKE", frozenset({"requested_rewrite", "questions"}), from_rewrites, "mquake"),
+    Layout("CounterFact", frozenset({"requested_rewrite"}), from_rewrites, "counterfact"),
+    Layout("RippleEdits", frozenset({"edit", "example_type"}), from_rippleedits, "rippleedits"),
+    as_named("zsRE (MEND)", "src alt", ZSRE, "zsre"),
+    as_named("WikiBigEdit", "update ans", WIKIBIGEDIT, "wikibigedit"),
+    as_named("UnKE", "question answer para_question", UNKE, "unke"),
+    as_named("MLaKE", "question o_answer e_answer", MLAKE, "mlake"),
+    as_named("KnowEdit WikiBio", "text labels concept", "prompt=text,subject=concept,new_answer=labels", "wikibio"),
+    as_named("QAEdit", "prompt target locality", QAEDIT, "qaedit"),
+    as_named("EasyEdit", "prompt target_new locality", EASYEDIT, "knowedit"),
+    as_named("EasyEdit", "prompt target_new locality_prompt", EASYEDIT, "counterfact"),
+    as_named("EasyEdit", "prompt target_new case_id", EASYEDIT, "counterfact"),
+    as_named("EasyEdit", "prompt target_new", EASYEDIT, "easyedit"),
+)
+
+
+def in_languages(record: Any) -> dict[str, Any]:
+    """The parts of a record that holds one for each language (`{"en": {…}, "zh": {…}}`); else the whole as one."""
+    codes = isinstance(record, dict) and all(map(LANGUAGE.fullmatch, record))
+    return record if codes and any(told(part) for part in record.values()) else {"": record}
+
+
+def told(record: Any) -> Layout | None:
+    """The layout that a record's fields give away."""
+    fields = record.keys() if isinstance(record, dict) else dict[str, Any]().keys()
+    return next((layout for layout in LAYOUTS if layout.fields <= fields), None)
 
 
 def find_layout(record: Any, given: Layout | None = None) -> Layout:
@@ -162,28 +141,47 @@ def find_layout(record: Any, given: Layout | None = None) -> Layout:
         raise UserError(f"expected an object, found {type(record).__name__}")
     if len(record) > MOST_FIELDS:
         raise UserError(f"{len(record)} fields; the most are {MOST_FIELDS:,}")
-    for layout in [given] if given else LAYOUTS:
-        if layout.fields <= record.keys():
-            return layout
-    known = "; ".join(f"{' and '.join(sorted(layout.fields))} ({layout.name})" for layout in LAYOUTS)
-    fields = as_flag(suggested(record))
-    wanted = f"did you mean {fields}?" if fields else f"expected the fields {known}"
-    raise UserError(f"no prompt and new answer found in {named(record)}; {wanted}")
+    if layout := given or told(record):
+        return layout
+    raise UserError(f"no prompt and new answer found in {named(record)}; {_wanted(record)}")
 
 
-def to_request(record: Record, layout: Layout, number: int) -> tuple[EditRequest, int]:
-    """A record as a request, and how many of its probes and rephrases were left out because a text is empty.
+def _wanted(record: Record) -> str:
+    """Which field or mapping was probably meant; else what would make a record of a layout."""
+    lacking = {layout: lacks for layout in LAYOUTS if len(lacks := [*(layout.fields - record.keys())]) == 1}
+    slips = [
+        f"{field} ({layout.name}) in place of {near[0]!r}"
+        for layout, (field,) in lacking.items()
+        if (near := get_close_matches(field, record.keys() - layout.fields, 1, CLOSE))
+    ]
+    if meant := [*slips[:1], *filter(None, [as_flag(suggested(record))])]:
+        return f"did you mean {', or '.join(meant)}?"
+    also = {f"{field} ({layout.name})": 1 for layout, (field,) in lacking.items() if len(layout.fields) > 1}
+    return f"expected the fields {' or '.join(also) or 'prompt and new_answer, or those of another layout'}"
 
-    `number` is the id of a record without one. UserError, without the record's place, for a wrong field.
+
+def to_requests(record: Record, layout: Layout, number: int, language: str = "") -> tuple[list[EditRequest], int]:
+    """A record's requests, and how many of their probes and rephrases were left out because a text is empty.
+
+    `number` is the id of a record without one. Behind it stand the places of several, and a language.
+    UserError, without the record's place, for a wrong field.
     """
-    fields = layout.read(record)
-    left_out = 0 if layout is OWN else _leave_out_empty(fields)
-    fields["id"] = str(number if fields.get("id") is None else fields["id"])
-    try:
-        return EditRequest.model_validate(fields), left_out
-    except ValidationError as error:
-        read_as = "" if layout is OWN else f" (read as {layout.name})"  # its fields have other names
-        raise UserError(f"{_wrong_field(error.errors()[0])}{read_as}") from None
+    found = layout.read(record)
+    several = found if isinstance(found, list) else [found]
+    requests, left_out = [], 0
+    for place, fields in enumerate(several, start=1):
+        left_out += 0 if layout is OWN else _leave_out_empty(fields)
+        own = number if fields.get("id") is None else fields["id"]
+        fields["id"] = "-".join(map(str, [own, *[place] * (len(several) > 1), *[language] * bool(language)]))
+        if layout.source:
+            fields["source"] = fields.get("source") or layout.source
+        try:
+            requests.append(EditRequest.model_validate(fields))
+        except ValidationError as error:
+            read_as = "" if layout is OWN else f" (read as {layout.name})"  # its fields have other names
+            edit = f"edit {place}: " if len(several) > 1 else ""
+            raise UserError(f"{edit}{_wrong_field(error.errors()[0])}{read_as}") from None
+    return requests, left_out
 
 
 def _leave_out_empty(fields: Record) -> int:
@@ -211,7 +209,9 @@ def _wrong_field(error: ErrorDetails) -> str:
     """Which field is wrong, in what, and what there is instead."""
     name = ".".join(str(part) for part in error["loc"])
     message = "expected a text, found none" if error["input"] is None else error["msg"]
-    if error["type"] == "string_unicode":
+    if error["type"] == "string_type" and error["input"] is not None:
+        message = f"found {type(error['input']).__name__} in place of a string"
+    elif error["type"] == "string_unicode":
         message = "not UTF-8 text"
     elif error["type"] == "tuple_type":
         message = f"expected a list of {'texts' if name == 'rephrases' else 'probes'}"

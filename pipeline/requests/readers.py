@@ -12,7 +12,7 @@ from pipeline.errors import UserError, note
 from pipeline.files import write_whole
 from pipeline.options.base import at_least
 from pipeline.requests.guessing import suggested
-from pipeline.requests.layouts import OWN, Layout, find_layout, to_request
+from pipeline.requests.layouts import OWN, Layout, find_layout, in_languages, to_requests
 from pipeline.requests.mapping import mapped
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sources import raw_records
@@ -21,10 +21,10 @@ FACT = ("subject", "prompt", "new_answer")  # the parts of a fact in a line
 
 
 class Reading(NamedTuple):
-    """What came of one record: the request, or what is wrong with it."""
+    """What came of one record: its requests, or what is wrong with it."""
 
     place: str  # where it stands in its source, in words
-    request: EditRequest | UserError
+    requests: Sequence[EditRequest] | UserError
     layout: str | None = None  # its layout's name, where one was found
     left_out: int = 0  # how many of its probes and rephrases had an empty text
     fields: Mapping[str, str] = {}  # which are probably which of a request's, where no layout was found
@@ -83,7 +83,7 @@ def load_facts(facts: Sequence[str]) -> list[EditRequest]:
         parts = [part.strip() for part in text.split("|")]
         if len(parts) != len(FACT) or not all(parts):
             raise UserError(f"fact: {text!r}: expected three parts, none empty: 'subject | prompt | new answer'")
-        request, _ = to_request({"id": f"fact-{number}", **dict(zip(FACT, parts, strict=True))}, OWN, number)
+        (request,), _ = to_requests({"id": f"fact-{number}", **dict(zip(FACT, parts, strict=True))}, OWN, number)
         if not request.names_subject:
             raise UserError(f"fact: {text!r}: the prompt does not hold the subject {request.subject!r}")
         requests.append(request)
@@ -93,22 +93,23 @@ def load_facts(facts: Sequence[str]) -> list[EditRequest]:
 def good_requests(readings: Iterable[Reading], bad: list[UserError] | None = None) -> Iterator[EditRequest]:
     """The requests among what was read, one by one; what is wrong is raised, or put into `bad`."""
     for reading in readings:
-        if isinstance(reading.request, EditRequest):
-            yield reading.request
+        if not isinstance(reading.requests, UserError):
+            yield from reading.requests
         elif bad is None:
-            raise reading.request
+            raise reading.requests
         else:
-            bad.append(reading.request)
+            bad.append(reading.requests)
 
 
 def read_requests(
     source: str | Path, limit: int | None = None, offset: int = 0, fields: Mapping[str, str] | None = None
 ) -> Iterator[Reading]:
-    """As `load_requests`, one by one, each record as a request or as what is wrong with it."""
+    """As `load_requests`, one by one, each record as its requests or as what is wrong with it."""
     at_least(0)("offset", offset)
     if limit is not None:
         at_least(1)("limit", limit)
-    total, used, given = 0, dict[str, str](), mapped(fields) if fields else None
+    total, used = 0, dict[str, str]()
+    given = Layout("--fields", frozenset(), mapped(fields)) if fields else None
     records = raw_records(source, whole=bool(fields))
     for place, record in islice(records, None if limit is None else offset + limit):
         if total >= offset:
@@ -123,19 +124,24 @@ def read_requests(
 def _read(
     record: Any, number: int, place: str, source: str | Path, used: dict[str, str], given: Layout | None
 ) -> Reading:
-    """One record as a request, or what is wrong with it; `used` are the places of ids."""
-    layout = None
+    """One record as its requests, or what is wrong with it; `used` are the places of ids."""
+    where, layout, left_out = place, None, 0
+    requests: list[EditRequest] = []
     try:
         if isinstance(record, UserError):
             raise record
-        layout = find_layout(record, given)
-        request, left_out = to_request(record, layout, number)
-        if (earlier := used.setdefault(request.id, place)) != place:
-            raise UserError(f"id {request.id!r} was used before, at {earlier}")
-        return Reading(place, request, layout.name, left_out)
+        for language, part in ({"": record} if given else in_languages(record)).items():
+            where = f"{place}, {language}" if language else place
+            layout = find_layout(part, given)
+            found, empty = to_requests(part, layout, number, language)
+            requests, left_out = [*requests, *found], left_out + empty
+        for request in requests:
+            if (earlier := used.setdefault(request.id, place)) != place:
+                raise UserError(f"id {request.id!r} was used before, at {earlier}")
+        return Reading(place, requests, layout and layout.name, left_out)
     except UserError as error:
         name, fields = (layout.name, {}) if layout else (None, suggested(record))
-        return Reading(place, UserError(f"{source}: {place}: {error}"), name, fields=fields)
+        return Reading(place, UserError(f"{source}: {where}: {error}"), name, fields=fields)
 
 
 def write_requests(path: Path, requests: Iterable[EditRequest]) -> Path:

@@ -20,7 +20,8 @@ from typing import Any, TextIO
 from pipeline.errors import UserError
 from pipeline.files import parse_json
 from pipeline.requests.guessing import as_flag, suggested
-from pipeline.requests.layouts import is_blank, without_empty
+from pipeline.requests.layouts import LANGUAGE, told, without_empty
+from pipeline.requests.mapping import is_blank
 
 DEMO_REQUESTS = Path(__file__).with_name("demo.jsonl")
 PREFIX = "hf:"  # of a Hugging Face data set: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`
@@ -61,16 +62,29 @@ def raw_records(source: str | Path, whole: bool = False) -> Iterator[tuple[str, 
         raise UserError(f"{path}: gzip data is cut short or damaged after {place}") from None
 
 
+def _spread(place: str, record: Any) -> Iterator[tuple[str, Any]]:
+    """A record; or each of those that it holds in lists by name (`{"en": […], "zh": […]}`), a language with it."""
+    lists = record.items() if isinstance(record, dict) else ()
+    of_records = (isinstance(held, list) and held and isinstance(held[0], dict) for _, held in lists)
+    if not lists or not all(of_records) or told(record):
+        yield place, record
+        return
+    for name, held in lists:
+        for number, one in enumerate(held):
+            yield f"{place}, {name} {number}", {name: one} if LANGUAGE.fullmatch(name) else one
+
+
 def _file_records(path: Path, whole: bool) -> Iterator[tuple[str, Any]]:
-    """The records of a file: told by its name where it is a table, else by its first character."""
+    """The records of a file: told by its name where it is a table, else by how it begins."""
     with _opened(path) as file:
         if path.name.lower().removesuffix(".gz").endswith(SUFFIXES):
             yield from _row_records(_lines(file), whole)
             return
         characters = islice(iter(lambda: file.read(1), ""), BLANK)
         first = next(filter(str.strip, characters), "")
+        at_once = first == "[" or (first == "{" and file.readline(BLANK).isspace())
         file.seek(0)
-        yield from _list_records(file) if first == "[" else _line_records(_lines(file))
+        yield from _list_records(file) if at_once else _line_records(_lines(file))
 
 
 def _lines(file: TextIO) -> Iterator[str]:
@@ -95,7 +109,7 @@ def _line_records(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
             record = parse_json(line)
         except ValueError as error:
             record = _why(line, error)
-        yield f"line {number}", record
+        yield from _spread(f"line {number}", record)
 
 
 def _list_records(file: TextIO) -> Iterator[tuple[str, Any]]:
@@ -107,8 +121,8 @@ def _list_records(file: TextIO) -> Iterator[tuple[str, Any]]:
         records = parse_json(text)
     except ValueError as error:
         raise UserError(f"line {getattr(error, 'lineno', 1)}: {_why(text, error)}") from None
-    for number, record in enumerate(records):
-        yield f"record {number}", record
+    numbered = ((f"record {number}", record) for number, record in enumerate(records))
+    yield from _spread("its object", records) if isinstance(records, dict) else numbered
 
 
 def _row_records(lines: Iterator[str], whole: bool) -> Iterator[tuple[str, Any]]:

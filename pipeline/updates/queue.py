@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,26 +37,27 @@ class Submitted:
 
 
 def submit(
-    store: Store, file: str | Path, source: str | None = None, not_before: float = 0.0, again: bool = False
-) -> Submitted:
+    store: Store, file: str | Path, source: str | None = None, not_before: float = 0.0, again: bool = False,
+    fields: Mapping[str, str] | None = None,
+) -> Submitted:  # fmt: skip
     """Put a file's requests into the queue: all of them, or none when one is wrong.
 
     A request is known by what it asks for: the same one twice adds nothing, whatever file, id or source it has.
 
     Those that are known and were held back, superseded or retracted are queued anew with `again`. `not_before`: in
-    seconds since 1970. UserError when the file or one of its requests is wrong.
+    seconds since 1970; `fields`: as of `load_requests`. UserError when the file or one of its requests is wrong.
     """
     store.database.executescript(INCOMING)
     store.database.executemany(
         "INSERT OR IGNORE INTO temp.incoming (id, source, content, digest, fact) VALUES (?, ?, ?, ?, ?)",
-        _rows(file, source),
+        _rows(good_requests(read_requests(file, fields=fields)), source),
     )
     with transaction(store.database):
         return _enqueue(store, str(file), not_before, again)
 
 
-def _rows(file: str | Path, source: str | None) -> Iterator[tuple[str, str | None, str, bytes, int]]:
-    for request in good_requests(read_requests(file)):
+def _rows(requests: Iterable[EditRequest], source: str | None) -> Iterator[tuple[str, str | None, str, bytes, int]]:
+    for request in requests:
         content = request.model_dump_json(exclude={"id", "source"}, exclude_defaults=True)
         yield request.id, source or request.source, content, content_digest(content), owner(request)
 
