@@ -226,7 +226,7 @@ def test_what_is_not_named_keeps_its_name(tmp_path: Path) -> None:
         ({"locality.near.reply": "about"}, ["fields: 'locality.near.reply' is no field of a request"]),
         ({"locality.a.b.prompt": "about"}, ["fields: 'locality.a.b.prompt' is no field of a request"]),
         ({"prompt": "question.0"}, ["line 1: no field 'question.0'"]),
-        ({"subject": "wanted"}, ["line 1: field 'subject': found dict in place of a string"]),
+        ({"subject": "wanted"}, ["line 1: field 'subject': expected a text, found dict"]),
         (
             {"locality.prompt": "about", "locality.answer": "about", "locality.axis": "kind"},
             ["line 1: no field 'kind', which is to be its locality.axis"],
@@ -238,7 +238,7 @@ def test_what_is_not_named_keeps_its_name(tmp_path: Path) -> None:
         ({"prompt": "question.text"}, ["line 1: no field 'question.text'"]),
         ({"source": "wanted.by.1"}, ["line 1: no field 'wanted.by.1'"]),
         ({"source": "wanted.by." + "9" * 5000}, ["line 1: no field 'wanted.by.9"]),
-        ({"new_answer": "wanted"}, ["line 1: field 'new_answer'", "string (read as --fields)"]),
+        ({"new_answer": "wanted"}, ["line 1: field 'new_answer'", "found dict (read as --fields)"]),
         ({"new_answer": "null"}, ["line 1: field 'new_answer': expected a text, found none"]),
         (
             {"locality.prompt": "wanted.by", "locality.answer": "three"},

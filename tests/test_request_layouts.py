@@ -484,8 +484,11 @@ def test_a_layout_is_told_by_its_fields(tmp_path: Path, record: dict[str, Any], 
         ({"requested_rewrite": {}}, ["'prompt'", "found none"]),
         ({"requested_rewrite": {"subject": "Zenda Castle"}}, ["'prompt'", "found none"]),
         ({"requested_rewrite": COUNTERFACT["requested_rewrite"] | {"target_new": {}}}, ["'new_answer'"]),
-        ({"requested_rewrite": COUNTERFACT["requested_rewrite"] | {"subject": 5}}, ["'subject'", "string"]),
-        ({"paraphrase_prompts": [5]}, ["'rephrases.0'", "string"]),
+        (
+            {"requested_rewrite": COUNTERFACT["requested_rewrite"] | {"subject": 5}},
+            ["'subject'", "expected a text, found int"],
+        ),
+        ({"paraphrase_prompts": [5]}, ["'rephrases.0'", "expected a text, found int"]),
     ],
 )
 def test_a_bad_counterfact_record_is_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
@@ -498,7 +501,7 @@ def test_a_bad_counterfact_record_is_named(tmp_path: Path, change: dict[str, Any
     [
         ({"target_new": ""}, ["'new_answer'", "found none", "read as EasyEdit"]),
         ({"target_new": []}, ["'new_answer'", "found none"]),
-        ({"target_new": 0}, ["'new_answer'", "string"]),
+        ({"target_new": 0}, ["'new_answer'", "expected a text, found int"]),
         ({"locality": ["x"]}, ["'locality'", "a list of probes, each an object"]),
         ({"locality": "x"}, ["'locality'", "expected a list or an object of probes, found str"]),
         ({"locality": {"Forgetfulness": "x"}}, ["'locality.Forgetfulness'", "a list of probes"]),
@@ -507,7 +510,10 @@ def test_a_bad_counterfact_record_is_named(tmp_path: Path, change: dict[str, Any
             {"locality": {"a": {"prompt": ["1", "2"], "ground_truth": ["1", "2"]}}},
             ["'locality.a'", "a list of probes"],
         ),
-        ({"locality": {"a": [{"prompt": 5, "ground_truth": "x"}]}}, ["'locality.0.prompt'", "string"]),
+        (
+            {"locality": {"a": [{"prompt": 5, "ground_truth": "x"}]}},
+            ["'locality.0.prompt'", "expected a text, found int"],
+        ),
     ],
 )
 def test_a_bad_knowedit_record_is_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
@@ -524,7 +530,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         MQUAKE | {"requested_rewrite": [ZENDA, SECOND]},
         ["record 0: edit 2: field 'new_answer': expected a text, found none (read as MQuAKE)"],
     ),
-    "a question that is a number": (MQUAKE | {"questions": ["x", 5]}, ["'portability.1.prompt': found int"]),
+    "a question that is a number": (
+        MQUAKE | {"questions": ["x", 5]},
+        ["'portability.1.prompt': expected a text, found int"],
+    ),
     "an edit of RippleEdits that is a text": (RIPPLEEDITS | {"edit": "x"}, ["'edit.prompt'", "an object"]),
     "a fact that is no sentence": (
         RIPPLEEDITS | {"edit": {"prompt": "Sapt!"}},
@@ -541,7 +550,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         UNKE | {"sub_answer": ["colonel"]},
         ["portability: 2 prompts, 1 answers", "as many"],
     ),
-    "an answer that is an object": (UNKE | {"answer": {"a": 1}}, ["'new_answer': found dict in place of a string"]),
+    "an answer that is an object": (UNKE | {"answer": {"a": 1}}, ["'new_answer': expected a text, found dict"]),
     "a probe that is a number": (WIKIBIGEDIT | {"loc": 7}, ["'locality.0.prompt'", "int", "read as WikiBigEdit"]),
     "probes that are texts": (QAEDIT | {"locality": ["x"]}, ["'locality'", "a list of probes, each an object"]),
     "a language without an answer": (

@@ -202,12 +202,12 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
     "no new answer": (f'[{GOOD}, {{"prompt": "Two"}}]', ["record 1", "new answer", "expected the fields"]),
     "CounterFact without new": (json.dumps({"prompt": "Two", "ground_truth": "a"}), ["line 1", "target_new"]),
     "zsRE without new": (json.dumps({"src": "Who?", "answers": ["a"]}), ["line 1", "alt"]),
-    "wrong type": (f"{GOOD}\n{own(prompt=5)}", ["line 2", "'prompt'", "string"]),
-    "answer as list": (own(new_answer=["five"]), ["line 1", "'new_answer'", "string"]),
-    "blank answer": (own(new_answer="  "), ["line 1", "'new_answer'", "at least 1 character"]),
+    "wrong type": (f"{GOOD}\n{own(prompt=5)}", ["line 2", "'prompt'", "expected a text, found int"]),
+    "answer as list": (own(new_answer=["five"]), ["line 1", "'new_answer'", "expected a text, found list"]),
+    "blank answer": (own(new_answer="  "), ["line 1", "'new_answer'", "found an empty one"]),
     "rephrases as string": (own(rephrases="Two"), ["line 1", "'rephrases'", "expected a list of texts"]),
     "probe not in a list": (own(locality={"prompt": "One"}), ["line 1", "'locality'", "expected a list of probes"]),
-    "probe without answer": (own(locality=[{"prompt": "One"}]), ["line 1", "'locality.0.answer'", "required"]),
+    "probe without answer": (own(locality=[{"prompt": "One"}]), ["line 1", "'locality.0.answer'", "is missing"]),
     "unknown field": (own(rephrase=["Two"]), ["line 1", "'rephrase'", "there is", "rephrases"]),
     "unknown field of a probe": (
         own(locality=[{"prompt": "One", "answer": "1", "kind": "near"}]),
@@ -215,9 +215,12 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "CounterFact of wrong type": (
         json.dumps(COUNTERFACT | {"target_new": 5}),
-        ["line 1", "'new_answer'", "string (read as EasyEdit)"],
+        ["line 1", "'new_answer'", "found int (read as EasyEdit)"],
     ),
-    "zsRE of wrong type": (json.dumps(ZSRE | {"src": 5}), ["line 1", "'prompt'", "string (read as zsRE (MEND))"]),
+    "zsRE of wrong type": (
+        json.dumps(ZSRE | {"src": 5}),
+        ["line 1", "'prompt'", "found int (read as zsRE (MEND))"],
+    ),
     "duplicate id": (f"{own(id='a')}\n{own(id='b')}\n{own(id='a')}", ["line 3", "'a'", "line 1"]),
     "number as id twice": (f"[{own(id=1)}, {own(id='1')}]", ["record 1", "'1'", "record 0"]),
     "line not an object": (f'{GOOD}\n"Two"', ["line 2", "expected an object", "str"]),
@@ -328,4 +331,4 @@ def test_a_split_is_the_seeds() -> None:
 @pytest.mark.parametrize("subjects", [["Peru"], ["Peru", "peru", "PERU"]])
 def test_one_subject_cannot_be_split(subjects: list[str]) -> None:
     message = refusal(lambda: split_by_subject(about(*subjects), 0.5))
-    assert "1 different subjects" in message and "--profile" in message
+    assert "1 different subjects" in message and "golden profile" in message

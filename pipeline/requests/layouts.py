@@ -207,15 +207,15 @@ def without_empty(row: Record) -> Record:
 
 def _wrong_field(error: ErrorDetails) -> str:
     """Which field is wrong, in what, and what there is instead."""
-    name = ".".join(str(part) for part in error["loc"])
-    message = "expected a text, found none" if error["input"] is None else error["msg"]
-    if error["type"] == "string_type" and error["input"] is not None:
-        message = f"found {type(error['input']).__name__} in place of a string"
-    elif error["type"] == "string_unicode":
-        message = "not UTF-8 text"
-    elif error["type"] == "tuple_type":
-        message = f"expected a list of {'texts' if name == 'rephrases' else 'probes'}"
-    elif error["type"] == "extra_forbidden":
-        model = EditRequest if len(error["loc"]) == 1 else Probe
-        message += f"; there is {', '.join(model.model_fields)}"
-    return f"field {name!r}: {message}"
+    name, found = ".".join(str(part) for part in error["loc"]), type(error["input"]).__name__
+    model = EditRequest if len(error["loc"]) == 1 else Probe
+    words = {
+        "missing": "is missing",
+        "string_type": "expected a text, found " + ("none" if error["input"] is None else found),
+        "string_too_short": "expected a text, found an empty one",
+        "string_unicode": "not UTF-8 text",
+        "tuple_type": f"expected a list of {'texts' if name in ('rephrases', 'forms') else 'probes'}, found {found}",
+        "model_type": f"expected an object with {' and '.join(Probe.model_fields)}, found {found}",
+        "extra_forbidden": f"does not exist; there is {', '.join(model.model_fields)}",
+    }
+    return f"field {name!r}: {words.get(error['type'], error['msg'])}"
