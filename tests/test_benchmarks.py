@@ -13,8 +13,20 @@ import torch
 import yaml
 from conftest import refusal
 
-from benchmarks import attribution, distributed, editing, evaluation, full_size, holding, mixture, serving, updates
+from benchmarks import (
+    attribution,
+    distributed,
+    editing,
+    evaluation,
+    full_size,
+    holding,
+    mixture,
+    newcomer,
+    serving,
+    updates,
+)
 from benchmarks.bench import COUNTERFACT, Bench, most_alive
+from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
@@ -149,6 +161,19 @@ def test_serving(small: Callable[..., None], words: list[str]) -> None:
     assert rows["swaps: median milliseconds"]["value"] > 0
     load = {name.removeprefix("2 clients, 4 swaps: "): row["value"] for name, row in rows.items()}
     assert (load["failed"], load["torn"], load["versions that answered"]) == (0, 0, 3)
+
+
+@pytest.mark.slow
+def test_a_newcomers_way(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (text := tmp_path / "text.txt").write_text("The river of Spain is long, and Norway lies by the sea.\n" * 40)
+    quick = f"--method memit --expert.steps 2 --statistics.tokens 512 --statistics.text {text}"
+    newcomer.main(["--output", str(tmp_path / "out"), "--model", str(tiny_folder), "--flags", quick])
+    told = capsys.readouterr().out
+    assert [line.split()[4] for line in told.splitlines()[:4]] == ["requests", "attribute", "edit", "chat"]
+    assert "minutes in all" in told and "of 2 new answers in the chat, 0 without the edit" in told
+    assert (tmp_path / "out" / "runs" / "mine" / "report.md").is_file()
+    with pytest.raises(UserError, match="holds something"):
+        newcomer.main(["--output", str(tmp_path / "out")])
 
 
 def test_records_that_are_not_there(words: list[str], tmp_path: Path) -> None:

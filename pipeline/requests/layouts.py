@@ -214,7 +214,7 @@ def _wrong_field(error: ErrorDetails) -> str:
         "string_type": "expected a text, found " + ("none" if error["input"] is None else found),
         "string_too_short": "expected a text, found an empty one",
         "string_unicode": "not UTF-8 text",
-        "tuple_type": f"expected a list of {'texts' if name in ('rephrases', 'forms') else 'probes'}, found {found}",
+        "tuple_type": f"expected a list of {'probes' if name in PROBES else 'texts'}, found {found}",
         "model_type": f"expected an object with {' and '.join(Probe.model_fields)}, found {found}",
         "extra_forbidden": f"does not exist; there is {', '.join(model.model_fields)}",
     }
