@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pipeline.study.study import Study
 
 GOLD, BLUE, INK, WHITE = "#E69F00", "#0072B2", "#333333", "#FFFFFF"  # the first two of Okabe and Ito's palette
-WIDTH = 5.8  # inches; TensorBoard's cards are some 400 pixels wide, where 10 points of this are still read
-MARKS = {"before": ("o", WHITE, 0.13), "after": ("D", BLUE, -0.13)}  # shape, filling, place beside the row
+WIDTH = 4.2  # inches; TensorBoard's cards are some 290 pixels wide, where 9 points of this are still read
+BARS = {"before": (WHITE, -0.19), "after": (BLUE, 0.19)}  # filling, place beside the row
 
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are names, whatever signs they hold
@@ -93,29 +93,35 @@ def selector_name(method: str) -> str:
 
 
 def score_figure(profile: GoldenProfile) -> Figure:
-    """A score a block with its interval, the fences, and what they set aside, cut off where it is far outside."""
-    golden = ", ".join(map(str, profile.golden_layers))
-    with look(2.9, f"Golden layer {golden} of {len(profile.scores)} blocks", _choice(profile)) as (figure, axes):
-        bar_per_block(axes, profile.scores, profile.model, profile.golden_layers, profile.excluded)
-        axes.set_ylim(*_limits(profile))
+    """A score a block with its interval, the fences, and what they set aside, cut off where it is far outside.
+
+    Where blocks rank by magnitude, that is what is drawn, and of the fences those on the golden layer's side of 0.
+    """
+    golden, by_size = profile.golden_layers[0], profile.order == "magnitude"
+    title = f"Golden layer {', '.join(map(str, profile.golden_layers))} of {len(profile.scores)} blocks"
+    title += ": " * bool(profile.certainty) + profile.certainty.partition(":")[0]
+    scores_L, fences = np.array(profile.scores), np.array(profile.fences or ())
+    ends = np.array([profile.stability.low, profile.stability.high] if profile.stability else [scores_L] * 2)
+    other = np.flatnonzero(scores_L * scores_L[golden] < 0)
+    if by_size:
+        fences = np.abs(fences[fences * scores_L[golden] >= 0])
+        ends = np.where(ends.prod(0) < 0, [[0], [1]], 1) * np.sort(np.abs(ends), axis=0)
+        scores_L = np.abs(scores_L)
+    with look(2.6, title, _choice(profile)) as (figure, axes):
+        bar_per_block(axes, scores_L.tolist(), profile.model, profile.golden_layers, profile.excluded)
+        if by_size and len(other):
+            axes.bar(other, scores_L[other], color="none", hatch="////", label="of the other sign")
+        shown = np.concatenate([scores_L[profile.ranking], ends[:, profile.ranking].ravel(), [0.0], fences])
+        margin = 0.12 * (np.ptp(shown[np.isfinite(shown)]) or 1.0)
+        axes.set_ylim(np.nanmin(shown) - margin * (not by_size), np.nanmax(shown) + margin)
         if profile.stability:
-            low, high = np.array([profile.stability.low, profile.stability.high])[:, profile.ranking]
-            axes.vlines(profile.ranking, low, high, color=INK, linewidth=1.2, label="95% interval")
-        if profile.fences:
-            axes.hlines(profile.fences, *axes.get_xlim(), color=INK, linestyle="--", label="Tukey's fences")
+            axes.vlines(profile.ranking, *ends[:, profile.ranking], color=INK, linewidth=1.2, label="95% interval")
+        if len(fences):
+            axes.hlines(fences, *axes.get_xlim(), color=INK, linestyle="--", label="Tukey's fences")
         axes.axhline(0, color=INK, linewidth=0.8)
-        axes.set_ylabel("mean score")
-        figure.legend(loc="outside lower left", ncols=5)
+        axes.set_ylabel("|mean score|" if by_size else "mean score")
+        figure.legend(loc="outside lower left", ncols=3)
     return figure
-
-
-def _limits(profile: GoldenProfile) -> tuple[float, float]:
-    """What the vertical axis is to hold: all blocks inside the fences with their intervals."""
-    sides = [profile.scores] + ([profile.stability.low, profile.stability.high] if profile.stability else [])
-    shown = np.concatenate([np.array(sides)[:, profile.ranking].ravel(), [0.0], profile.fences or ()])
-    shown = shown[np.isfinite(shown)]
-    margin = 0.12 * (np.ptp(shown) or 1.0)
-    return float(shown.min() - margin), float(shown.max() + margin)
 
 
 def _choice(profile: GoldenProfile) -> str:
@@ -123,7 +129,7 @@ def _choice(profile: GoldenProfile) -> str:
         "Largest mean score",
         " by magnitude" if profile.order == "magnitude" else "",
         " inside the fences" if profile.fences else "",
-        f"; {profile.certainty}" if profile.certainty else "",
+        f"; {profile.certainty.partition(': ')[2]}" if profile.certainty else "",
         f". {selector_name(profile.method)}",
         f", {profile.scope} weights" if profile.scope else "",
     ]
@@ -134,40 +140,43 @@ def stability_figure(profile: GoldenProfile) -> Figure:
     """How often each block is chosen when the requests are resampled."""
     stability, golden = profile.stability, profile.golden_layers[0]
     assert stability
-    title = f"How sure is block {golden}? {stability.chosen[golden]:.0%}"
-    caption = (
-        f"The {profile.requests} requests were drawn {stability.resamples} times, with replacement; each draw "
-        "chooses a block."
-    )
+    word, _, told = profile.certainty.partition(": ")
+    title = f"How sure is block {golden}? {stability.chosen[golden]:.0%}: {word}"
+    caption = f"The {profile.requests} requests were resampled {stability.resamples} times: {told}."
     with look(2.3, title, caption) as (figure, axes):
-        bar_per_block(axes, stability.chosen, profile.model, [golden])
+        bar_per_block(axes, stability.chosen, profile.model, [golden], profile.excluded)
         axes.set_ylim(0, 1.05)
-        axes.set_ylabel("share of draws")
+        axes.set_ylabel("share of resamples")
+        figure.legend(loc="outside lower left", ncols=3)
     return figure
 
 
-def metrics_figure(evaluation: Evaluation) -> Figure:
-    """The chief shares before and after, a row a metric, with 95% intervals."""
-    metrics = evaluation.before.metrics
-    groups = grouped([name for name in metrics if name in SHARES and name in IN_SHORT])
+def metrics_figure(evaluation: Evaluation, request_set: str) -> Figure:
+    """The chief shares before and after, a row a metric, with 95% intervals; damage that is no share in words."""
+    sides = {side: measured.metrics for side, measured in sides_of(evaluation).items()}
+    *_, last = sides.values()
+    groups = grouped([name for name in last if name in IN_SHORT])
     rows = [row for group, members in groups.items() for row in (group, *members)]
-    count = next(metrics[row].count for row in rows if row in metrics)
+    count = next(last[row].count for row in rows if row in last)
     title = "What the edit changed" if evaluation.after else "What the model does"
-    caption = f"Requests: {count}. Lines: 95% intervals."
+    caption = f"{count} requests of {short(request_set)}. Lines: 95% intervals."
     with look(0.9 + 0.215 * len(rows), title, caption) as (figure, axes):
-        for side, measured in sides_of(evaluation).items():
-            shape, filling, shift = MARKS[side]
-            shown = {place: measured.metrics[row] for place, row in enumerate(rows) if row in measured.metrics}
-            places, means = np.array(list(shown)) + shift, [one.mean for one in shown.values()]
-            axes.hlines(
-                places, [one.low for one in shown.values()], [one.high for one in shown.values()], color=INK
-            )
-            axes.plot(means, places, shape, markersize=6, color=INK, markerfacecolor=filling, label=side)
+        for side, metrics in sides.items():
+            filling, shift = BARS[side]
+            shown = {at: metrics[row] for at, row in enumerate(rows) if row in SHARES and row in metrics}
+            places, found = np.array(list(shown)) + shift, list(shown.values())
+            axes.barh(places, [one.mean for one in found], 0.38, color=filling, label=side)
+            axes.hlines(places, [one.low for one in found], [one.high for one in found], color=INK)
+        for at, row in enumerate(rows):
+            if row in last and row not in SHARES:
+                told = [f"{each[row].mean:.4g}" for each in sides.values() if row in each]
+                ratio = f": × {last[row].mean / evaluation.before.metrics[row].mean:.3f}" if told[1:] else ""
+                axes.text(0.01, at, ", then ".join(told) + ratio + " nats" * row.endswith("_kl"), va="center")
         axes.set_yticks(range(len(rows)), [label(row) for row in rows])
         for row, tick in zip(rows, axes.get_yticklabels(), strict=True):
             tick.set_fontweight("bold" if row in groups else "normal")
         axes.set_ylim(len(rows) - 0.4, -0.7)
-        axes.set_xlim(-0.03, 1.03)
+        axes.set_xlim(0, 1.03)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", linewidth=0.4)
         axes.set_xlabel("share, by the request")
@@ -192,7 +201,7 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         axes.set_ylim(0, 1.03)
         along_blocks(axes, study.model)
         axes.set_ylabel("share, teacher-forced")
-        figure.legend(loc="outside lower left", ncols=3)
+        figure.legend(loc="outside lower left", ncols=2)
     return figure
 
 
