@@ -220,7 +220,7 @@ def read(name: str, value: Any, kind: Any) -> Any:
     elif isinstance(value, str) and kind is not str:
         with suppress(yaml.YAMLError):
             value = read_yaml(value)
-    for one in (value, given, [given]):  # where a list is wanted, one is a list of it
+    for one in (value, given, [value]):  # where a list is wanted, one is a list of it
         if fits(one, kind):
             return float(one) if type(one) is int and not fits("", kind) and fits(0.5, kind) else one
     found = given if isinstance(given, str) else "nothing" if given is None else reprlib.repr(given)

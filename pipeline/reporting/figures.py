@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.reporting.tables import IN_SHORT, SHARES, grouped, label, sides_of
+from pipeline.reporting.tables import AXES, SHARES, label, sides_of
 from pipeline.study.grid import JUDGED_BY, mean_of
 
 if TYPE_CHECKING:
@@ -25,10 +25,18 @@ if TYPE_CHECKING:
 
 GOLD, BLUE, INK, WHITE = "#E69F00", "#0072B2", "#333333", "#FFFFFF"  # the first two of Okabe and Ito's palette
 WIDTH = 4.2  # inches; TensorBoard's cards are some 290 pixels wide, where 9 points of this are still read
+ROWS = {  # gains, and damage
+    "what was to change": (
+        *("rephrase_containment", "made_rephrase_containment", "made_chat_containment"),
+        *("generation_containment", "rewrite", "portability"),
+    ),
+    "what was to stay": ("locality", *AXES, "made_subject", "made_neighbour", "sane_texts", "perplexity"),
+}
 BARS = {"before": (WHITE, -0.19), "after": (BLUE, 0.19)}  # filling, place beside the row
 
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are names, whatever signs they hold
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": cycler(color=[BLUE, INK, INK, GOLD], linestyle=["-", "--", ":", "-."], marker=list("os^D")),
@@ -107,7 +115,7 @@ def score_figure(profile: GoldenProfile) -> Figure:
         fences = np.abs(fences[fences * scores_L[golden] >= 0])
         ends = np.where(ends.prod(0) < 0, [[0], [1]], 1) * np.sort(np.abs(ends), axis=0)
         scores_L = np.abs(scores_L)
-    with look(2.6, title, _choice(profile)) as (figure, axes):
+    with look(2.3, title, _choice(profile)) as (figure, axes):
         bar_per_block(axes, scores_L.tolist(), profile.model, profile.golden_layers, profile.excluded)
         if by_size and len(other):
             axes.bar(other, scores_L[other], color="none", hatch="////", label="of the other sign")
@@ -143,7 +151,7 @@ def stability_figure(profile: GoldenProfile) -> Figure:
     word, _, told = profile.certainty.partition(": ")
     title = f"How sure is block {golden}? {stability.chosen[golden]:.0%}: {word}"
     caption = f"The {profile.requests} requests were resampled {stability.resamples} times: {told}."
-    with look(2.3, title, caption) as (figure, axes):
+    with look(2.2, title, caption) as (figure, axes):
         bar_per_block(axes, stability.chosen, profile.model, [golden], profile.excluded)
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("share of resamples")
@@ -152,29 +160,28 @@ def stability_figure(profile: GoldenProfile) -> Figure:
 
 
 def metrics_figure(evaluation: Evaluation, request_set: str) -> Figure:
-    """The chief shares before and after, a row a metric, with 95% intervals; damage that is no share in words."""
+    """Gains and damage before and after, a row a metric, shares with 95% intervals, perplexity in words."""
     sides = {side: measured.metrics for side, measured in sides_of(evaluation).items()}
     *_, last = sides.values()
-    groups = grouped([name for name in last if name in IN_SHORT])
-    rows = [row for group, members in groups.items() for row in (group, *members)]
-    count = next(last[row].count for row in rows if row in last)
+    rows = [row for group, members in ROWS.items() for row in (group, *members) if row in last or row in ROWS]
+    count = max(last[row].count for row in rows if row in last and row != "perplexity")
     title = "What the edit changed" if evaluation.after else "What the model does"
     caption = f"{count} requests of {short(request_set)}. Lines: 95% intervals."
-    with look(0.9 + 0.215 * len(rows), title, caption) as (figure, axes):
+    with look(0.8 + 0.2 * len(rows), title, caption) as (figure, axes):
         for side, metrics in sides.items():
             filling, shift = BARS[side]
             shown = {at: metrics[row] for at, row in enumerate(rows) if row in SHARES and row in metrics}
             places, found = np.array(list(shown)) + shift, list(shown.values())
             axes.barh(places, [one.mean for one in found], 0.38, color=filling, label=side)
             axes.hlines(places, [one.low for one in found], [one.high for one in found], color=INK)
-        for at, row in enumerate(rows):
-            if row in last and row not in SHARES:
-                told = [f"{each[row].mean:.4g}" for each in sides.values() if row in each]
-                ratio = f": × {last[row].mean / evaluation.before.metrics[row].mean:.3f}" if told[1:] else ""
-                axes.text(0.01, at, ", then ".join(told) + ratio + " nats" * row.endswith("_kl"), va="center")
+        if "perplexity" in last:
+            means = [metrics["perplexity"].mean for metrics in sides.values()]
+            told = ", then ".join(f"{mean:.4g}" for mean in means)
+            told += f": × {means[-1] / means[0]:.3f}" * (len(means) > 1)
+            axes.text(0.01, rows.index("perplexity"), told, va="center")
         axes.set_yticks(range(len(rows)), [label(row) for row in rows])
         for row, tick in zip(rows, axes.get_yticklabels(), strict=True):
-            tick.set_fontweight("bold" if row in groups else "normal")
+            tick.set_fontweight("bold" if row in ROWS else "normal")
         axes.set_ylim(len(rows) - 0.4, -0.7)
         axes.set_xlim(0, 1.03)
         axes.tick_params(axis="y", length=0)
@@ -217,9 +224,9 @@ def selectors_figure(study: Study, name: str, method: str) -> Figure:
     ):
         bars = axes.barh(range(len(rows)), regrets, 0.75, color=colors)
         axes.bar_label(bars, [f"{row['regret']:.3f}, block {row['block']}" for row in rows], padding=2, fontsize=8)
-        names = [short(selector_name(str(row["selector"])), 32) for row in rows]
+        names = [short(selector_name(str(row["selector"])), 22) for row in rows]
         axes.set_yticks(range(len(rows)), names, fontsize=9)
-        axes.set_xlim(0, 1.5 * max(0.02, *regrets))
+        axes.set_xlim(0, 2.0 * max(0.02, *regrets))
         axes.set_xlabel("regret")
     return figure
 

@@ -164,7 +164,7 @@ def callbacks_of(options: TrainerOptions) -> list[Callback]:
             if not isinstance(made[-1], Callback):
                 raise TypeError("it is no Callback of lightning.pytorch")
         except Exception as error:
-            expected = "expected such as LearningRateMonitor or mypackage.Watch"
+            expected = "expected such as LearningRateMonitor, mypackage.Watch or {class_path: NAME, init_args: ...}"
             raise UserError(f"trainer.callbacks: {one}: {one_line(error)}; {expected}") from error
     return made
 
