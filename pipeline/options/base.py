@@ -102,13 +102,8 @@ def between(low: float, high: float) -> Bound:
 
 
 def one_of(*choices: str) -> Bound:
-    """A bound: the value is one of these, or a list of some of them."""
-
-    def check(name: str, value: Any) -> None:
-        for one in value if isinstance(value, list) else [value]:
-            check_choice(name, one, choices)
-
-    return check
+    """A bound: the value is one of these."""
+    return lambda name, value: check_choice(name, value, choices)
 
 
 def matching(pattern: str, what: str) -> Bound:

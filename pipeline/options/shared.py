@@ -32,9 +32,7 @@ class TrainerOptions(Options):
     with the same result. Default: all."""
     activation_checkpointing: bool = False
     """Keep only what enters a block, and run it again when its gradients are due: less memory for more time."""
-    logger: Annotated[Names, one_of("tensorboard", "csv", "wandb", "mlflow")] = field(
-        default_factory=lambda: ["tensorboard"]
-    )
+    logger: Names = field(default_factory=lambda: ["tensorboard"])
     """Where a command's curves and figures go: tensorboard, csv, wandb or mlflow, one or several."""
     profiler: Annotated[str | None, one_of("simple", "advanced", "pytorch")] = None
     """simple, advanced or pytorch. Lightning's; a file a stage, in the output folder's profile/."""

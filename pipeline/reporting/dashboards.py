@@ -19,7 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, check_choice, one_line
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.reporting.tables import GROUPS
 from pipeline.updates.disk import read_metrics, transaction
@@ -33,10 +33,11 @@ PROJECT = "golden-layers"  # what runs are gathered under by loggers that gather
 def loggers_of(kinds: Sequence[str], folder: Path) -> list[Any]:
     """Lightning's loggers of these kinds, for a run of an output folder.
 
-    All but TensorBoard begin now: UserError for one that is not installed, or does not reach its server.
+    All but TensorBoard begin now: UserError for one that does not exist, is not installed, or has no server.
     """
     loggers: list[Any] = []
     for kind in kinds:
+        check_choice("trainer.logger", kind, MAKERS)
         try:
             loggers.append(MAKERS[kind](folder))
             if kind != "tensorboard":
@@ -47,10 +48,7 @@ def loggers_of(kinds: Sequence[str], folder: Path) -> list[Any]:
 
 
 def show_results(loggers: Sequence[Logger], evaluation: Evaluation, row: dict[str, str]) -> None:
-    """Show a row of HPARAMS with what came out in the end, a point a metric; what was before is in the figure.
-
-    Perplexity is shown as a multiple of what it was before.
-    """
+    """Show a row of HPARAMS and what came out, a point a metric, perplexity as a multiple of what it was before."""
     before, after = evaluation.before.metrics, (evaluation.after or evaluation.before).metrics
     shown = {tag(name): one.mean for name, one in after.items() if name != "perplexity"}
     shown[f"{tag('perplexity')}_ratio"] = after["perplexity"].mean / before["perplexity"].mean
@@ -78,10 +76,7 @@ def hparams_row(
     update: WeightUpdate | None,
     profile: GoldenProfile | None,
 ) -> dict[str, str]:
-    """A run's row in HPARAMS; all runs have the same columns, as TensorBoard shows the first run's.
-
-    All are texts: of numbers TensorBoard shows four digits behind the point.
-    """
+    """A run's row in HPARAMS, in texts: numbers get four digits there. All runs have the columns of the first."""
     named = options.get("layers") or options.get("edit", {}).get("layers")
     blocks, settings = (update.layers, update.options) if update else ([], {})
     chosen_by = "hand" if named else "not known" if update else "none"

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.reporting.tables import AXES, SHARES, label, sides_of
+from pipeline.reporting.tables import AXES, label, sides_of
 from pipeline.study.grid import JUDGED_BY, mean_of
 
 if TYPE_CHECKING:
@@ -170,15 +170,13 @@ def metrics_figure(evaluation: Evaluation, request_set: str) -> Figure:
     with look(0.8 + 0.2 * len(rows), title, caption) as (figure, axes):
         for side, metrics in sides.items():
             filling, shift = BARS[side]
-            shown = {at: metrics[row] for at, row in enumerate(rows) if row in SHARES and row in metrics}
+            shown = {at: metrics[row] for at, row in enumerate(rows) if row in metrics and row != "perplexity"}
             places, found = np.array(list(shown)) + shift, list(shown.values())
             axes.barh(places, [one.mean for one in found], 0.38, color=filling, label=side)
             axes.hlines(places, [one.low for one in found], [one.high for one in found], color=INK)
-        if "perplexity" in last:
-            means = [metrics["perplexity"].mean for metrics in sides.values()]
-            told = ", then ".join(f"{mean:.4g}" for mean in means)
-            told += f": × {means[-1] / means[0]:.3f}" * (len(means) > 1)
-            axes.text(0.01, rows.index("perplexity"), told, va="center")
+        first, now = evaluation.before.metrics["perplexity"].mean, last["perplexity"].mean
+        told = f"{first:.4g}, then {now:.4g}: × {now / first:.3f}" if evaluation.after else f"{first:.4g}"
+        axes.text(0.01, rows.index("perplexity"), told, va="center")
         axes.set_yticks(range(len(rows)), [label(row) for row in rows])
         for row, tick in zip(rows, axes.get_yticklabels(), strict=True):
             tick.set_fontweight("bold" if row in ROWS else "normal")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
@@ -70,7 +71,8 @@ class RunLog:
         self.work = output.unfinished  # in progress
         self.options = options
         self.loggers = loggers_of(options.get("trainer", {}).get("logger", ["tensorboard"]), self.folder)
-        self.boards = [one for one in self.loggers if isinstance(one, TensorBoardLogger)]
+        boards = (one for one in self.loggers if isinstance(one, TensorBoardLogger))
+        self.board = next(boards, DummyLogger())  # for texts and figures
 
     @rank_zero_only
     def keep_profile(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
@@ -82,8 +84,7 @@ class RunLog:
         self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png"}
         if not shown:
             self._profile_figures(profile)
-            for board in self.boards:
-                board.experiment.flush()
+            self.board.experiment.flush()
         show_profile(profile)
 
     def has(self, file: str) -> bool:
@@ -167,10 +168,8 @@ class RunLog:
 
     def _text(self, tag: str, text: str) -> None:
         """Markdown without its pictures, which TensorBoard shows elsewhere."""
-        for board in self.boards:
-            board.experiment.add_text(tag, PICTURE.sub("", text))
+        self.board.experiment.add_text(tag, PICTURE.sub("", text))
 
     def _figure(self, tag: str, file: str, figure: Figure) -> None:
         write_whole(self.folder / file, lambda partial: figure.savefig(partial, format="png"))
-        for board in self.boards:
-            board.experiment.add_figure(tag, figure, close=False)
+        self.board.experiment.add_figure(tag, figure, close=False)
