@@ -33,7 +33,7 @@ class TrainerOptions(Options):
     activation_checkpointing: bool = False
     """Keep only what enters a block, and run it again when its gradients are due: less memory for more time."""
     logger: Names = field(default_factory=lambda: ["tensorboard"])
-    """Where a command's curves and figures go: tensorboard, csv, wandb or mlflow, one or several."""
+    """Where curves and results go: tensorboard, which has figures as well, csv, wandb or mlflow, or several."""
     profiler: Annotated[str | None, one_of("simple", "advanced", "pytorch")] = None
     """simple, advanced or pytorch. Lightning's; a file a stage, in the output folder's profile/."""
     callbacks: list[str | dict[str, Any]] = field(default_factory=list)
