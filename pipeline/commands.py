@@ -130,7 +130,7 @@ def evaluate(options: of.EvaluateCommand) -> None:
         if update:
             note_chat(llm, "update", update.chat)
         measured = measure(llm, requests, update, options, options.trainer, log.work)
-        log.keep_metrics(llm.name, requests, measured)
+        log.keep_metrics(llm.name, requests, measured, update, made=False)
 
 
 def export(options: of.ExportCommand) -> None:

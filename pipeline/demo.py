@@ -52,7 +52,7 @@ def show(llm: LLM, options: DemoCommand, log: RunLog) -> None:
         "down-projection is solved for in closed form, so that ordinary text goes through as before."
     )
     how = EditOptions(method="memit")
-    update = edit(llm, facts, profile, how, options.trainer, log.tensorboard, options.seed)
+    update = edit(llm, facts, profile, how, options.trainer, log.loggers, options.seed)
 
     step(4, "Ask again, also in other words")
     with update.applied(llm):

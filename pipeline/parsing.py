@@ -135,7 +135,7 @@ def _from_words(name: str, words: Sequence[str]) -> Iterator[Given]:
             raise UserError(_unknown(name, flag, known))
         if path in bare:
             raise UserError(f"{path}: given twice, as a word and with --{path}; give one of them")
-        several = kind in (list[int], list[int] | None, list[str], list[str] | None)
+        several = kind is not Any and fits([], kind)
         values = [value] if equals else []
         while not equals and rest and not rest[0].startswith("--") and (several or not values):
             values.append(rest.pop(0))

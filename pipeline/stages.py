@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipeline.reporting.terminal import say
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.running.processes import check_alike, join
-from pipeline.running.trainer import hush, weights_dtype
+from pipeline.running.trainer import callbacks_of, hush, weights_dtype
 
 
 def prepare(options: CommandOptions) -> None:
@@ -38,11 +38,16 @@ def prepare(options: CommandOptions) -> None:
     seed_everything(getattr(options, "seed", 0), verbose=False)
 
 
-def working(options: Any, command: str, may_change: Collection[str] = ()) -> AbstractContextManager[RunLog]:
-    """The command's output folder, tensorboard and report, made once its name is known to be free."""
+@contextmanager
+def working(options: Any, command: str, may_change: Collection[str] = ()) -> Iterator[RunLog]:
+    """The command's output folder, loggers and report, made once its name is known to be free."""
     prepare(options)
     saved = as_config(options) | {"overwrite": False}  # who repeats the command by them replaces nothing unasked
-    return run_log(command, options.output, options.overwrite, saved, may_change)
+    with run_log(command, options.output, options.overwrite, saved, may_change) as log:
+        if isinstance(options, ComputeOptions):
+            options.trainer.folder = log.folder
+            callbacks_of(options.trainer)  # what is wrong with them is known before the work
+        yield log
 
 
 def read_requests(options: RequestOptions) -> list[EditRequest]:
@@ -110,7 +115,7 @@ def edit_and_prove(
     if log.has(UPDATE_FILE):
         update = WeightUpdate.load(log.folder)
     else:
-        update = edit(llm, requests, profile, how, trainer, log.tensorboard, options.seed, after, work / "edit")
+        update = edit(llm, requests, profile, how, trainer, log.loggers, options.seed, after, work / "edit")
     with log.keeping(update):
         measured = evaluate(llm, update.requests, update, options.evaluation, trainer, work)
     log.keep_metrics(llm.name, update.requests, measured, update, profile)

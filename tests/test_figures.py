@@ -21,6 +21,7 @@ from pipeline.options.attribution import AttributionOptions
 from pipeline.reporting.figures import (
     BLUE,
     GOLD,
+    ROWS,
     WIDTH,
     metrics_figure,
     score_figure,
@@ -29,7 +30,6 @@ from pipeline.reporting.figures import (
     stability_figure,
     sweep_figure,
 )
-from pipeline.reporting.tables import IN_SHORT, SHARES
 from pipeline.study.grid import Grid
 from pipeline.study.study import Study
 
@@ -77,6 +77,40 @@ def test_where_to_edit(blocks: int, requests: int, model: str) -> None:
         assert str(profile.golden_layers[0]) in figure.texts[0].get_text(), "the choice stands in the title"
 
 
+def heights(figure: Figure, label: str) -> list[float]:
+    """Of the bars of a label."""
+    (bars,) = [bars for bars in figure.axes[0].containers if bars.get_label() == label]
+    return [bar.get_height() for bar in bars]
+
+
+def test_where_size_counts_it_is_what_is_drawn() -> None:
+    profile, _ = found(30, 80, order="magnitude")
+    figure, golden = score_figure(profile), profile.scores[profile.golden_layers[0]]
+    look_at(figure)
+    assert min(bar.get_height() for bars in figure.axes[0].containers for bar in bars) >= 0
+    assert heights(figure, "golden") == [abs(golden)]
+    other = [score for score in profile.scores if score * golden < 0]
+    assert heights(figure, "of the other sign") == [abs(score) for score in other]
+    signed, _ = found(30, 80)
+    drawn = [bar.get_height() for bars in score_figure(signed).axes[0].containers for bar in bars]
+    assert sorted(drawn) == sorted(signed.scores)
+
+
+@pytest.mark.parametrize(("share", "word"), [(0.95, "clear"), (0.6, "likely"), (0.2, "in doubt")])
+def test_how_sure_the_choice_is_in_a_word(share: float, word: str) -> None:
+    profile, _ = found(10, 20)
+    assert profile.stability and profile.excluded
+    golden, aside = profile.golden_layers[0], profile.excluded[0]
+    chosen = [share if block == golden else (1 - share) * (block == aside) for block in range(10)]
+    profile = profile.model_copy(update={"stability": profile.stability.model_copy(update={"chosen": chosen})})
+    assert score_figure(profile).texts[0].get_text() == f"Golden layer {golden} of 10 blocks: {word}"
+    figure = stability_figure(profile)
+    title, caption = (" ".join(text.get_text().split()) for text in figure.texts)
+    assert title == f"How sure is block {golden}? {share:.0%}: {word}"
+    assert (f"block {aside}, which the fences set aside, in 80%" in caption) == (word == "in doubt")
+    assert max(heights(figure, "set aside")) == pytest.approx(1 - share)
+
+
 def test_what_a_profile_may_lack() -> None:
     profile, _ = found(30, 8)
     look_at(score_figure(profile.model_copy(update={"stability": None, "fences": None, "excluded": []})))
@@ -94,14 +128,17 @@ def evaluation(names: tuple[str, ...], after: bool = True, count: int = 80) -> E
 
 
 @pytest.mark.parametrize("after", [True, False])
-@pytest.mark.parametrize("names", [("rewrite",), tuple(name for name in SHARES if name in IN_SHORT)])
+@pytest.mark.parametrize("names", [("rewrite", "perplexity"), tuple(name for row in ROWS.values() for name in row)])
 def test_before_and_after(names: tuple[str, ...], after: bool) -> None:
-    figure = metrics_figure(evaluation(names, after, count=1))
+    figure = metrics_figure(evaluation(names, after, count=1), "facts.jsonl, limit 16")
     look_at(figure)
     (axes,) = figure.axes
-    assert len([line for line in axes.get_yticklabels() if line.get_fontweight() != "bold"]) == len(names)
+    assert [line.get_text() for line in axes.get_yticklabels() if line.get_fontweight() == "bold"] == [*ROWS]
+    assert len(axes.get_yticklabels()) == len(ROWS) + len(names)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == (["before", "after"] if after else ["before"])
+    assert [text.get_text() for text in axes.texts] == ["0.1, then 0.9: × 9.000" if after else "0.1"], "perplexity"
+    assert "1 requests of facts.jsonl, limit 16" in figure.texts[1].get_text()
 
 
 def study(blocks: int, requests: int, name: str) -> Study:

@@ -57,7 +57,7 @@ def test_the_wheel_holds_every_file_of_the_project(installed: Path) -> None:
     [
         (["--version"], [f"golden-layers {__version__} (Python 3.", "torch ", "lightning ", "transformers "]),
         (["--print_config"], ["order: magnitude", "proxy_fraction: 0.9"]),  # those of default.yaml
-        (["run", "--config", "debug", "--print_config"], ["epochs: 3", "limit: 16"]),
+        (["run", "--config", "debug", "--print_config"], ["steps: 15", "limit: 16"]),
         (["requests"], ["160"]),  # the demo's
     ],
     ids=" ".join,

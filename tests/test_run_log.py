@@ -41,7 +41,7 @@ def test_a_resumed_command_shows_its_profile_once(in_progress: bool, tmp_path: P
         assert again == profile
         log.keep_profile(again)
     board = board_of(out)
-    assert [point.step for point in board.Scalars("attribution/score_by_block")] == [0, 1, 2, 3]
+    assert not board.Tags()["scalars"], "blocks are no steps of a curve"
     assert [len(board.Images(tag)) for tag in board.Tags()["images"]] == [1, 1]
     assert (out / "stability.png").is_file()
 

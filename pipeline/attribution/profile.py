@@ -24,6 +24,7 @@ from pipeline.shipped import program
 
 PROFILE_FILE, SCORES_FILE = "golden_profile.json", "scores.safetensors"
 RESAMPLES = 1000
+CLEAR, LIKELY = 0.9, 0.5  # shares of resamples that name the golden layer
 
 
 class Selection(NamedTuple):
@@ -163,11 +164,15 @@ class GoldenProfile(BaseModel):
 
     @property
     def certainty(self) -> str:
-        """How sure the choice is, in a phrase; empty where that is not known."""
+        """How sure the choice is, in a word and then in a phrase; empty where that is not known."""
         if self.stability is None:
             return ""
-        golden = self.golden_layers[0]
-        return f"block {golden}, chosen in {self.stability.chosen[golden]:.0%} of resamples"
+        golden, chosen = self.golden_layers[0], self.stability.chosen
+        share, first = chosen[golden], int(np.argmax(chosen))
+        aside = ", which the fences set aside," if first in self.excluded else ""
+        more = f"; block {first}{aside} in {chosen[first]:.0%}" if chosen[first] > share else ""
+        word = "clear" if share >= CLEAR else "likely" if share >= LIKELY else "in doubt"
+        return f"{word}: block {golden}, chosen in {share:.0%} of resamples{more}"
 
     @property
     def other_choice(self) -> tuple[str, int] | None:

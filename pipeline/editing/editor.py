@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from pipeline.attribution.profile import GoldenProfile
@@ -27,7 +26,7 @@ from pipeline.options.shared import TrainerOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import check_subjects, fact, settle
 from pipeline.running.sharding import whole
-from pipeline.running.trainer import Runtime
+from pipeline.running.trainer import Loggers, Runtime
 
 ROUNDING = 1e-5  # relative: what adding and taking away changes may leave of them
 
@@ -38,7 +37,7 @@ def edit(
     profile: GoldenProfile | None = None,
     options: EditOptions | None = None,
     trainer: TrainerOptions | Trainer | None = None,
-    logger: Logger | bool = False,
+    logger: Loggers = False,
     seed: int = 0,
     after: WeightUpdate | None = None,
     work: Path | None = None,
@@ -49,7 +48,7 @@ def edit(
         profile: where to edit, unless `options.layers` says so.
         options: by which method and how.
         trainer: what it runs on: a Trainer, or options to make one of for each stage.
-        logger: where the curves go.
+        logger: where the curves go: one of Lightning's, or several.
         seed: of the mini-batches' order.
         after: an earlier update to edit on top of; the result holds both.
         work: a folder for work in progress; an edit that finds its own there goes on from it.

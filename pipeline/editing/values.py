@@ -12,7 +12,6 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -180,8 +179,8 @@ class ValueSearch(Stage):
 
     def _show(self, nll_G: Tensor) -> None:
         """Show the mean loss of the batch at work; batch follows batch on one axis."""
-        if isinstance(self.logger, Logger):
-            self.logger.log_metrics({"edit/value_loss": nll_G.mean().item()}, self.shown)
+        for logger in self.loggers:
+            logger.log_metrics({"edit/value_loss": nll_G.mean().item()}, self.shown)
         self.shown += 1
 
 

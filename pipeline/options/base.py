@@ -31,6 +31,7 @@ KINDS = {  # types as a user would name them
     str: "a text",
     list[int]: "a list of whole numbers, such as 3 or 3 4",
     list[str]: "a list of texts",
+    list[str | dict[str, Any]]: "a list of names, or of {class_path: NAME, init_args: {...}}",
     dict[str, Any]: 'a mapping, such as {"epochs": 4}',
     dict[str, str]: "a mapping of texts, such as prompt=src,new_answer=alt",
 }
@@ -218,7 +219,7 @@ def read(name: str, value: Any, kind: Any) -> Any:
     elif isinstance(value, str) and kind is not str:
         with suppress(yaml.YAMLError):
             value = read_yaml(value)
-    for one in (value, given):
+    for one in (value, given, [value]):  # where a list is wanted, one is a list of it
         if fits(one, kind):
             return float(one) if type(one) is int and not fits("", kind) and fits(0.5, kind) else one
     found = given if isinstance(given, str) else "nothing" if given is None else reprlib.repr(given)

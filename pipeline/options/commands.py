@@ -8,6 +8,7 @@ from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import Count, FromZero, Most, Names, above, at_least, at_most, between, group, one_of
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import (
+    WATCHING,
     AskedModelOptions,
     ComputeOptions,
     EvaluationOptions,
@@ -20,13 +21,14 @@ from pipeline.options.shared import (
     TrainerOptions,
 )
 
-ONE_HOST = ("num_nodes", "activation_checkpointing")  # no flags where little is done
+ONE_HOST = ("num_nodes", "activation_checkpointing", *WATCHING)  # no flags where little is done
 
 
 @dataclass(kw_only=True)
 class RunCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions):
     """Find the golden layer with one part of the requests, edit the other part there, and prove it."""
 
+    trainer: TrainerOptions = group(TrainerOptions)
     proxy_fraction: Annotated[float, between(0, 1)] = 0.5
     """Share of the requests that finds the golden layer; the others are edited."""
     profile: str | None = None
@@ -42,11 +44,14 @@ class AttributeCommand(
 ):
     """Find the golden layer of a model from a set of edit requests, and keep it as a profile."""
 
+    trainer: TrainerOptions = group(TrainerOptions)
+
 
 @dataclass(kw_only=True)
 class EditCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions, EditOptions):
     """Edit requests at the golden layer, measure before and after, and keep the update."""
 
+    trainer: TrainerOptions = group(TrainerOptions)
     profile: str | None = None
     """The golden profile to edit by: FILE of `attribute`, or its folder."""
     fact: list[str] | None = None
@@ -224,7 +229,7 @@ class PlanCommand(ModelOptions, OutputOptions):
     """The golden layer; an edit of block 0 takes the most."""
     method: Names = field(default_factory=lambda: ["auto", "finetune", "lora", "memit"])
     """Ways to edit, as --method of `edit` names them."""
-    trainer: TrainerOptions = group(TrainerOptions, without=("num_nodes",))
+    trainer: TrainerOptions = group(TrainerOptions, without=("num_nodes", *WATCHING))
     attribution: AttributionOptions = group(
         AttributionOptions, without=("method", "layer", "old_answers", "order", "top_k")
     )

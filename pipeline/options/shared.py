@@ -1,13 +1,15 @@
 """What several commands have in common: the model, the requests, the output folder, what it runs on."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
 
 from pipeline.errors import UserError
-from pipeline.options.base import NO_FLAG, Count, FromZero, Most, Options, at_least, at_most, group, one_of
+from pipeline.options.base import NO_FLAG, Count, FromZero, Most, Names, Options, at_least, at_most, group, one_of
 
 BUNDLED = "smollm2"  # SmolLM2-135M-Instruct, of a package of its own
 SHARDED = ("fsdp", "fsdp2")  # strategies that spread a model's weights over the devices
+WATCHING = ("logger", "profiler", "callbacks")  # no flags where no output folder is written
 
 
 @dataclass(kw_only=True)
@@ -30,6 +32,14 @@ class TrainerOptions(Options):
     with the same result. Default: all."""
     activation_checkpointing: bool = False
     """Keep only what enters a block, and run it again when its gradients are due: less memory for more time."""
+    logger: Names = field(default_factory=lambda: ["tensorboard"])
+    """Where curves and results go: tensorboard, which has figures as well, csv, wandb or mlflow, or several."""
+    profiler: Annotated[str | None, one_of("simple", "advanced", "pytorch")] = None
+    """simple, advanced or pytorch. Lightning's; a file a stage, in the output folder's profile/."""
+    callbacks: list[str | dict[str, Any]] = field(default_factory=list)
+    """Lightning's callbacks by name, such as LearningRateMonitor, and your own, such as mypackage.Watch; in YAML
+    also {class_path: NAME, init_args: {...}}. Each stage's Trainer has its own."""
+    folder: Annotated[Path | None, NO_FLAG] = None  # the output folder, once there is one
 
     def check_whole(self, what: str) -> None:
         """Raise UserError when the strategy spreads the model's weights, which `what` cannot do with."""
@@ -102,7 +112,7 @@ class ResumeOptions(OutputOptions):
 class ComputeOptions(Options):
     """What it is computed on."""
 
-    trainer: TrainerOptions = group(TrainerOptions)
+    trainer: TrainerOptions = group(TrainerOptions, without=WATCHING)
 
 
 @dataclass(kw_only=True)
@@ -110,7 +120,7 @@ class OneDeviceOptions(ComputeOptions):
     """What it is computed on, where one process on one device is enough."""
 
     trainer: TrainerOptions = group(
-        TrainerOptions, without=("devices", "num_nodes", "strategy", "activation_checkpointing")
+        TrainerOptions, without=("devices", "num_nodes", "strategy", "activation_checkpointing", *WATCHING)
     )
 
     def check(self) -> None:

@@ -1,16 +1,17 @@
-"""TensorBoard: tags in the order of reading, a row of HPARAMS a run; of a store one run, a step a version.
+"""Loggers, and what they are given: tags in the order of reading, a row of HPARAMS a run, a store's versions.
 
-TensorBoard sorts by name: numbers in tags put stages, groups and figures in the order that people want them in.
+Only what has steps is a curve, which TensorBoard smooths. It sorts by name: numbers in tags put stages, groups and
+figures in the order that people want them in.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -18,12 +19,45 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
+from pipeline.errors import UserError, check_choice, one_line
+from pipeline.evaluation.evaluator import Evaluation
 from pipeline.reporting.tables import GROUPS
 from pipeline.updates.disk import read_metrics, transaction
 from pipeline.updates.store import Store
 
 BOARD, EVENTS = "tensorboard", "events.out.tfevents.0.store"  # the folder of a store's run, and its file
 COUNTS = ("applied", "held_back", "retracted", "facts")
+PROJECT = "golden-layers"  # what runs are gathered under by loggers that gather them
+
+
+def loggers_of(kinds: Sequence[str], folder: Path) -> list[Any]:
+    """Lightning's loggers of these kinds, for a run of an output folder.
+
+    All but TensorBoard begin now: UserError for one that does not exist, is not installed, or has no server.
+    """
+    loggers: list[Any] = []
+    for kind in kinds:
+        check_choice("trainer.logger", kind, MAKERS)
+        try:
+            loggers.append(MAKERS[kind](folder))
+            if kind != "tensorboard":
+                loggers[-1].experiment  # noqa: B018
+        except Exception as error:
+            raise UserError(f"trainer.logger: {kind}: {one_line(error)}") from error
+    return loggers
+
+
+def show_results(loggers: Sequence[Logger], evaluation: Evaluation, row: dict[str, str]) -> None:
+    """Show a row of HPARAMS and what came out, a point a metric, perplexity as a multiple of what it was before."""
+    before, after = evaluation.before.metrics, (evaluation.after or evaluation.before).metrics
+    shown = {tag(name): one.mean for name, one in after.items() if name != "perplexity"}
+    shown[f"{tag('perplexity')}_ratio"] = after["perplexity"].mean / before["perplexity"].mean
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(row, shown, 0)
+        else:
+            logger.log_hyperparams(row)
+            logger.log_metrics(shown)
 
 
 def tag(name: str, stage: str = "evaluation") -> str:
@@ -41,21 +75,33 @@ def hparams_row(
     options: Mapping[str, Any],
     update: WeightUpdate | None,
     profile: GoldenProfile | None,
-) -> dict[str, str | float]:
-    """A run's row in HPARAMS; all runs have the same columns, as TensorBoard shows the first run's."""
-    golden = [layer for layer in profile.golden_layers if layer in update.layers] if profile and update else []
-    settings = update.options if update else {}
+) -> dict[str, str]:
+    """A run's row in HPARAMS, in texts: numbers get four digits there. All runs have the columns of the first."""
+    named = options.get("layers") or options.get("edit", {}).get("layers")
+    blocks, settings = (update.layers, update.options) if update else ([], {})
+    chosen_by = "hand" if named else "not known" if update else "none"
+    if profile and not named:  # the first that the method can edit (see `choose_layers`)
+        ranked = dict.fromkeys([*profile.golden_layers, *profile.ranking])
+        blocks = [block for block in ranked if block in blocks][: len(profile.golden_layers)]
+        chosen_by = f"{profile.method}, {profile.order}" if profile.scope else profile.method
     return {
+        "block": ", ".join(map(str, named or blocks)) or "none",
+        "block chosen by": chosen_by,
         "method": update.method if update else "none",
-        "block": float((golden or update.layers)[0]) if update else -1.0,
-        "block chosen by": f"{profile.method}, {profile.order}" if profile and golden else "hand",
-        "requests": float(requests),
-        "request set": "; ".join(options.get("fact") or [str(options.get("requests", ""))]),
         "model": model,
-        "chat": bool(options.get("chat")),
-        "seed": float(options.get("seed", 0)),
+        "request set": request_set(options),
+        "requests": str(requests),
+        "seed": str(options.get("seed", 0)),
         "settings": ", ".join(f"{name} {value}" for name, value in settings.items() if not isinstance(value, dict)),
+        "with chat template": "yes" if options.get("chat") else "no",
     }
+
+
+def request_set(options: Mapping[str, Any]) -> str:
+    """What a command's requests are called: the facts themselves, or where they are from, and which part of it."""
+    name = "; ".join(options.get("fact") or [str(options.get("requests", "demo"))])
+    name += f" of {options['after']}" if name == "missed" and options.get("after") else ""
+    return name + "".join(f", {part} {options[part]}" for part in ("offset", "limit") if options.get(part))
 
 
 class EventsLogger(TensorBoardLogger):
@@ -75,6 +121,15 @@ class EventsLogger(TensorBoardLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Without the epoch, which Lightning puts beside every figure."""
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+
+MAKERS: dict[str, Callable[[Path], Logger]] = {
+    # its events lie in the folder itself, so that `tensorboard --logdir runs` shows a run a folder
+    "tensorboard": lambda at: EventsLogger(at.parent, at.name, "", default_hp_metric=False, flush_secs=10),
+    "csv": lambda at: CSVLogger(at, "csv"),
+    "wandb": lambda at: WandbLogger(at.name, at, project=PROJECT),
+    "mlflow": lambda at: MLFlowLogger(PROJECT, at.name, save_dir=str(at / "mlruns")),
+}
 
 
 def show_on_board(store: Store) -> None:

@@ -17,18 +17,26 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.reporting.tables import IN_SHORT, SHARES, grouped, label, sides_of
+from pipeline.reporting.tables import AXES, label, sides_of
 from pipeline.study.grid import JUDGED_BY, mean_of
 
 if TYPE_CHECKING:
     from pipeline.study.study import Study
 
 GOLD, BLUE, INK, WHITE = "#E69F00", "#0072B2", "#333333", "#FFFFFF"  # the first two of Okabe and Ito's palette
-WIDTH = 5.8  # inches; TensorBoard's cards are some 400 pixels wide, where 10 points of this are still read
-MARKS = {"before": ("o", WHITE, 0.13), "after": ("D", BLUE, -0.13)}  # shape, filling, place beside the row
+WIDTH = 4.2  # inches; TensorBoard's cards are some 290 pixels wide, where 9 points of this are still read
+ROWS = {  # gains, and damage
+    "what was to change": (
+        *("rephrase_containment", "made_rephrase_containment", "made_chat_containment"),
+        *("generation_containment", "rewrite", "portability"),
+    ),
+    "what was to stay": ("locality", *AXES, "made_subject", "made_neighbour", "sane_texts", "perplexity"),
+}
+BARS = {"before": (WHITE, -0.19), "after": (BLUE, 0.19)}  # filling, place beside the row
 
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are names, whatever signs they hold
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": cycler(color=[BLUE, INK, INK, GOLD], linestyle=["-", "--", ":", "-."], marker=list("os^D")),
@@ -93,29 +101,35 @@ def selector_name(method: str) -> str:
 
 
 def score_figure(profile: GoldenProfile) -> Figure:
-    """A score a block with its interval, the fences, and what they set aside, cut off where it is far outside."""
-    golden = ", ".join(map(str, profile.golden_layers))
-    with look(2.9, f"Golden layer {golden} of {len(profile.scores)} blocks", _choice(profile)) as (figure, axes):
-        bar_per_block(axes, profile.scores, profile.model, profile.golden_layers, profile.excluded)
-        axes.set_ylim(*_limits(profile))
+    """A score a block with its interval, the fences, and what they set aside, cut off where it is far outside.
+
+    Where blocks rank by magnitude, that is what is drawn, and of the fences those on the golden layer's side of 0.
+    """
+    golden, by_size = profile.golden_layers[0], profile.order == "magnitude"
+    title = f"Golden layer {', '.join(map(str, profile.golden_layers))} of {len(profile.scores)} blocks"
+    title += ": " * bool(profile.certainty) + profile.certainty.partition(":")[0]
+    scores_L, fences = np.array(profile.scores), np.array(profile.fences or ())
+    ends = np.array([profile.stability.low, profile.stability.high] if profile.stability else [scores_L] * 2)
+    other = np.flatnonzero(scores_L * scores_L[golden] < 0)
+    if by_size:
+        fences = np.abs(fences[fences * scores_L[golden] >= 0])
+        ends = np.where(ends.prod(0) < 0, [[0], [1]], 1) * np.sort(np.abs(ends), axis=0)
+        scores_L = np.abs(scores_L)
+    with look(2.3, title, _choice(profile)) as (figure, axes):
+        bar_per_block(axes, scores_L.tolist(), profile.model, profile.golden_layers, profile.excluded)
+        if by_size and len(other):
+            axes.bar(other, scores_L[other], color="none", hatch="////", label="of the other sign")
+        shown = np.concatenate([scores_L[profile.ranking], ends[:, profile.ranking].ravel(), [0.0], fences])
+        margin = 0.12 * (np.ptp(shown[np.isfinite(shown)]) or 1.0)
+        axes.set_ylim(np.nanmin(shown) - margin * (not by_size), np.nanmax(shown) + margin)
         if profile.stability:
-            low, high = np.array([profile.stability.low, profile.stability.high])[:, profile.ranking]
-            axes.vlines(profile.ranking, low, high, color=INK, linewidth=1.2, label="95% interval")
-        if profile.fences:
-            axes.hlines(profile.fences, *axes.get_xlim(), color=INK, linestyle="--", label="Tukey's fences")
+            axes.vlines(profile.ranking, *ends[:, profile.ranking], color=INK, linewidth=1.2, label="95% interval")
+        if len(fences):
+            axes.hlines(fences, *axes.get_xlim(), color=INK, linestyle="--", label="Tukey's fences")
         axes.axhline(0, color=INK, linewidth=0.8)
-        axes.set_ylabel("mean score")
-        figure.legend(loc="outside lower left", ncols=5)
+        axes.set_ylabel("|mean score|" if by_size else "mean score")
+        figure.legend(loc="outside lower left", ncols=3)
     return figure
-
-
-def _limits(profile: GoldenProfile) -> tuple[float, float]:
-    """What the vertical axis is to hold: all blocks inside the fences with their intervals."""
-    sides = [profile.scores] + ([profile.stability.low, profile.stability.high] if profile.stability else [])
-    shown = np.concatenate([np.array(sides)[:, profile.ranking].ravel(), [0.0], profile.fences or ()])
-    shown = shown[np.isfinite(shown)]
-    margin = 0.12 * (np.ptp(shown) or 1.0)
-    return float(shown.min() - margin), float(shown.max() + margin)
 
 
 def _choice(profile: GoldenProfile) -> str:
@@ -123,7 +137,7 @@ def _choice(profile: GoldenProfile) -> str:
         "Largest mean score",
         " by magnitude" if profile.order == "magnitude" else "",
         " inside the fences" if profile.fences else "",
-        f"; {profile.certainty}" if profile.certainty else "",
+        f"; {profile.certainty.partition(': ')[2]}" if profile.certainty else "",
         f". {selector_name(profile.method)}",
         f", {profile.scope} weights" if profile.scope else "",
     ]
@@ -134,40 +148,40 @@ def stability_figure(profile: GoldenProfile) -> Figure:
     """How often each block is chosen when the requests are resampled."""
     stability, golden = profile.stability, profile.golden_layers[0]
     assert stability
-    title = f"How sure is block {golden}? {stability.chosen[golden]:.0%}"
-    caption = (
-        f"The {profile.requests} requests were drawn {stability.resamples} times, with replacement; each draw "
-        "chooses a block."
-    )
-    with look(2.3, title, caption) as (figure, axes):
-        bar_per_block(axes, stability.chosen, profile.model, [golden])
+    word, _, told = profile.certainty.partition(": ")
+    title = f"How sure is block {golden}? {stability.chosen[golden]:.0%}: {word}"
+    caption = f"The {profile.requests} requests were resampled {stability.resamples} times: {told}."
+    with look(2.2, title, caption) as (figure, axes):
+        bar_per_block(axes, stability.chosen, profile.model, [golden], profile.excluded)
         axes.set_ylim(0, 1.05)
-        axes.set_ylabel("share of draws")
+        axes.set_ylabel("share of resamples")
+        figure.legend(loc="outside lower left", ncols=3)
     return figure
 
 
-def metrics_figure(evaluation: Evaluation) -> Figure:
-    """The chief shares before and after, a row a metric, with 95% intervals."""
-    metrics = evaluation.before.metrics
-    groups = grouped([name for name in metrics if name in SHARES and name in IN_SHORT])
-    rows = [row for group, members in groups.items() for row in (group, *members)]
-    count = next(metrics[row].count for row in rows if row in metrics)
+def metrics_figure(evaluation: Evaluation, request_set: str) -> Figure:
+    """Gains and damage before and after, a row a metric, shares with 95% intervals, perplexity in words."""
+    sides = {side: measured.metrics for side, measured in sides_of(evaluation).items()}
+    *_, last = sides.values()
+    rows = [row for group, members in ROWS.items() for row in (group, *members) if row in last or row in ROWS]
+    count = max(last[row].count for row in rows if row in last and row != "perplexity")
     title = "What the edit changed" if evaluation.after else "What the model does"
-    caption = f"Requests: {count}. Lines: 95% intervals."
-    with look(0.9 + 0.215 * len(rows), title, caption) as (figure, axes):
-        for side, measured in sides_of(evaluation).items():
-            shape, filling, shift = MARKS[side]
-            shown = {place: measured.metrics[row] for place, row in enumerate(rows) if row in measured.metrics}
-            places, means = np.array(list(shown)) + shift, [one.mean for one in shown.values()]
-            axes.hlines(
-                places, [one.low for one in shown.values()], [one.high for one in shown.values()], color=INK
-            )
-            axes.plot(means, places, shape, markersize=6, color=INK, markerfacecolor=filling, label=side)
+    caption = f"{count} requests of {short(request_set)}. Lines: 95% intervals."
+    with look(0.8 + 0.2 * len(rows), title, caption) as (figure, axes):
+        for side, metrics in sides.items():
+            filling, shift = BARS[side]
+            shown = {at: metrics[row] for at, row in enumerate(rows) if row in metrics and row != "perplexity"}
+            places, found = np.array(list(shown)) + shift, list(shown.values())
+            axes.barh(places, [one.mean for one in found], 0.38, color=filling, label=side)
+            axes.hlines(places, [one.low for one in found], [one.high for one in found], color=INK)
+        first, now = evaluation.before.metrics["perplexity"].mean, last["perplexity"].mean
+        told = f"{first:.4g}, then {now:.4g}: × {now / first:.3f}" if evaluation.after else f"{first:.4g}"
+        axes.text(0.01, rows.index("perplexity"), told, va="center")
         axes.set_yticks(range(len(rows)), [label(row) for row in rows])
         for row, tick in zip(rows, axes.get_yticklabels(), strict=True):
-            tick.set_fontweight("bold" if row in groups else "normal")
+            tick.set_fontweight("bold" if row in ROWS else "normal")
         axes.set_ylim(len(rows) - 0.4, -0.7)
-        axes.set_xlim(-0.03, 1.03)
+        axes.set_xlim(0, 1.03)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", linewidth=0.4)
         axes.set_xlabel("share, by the request")
@@ -192,7 +206,7 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
         axes.set_ylim(0, 1.03)
         along_blocks(axes, study.model)
         axes.set_ylabel("share, teacher-forced")
-        figure.legend(loc="outside lower left", ncols=3)
+        figure.legend(loc="outside lower left", ncols=2)
     return figure
 
 
@@ -208,9 +222,9 @@ def selectors_figure(study: Study, name: str, method: str) -> Figure:
     ):
         bars = axes.barh(range(len(rows)), regrets, 0.75, color=colors)
         axes.bar_label(bars, [f"{row['regret']:.3f}, block {row['block']}" for row in rows], padding=2, fontsize=8)
-        names = [short(selector_name(str(row["selector"])), 32) for row in rows]
+        names = [short(selector_name(str(row["selector"])), 22) for row in rows]
         axes.set_yticks(range(len(rows)), names, fontsize=9)
-        axes.set_xlim(0, 1.5 * max(0.02, *regrets))
+        axes.set_xlim(0, 2.0 * max(0.02, *regrets))
         axes.set_xlabel("regret")
     return figure
 

@@ -52,10 +52,10 @@ def answers_table(requests: Sequence[EditRequest], evaluation: Evaluation) -> st
     """The first prompts with what the model generates, before and after, as a Markdown table."""
     sides = sides_of(evaluation)
     rows = [
-        [request.prompt, request.new_answer, *(measured.answers[place] for measured in sides.values())]
+        [request.id, request.prompt, request.new_answer, *(measured.answers[place] for measured in sides.values())]
         for place, request in enumerate(requests[:EXAMPLES])
     ]
-    return markdown_table(["prompt", "wanted", *sides], rows)
+    return markdown_table(["id", "prompt", "wanted", *sides], rows)
 
 
 def missed_table(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
@@ -19,10 +20,10 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.files import write_json, write_text, write_whole
 from pipeline.output import OutputFolder, is_fresh, output_folder, started
-from pipeline.reporting.dashboards import EventsLogger, hparams_row, tag
+from pipeline.reporting.dashboards import hparams_row, loggers_of, request_set, show_results
 from pipeline.reporting.figures import STUDY_FIGURES, metrics_figure, score_figure, stability_figure
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
-from pipeline.reporting.tables import metrics_of, sides_of, values_csv
+from pipeline.reporting.tables import metrics_of, values_csv
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
 from pipeline.requests.schema import EditRequest
 
@@ -49,7 +50,8 @@ def run_log(
         with output_folder(folder, overwrite, options):
             log = RunLog(folder, options)
             yield log
-            log.tensorboard.finalize("success")
+            for logger in log.loggers:
+                logger.finalize("success")
     except BaseException as error:
         kept = [name for name in sorted(folder.finished) if (path / name).is_file()] if not overwrite else []
         if kept:
@@ -61,19 +63,16 @@ def run_log(
 
 
 class RunLog:
-    """Keeps results as files, in TensorBoard and on the terminal; on other ranks than zero it does nothing.
-
-    TensorBoard's events lie in the folder itself, so that `tensorboard --logdir runs` shows a run a folder.
-    """
+    """Keeps results as files, with loggers and on the terminal; on other ranks than zero it does nothing."""
 
     def __init__(self, output: OutputFolder, options: dict[str, Any]) -> None:
         self.output = output
         self.folder = output.path
         self.work = output.unfinished  # in progress
         self.options = options
-        self.tensorboard = EventsLogger(
-            self.folder.parent, name=self.folder.name, version="", default_hp_metric=False, flush_secs=10
-        )
+        self.loggers = loggers_of(options.get("trainer", {}).get("logger", ["tensorboard"]), self.folder)
+        boards = (one for one in self.loggers if isinstance(one, TensorBoardLogger))
+        self.board = next(boards, DummyLogger())  # for texts and figures
 
     @rank_zero_only
     def keep_profile(self, profile: GoldenProfile, scores: Scores | None = None) -> None:
@@ -85,7 +84,7 @@ class RunLog:
         self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png"}
         if not shown:
             self._profile_figures(profile)
-            self.tensorboard.experiment.flush()
+            self.board.experiment.flush()
         show_profile(profile)
 
     def has(self, file: str) -> bool:
@@ -112,8 +111,9 @@ class RunLog:
         evaluation: Evaluation,
         update: WeightUpdate | None = None,
         profile: GoldenProfile | None = None,
+        made: bool = True,
     ) -> None:
-        """Write metrics.json, values.csv and, for an edit, report.md; show the figures everywhere."""
+        """Write metrics.json, values.csv and, for an update `made` here, report.md; show the figures everywhere."""
         sides = metrics_of(evaluation)
         write_json(
             self.folder / "metrics.json",
@@ -122,9 +122,11 @@ class RunLog:
             | ({"weights": evaluation.weights} if evaluation.weights else {}),
         )
         write_text(self.folder / "values.csv", values_csv(requests, evaluation))
-        self._figure("evaluation/before_and_after", "metrics.png", metrics_figure(evaluation))
-        self._compare(evaluation, hparams_row(model, len(requests), self.options, update, profile))
-        if update:
+        self._figure(
+            "evaluation/before_and_after", "metrics.png", metrics_figure(evaluation, request_set(self.options))
+        )
+        show_results(self.loggers, evaluation, hparams_row(model, len(requests), self.options, update, profile))
+        if update and made:
             if profile and not (self.folder / "scores.png").is_file():
                 self._profile_figures(profile)
             report = write_report(requests, evaluation, update, profile, self.folder)
@@ -134,16 +136,6 @@ class RunLog:
             self._text("evaluation/metrics", metrics_table(evaluation))
             self._text("evaluation/answers", answers_table(requests, evaluation))
         show_metrics(requests, evaluation)
-
-    def _compare(self, evaluation: Evaluation, row: dict[str, str | float]) -> None:
-        """Before at step 0 and after at step 1, beside one another and, the last of them, in HPARAMS."""
-        shown = [
-            {tag(name): one.mean for name, one in measured.metrics.items()}
-            for measured in sides_of(evaluation).values()
-        ]
-        for step, metrics in enumerate(shown[:-1]):
-            self.tensorboard.log_metrics(metrics, step)
-        self.tensorboard.log_hyperparams(row, shown[-1], step=len(shown) - 1)
 
     @rank_zero_only
     def going_on(self, *files: str) -> None:
@@ -170,17 +162,14 @@ class RunLog:
         show_study(study)
 
     def _profile_figures(self, profile: GoldenProfile) -> None:
-        for block, score in enumerate(profile.scores):
-            if not np.isnan(score):
-                self.tensorboard.experiment.add_scalar("attribution/score_by_block", score, block)
         self._figure("attribution/1_scores", "scores.png", score_figure(profile))
         if profile.stability:
             self._figure("attribution/2_stability", "stability.png", stability_figure(profile))
 
     def _text(self, tag: str, text: str) -> None:
         """Markdown without its pictures, which TensorBoard shows elsewhere."""
-        self.tensorboard.experiment.add_text(tag, PICTURE.sub("", text))
+        self.board.experiment.add_text(tag, PICTURE.sub("", text))
 
     def _figure(self, tag: str, file: str, figure: Figure) -> None:
         write_whole(self.folder / file, lambda partial: figure.savefig(partial, format="png"))
-        self.tensorboard.experiment.add_figure(tag, figure, close=False)
+        self.board.experiment.add_figure(tag, figure, close=False)

@@ -75,10 +75,6 @@ EXPECTED = {
     "locality": ("locality", "made_neighbour"),
     "portability": ("portability",),
 }
-SHARES = (  # what lies between 0 and 1
-    *(name for group in ("by generation", "teacher-forced", "by probability") for name in GROUPS[group]),
-    *(*AXES, "sane_texts"),
-)
 MARKS = re.compile(r"[\\`*_{}<>#|!~$&]|\](?=\s*[(\[:])|:(?=//)|(?<=www)\.")  # what Markdown and HTML begin with
 FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(\.\d+)?$)")  # what a spreadsheet's formulas begin with; not numbers
 BY_WINDOW = ("perplexity", "text_kl")  # values of ordinary text, not of requests

@@ -95,7 +95,6 @@ def show_metrics(requests: Sequence[EditRequest], evaluation: Evaluation) -> Non
     if evaluation.weights:
         name, change = max(evaluation.weights.items(), key=lambda item: item[1])
         say(f"largest change: {change:.1%} of the norm of {name}")
-    if evaluation.weights:
         measured = evaluation.after or evaluation.before
         show_missed([(requests[number].id, asked, says) for number, asked, says in measured.missed])
 

@@ -11,7 +11,6 @@ from typing import Any, Self
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -21,7 +20,7 @@ from pipeline.running.kept import Kept
 from pipeline.running.processes import from_first, of_all
 from pipeline.running.progress import StageProgressBar
 from pipeline.running.sharding import is_sharded
-from pipeline.running.trainer import Runtime, trainer_of
+from pipeline.running.trainer import Loggers, Runtime, trainer_of
 
 MEMORY_WORDS = ("out of memory", "not enough memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 INSTEAD = (
@@ -151,7 +150,7 @@ def run(
     kept: str | Path | None = None,
     in_step: bool = False,
     callbacks: Sequence[Callback] = (),
-    logger: Logger | bool = False,
+    logger: Loggers = False,
 ) -> list[Any]:
     """The outputs of every item, in the items' order, whole in every process.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import Strategy
 
+from pipeline.errors import UserError, one_line
 from pipeline.options.shared import SHARDED, TrainerOptions
 from pipeline.running.interrupts import interrupts
 from pipeline.running.processes import trainer_errors, world_size
@@ -26,6 +30,9 @@ from pipeline.running.strategy import ShardedStrategy
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+
+Loggers = Logger | Sequence[Logger] | bool
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Runtime:
 
     # options to make a Trainer of for each stage, or a Trainer of one's own
     trainer: TrainerOptions | Trainer = field(default_factory=TrainerOptions)
-    logger: Logger | bool = False  # where the curves go
+    logger: Loggers = False  # where the curves go
     seed: int = 0  # of every draw
     work: Path | None = None  # a folder for half-done work; what is found there is not done again
 
@@ -121,6 +128,9 @@ def build_trainer(
         strategy = ShardedStrategy(world_size())
         if options.precision == "64-true":  # which Lightning takes of a model-parallel strategy as a plugin only
             precision, plugins = {}, [*plugins, DoublePrecision()]
+    if options.profiler:
+        file = re.sub(r"\W+", "_", title.lower())
+        settings["profiler"] = PROFILERS[options.profiler]((options.folder or Path()) / "profile", file)
     with trainer_errors(options):
         return Trainer(
             accelerator=options.accelerator,
@@ -128,12 +138,35 @@ def build_trainer(
             num_nodes=options.num_nodes,
             strategy=strategy,
             plugins=plugins or None,
-            callbacks=[StageProgressBar(title), KeepStep(), *callbacks, StopBetweenBatches()],
+            callbacks=[
+                StageProgressBar(title),
+                KeepStep(),
+                *callbacks,
+                *callbacks_of(options),
+                StopBetweenBatches(),
+            ],
             enable_model_summary=False,
             inference_mode=False,
             use_distributed_sampler=False,  # the data modules deal batches out
             **{"enable_checkpointing": False, "logger": False, **precision, **settings},
         )
+
+
+def callbacks_of(options: TrainerOptions) -> list[Callback]:
+    """The callbacks that options name, made anew; UserError for one that cannot be made."""
+    made: list[Callback] = []
+    for one in options.callbacks:
+        given: dict[str, Any] = one if isinstance(one, dict) else {"class_path": one}
+        home, _, name = str(given.get("class_path")).rpartition(".")
+        try:
+            make = getattr(import_module(home or "lightning.pytorch.callbacks"), name)
+            made.append(make(**given.get("init_args", {})))
+            if not isinstance(made[-1], Callback):
+                raise TypeError("it is no Callback of lightning.pytorch")
+        except Exception as error:
+            expected = "expected such as LearningRateMonitor, mypackage.Watch or {class_path: NAME, init_args: ...}"
+            raise UserError(f"trainer.callbacks: {one}: {one_line(error)}; {expected}") from error
+    return made
 
 
 class StopBetweenBatches(Callback):

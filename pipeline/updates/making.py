@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.attribution.find import find_golden_layer
-from pipeline.attribution.profile import GoldenProfile
+from pipeline.attribution.profile import CLEAR, GoldenProfile
 from pipeline.editing.editor import can_leave_out, choose_layers, edit, leave_out
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, one_line
@@ -35,7 +35,6 @@ from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
 
 PROXY = 128  # requests that find the golden layer, at most
-CLEAR = 0.9  # of resamples name the golden layer
 POSSIBLE = 0.05  # of resamples
 TRIED = 4  # blocks
 TAUGHT = 12  # requests
