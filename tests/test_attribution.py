@@ -133,7 +133,8 @@ def test_reference_values_of_counterfact(smollm2: LLM) -> None:
     profile = find_golden_layer(smollm2, load_requests(SHARED / "counterfact_easyedit.json", limit=128))
     assert profile.scores == pytest.approx([float(value) for value in REFERENCE.split()], rel=0.01)
     assert profile.excluded == [0, 1, 2, 9, 11, 29]
-    assert profile.ranking[:5] == [3, 4, 10, 28, 5]
+    assert select(profile.scores).ranking[:5] == [3, 4, 10, 28, 5]
+    assert profile.golden_layers == [3]
 
 
 @pytest.mark.slow
@@ -144,7 +145,7 @@ def test_reference_ranking_of_zsre(smollm2: LLM) -> None:
         smollm2, load_requests(SHARED / "zsre_mend.json", limit=128), AttributionOptions(order="signed")
     )
     assert profile.excluded == [0, 2, 9, 11, 29]
-    assert profile.ranking[:5] == [1, 28, 10, 20, 22]
+    assert select(profile.scores, order="signed").ranking[:5] == [1, 28, 10, 20, 22]
 
 
 def test_magnitude_ranks_negative_scores_by_size() -> None:

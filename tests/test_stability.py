@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.attribution.find import choose, find_golden_layer
-from pipeline.attribution.profile import GoldenProfile, Scores, judge
+from pipeline.attribution.profile import GoldenProfile, Scores, judge, select
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.schema import EditRequest
@@ -53,6 +53,18 @@ def test_the_profile_says_how_sure_it_is(tiny_llm: LLM, requests: list[EditReque
     loaded = GoldenProfile.load(file)
     assert loaded.golden_layers == profile.golden_layers
     assert loaded.certainty == ""
+
+
+def test_a_fence_beside_a_score_does_not_let_one_request_decide() -> None:
+    values = np.random.default_rng(0).normal(loc=[0, 1, 0, 2, 1, 0, 3, 4.6], size=(40, 8))
+    barely = [values + nudge for nudge in np.linspace(-1, 1, 400)[:, None, None] * np.eye(8)[7]]
+    inside = [one for one in barely if 7 in select(one.mean(0)).ranking]
+    assert 0 < len(inside) < len(barely), "some of them lie outside"
+    edge = inside[-1]
+    assert select(edge.mean(0)).ranking[:2] == [7, 6]
+    found = choose(Scores("lga", [f"{n}" for n in range(40)], edge))
+    assert found.stability and found.stability.chosen[7] < 0.5 < found.stability.chosen[6]
+    assert found.ranking[:2] == [6, 7], "where it lies outside in most resamples, it is not golden"
 
 
 def test_scores_of_anybody_s_can_be_chosen_from() -> None:

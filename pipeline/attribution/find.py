@@ -100,6 +100,8 @@ def choose(
 ) -> GoldenProfile:
     """The golden profile that scores lead to; fences and order count where the method's scores ask for them.
 
+    Of the blocks inside the fences, that one comes first that does so most often when the requests are resampled.
+
     Args:
         found: scores of requests, or the callback that has them.
         options: fences, order, top_k and scope.
@@ -118,6 +120,10 @@ def choose(
     order = options.order if selector.of_gradients else "signed"
     means = found.values.mean(0).tolist()
     chosen = select(means, fences, order)
+    stability = judge(found.values, fences, order, seed) if selector.reads_requests else None
+    if stability:  # a fence next to a block's score would let a single request decide
+        first = max(chosen.ranking, key=lambda block: stability.chosen[block])
+        chosen = chosen._replace(ranking=[first, *(block for block in chosen.ranking if block != first)])
     if options.top_k > len(chosen.ranking):
         raise UserError(
             f"top_k: {options.top_k} golden layers asked for; {len(chosen.ranking)} lie inside the fences"
@@ -134,7 +140,7 @@ def choose(
         requests=len(found.ids),
         seconds=round(found.seconds, 3),
         chat=found.chat,
-        stability=judge(found.values, fences, order, seed) if selector.reads_requests else None,
+        stability=stability,
         **chosen._asdict(),
     )
 

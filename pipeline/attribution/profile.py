@@ -115,7 +115,7 @@ class GoldenProfile(BaseModel):
         scores: one a block: the mean over requests.
         fences: lower and upper fence; None: off.
         excluded: blocks outside the fences.
-        ranking: the other blocks, best first.
+        ranking: the other blocks: the one that comes first in most resamples, then the others by score.
         raw_ranking: all blocks by score.
         golden_layers: the first of the ranking: where to edit.
         request_set: where the proxy requests come from.
