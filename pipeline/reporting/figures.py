@@ -134,7 +134,7 @@ def score_figure(profile: GoldenProfile) -> Figure:
 
 def _choice(profile: GoldenProfile) -> str:
     parts = [
-        "Largest mean score",
+        "Most often the largest mean score" if profile.stability else "Largest mean score",
         " by magnitude" if profile.order == "magnitude" else "",
         " inside the fences" if profile.fences else "",
         f"; {profile.certainty.partition(': ')[2]}" if profile.certainty else "",
