@@ -193,6 +193,7 @@ class FineTune(Staying):
     def _keys_of(self, rows: Sequence[Row], runtime: Runtime) -> dict[str, Tensor]:
         """Second moments of the keys of texts, or of a part of them, by projection."""
         stage = KeyMoments(self.llm, list(self.projections))
+        stage.title = "Keys for a last solve"
         some = random.Random(runtime.seed).sample(rows, min(len(rows), READ_MOST))
         run(stage, some, runtime, Row.length, READ_TOGETHER)
         return stage.moments()
