@@ -23,15 +23,13 @@ RIDGE = 1e-6  # of an input's second moment, so that a factor exists
 
 
 def _is_whole() -> bool:
-    """Whether the file is there and can be read; of one that is damaged, the user is told."""
+    """Whether the file is there and can be read; else the user is told."""
     try:
         with safe_open(FILE, "pt"):
             return True
-    except SafetensorError as error:
-        note(f"{FILE}: damaged ({error}); what it brings is made anew")
-    except FileNotFoundError:
-        pass
-    return False
+    except (OSError, SafetensorError) as error:
+        note(f"{FILE}: cannot be read ({error}); what it brings is made anew")
+        return False
 
 
 def bundled_text(fingerprint: str, tokens: int) -> list[str] | None:
