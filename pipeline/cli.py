@@ -62,12 +62,12 @@ def show_warning(
 
 def _run(words: list[str]) -> int:
     first = words[0] if words else ""
-    if first in ("-h", "--help", "--version"):
-        print(about() if first == "--version" else overview())
-        return 0
     name, rest = (DEFAULT_COMMAND, words) if first[:1] in ("", "-") else (first, words[1:])
     options: object = None
     try:
+        if first in ("-h", "--help", "--version"):
+            print(about() if first == "--version" else overview(), flush=True)
+            return 0
         _check_working_folder()
         options = parse(name, rest)
         if isinstance(options, ComputeOptions) and launch.may_start_others(options):

@@ -105,7 +105,7 @@ def cached(name: str) -> Path | None:
 
 def unusable(file: Path, error: OSError) -> None:
     """Tell that something cannot be kept, which costs the next command time, and this one nothing."""
-    note(f"cache: {file}: cannot be used ({error.strerror}); XDG_CACHE_HOME can name another folder")
+    note(f"cache: {file.parent}: cannot be used ({error.strerror}); XDG_CACHE_HOME can name another folder")
 
 
 def write_sealed(file: Path | None, about: dict[str, Any], content: bytes) -> None:

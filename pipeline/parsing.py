@@ -55,7 +55,7 @@ def parse(name: str, words: Sequence[str]) -> object:
         hint = did_you_mean(name, COMMANDS)
         raise UserError(f"command {name!r} does not exist{hint}; there is {', '.join(COMMANDS)}")
     if {"-h", "--help", *WHOLE} & {*words}:
-        _parser(name, whole=bool({*WHOLE} & {*words})).print_help()
+        print(_parser(name, whole=bool({*WHOLE} & {*words})).format_help(), end="", flush=True)
         raise SystemExit(0)
     known, flagged = flags_of(name), list(_from_words(name, words))
     files = [shipped_configs()[DEFAULT_CONFIG]] if name == DEFAULT_COMMAND else []
@@ -69,7 +69,7 @@ def parse(name: str, words: Sequence[str]) -> object:
         raise UserError(f"missing {', '.join(shown)}; `{program()} {name} --help` tells what it is")
     options = _made(COMMANDS[name].options, values)
     if "print_config" in values and values["print_config"].value:
-        print(yaml.safe_dump(as_config(options), sort_keys=False), end="")
+        print(yaml.safe_dump(as_config(options), sort_keys=False), end="", flush=True)
         raise SystemExit(0)
     return options
 
@@ -185,7 +185,7 @@ def _enter(values: dict[str, Given], one: Given, known: Mapping[str, Flag]) -> N
         raise one.refused(f"{path}: expected a mapping; there is {', '.join(there)}")
     if kind is None or path == "config":
         beside = {each for each in {*known, *groups} if each.rpartition(".")[0] == above} - {*OF_EVERY_COMMAND}
-        hint = did_you_mean(path, known)
+        hint = did_you_mean(path, known.keys() - OF_EVERY_COMMAND)
         raise one.refused(f"key {path!r} does not exist{hint}; there is {', '.join(sorted(beside))}")
     try:
         value = read(path, one.value, kind)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refusal
 from lightning.pytorch import Trainer
 from test_own_trainer import QUIET, Mine, somebodys_batches
 from torch.utils.data import DataLoader
@@ -86,3 +87,33 @@ def test_every_public_name_says_what_it_is() -> None:
 def test_other_names_are_not_there() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = pipeline.nothing
+
+
+def test_what_is_wrong_is_told_without_flags(given: dict[str, Any], tmp_path: Path) -> None:
+    llm, profile = given["llm"], given["profile"]
+    (tmp_path / "theirs.csv").write_text("question,answer,why\nIt is,so,so\n")
+    theirs = partial(pipeline.load_requests, tmp_path / "theirs.csv")
+    for call, words in (
+        (theirs, "did you mean fields prompt=question,new_answer=answer?"),
+        (partial(theirs, fields=3), "fields: expected a mapping of texts"),
+        (partial(theirs, fields={"prompt": 3}), "fields: expected a mapping of texts"),
+        (partial(find_golden_layer, llm, []), "requests: none to find a layer by"),
+        (partial(pipeline.edit, llm, [], profile), "requests: none to edit"),
+        (partial(pipeline.FineTune, llm, [9]), "layers: 9 is not a block"),
+        (partial(load_model, Path("nothing/at/all")), "model: nothing/at/all: no such folder"),
+        (partial(Store, tmp_path / "new", make=True), "new; name the model that it is for"),
+    ):
+        message = refusal(call)
+        assert words in message and "--" not in message
+
+
+def test_folders_are_texts_or_paths(given: dict[str, Any], tmp_path: Path) -> None:
+    llm, profile = given["llm"], given["profile"]
+    update = pipeline.WeightUpdate(llm.name, llm.fingerprint, "none", [], {})
+    for form in (str, Path):
+        folder = form(tmp_path / form.__name__)
+        update.save(folder)
+        profile.save(folder)
+        pipeline.export_merged(llm, update, folder)
+        assert pipeline.GoldenProfile.load(folder) == profile
+        assert pipeline.WeightUpdate.load(folder).model == load_model(folder).name.replace(str(folder), llm.name)

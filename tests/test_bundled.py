@@ -13,6 +13,7 @@ from pipeline.editing.bundled import bundled_moment, bundled_text, write_bundled
 from pipeline.editing.editor import METHODS
 from pipeline.editing.ordinary_text import ordinary_text
 from pipeline.editing.statistics import key_moments
+from pipeline.errors import Note
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
 from pipeline.options.editing import EditOptions, StatisticsOptions
@@ -27,7 +28,8 @@ def no_pass(*_: object, **__: object) -> None:
 
 def test_moments_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "FILE", tmp_path / "kept.safetensors")
-    assert bundled_text("a", 10) is bundled_moment("one") is None, "no file"
+    with pytest.warns(Note, match="No such file"):
+        assert bundled_text("a", 10) is bundled_moment("one") is None
     keys_NI = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 40)
     keys_NI[:, 7] = 0
     moment_II = keys_NI.T @ keys_NI / len(keys_NI)
@@ -39,6 +41,14 @@ def test_moments_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.linalg.eigvalsh(found_II.double()).min() > 0
     assert bundled_text("a", 100) == ["It is."]
     assert bundled_text("a", 101) is bundled_text("b", 100) is bundled_moment("two") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"\x08" + 15 * b"\0"])
+def test_a_damaged_file_brings_nothing(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundled, "FILE", tmp_path / "kept.safetensors")
+    bundled.FILE.write_bytes(content)
+    with pytest.warns(Note, match=r"kept.safetensors: cannot be read .*; what it brings is made anew"):
+        assert bundled_text("a", 10) is bundled_moment("one") is None
 
 
 def test_another_models_are_made_alike(

@@ -6,6 +6,7 @@ No command's work is done here: the function behind the command is replaced by o
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shlex
 import sqlite3
@@ -182,6 +183,15 @@ def test_usage_is_what_a_command_cannot_do_without(
     assert whole.startswith(text.partition("\n\n")[0])
     assert text.startswith(f"usage: python run.py {usage}\n\n")
     assert "Path to a configuration file" not in text
+
+
+@pytest.mark.parametrize("words", [["--help"], ["edit", "--help-all"], ["edit", "--print_config"]], ids=" ".join)
+def test_who_reads_no_more_of_it_ends_it_quietly(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    told = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (told.returncode, told.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["attribute", "--help"], ["run", "--help-all"]], ids=" ".join)
@@ -367,6 +377,7 @@ def test_a_stores_edits_start_from_settings_of_their_own() -> None:
         ("memit", {"epochs": 2}, ["expert: 'epochs' is no setting of memit", "there is assoc"]),
         ("memit", {"batch_size": "x"}, ["expert.batch_size: expected a whole number, found x"]),
         ("finetune", {"scope": "attention"}, ["expert.scope", "'attention'", "down, experts, mlp, shared"]),
+        ("finetune", {"depths": 2}, ["expert.depths: expected a list of numbers", "found 2"]),
         ("finetune", {"epochs": 0}, ["expert.epochs", "0", "1"]),
         ("finetune", {"learning_rate": 0}, ["expert.learning_rate", "0"]),
         ("finetune", {"learning_rate": float("inf")}, ["expert.learning_rate", "inf"]),
@@ -514,6 +525,7 @@ def test_wrong_words_are_named_in_one_line(words: list[str], parts: list[str], r
         ("run", "edit:\n  expert:", ["edit.expert: expected a mapping"]),
         ("run", "edti:\n  method: x", ["'edti'", "attribution"]),
         ("attribute", "a: [1", ["malformed YAML", "line 1"]),
+        ("attribute", "config: x", ["key 'config' does not exist; there is "]),
         ("attribute", "- model", ["a mapping"]),
         ("attribute", "", ["a mapping"]),
         ("attribute", "1: 2", ["'1'"]),

@@ -30,7 +30,7 @@ REQUEST = '{"prompt": "The capital of Spain is", "new_answer": "Lima", "old_answ
         (REQUEST + '{"prompt": "The\n', ["line 2", "malformed JSON"]),
         (REQUEST + '{"prompt": "The capital of Peru is"}\n', ["line 2", "new_answer", "target_new"]),
         (REQUEST + '{"prompt": "x", "new_answer": "y", "answer": "z"}\n', ["line 2", "'answer'", "old_answer"]),
-        (REQUEST + '{"prompt": "x", "new_answer": 7}\n', ["line 2", "'new_answer'", "string"]),
+        (REQUEST + '{"prompt": "x", "new_answer": 7}\n', ["line 2", "'new_answer'", "expected a text, found int"]),
         (REQUEST + "[]\n", ["line 2", "object", "list"]),
         (f"[{REQUEST}, 5]", ["record 1", "object", "int"]),
         (f"[{REQUEST}", ["malformed JSON"]),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from conftest import make_tiny
 from plain_loop import TEXT, noise
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.cli import show_warning
 from pipeline.errors import Note
 from pipeline.evaluation import evaluator
 from pipeline.evaluation.evaluator import Evaluation, evaluate
+from pipeline.files import write_sealed
 from pipeline.model.llm import LLM
 from pipeline.options.shared import EvaluationOptions
 from pipeline.requests.schema import EditRequest
@@ -186,6 +190,18 @@ def test_a_folder_that_cannot_be_written_costs_time_alone(
     monkeypatch.setenv("XDG_CACHE_HOME", options.text or "")
     with pytest.warns(Note, match=r"cannot be used \(Not a directory\); XDG_CACHE_HOME"):
         assert evaluate(tiny_llm, requests, None, options).before.metrics["rewrite"].count == 7
+
+
+def test_a_full_disk_is_told_once_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.files.write_whole", Mock(side_effect=OSError(28, "No space left on device")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", Note)
+        monkeypatch.setattr(warnings, "showwarning", show_warning)
+        for number in range(9):
+            write_sealed(tmp_path / "kept" / str(number), {}, b"")
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_cases_of_a_change_that_no_sample_sees(

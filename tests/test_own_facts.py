@@ -370,7 +370,7 @@ def test_fields_that_are_probably_meant_are_named_and_read(
     assert shown == ([f"--fields {fields}"] if fields else [])
     message = refusal(lambda: load_requests(file))
     assert "theirs.jsonl: line 1: no prompt and new answer found in " in message
-    assert (f"--fields {fields}?" if fields else "expected the fields") in message
+    assert (f" fields {fields}?" if fields else "expected the fields") in message
     for flag in shown:
         assert main(["requests", str(file), *shlex.split(flag)]) == 0
         assert "records         1, 0 bad" in capsys.readouterr().out
@@ -398,7 +398,7 @@ def test_a_table_of_other_columns_is_told_how_to_be_read(tmp_path: Path) -> None
     file.write_text("question,new_answer,why\nChile is in,Asia,so\n")
     message = refusal(lambda: load_requests(file))
     assert "column 'question' does not exist" in message
-    assert message.endswith("did you mean --fields prompt=question,new_answer=new_answer?")
+    assert message.endswith("did you mean fields prompt=question,new_answer=new_answer?")
     (request,) = load_requests(file, fields={"prompt": "question"})
     assert request.prompt == "Chile is in"
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tqdm
+from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.running.progress import Shown, StageProgressBar, one_bar
 
@@ -66,6 +67,17 @@ def test_a_long_batch_shows_its_steps(clock: list[float], capsys: pytest.Capture
         "Finding values: 0/2 after 00:40, left ?, step 39 of 50",
         "Finding values: 0/2 after 00:41, left ?, step 40 of 50",
     ]
+
+
+def test_steps_of_another_process_show_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    bar = StageProgressBar("Finding values")
+    bar.start(2)
+    bar.within(1, 50)
+    bar.stop()
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [44, 60, 80, 120])

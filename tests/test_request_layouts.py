@@ -560,11 +560,11 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a language that is a text": (MZSRE | {"zh": "x"}, ["record 0, zh: expected an object, found str"]),
     "languages by other names": (
         {"english": MZSRE["en"]},
-        ["english.src", "did you mean --fields prompt=english.src,new_answer=english.alt"],
+        ["english.src", "did you mean fields prompt=english.src,new_answer=english.alt"],
     ),
     "languages of no layout": (
         {"en": {"question": "Who?", "reply": "Sapt"}},
-        ["found in en.question, en.reply; did you mean --fields prompt=en.question,new_answer=en.reply?"],
+        ["found in en.question, en.reply; did you mean fields prompt=en.question,new_answer=en.reply?"],
     ),
 }
 

@@ -103,6 +103,14 @@ def test_broken_json_says_where(content: str, word: str, tmp_path: Path) -> None
     assert "file.json: " in message and word in message and len(message) < 1000
 
 
+def test_an_object_of_lists_may_begin_in_its_first_line(tmp_path: Path) -> None:
+    (request,) = load_requests(written(tmp_path, f'{{"items": [\n{LINE}\n]}}'))
+    assert load_requests(written(tmp_path, f'{{"items": [{LINE},\n{LINE}]}}'), limit=1) == [request]
+    assert load_requests(written(tmp_path, f"{LINE}\n")) == [request], (
+        "a line is a record, whatever the file's name"
+    )
+
+
 # bad records
 
 

@@ -203,6 +203,8 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
     "CounterFact without new": (json.dumps({"prompt": "Two", "ground_truth": "a"}), ["line 1", "target_new"]),
     "zsRE without new": (json.dumps({"src": "Who?", "answers": ["a"]}), ["line 1", "alt"]),
     "wrong type": (f"{GOOD}\n{own(prompt=5)}", ["line 2", "'prompt'", "expected a text, found int"]),
+    "id as list": (own(id=["a"]), ["line 1", "'id'", "expected a text, found list"]),
+    "place as text": (own(subject_start="x"), ["line 1", "'subject_start'", "expected a whole number, found str"]),
     "answer as list": (own(new_answer=["five"]), ["line 1", "'new_answer'", "expected a text, found list"]),
     "blank answer": (own(new_answer="  "), ["line 1", "'new_answer'", "found an empty one"]),
     "rephrases as string": (own(rephrases="Two"), ["line 1", "'rephrases'", "expected a list of texts"]),

@@ -213,7 +213,7 @@ def test_what_is_no_store(tmp_path: Path, team: Team) -> None:
     assert "a file; expected a store's folder" in refusal(lambda: Store(file))
     assert "no store: it holds other things" in refusal(lambda: Store(other, "m", make=True))
     assert "no such store" in refusal(lambda: Store(empty))
-    assert "name the model that it is for with --model" in refusal(lambda: Store(empty, make=True))
+    assert "name the model that it is for" in refusal(lambda: Store(empty, make=True))
     assert not empty.exists()
     (other / DATABASE).write_bytes(b"no database at all, but long enough to be looked at" * 99)
     assert "cannot be read as a store's database" in refusal(lambda: Store(other))

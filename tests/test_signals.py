@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from programs import RUN, Program, wait_for
+from torch.distributed.elastic.agent.server import api
 
 from pipeline import cli
 from pipeline.editing.editor import edit
@@ -20,8 +23,10 @@ from pipeline.editing.finetune import FineTune
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import TrainerOptions
+from pipeline.output import STARTED
 from pipeline.requests.schema import EditRequest
 from pipeline.running.interrupts import Interrupted, Interrupts, interrupts
+from pipeline.running.launch import supervise
 from pipeline.running.trainer import build_trainer
 from pipeline.updates.schedule import Stopping
 
@@ -70,7 +75,9 @@ def test_a_second_signal_does_not_wait_for_the_batch(
         os.kill(os.getpid(), number)
         assert own.noted == number
         told = capfd.readouterr().err.strip()
-        assert told == ("stopping when this step is done; Ctrl-C again: at once" if number == signal.SIGINT else "")
+        assert told == (
+            "stopping when this batch is done; Ctrl-C again: at once" if number == signal.SIGINT else ""
+        )
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), number)
 
@@ -164,3 +171,12 @@ def test_slurm_is_not_left_to_lightning(monkeypatch: pytest.MonkeyPatch) -> None
     trainer = build_trainer(TrainerOptions(accelerator="cpu", devices=1), "Stage")
     environment = trainer._accelerator_connector.cluster_environment
     assert isinstance(environment, SLURMEnvironment) and not environment.auto_requeue
+
+
+def test_the_agent_of_several_processes_says_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", STARTED):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: lambda *_: None)
+    api.logger.setLevel(logging.WARNING)  # as torch does, for each of its modules
+    assert supervise(["attribute"], 2, SimpleNamespace(trainer=TrainerOptions())) == 0
+    assert not api.logger.isEnabledFor(logging.WARNING)

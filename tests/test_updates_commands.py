@@ -232,7 +232,7 @@ def test_what_a_store_refuses(
         ["update", "--dry_run", "--model", str(tiny_folder)],
     ):
         assert "no such store" in refused(*command, *at)
-    assert "--model" in refused("submit", str(request_file), *at)
+    assert "name the model" in refused("submit", str(request_file), *at)
     told("submit", str(request_file), *at, "--model", str(tiny_folder))
     assert "made for model" in refused("submit", str(request_file), *at, "--model", "smollm2")
     other = tmp_path / "other"

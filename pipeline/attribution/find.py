@@ -75,6 +75,8 @@ def score_requests(
             answer that is missing and cannot be found, or scores that are not numbers.
     """
     options = options or AttributionOptions()
+    if not requests:
+        raise UserError("requests: none to find a layer by")
     check_selector(requests, options, selectors)
     started = time.perf_counter()
     own = [getattr(options, field.name) for field in fields(AttributionOptions)]  # of a command's options, too

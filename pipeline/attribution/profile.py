@@ -183,9 +183,10 @@ class GoldenProfile(BaseModel):
         first = max(sorted(self.ranking), key=lambda block: size(self.scores[block]))
         return (other, first) if first != self.ranking[0] else None
 
-    def save(self, folder: Path) -> Path:
-        """Write `golden_profile.json` into a folder, whole or not at all."""
-        return write_text(folder / PROFILE_FILE, self.model_dump_json(indent=1) + "\n")
+    def save(self, folder: str | Path) -> Path:
+        """Write `golden_profile.json` into a folder, made where there is none, whole or not at all."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return write_text(Path(folder) / PROFILE_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> GoldenProfile:

@@ -12,17 +12,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pipeline.errors import note
 
 FILE = Path(__file__).with_name("smollm2.safetensors")
 RIDGE = 1e-6  # of an input's second moment, so that a factor exists
 
 
+def _is_whole() -> bool:
+    """Whether the file is there and can be read; else the user is told."""
+    try:
+        with safe_open(FILE, "pt"):
+            return True
+    except (OSError, SafetensorError) as error:
+        note(f"{FILE}: cannot be read ({error}); what it brings is made anew")
+        return False
+
+
 def bundled_text(fingerprint: str, tokens: int) -> list[str] | None:
     """Texts of so many tokens at least that the model of this fingerprint wrote; None where there are none."""
-    if not FILE.is_file():
+    if not _is_whole():
         return None
     with safe_open(FILE, "pt") as opened:
         about = opened.metadata()
@@ -32,7 +44,7 @@ def bundled_text(fingerprint: str, tokens: int) -> list[str] | None:
 
 def bundled_moment(key: str) -> Tensor | None:
     """The second moment (I, I), float32, that is kept under a key; None where there is none."""
-    if not FILE.is_file():
+    if not _is_whole():
         return None
     with safe_open(FILE, "pt") as opened:
         if key not in opened.keys():  # noqa: SIM118

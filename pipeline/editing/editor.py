@@ -123,10 +123,12 @@ def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRe
     """The requests that an edit will make, all that can be known before the model is loaded being checked.
 
     Raises:
-        UserError: for an unknown method or setting, requests that contradict each other, or that lack a subject
-            it needs.
+        UserError: for an unknown method or setting, no requests, or such that contradict each other, or that lack
+            a subject it needs.
     """
     settings_of(options)
+    if not requests:
+        raise UserError("requests: none to edit")
     settled = settle(requests, options.last_wins)
     if METHODS[options.method].needs_subject:
         check_subjects(settled, f"edit: {options.method}", instead="finetune")

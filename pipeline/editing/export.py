@@ -27,7 +27,7 @@ MOST_ASKED = 1000  # facts whose keys say what of a change matters
 READ_TOGETHER = 8  # of them
 
 
-def export_merged(llm: LLM, update: WeightUpdate, folder: Path) -> None:
+def export_merged(llm: LLM, update: WeightUpdate, folder: str | Path) -> None:
     """Write config, safetensors and tokenizer of the edited model into `folder`.
 
     Raises:
@@ -40,6 +40,7 @@ def export_merged(llm: LLM, update: WeightUpdate, folder: Path) -> None:
         >>> edited.fingerprint == llm.fingerprint
         False
     """
+    folder = Path(folder)
     require_room(folder, sum(parameter.nbytes for parameter in llm.model.parameters()))
     partial = folder / ".partial"
     try:

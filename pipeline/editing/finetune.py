@@ -107,6 +107,7 @@ class FineTune(Staying):
         self.settings, self.statistics = settings or FinetuneSettings(), statistics or StatisticsOptions()
         if wrong := [depth for depth in self.settings.depths if not 0 <= depth < 1]:
             raise UserError(f"edit: depths: {wrong[0]}; expected parts of the model's depth, from 0 to below 1")
+        llm.check_layers(layers)
         further = {int(depth * len(llm.blocks)) for depth in self.settings.depths}
         self.layers = sorted({*layers, *(min(llm.editable, key=lambda block: abs(block - one)) for one in further)})
         self.projections: dict[str, Projection] = {}

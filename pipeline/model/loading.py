@@ -60,7 +60,7 @@ def _parsed_once() -> Iterator[None]:
 
 @_parsed_once()
 def load_model(
-    name: str = BUNDLED,
+    name: str | Path = BUNDLED,
     dtype: torch.dtype = torch.float32,
     verbose: bool = False,
     chat: bool = False,
@@ -89,6 +89,7 @@ def load_model(
         >>> len(llm.blocks)
         30
     """
+    name = str(name)
     with _reading(repr(name), verbose=verbose):
         source, gguf = _locate(name)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)

@@ -30,6 +30,7 @@ KINDS = {  # types as a user would name them
     float: "a number",
     str: "a text",
     list[int]: "a list of whole numbers, such as 3 or 3 4",
+    list[float]: "a list of numbers, such as [0.4,0.67]",
     list[str]: "a list of texts",
     list[str | dict[str, Any]]: "a list of names, or of {class_path: NAME, init_args: {...}}",
     dict[str, Any]: 'a mapping, such as {"epochs": 4}',

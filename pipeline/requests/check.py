@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, one_line, terminal_text
-from pipeline.requests.guessing import as_flag
+from pipeline.requests.guessing import as_fields
 from pipeline.requests.readers import Reading
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import alike, fact
@@ -31,7 +31,7 @@ class RequestCheck:
     def count(self, reading: Reading) -> None:
         """Count one record."""
         self.counts.update({"records": 1, "left out": reading.left_out})
-        if as_flag(reading.fields):  # a record for which none would do stays bad
+        if as_fields(reading.fields):  # a record for which none would do stays bad
             earlier = self.fields or reading.fields
             self.fields = {name: path for name, path in earlier.items() if reading.fields.get(name) == path}
         if reading.layout:
@@ -96,8 +96,8 @@ def summary(checked: RequestCheck) -> str:
         "duplicates": _places("", found["duplicates"]) or "none",
         "contradictions": _places("", found["contradictions"]) or "none",
     }
-    if not checked.layouts and (flag := as_flag(checked.fields)):
-        rows["try"] = flag
+    if not checked.layouts and (told := as_fields(checked.fields)):
+        rows["try"] = f"--{told}"
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
     lines += [f"bad: {reason}" for reason in bad[:NAMED]]

@@ -60,11 +60,11 @@ def suggested(record: Any) -> dict[str, str]:
     return pairs
 
 
-def as_flag(pairs: Mapping[str, str]) -> str:
-    """The `--fields` that says so; empty without a prompt or a new answer. A probe needs both, too."""
+def as_fields(pairs: Mapping[str, str]) -> str:
+    """What `fields` takes to say so; empty without a prompt or a new answer. A probe needs both, too."""
     whole = {"locality.prompt", "locality.answer"} <= {*pairs}
     line = ",".join(f"{name}={path}" for name, path in pairs.items() if whole or "." not in name)
-    return f"--fields {shlex.quote(line)}" if {"prompt", "new_answer"} <= {*pairs} else ""
+    return f"fields {shlex.quote(line)}" if {"prompt", "new_answer"} <= {*pairs} else ""
 
 
 def _letters(path: str, after: str = "\0") -> str:

@@ -16,12 +16,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
-from pipeline.requests.guessing import CLOSE, PROBES, as_flag, named, suggested
+from pipeline.requests.guessing import CLOSE, PROBES, as_fields, named, suggested
 from pipeline.requests.mapping import Record, by_names, is_blank, listed, look_for
 from pipeline.requests.schema import EditRequest, Probe
 
 MOST_FIELDS = 1_000  # of a record
 LONGEST_SENTENCE = 500  # characters of a fact that is a sentence
+ANY = "prompt and new_answer, or those of another layout; `fields` can say which is which"
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")  # en, zh-CN, deu_Latn
 
 
@@ -154,10 +155,10 @@ def _wanted(record: Record) -> str:
         for layout, (field,) in lacking.items()
         if (near := get_close_matches(field, record.keys() - layout.fields, 1, CLOSE))
     ]
-    if meant := [*slips[:1], *filter(None, [as_flag(suggested(record))])]:
+    if meant := [*slips[:1], *filter(None, [as_fields(suggested(record))])]:
         return f"did you mean {', or '.join(meant)}?"
     also = {f"{field} ({layout.name})": 1 for layout, (field,) in lacking.items() if len(layout.fields) > 1}
-    return f"expected the fields {' or '.join(also) or 'prompt and new_answer, or those of another layout'}"
+    return f"expected the fields {' or '.join(also) or ANY}"
 
 
 def to_requests(record: Record, layout: Layout, number: int, language: str = "") -> tuple[list[EditRequest], int]:
@@ -172,7 +173,8 @@ def to_requests(record: Record, layout: Layout, number: int, language: str = "")
     for place, fields in enumerate(several, start=1):
         left_out += 0 if layout is OWN else _leave_out_empty(fields)
         own = number if fields.get("id") is None else fields["id"]
-        fields["id"] = "-".join(map(str, [own, *[place] * (len(several) > 1), *[language] * bool(language)]))
+        if not isinstance(own, list | dict):  # which are refused
+            fields["id"] = "-".join(map(str, [own, *[place] * (len(several) > 1), *[language] * bool(language)]))
         if layout.source:
             fields["source"] = fields.get("source") or layout.source
         try:
@@ -218,4 +220,5 @@ def _wrong_field(error: ErrorDetails) -> str:
         "model_type": f"expected an object with {' and '.join(Probe.model_fields)}, found {found}",
         "extra_forbidden": f"does not exist; there is {', '.join(model.model_fields)}",
     }
-    return f"field {name!r}: {words.get(error['type'], error['msg'])}"
+    whole = f"expected a whole number, found {found}" if error["type"].startswith("int_") else error["msg"]
+    return f"field {name!r}: {words.get(error['type'], whole)}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UserError, note
 from pipeline.files import write_whole
-from pipeline.options.base import at_least
+from pipeline.options.base import at_least, read
 from pipeline.requests.guessing import suggested
 from pipeline.requests.layouts import OWN, Layout, find_layout, in_languages, to_requests
 from pipeline.requests.mapping import mapped
@@ -109,6 +109,7 @@ def read_requests(
     if limit is not None:
         at_least(1)("limit", limit)
     total, used = 0, dict[str, str]()
+    fields = read("fields", fields, dict[str, str] | None)
     given = Layout("--fields", frozenset(), mapped(fields)) if fields else None
     records = raw_records(source, whole=bool(fields))
     for place, record in islice(records, None if limit is None else offset + limit):

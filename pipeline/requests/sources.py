@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from pipeline.errors import UserError
 from pipeline.files import parse_json
-from pipeline.requests.guessing import as_flag, suggested
+from pipeline.requests.guessing import as_fields, suggested
 from pipeline.requests.layouts import LANGUAGE, told, without_empty
 from pipeline.requests.mapping import is_blank
 
@@ -82,7 +82,9 @@ def _file_records(path: Path, whole: bool) -> Iterator[tuple[str, Any]]:
             return
         characters = islice(iter(lambda: file.read(1), ""), BLANK)
         first = next(filter(str.strip, characters), "")
-        at_once = first == "[" or (first == "{" and file.readline(BLANK).isspace())
+        line = file.readline(BLANK) if first == "{" else ""
+        goes_on = ".json" in path.suffixes and line.endswith("\n") and not line.rstrip().endswith("}")
+        at_once = first == "[" or line.isspace() or goes_on
         file.seek(0)
         yield from _list_records(file) if at_once else _line_records(_lines(file))
 
@@ -150,7 +152,7 @@ def _check_header(header: Sequence[str], own: bool) -> None:
             raise UserError(f"column {name!r} stands twice")
         if own and name not in COLUMNS and not NUMBERED.fullmatch(name):
             known = ", ".join((*COLUMNS, *REPEATED))
-            fields = as_flag(suggested(dict.fromkeys(header)))
+            fields = as_fields(suggested(dict.fromkeys(header)))
             hint = f"; did you mean {fields}?" if fields else ""
             raise UserError(
                 f"column {name!r} does not exist; there is {known}, from rephrase on also numbered{hint}"

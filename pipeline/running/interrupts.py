@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STOPPING = b"\nstopping when this step is done; Ctrl-C again: at once\n"
+STOPPING = b"\nstopping when this batch is done; Ctrl-C again: at once\n"
 RESTORE_CURSOR = b"\x1b[?25h"  # which a progress bar hides
 
 

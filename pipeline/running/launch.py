@@ -53,7 +53,9 @@ def supervise(words: Sequence[str], devices: int, options: Any) -> int:
         raise UserError(
             f"trainer.devices: {devices} processes; the {cores} cores of this machine run {most} at most"
         )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     own = {SUPERVISED: "1", STARTED: started()}
     os.environ |= {"OMP_NUM_THREADS": str(max(1, cores // devices))} | own | os.environ
     config = LaunchConfig(

@@ -61,7 +61,7 @@ class Shown(tqdm):
     def within(self, step: int, steps: int) -> None:
         """What is at work has come to a step of at most so many."""
         self.set_postfix_str(f"step {step} of {steps}", refresh=False)
-        if self._time() - self.last_print_t >= self.mininterval:  # type: ignore[has-type]
+        if not self.disable and self._time() - self.last_print_t >= self.mininterval:  # type: ignore[has-type]
             self.refresh()
             self.last_print_t = self._time()
 

@@ -101,7 +101,7 @@ class Release:
         found = {name: root for name, root in server.adapters().items() if self.of_store.fullmatch(name)}
         for name, root in found.items():
             if not root.startswith(f"{self.home}/"):
-                wrong = f"has {name} from {root}, which is not of this store; give this store another --name"
+                wrong = f"has {name} from {root}, which is not of this store; publish this store by another name"
                 raise UserError(f"publish: {server.url}: {wrong}")
         return found
 

@@ -147,7 +147,7 @@ class Trial:
         if problem := missed(self.before.gates(options.gates, OF_MODEL)):
             raise UserError(
                 f"update: version {parent}, which is in force, misses gates itself: {problem}; "
-                "roll back, retract what is not needed, or change --gates"
+                "roll back, retract what is not needed, or change the gates"
             )
 
     def _earlier_facts(self) -> Evaluator | None:

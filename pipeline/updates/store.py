@@ -87,7 +87,7 @@ class Store(AbstractContextManager["Store"]):
 
     def _check_named(self, model: str | None) -> None:
         if not model:
-            raise UserError(f"store: {self.folder}: new; name the model that it is for with --model")
+            raise UserError(f"store: {self.folder}: new; name the model that it is for")
 
     def _begin(self, name: str) -> None:
         """Make version 0, the base model as it is, and say whose store this is."""
