@@ -1,12 +1,12 @@
 """Golden Layers: find the layer of a language model where facts are best edited, edit there, prove it, keep it.
 
-    from pipeline import edit, evaluate, find_golden_layer, load_model, load_requests
+    from pipeline import edit, evaluate, find_golden_layer, load_model, load_requests, split_by_subject
 
     llm = load_model("smollm2")
-    requests = load_requests("demo")
-    profile = find_golden_layer(llm, requests[:80])
-    update = edit(llm, requests[80:], profile)
-    print(evaluate(llm, requests[80:], update).after.metrics)
+    proxy, edits = split_by_subject(load_requests("demo"), 0.9)
+    profile = find_golden_layer(llm, proxy)
+    update = edit(llm, edits, profile)
+    print(evaluate(llm, edits, update).after.metrics)
 
 Names are looked up when they are used, so that importing the package costs nothing. Each has an example in its
 docstring. Stores of updates over time have a package of their own, `pipeline.updates`.

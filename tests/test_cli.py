@@ -377,7 +377,7 @@ def test_a_stores_edits_start_from_settings_of_their_own() -> None:
         ("memit", {"epochs": 2}, ["expert: 'epochs' is no setting of memit", "there is assoc"]),
         ("memit", {"batch_size": "x"}, ["expert.batch_size: expected a whole number, found x"]),
         ("finetune", {"scope": "attention"}, ["expert.scope", "'attention'", "down, experts, mlp, shared"]),
-        ("finetune", {"depths": 2}, ["expert.depths: expected a list of numbers", "found 2"]),
+        ("finetune", {"depths": "deep"}, ["expert.depths: expected a list of numbers", "found deep"]),
         ("finetune", {"epochs": 0}, ["expert.epochs", "0", "1"]),
         ("finetune", {"learning_rate": 0}, ["expert.learning_rate", "0"]),
         ("finetune", {"learning_rate": float("inf")}, ["expert.learning_rate", "inf"]),
