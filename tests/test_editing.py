@@ -23,7 +23,7 @@ from pipeline.editing.method import register, settings_of
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.model.llm import LLM
-from pipeline.options.editing import EditOptions
+from pipeline.options.editing import NAMES, EditOptions
 from pipeline.options.shared import TrainerOptions
 from pipeline.requests.data import EditRequests
 from pipeline.requests.schema import EditRequest
@@ -138,14 +138,37 @@ def test_the_profile_says_where(tiny_llm: LLM, requests: list[EditRequest]) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (EditOptions(), "give --profile"),
+        (EditOptions(), "give a profile"),
         (EditOptions(layers=[4]), "4 is not a block of tiny-llama; it has 0 to 3"),
-        (EditOptions(method="magic", layers=[0]), "'magic' does not exist.*finetune"),
     ],
 )
 def test_bad_choices(tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
         edit(tiny_llm, requests, options=options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "memt"}, "method: 'memt' does not exist.*'memit'"),
+        ({"layers": 3}, "layers: expected a list of whole numbers.*found 3"),
+        ({"statistics": "wiki.txt"}, "statistics: expected StatisticsOptions, found 'wiki.txt'"),
+        ({"expert": [1]}, "expert: expected a mapping"),
+    ],
+)
+def test_wrong_options_fail_at_once(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        EditOptions(**given)
+
+
+def test_a_registered_method_may_be_named() -> None:
+    register("mine", object)  # type: ignore[arg-type]
+    try:
+        assert EditOptions(method="mine").method == "mine"
+    finally:
+        METHODS.pop("mine")
+        NAMES.remove("mine")
+    assert METHODS.keys() <= NAMES
 
 
 def test_another_models_profile_and_update_are_refused(
