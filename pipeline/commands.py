@@ -63,7 +63,7 @@ def run(options: of.RunCommand) -> None:
             proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
             check_selector(proxy, options.attribution)
         edits = accept(edits, options.edit)
-        llm = load(options, requests=requests, layers=blocks_named(profile, options.edit))
+        llm = load(options, requests=requests, layers=blocks_named(profile, options.edit), profile=profile)
         if profile:
             choose_layers(llm, profile, options.edit)
             note_chat(llm, "profile", profile.chat)
@@ -104,7 +104,7 @@ def edit(options: of.EditCommand) -> None:
         profile = GoldenProfile.load(options.profile) if options.profile else None
         if profile is None and not options.layers:
             raise UserError(f"edit: where? give --profile FILE, which `{program()} attribute` makes, or --layers N")
-        llm = load(options, requests=requests, layers=blocks_named(profile, options))
+        llm = load(options, requests=requests, layers=blocks_named(profile, options), profile=profile, update=after)
         choose_layers(llm, profile, options)
         if profile:
             note_chat(llm, "profile", profile.chat)
@@ -126,7 +126,7 @@ def evaluate(options: of.EvaluateCommand) -> None:
     with working(options, "evaluate") as log:
         requests = read_requests(options)
         update = WeightUpdate.load(options.update, to_serve=True) if options.update else None
-        llm = load(options, requests=requests)
+        llm = load(options, requests=requests, update=update)
         if update:
             note_chat(llm, "update", update.chat)
         measured = measure(llm, requests, update, options, options.trainer, log.work)
@@ -140,7 +140,7 @@ def export(options: of.ExportCommand) -> None:
     with working(options, "export") as log:
         update, model, number = _named(options)
         made = Path(options.update or version_folder(Path(options.store or ""), number or 0))
-        llm = load(options, model)
+        llm = load(options, model, update=update)
         update = update or WeightUpdate(llm.name, llm.fingerprint, "none", [], {})
         update.check_fits(llm)
         held = _EXPORTS[options.kind](llm, update, log.folder, options.rank)
@@ -167,7 +167,7 @@ def generate(options: of.GenerateCommand) -> None:
     if options.store:
         _generate_live(prompts, options)
         return
-    llm = load(options)
+    llm = load(options, update=update)
     if update:
         update.check_fits(llm)
         note_chat(llm, "update", update.chat)
@@ -183,7 +183,7 @@ def chat(options: of.ChatCommand) -> None:
     """A talk with the model, and what an update or a version of a store makes of it."""
     prepare(options)
     update, model, _ = _named(options)
-    llm = load(options, model)
+    llm = load(options, model, update=update)
     if update:
         update.check_fits(llm)
     talk(llm, update, options)

@@ -14,6 +14,8 @@ from pipeline.attribution.profile import PROFILE_FILE, GoldenProfile
 from pipeline.editing.editor import edit
 from pipeline.editing.update import UPDATE_FILE, WeightUpdate
 from pipeline.evaluation.evaluator import Evaluator, evaluate
+from pipeline.model.blocks import check_exist
+from pipeline.model.fingerprints import check_made_for
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
 from pipeline.options.attribution import AttributionOptions
@@ -56,17 +58,31 @@ def read_requests(options: RequestOptions) -> list[EditRequest]:
 
 
 def load(
-    options: Any, model: str | None = None, requests: Sequence[EditRequest] = (), layers: Collection[int] = ()
+    options: Any,
+    model: str | None = None,
+    requests: Sequence[EditRequest] = (),
+    layers: Collection[int] = (),
+    **made: GoldenProfile | WeightUpdate | None,
 ) -> LLM:
-    """See that all processes were given the same, and load the model, which is to have these blocks."""
+    """See that all processes were given the same, and load the model, which is to have these blocks.
+
+    What is `made`, by what it is, is for this model: said before weights are read where its fingerprint is known.
+    """
     name, verbose, chat = model or options.model, options.verbose, getattr(options, "chat", False)
+
+    def fits(blocks: int, known: str | None) -> None:
+        check_exist(layers, blocks, name)
+        for what, one in made.items():
+            if one and known:
+                check_made_for(what, (one.model, one.fingerprint), name, known)
+
     if not isinstance(options, ComputeOptions):
-        return load_model(name, verbose=verbose, chat=chat, layers=layers)
+        return load_model(name, verbose=verbose, chat=chat, fits=fits)
     trainer = options.trainer
     device = join(trainer)
     check_alike("requests", requests)
     spread = device if trainer.strategy in SHARDED else None
-    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread, layers)
+    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread, fits)
     if not spread:
         llm.model.to(device)  # type: ignore[arg-type]  # where every stage finds it
     check_alike("model", [llm.fingerprint])

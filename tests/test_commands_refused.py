@@ -13,7 +13,10 @@ import pytest
 from commanding import FINETUNE, read_json
 from safetensors.torch import load_file, save_file
 
+from pipeline.cli import main
 from pipeline.editing.finetune import FineTune
+from pipeline.model import loading
+from pipeline.model.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -265,3 +268,23 @@ def test_more_processes_than_the_cores_run(
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     told = refused("attribute", *asked, "--trainer.devices", "5", "--trainer.accelerator", "cpu")
     assert told == "error: trainer.devices: 5 processes; the 2 cores of this machine run 4 at most"
+
+
+def test_what_was_made_for_another_model_is_refused_before_weights_are_read(
+    editing: list[str],
+    asked: list[str],
+    other_folder: Path,
+    tiny_folder: Path,
+    refused: Callable[..., str],
+    elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = [str(other_folder) if word == str(tiny_folder) else word for word in editing]
+    assert main([*other, "--output", "made"]) == 0
+    assert main(["attribute", *other[1 : len(asked) + 1], "--output", "found"]) == 0
+    load_model(str(tiny_folder))  # its fingerprint is known from here on
+    monkeypatch.setattr(loading, "_weights", None)
+    assert "profile: made for model" in refused("edit", *asked, "--profile", "found", "--output", "out")
+    assert "update: made for model" in refused("evaluate", *asked, "--update", "made", "--output", "out")
+    assert "update: made for model" in refused("export", "--model", str(tiny_folder), "--update", "made")
+    assert "layers: 9 is not a block" in refused("edit", *asked, "--layers", "9", "--output", "out")

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
+from pipeline.errors import UserError
 from pipeline.files import digest
 from pipeline.running.sharding import sampled, whole
 
@@ -29,6 +30,12 @@ def fingerprint(model: nn.Module) -> str:
     Checkpoints are fingerprinted as they are on disk, before any cast (see `load_model`).
     """
     return joined(getattr(model, "config", None), tensors_digest(model))
+
+
+def check_made_for(what: str, made: tuple[str, str], name: str, own: str) -> None:
+    """Raise UserError when something was made for another model, by name and fingerprint, than this one."""
+    if made[1] != own:
+        raise UserError(f"{what}: made for model {made[0]!r} ({made[1]}), not for {name!r} ({own})")
 
 
 def joined(config: Any, tensors: str) -> str:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import Block, Projection, check_exist, find_blocks, weight_name
+from pipeline.model.fingerprints import check_made_for, sample
 from pipeline.model.fingerprints import fingerprint as fingerprint_of
-from pipeline.model.fingerprints import sample
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.tokens import Tokens
 
@@ -140,10 +140,7 @@ class LLM:
 
     def check_made_for(self, what: str, model: str, fingerprint: str) -> None:
         """Raise UserError when something (`what`) was made for a model with another fingerprint."""
-        if fingerprint != self.fingerprint:
-            raise UserError(
-                f"{what}: made for model {model!r} ({fingerprint}), not for {self.name!r} ({self.fingerprint})"
-            )
+        check_made_for(what, (model, fingerprint), self.name, self.fingerprint)
 
     def explain(self, request: EditRequest) -> list[ShownToken]:
         """The tokens of a request's prompt and new answer, as every stage reads them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import cache
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from pipeline.errors import UserError, note, one_line
 from pipeline.files import cached, digest, parse_json, read_sealed, read_text_file, write_sealed
-from pipeline.model.blocks import READ_PLAIN, check_config, check_exist, find_blocks, quantised_by
+from pipeline.model.blocks import READ_PLAIN, check_config, find_blocks, quantised_by
 from pipeline.model.fingerprints import config_digest, joined, tensors_digest
 from pipeline.model.llm import LLM
 from pipeline.model.spreading import load_sharded
@@ -65,7 +65,7 @@ def load_model(
     verbose: bool = False,
     chat: bool = False,
     spread: torch.device | None = None,
-    layers: Iterable[int] = (),
+    fits: Callable[[int, str | None], None] | None = None,
 ) -> LLM:
     """Load a model for editing; never runs code that comes with the weights.
 
@@ -78,7 +78,8 @@ def load_model(
         chat: put prompts into the tokenizer's chat template, in every stage.
         spread: spread the blocks' weights over all processes (see `pipeline.running.sharding`), this one's share on
             this device; None: the whole model on the CPU.
-        layers: blocks that the model is to have, for an edit.
+        fits: told how many blocks the model has, and its fingerprint where that was found before; raises UserError
+            where something else was made for another model.
 
     Raises:
         UserError: when there is no such model, or it cannot be read or edited; where its config tells, before any
@@ -94,7 +95,8 @@ def load_model(
         source, gguf = _locate(name)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
         config = _config(source, gguf, name)
-        check_exist(layers, config.get_text_config(decoder=True).num_hidden_layers, name)
+        if fits:
+            fits(config.get_text_config(decoder=True).num_hidden_layers, _Kept(config, source, gguf).fingerprint)
         if not gguf:  # built without weights, a model shows its structure
             with torch.device("meta"):
                 find_blocks(decoder_of(config, name), name)
@@ -117,26 +119,34 @@ def load_model(
     return llm
 
 
-def _fingerprint(model: PreTrainedModel, source: str, gguf: dict[str, str], name: str) -> str:
-    """A checkpoint's fingerprint, kept for as long as its files' sizes, times and inodes are what they are.
+class _Kept:
+    """What is kept of a checkpoint's fingerprint while its files' sizes, times and inodes are what they are."""
 
-    It is taken of the values before any cast: of the model as it is loaded where that can hold them, else of the
-    checkpoint loaded once more in float32.
+    def __init__(self, config: PreTrainedConfig, source: str, gguf: dict[str, str]) -> None:
+        folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
+        self.files = [folder / gguf["gguf_file"]] if gguf else sorted(folder.glob("*.safetensors"))
+        states = [(str(file.resolve()), file.stat()) for file in self.files]
+        self.about = {
+            "files": [[path, one.st_size, one.st_mtime_ns, one.st_ino] for path, one in states],
+            "config": config_digest(config),
+            "transformers": transformers.__version__,
+        }
+        self.file = cached(f"fingerprint-{digest(self.about)}")
+        self.tensors = (read_sealed(self.file, self.about) or b"").decode()  # their digest; empty: not known
+        self.fingerprint = joined(config, self.tensors) if self.tensors else None
+
+
+def _fingerprint(model: PreTrainedModel, source: str, gguf: dict[str, str], name: str) -> str:
+    """A checkpoint's fingerprint: the one that is kept, or that of the values before any cast.
+
+    These are the model's as it is loaded where that can hold them, else those of the checkpoint loaded in float32.
     """
-    folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
-    files = [folder / gguf["gguf_file"]] if gguf else sorted(folder.glob("*.safetensors"))
-    states = [(str(file.resolve()), file.stat()) for file in files]
-    about = {
-        "files": [[path, one.st_size, one.st_mtime_ns, one.st_ino] for path, one in states],
-        "config": config_digest(model.config),
-        "transformers": transformers.__version__,
-    }
-    file = cached(f"fingerprint-{digest(about)}")
-    tensors = (read_sealed(file, about) or b"").decode()
-    if not tensors:
-        loses = model.dtype in (torch.bfloat16, torch.float16) and (gguf or _stored(files) != {model.dtype})
-        tensors = tensors_digest(_weights(source, gguf, name, torch.float32) if loses else model)
-        write_sealed(file, about, tensors.encode())
+    kept = _Kept(model.config, source, gguf)
+    if kept.fingerprint:
+        return kept.fingerprint
+    loses = model.dtype in (torch.bfloat16, torch.float16) and (gguf or _stored(kept.files) != {model.dtype})
+    tensors = tensors_digest(_weights(source, gguf, name, torch.float32) if loses else model)
+    write_sealed(kept.file, kept.about, tensors.encode())
     return joined(model.config, tensors)
 
 
