@@ -85,7 +85,7 @@ class DemoCommand(AskedModelOptions, OutputOptions, ComputeOptions, SeedOptions)
     """See it all on a handful of facts: old answers, golden layer, edit, new answers, what else moved, and back."""
 
     trainer: TrainerOptions = group(TrainerOptions, without=(*ONE_HOST, "strategy"))
-    facts: Annotated[int, at_least(1), at_most(40)] = 6
+    facts: Annotated[int, at_least(1), at_most(40)] = 5
     """How many of the demo requests to edit."""
 
 
