@@ -6,6 +6,7 @@ What this imports brings no torch; a command does when it starts.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import signal
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit code: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for each other stall on a busy machine
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT loads it: before any command does
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # whoever started this had closed it
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))

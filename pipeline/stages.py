@@ -22,7 +22,7 @@ from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import as_config
 from pipeline.options.commands import AttributeCommand, EditCommand, RunCommand
 from pipeline.options.editing import EditOptions
-from pipeline.options.shared import SHARDED, CommandOptions, ComputeOptions, RequestOptions
+from pipeline.options.shared import NF4, SHARDED, CommandOptions, ComputeOptions, RequestOptions
 from pipeline.output import is_one_of_several
 from pipeline.reporting.run_log import RunLog, run_log
 from pipeline.reporting.terminal import say
@@ -81,8 +81,10 @@ def load(
     trainer = options.trainer
     device = join(trainer)
     check_alike("requests", requests)
-    spread = device if trainer.strategy in SHARDED else None
-    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread, fits)
+    spread, nf4 = (device if asked else None for asked in (trainer.strategy in SHARDED, trainer.precision == NF4))
+    if nf4:
+        trainer.check_whole(f"precision {NF4}")
+    llm = load_model(name, weights_dtype(trainer), verbose, chat, spread, fits, nf4)
     if not spread:
         llm.model.to(device)  # type: ignore[arg-type]  # where every stage finds it
     check_alike("model", [llm.fingerprint])

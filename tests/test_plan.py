@@ -235,6 +235,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*words, "--output", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "rows of 64 tokens" in shown and "longest batch in 0.5 GB" in shown
+    assert "note: " not in shown
+    assert main([*words[:-3], "0.0001", *words[-2:]]) == 0
+    assert "--trainer.precision nf4" in capsys.readouterr().out
     plan = json.loads((out / "plan.json").read_text())
     assert (plan["devices"], plan["memory"], plan["blocks"]) == (2, 500_000_000, 2)
     assert [stage["stage"] for stage in plan["stages"]] == ["attribution", "key statistics", "memit", "evaluation"]

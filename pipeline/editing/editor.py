@@ -14,12 +14,13 @@ from torch import Tensor
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing import auto, finetune, locate, lora  # noqa: F401  each registers its own kinds
 from pipeline.editing.columns import layers_in, owner, owners_in
-from pipeline.editing.method import METHODS, settings_of
+from pipeline.editing.method import METHODS, below, settings_of
 from pipeline.editing.statistics import give_moments
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
 from pipeline.files import digest
 from pipeline.model.llm import LLM
+from pipeline.model.quantised import make_plain
 from pipeline.model.suffix import parts_of
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import TrainerOptions
@@ -66,7 +67,7 @@ def edit(
     """
     options = options or EditOptions()
     requests = accept(requests, options)
-    layers = choose_layers(llm, profile, options)
+    layers = ready_layers(llm, profile, options)
     if after:
         after.check_fits(llm)
     earlier = after or WeightUpdate(llm.name, llm.fingerprint, options.method, [], {})
@@ -177,6 +178,19 @@ def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions)
     llm.check_layers(profile.golden_layers)
     fit = [layer for layer in dict.fromkeys([*profile.golden_layers, *profile.ranking]) if layer not in unfit]
     return sorted(fit[: len(profile.golden_layers)])
+
+
+def ready_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions) -> list[int]:
+    """The blocks to edit (see `choose_layers`); what the edit wants plain in a quantised model is so afterwards."""
+    layers = choose_layers(llm, profile, options)
+    make_plain(llm, wanted_plain(llm, layers, options))
+    return layers
+
+
+def wanted_plain(llm: LLM, layers: Sequence[int], options: EditOptions) -> list[str]:
+    """The weights that an edit by these options wants plain in a quantised model."""
+    method = METHODS[options.method]
+    return [*below(llm, layers, options.method), *method.make(llm, layers, options).weight_names]
 
 
 def can_leave_out(update: WeightUpdate, requests: Sequence[EditRequest], method: str) -> bool:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipeline.errors import UserError, check_choice
+from pipeline.model.blocks import weight_name
+from pipeline.model.llm import LLM
 from pipeline.options.base import Options, read_expert
 from pipeline.options.editing import NAMES, EditOptions
 from pipeline.requests.schema import EditRequest
@@ -74,6 +76,16 @@ def register(name: str, make: Callable[..., EditMethod], settings: type = Option
         raise ValueError(f"method: {name!r} is {'registered already' if name in METHODS else 'no identifier'}")
     METHODS[name] = Method(make, settings, **about)
     NAMES.add(name)
+
+
+def below(llm: LLM, layers: Sequence[int], method: str) -> list[str]:
+    """The weights of all blocks below the lowest of these, where keys that a method reads there are to be those of
+    the checkpoint, also in a quantised model: what is located for other keys holds in no other precision.
+    """
+    known = METHODS.get(method)
+    blocks = llm.blocks[: min(layers, default=0)] if known and known.solves_anew else []
+    maps = [one for block in blocks for one in (block.attention | block.mlp).items()]
+    return [weight_name(name, projection) for name, projection in maps]
 
 
 def settings_of(options: EditOptions) -> Any:

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from pipeline.editing.columns import columns_in
 from pipeline.editing.learnt import FILE, Kept, gathered, parts
+from pipeline.editing.method import below
 from pipeline.editing.tensors import read_tensors, write_tensors
 from pipeline.errors import UserError, one_line
 from pipeline.files import parse_json, read_text_file, require_room, write_json
 from pipeline.model.llm import LLM
+from pipeline.model.quantised import make_plain
 from pipeline.requests.schema import EditRequest
 from pipeline.running.sharding import put
 from pipeline.shipped import program
@@ -138,17 +140,20 @@ class WeightUpdate:
     def check_fits(self, llm: LLM) -> None:
         """See that the update's tensors are weights of the blocks that it names, each whole and of finite numbers.
 
+        Weights that it was made with as plain ones are that afterwards, in a quantised model too.
+
         Raises:
             UserError: when it was made for another model, or a block, name, shape, dtype or value is wrong.
         """
         llm.check_made_for("update", self.model, self.fingerprint)
         llm.check_layers(self.layers, "update: layers")
         known = {name for layer in self.layers for name in llm.blocks[layer].weight_names("block")}
+        if unknown := next((name for name in self.tensors if name not in known), None):
+            raise UserError(
+                f"update: {unknown!r} is no weight of block {', '.join(map(str, self.layers)) or 'none'}"
+            )
+        make_plain(llm, [*below(llm, self.layers, self.method), *self.tensors])
         for name, tensor in self.tensors.items():
-            if name not in known:
-                raise UserError(
-                    f"update: {name!r} is no weight of block {', '.join(map(str, self.layers)) or 'none'}"
-                )
             weight = llm.model.get_parameter(name)
             if tensor.shape != weight.shape or tensor.dtype not in DTYPES:
                 raise UserError(

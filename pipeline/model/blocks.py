@@ -85,8 +85,9 @@ def sizes(projection: Projection) -> tuple[int, int]:
     """(inputs, outputs) of a linear map; GPT-2's Conv1D stores its weight the other way round."""
     if isinstance(projection, Stacked):
         return projection.sizes
-    rows, columns = projection.weight.shape
-    return (rows, columns) if isinstance(projection, Conv1D) else (columns, rows)
+    if isinstance(projection, Conv1D):
+        return projection.nx, projection.nf
+    return projection.in_features, projection.out_features
 
 
 def as_stored(projection: Projection, matrix_OI: Tensor) -> Tensor:
@@ -265,5 +266,3 @@ def _check_block(where: str, block: nn.Module) -> None:
     for inner, module in block.named_modules():
         if getattr(module, "is_causal", True) is False:
             raise UserError(f"{where}: its attention looks ahead ({inner}); expected a causal decoder")
-        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-            raise UserError(f"{where}: {inner} is quantised ({module.weight.dtype}); expected plain weights")

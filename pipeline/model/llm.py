@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class LLM:
             made, so it stays the base model's while an update is applied.
         sample: what `pipeline.model.fingerprints.sample` gives while no update is applied.
         parts: which parts of it can run by themselves; None until somebody has asked (`parts_of`).
+        original: loads the plain model, where blocks of this one are quantised (`pipeline.model.quantised`).
 
     Raises:
         UserError: when the model's structure is not supported, or a chat is asked for without a chat template.
@@ -88,6 +89,7 @@ class LLM:
         self.fingerprint = fingerprint or fingerprint_of(model)
         self.sample = sample(model)
         self.parts: Parts | None = None
+        self.original: Callable[[], PreTrainedModel] | None = None
 
     @property
     def context_length(self) -> int | None:

@@ -35,6 +35,7 @@ from pipeline.files import cached, digest, parse_json, read_sealed, read_text_fi
 from pipeline.model.blocks import READ_PLAIN, check_config, find_blocks, quantised_by
 from pipeline.model.fingerprints import config_digest, joined, tensors_digest
 from pipeline.model.llm import LLM
+from pipeline.model.quantised import quantise
 from pipeline.model.spreading import load_sharded
 from pipeline.model.suffix import parts_of
 from pipeline.options.shared import BUNDLED
@@ -66,6 +67,7 @@ def load_model(
     chat: bool = False,
     spread: torch.device | None = None,
     fits: Callable[[int, str | None], None] | None = None,
+    nf4: torch.device | None = None,
 ) -> LLM:
     """Load a model for editing; never runs code that comes with the weights.
 
@@ -80,6 +82,7 @@ def load_model(
             this device; None: the whole model on the CPU.
         fits: told how many blocks the model has, and its fingerprint where that was found before; raises UserError
             where something else was made for another model.
+        nf4: keep the blocks in 4 bits, on this device (see `pipeline.model.quantised`); None: as they are.
 
     Raises:
         UserError: when there is no such model, or it cannot be read or edited; where its config tells, before any
@@ -111,7 +114,10 @@ def load_model(
 
     model = load_sharded(weights, spread, name) if spread else weights()
     print_of = from_first(found[0] if found else "") if spread else found[0]
+    if nf4:
+        quantise(model, nf4)
     llm = LLM(model, tokenizer, name, chat, print_of)
+    llm.original = weights if nf4 else None
     if without := len(llm.blocks) - len(llm.editable):
         note(f"{name}: {without} of its {len(llm.blocks)} blocks have no MLP, and are not edited")
     if slow := ", ".join(what for what, runs in zip(PARTS, parts_of(llm), strict=False) if not runs):

@@ -8,6 +8,7 @@ from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import Count, FromZero, Most, Names, above, at_least, at_most, between, group, one_of
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import (
+    NF4,
     WATCHING,
     AskedModelOptions,
     ComputeOptions,
@@ -211,6 +212,8 @@ class StudyCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOpti
 
     def check(self) -> None:
         self.trainer.check_whole("study")
+        if self.trainer.precision == NF4:
+            raise UserError("trainer.precision: nf4; study edits every block, and none stays in 4 bits: bf16-true")
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ from pipeline.options.base import NO_FLAG, Count, FromZero, Most, Names, Options
 
 BUNDLED = "smollm2"  # SmolLM2-135M-Instruct, of a package of its own
 SHARDED = ("fsdp", "fsdp2")  # strategies that spread a model's weights over the devices
+NF4 = "nf4"  # precision with quantised blocks
 WATCHING = ("logger", "profiler", "callbacks")  # no flags where no output folder is written
 
 
@@ -25,8 +26,9 @@ class TrainerOptions(Options):
     strategy: Annotated[str, one_of("auto", "ddp", *SHARDED)] = "auto"
     """auto, ddp, fsdp or fsdp2. ddp: the whole model on every device; fsdp or fsdp2 (the same): its blocks' weights
     spread over the devices, for models that one device does not hold; auto: ddp where there are several devices."""
-    precision: Annotated[str, one_of("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")] = "32-true"
-    """32-true, 64-true, bf16-mixed, bf16-true or 16-mixed."""
+    precision: Annotated[str, one_of("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", NF4)] = "32-true"
+    """32-true, 64-true, bf16-mixed, bf16-true, 16-mixed, or nf4: bf16-true, with the blocks in 4 bits but for what
+    is edited."""
     micro_batch: Annotated[Most, NO_FLAG] = None
     """The most requests that a device trains on at once; the rest of its part of a batch follows before the step,
     with the same result. Default: all."""

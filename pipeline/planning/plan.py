@@ -13,22 +13,25 @@ in reserve, and what is kept in the host's memory for each request.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from math import floor
 
 import torch
 
-from pipeline.editing.editor import METHODS
+from pipeline.editing.editor import METHODS, wanted_plain
 from pipeline.editing.method import settings_of
 from pipeline.editing.statistics import READ_TOGETHER
 from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.reading import BATCH_SIZE, BATCH_TOKENS
+from pipeline.model.blocks import weight_name
 from pipeline.model.experts import Stacked
 from pipeline.model.loading import load_config
+from pipeline.model.quantised import NF4_BYTES, linear_maps
 from pipeline.options.commands import PlanCommand
-from pipeline.options.shared import SHARDED
+from pipeline.options.shared import NF4, SHARDED
 from pipeline.planning import stages
 from pipeline.planning.shape import Case, Shape, shape_of
 from pipeline.running.trainer import weights_dtype
@@ -84,6 +87,8 @@ def plan_memory(options: PlanCommand) -> MemoryPlan:
     weights = weight_bytes(shape, trainer.strategy, case.devices)
     parameters = sum(parameter.numel() for parameter in shape.model.parameters())
     stacks = [one for block in shape.blocks for one in block.mlp.values() if isinstance(one, Stacked)]
+    if trainer.precision == NF4:
+        trainer.check_whole(f"precision {NF4}")
     return MemoryPlan(
         model=options.model,
         parameters=parameters,
@@ -101,19 +106,27 @@ def plan_memory(options: PlanCommand) -> MemoryPlan:
 
 def needs(case: Case, options: PlanCommand, weights: int, memory: int) -> Iterator[Need]:
     """Of attribution, the ways to edit that are asked for, with their key statistics, and evaluation."""
-    room = memory - weights
 
     def need(
-        stage: str, batch: int, beside: Callable[[int], int], most: int | None = None, fixed: bool = False
+        stage: str,
+        batch: int,
+        beside: Callable[[int], int],
+        most: int | None = None,
+        fixed: bool = False,
+        plain: Collection[str] = (),
     ) -> Need:
-        """Of a stage that runs at `most` so many requests at once; its batch may be nobody's to choose."""
-        bytes_of = cache(beside)
+        """Of a stage that runs at `most` so many requests at once; its batch may be nobody's to choose.
+
+        Of weights in 4 bits, those that it changes are `plain`, and the largest is unpacked while it is used.
+        """
+        spared, unpacked = in_4_bits(case.shape, plain) if case.precision == NF4 else (0, 0)
+        held = weights - spared
+        bytes_of = cache(lambda size: beside(size) + unpacked)
         batch = min(batch, most or batch)
-        longest = None if fixed else longest_batch(bytes_of, batch, room, most)
+        longest = None if fixed else longest_batch(bytes_of, batch, memory - held, most)
         taken = bytes_of(batch)
-        return Need(
-            *(stage, batch, weights, taken, weights + taken, taken <= room), None if longest == most else longest
-        )
+        fits = held + taken <= memory
+        return Need(stage, batch, held, taken, held + taken, fits, None if longest == most else longest)
 
     asked = options.batch or options.attribution.batch_size
     attributed = partial(stages.attribution, case, options.attribution)
@@ -126,7 +139,8 @@ def needs(case: Case, options: PlanCommand, weights: int, memory: int) -> Iterat
     for edit in edits:
         batch = getattr(settings_of(edit), "batch_size", options.attribution.batch_size)
         edited, together = partial(stages.editing, case, edit), stages.searched_together(case, edit)
-        yield need(edit.method, options.batch or batch, edited, together)
+        plain = wanted_plain(case.shape, [case.layer], edit)
+        yield need(edit.method, options.batch or batch, edited, together, plain=plain)
     most = max(1, BATCH_TOKENS // case.length)
     yield need("evaluation", options.batch or BATCH_SIZE, partial(stages.evaluation, case), most)
 
@@ -141,6 +155,14 @@ def weight_bytes(shape: Shape, strategy: str, devices: int) -> int:
         return everything
     blocks = [sum(weight.nbytes for weight in block.module.parameters()) for block in shape.blocks]
     return everything - sum(blocks) + -(-sum(blocks) // devices) + min(2, len(blocks)) * max(blocks)
+
+
+def in_4_bits(shape: Shape, plain: Collection[str]) -> tuple[int, int]:
+    """Bytes that blocks in 4 bits (NF4) spare, where these weights stay plain; and of the largest, unpacked."""
+    maps = ChainMap(*map(linear_maps, shape.blocks))
+    packed = [one.weight for name, one in maps.items() if weight_name(name, one) not in plain]
+    spared = sum(weight.nbytes - round(weight.numel() * NF4_BYTES) for weight in packed)
+    return spared, max((weight.nbytes for weight in packed), default=0)
 
 
 def longest_batch(beside: Callable[[int], int], batch: int, room: int, most: int | None = None) -> int:

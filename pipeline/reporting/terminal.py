@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from pipeline.study.study import Study
 
 LOG_WIDTH = 160  # columns of what is no terminal, unless COLUMNS says otherwise
+SMALLER = (
+    "more devices share the weights with --trainer.strategy fsdp2; one holds them in 4 bits with "
+    "--trainer.precision nf4; shorter rows (--length) take less; neither tensor parallelism nor offloading is used"
+)
 WIDE = 80  # columns in which intervals have room
 MISSED, ANSWER = 5, 160  # facts that do not hold, spelt out, and letters of what is asked and said
 
@@ -161,3 +165,5 @@ def show_plan(plan: MemoryPlan) -> None:
         rows.append([need.stage, str(need.batch), *figures, longest])
     longest_in = f"longest batch in {plan.memory / 1e9:.3g} GB"
     show_table(["stage", "at once", "weights", "beside", "in all", longest_in], rows)
+    if not all(need.fits for need in plan.stages):
+        say(f"note: {SMALLER}")

@@ -21,14 +21,14 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.strategies import Strategy
 
 from pipeline.errors import UserError, one_line
-from pipeline.options.shared import SHARDED, TrainerOptions
+from pipeline.options.shared import NF4, SHARDED, TrainerOptions
 from pipeline.running.interrupts import interrupts
 from pipeline.running.processes import trainer_errors, world_size
 from pipeline.running.progress import StageProgressBar
 from pipeline.running.sharding import KeepStep
 from pipeline.running.strategy import ShardedStrategy
 
-DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, NF4: torch.bfloat16}
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -119,7 +119,7 @@ def build_trainer(
     options: TrainerOptions, title: str, callbacks: Sequence[Callback] = (), **settings: Any
 ) -> Trainer:
     """A Trainer made of options: see `trainer_of`."""
-    precision: dict[str, Any] = {"precision": options.precision}
+    precision: dict[str, Any] = {"precision": "bf16-true" if options.precision == NF4 else options.precision}
     strategy: str | Strategy = options.strategy
     plugins: list[Any] = []
     if SLURMEnvironment.detect():

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.profile import CLEAR, GoldenProfile
-from pipeline.editing.editor import can_leave_out, choose_layers, edit, leave_out
+from pipeline.editing.editor import can_leave_out, edit, leave_out, ready_layers
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, one_line
 from pipeline.evaluation.evaluator import Evaluator
@@ -182,7 +182,7 @@ def _golden_profile(
         if not options.edit.layers and not is_clear:
             profile, note = settle_layer(llm, profile, requests, options)
             notes.append(note)
-    choose_layers(llm, profile, options.edit)
+    ready_layers(llm, profile, options.edit)
     return profile, notes
 
 
@@ -215,7 +215,7 @@ def settle_layer(
     fit = dict.fromkeys([*likely, *profile.ranking])
     found: dict[int, float] = {}
     for block in list(fit)[: TRIED + 1]:
-        (layer,) = choose_layers(llm, profile.model_copy(update={"golden_layers": [block]}), options.edit)
+        (layer,) = ready_layers(llm, profile.model_copy(update={"golden_layers": [block]}), options.edit)
         if layer not in found and len(found) < TRIED:
             found[layer] = _worth(llm, layer, requests[:TAUGHT], options)
     best = max(found, key=lambda block: found[block])
