@@ -2,8 +2,9 @@
 
 What is left out is run elsewhere: benchmarks (tests/test_benchmarks.py), the demo (tests/test_demo.py), plans
 (tests/test_plan.py), commands that stay until they are stopped (tests/test_updates_commands.py), several processes
-(tests/test_distributed.py), and exports of a GGUF file's model for llama.cpp (tests/test_export_gguf.py) and to the
-hub (tests/test_export_card.py). The study of files that do not come with the project is only parsed.
+(tests/test_distributed.py), exports of a GGUF file's model for llama.cpp (tests/test_export_gguf.py) and to the hub
+(tests/test_export_card.py), ability and the harness (tests/test_ability.py, tests/test_harness.py). The study of
+files that do not come with the project is only parsed.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ ELSEWHERE = (
     "--kind gguf ",
     "--push",
     "zsre_knowedit.json",
+    "--ability",
+    "--harness",
 )
 SERVER = "http://localhost:8000"
 TEXTS = {f"{page}: {title}": text for page in PAGES for title, text in sections(page).items()}

@@ -8,17 +8,18 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 
 from pipeline.editing.update import WeightUpdate
+from pipeline.evaluation.harness import load_tasks, run_tasks
 from pipeline.evaluation.made import HOLDS
 from pipeline.evaluation.metrics import Estimate, Resampled
 from pipeline.evaluation.plan import KINDS, Plan, Text
 from pipeline.evaluation.reading import Readings, TextReading, read
-from pipeline.evaluation.values import Values, figures, values_of
+from pipeline.evaluation.values import Column, Values, figures, values_of
 from pipeline.files import cached, unusable
 from pipeline.model.fingerprints import sample
 from pipeline.model.llm import LLM
@@ -48,10 +49,17 @@ class Measurement:
     metrics: Metrics  # every figure with its count and interval
     answers: list[str]  # in the requests' order, what the model says to their prompts
     said: dict[str, list[list[str]]] = field(default_factory=dict)  # by kind of prompt, and request, all of it
-    # by metric, each request's value (perplexity and text_kl: each text window's); and resamples, for differences
+    # by metric, each request's value (perplexity and text_kl: each text window's; ability and the harness: each
+    # item's); and resamples, for differences
     values: Values = field(default_factory=dict, compare=False, repr=False)
     resampled: dict[str, Resampled] = field(default_factory=dict, compare=False, repr=False)
     asked: dict[str, list[list[str]]] = field(default_factory=dict, compare=False)  # the prompts of what is `said`
+
+    def add_harness(self, llm: LLM, tasks: Sequence[Any], limit: int | None) -> None:
+        """Run tasks of the evaluation harness on the model as it is now; their figures stand beside the others."""
+        for name, values, estimate in run_tasks(llm, tasks, limit):
+            column = Column(values)
+            self.values[name], self.resampled[name], self.metrics[name] = column, column.mean(), estimate
 
     @property
     def missed(self) -> list[Missed]:
@@ -89,7 +97,7 @@ def evaluate(
 
     Raises:
         UserError: for no requests, an update of another model, texts that do not fit the context, a text file
-            too short.
+            too short, a task of the harness that cannot be run.
 
     Example:
         >>> learnt = EditOptions(method="finetune", expert={"learning_rate": 0.1, "whiten": 0})
@@ -100,13 +108,22 @@ def evaluate(
     """
     if update:
         update.check_fits(llm)
+    options = options or EvaluationOptions()
     evaluator = Evaluator(llm, requests, options, trainer, work=work)
-    before = evaluator.measure("Measuring base")
+    tasks = load_tasks(options.harness)  # before the work: what cannot be read or fetched is known now
+
+    def measured(title: str) -> Measurement:
+        found = evaluator.measure(title)
+        if tasks:
+            found.add_harness(llm, tasks, options.harness_limit)
+        return found
+
+    before = measured("Measuring base")
     if update is None:
         return Evaluation(before)
     weights = relative_changes(llm, update)
     with update.applied(llm):
-        after = evaluator.measure("Measuring edited")
+        after = measured("Measuring edited")
     difference = {
         name: found.minus(before.resampled[name]).estimate()
         for name, found in after.resampled.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from copy import copy
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.options.shared import EvaluationOptions
 from pipeline.requests.answers import inner_ends
 from pipeline.requests.rows import Row, pack
 from pipeline.requests.schema import EditRequest
+from pipeline.requests.tokens import PLAIN
 
 T = TypeVar("T")
 Asked = tuple[str, bool]  # a prompt, and whether it is asked as in a chat although others are not
@@ -24,7 +26,9 @@ ROOM = 8  # tokens that an answer may take beyond those of the answer looked for
 ROOM_IN_CHAT = 20  # the same where the model is given a question as in a chat, and may say it again first
 FLUENCY_TOKENS = 32  # length of what is generated to see whether it repeats itself
 MOST_COMPARED = 2000  # locality probes whose next token's distribution is compared
-KINDS = ("generation", "probes", "probability", "text", "divergence", "made", "fluency")
+KINDS = ("generation", "probes", "probability", "text", "divergence", "made", "fluency", "ability")
+APART = ("text", "ability")  # kinds of texts that belong to no request
+ABILITY = Path(__file__).with_name("ability.jsonl")  # an item a line, the right one of its choices first
 ORDINARY_TEXT = Path(__file__).with_name("ordinary_text.txt")
 WINDOW = 256  # tokens of ordinary text read at a time
 DISTRACTORS = (  # sentences about nothing that an edit request is about
@@ -38,11 +42,11 @@ DISTRACTORS = (  # sentences about nothing that an edit request is about
 class Text(NamedTuple):
     """What a text that is read stands for; it is the tag of the text's row, and tells it from all others."""
 
-    kind: str  # rewrite, rephrase, locality, portability, or one of MADE_TEXTS; text: a window of ordinary text
-    request: int  # the number of its request, or of its window
-    place: int = 0  # its number among the request's texts of that kind
+    kind: str  # rewrite, rephrase, locality, portability, or one of MADE_TEXTS or APART
+    request: int  # the number of its request, or of its window of ordinary text, or item of ability
+    place: int = 0  # its number among the request's texts of that kind, or the item's choices
     rival: bool = False  # whether it is the answer that the kind's own is compared with by probability
-    axis: str | None = None  # the benchmark's name for this kind of probe, where it has several
+    axis: str | None = None  # the benchmark's name for this kind of probe, where it has several; an item's kind
 
 
 class Prompt(NamedTuple):
@@ -78,6 +82,8 @@ class Plan:
         self.texts += made_rows(llm, requests, [one for one in made if one.kind in MADE_TEXTS])
         if "text" in kinds:
             self.texts += ordinary_windows(llm, options.text)
+        if "ability" in kinds and options.ability:
+            self.texts += ability_rows(llm)
         own = [row.tag for row in self.texts if not row.tag.rival and "divergence" in kinds]
         probes = evenly([text for text in own if text.kind == "locality"], MOST_COMPARED)
         self.compared = {*probes, *(text for text in own if text.kind == "text")}  # with the base's distributions
@@ -115,8 +121,8 @@ class Plan:
         part, wanted = copy(self), set(numbers)
 
         def is_in(text: Text) -> bool:
-            if text.kind == "text":
-                return "text" in kinds
+            if text.kind in APART:
+                return text.kind in kinds
             if text.kind in MADE_TEXTS:
                 return "made" in kinds and text.request in wanted
             return "probes" in kinds and text.request in wanted and ("probability" in kinds or not text.rival)
@@ -214,6 +220,21 @@ def ordinary_windows(llm: LLM, file: str | None) -> list[Row]:
     if not rows:
         raise UserError(f"text: {path}: {len(ids)} tokens are too few for perplexity")
     return rows
+
+
+def ability_rows(llm: LLM) -> list[Row]:
+    """Every choice of every item of ability behind the item's text, plain, also where others are put as a chat.
+
+    UserError when a text is longer than the model's context, or unknown to its tokenizer.
+    """
+    tags: list[Text] = []
+    pairs: list[tuple[str, str]] = []
+    for number, line in enumerate(ABILITY.read_text(encoding="utf-8").splitlines()):
+        item = json.loads(line)
+        for place, choice in enumerate(item["choices"]):
+            tags.append(Text("ability", number, place, place > 0, item["kind"]))
+            pairs.append((item["text"], choice))
+    return llm.tokens.rows(pairs, tags, "ability", joining=PLAIN)
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.evaluation.made import MADE_TEXTS
 from pipeline.evaluation.metrics import Resampled, bootstrap_mean
-from pipeline.evaluation.plan import Asked, Plan, Prompt, Text
+from pipeline.evaluation.plan import APART, Asked, Plan, Prompt, Text
 from pipeline.evaluation.reading import Readings, TextReadings
 from pipeline.requests.answers import contains_answer, is_exact_answer
 from pipeline.requests.rows import Row
@@ -26,7 +26,7 @@ IN_SCORE = tuple(f"{name}_success" for name in BY_PROBABILITY.values())
 
 @dataclass
 class Column:
-    """One metric's values by unit (the request's number, or the text window's), with weights where they differ."""
+    """One metric's values by unit (the number of a request, window or item), with weights where they differ."""
 
     values: dict[int, float]
     weights: dict[int, int] = field(default_factory=dict)
@@ -55,6 +55,7 @@ def values_of(plan: Plan, readings: Readings, base: TextReadings) -> Values:
         | teacher_forced_values(plan.texts, readings.texts, base)
         | probability_values([row.tag for row in plan.texts], readings.texts)
         | damage_values(plan.texts, readings)
+        | ability_values(plan.texts, readings.texts)
     )
 
 
@@ -82,7 +83,7 @@ def teacher_forced_values(texts: Sequence[Row], now: TextReadings, base: TextRea
     pairs: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in texts:
         text: Text = row.tag
-        if text.rival or text.kind == "text":
+        if text.rival or text.kind in APART:
             continue
         expected = base[text].choices if text.kind in ("locality", *MADE_TEXTS) else row.targets
         hits = [a == b for a, b in zip(now[text].choices, expected, strict=True)]
@@ -133,6 +134,22 @@ def damage_values(texts: Sequence[Row], readings: Readings) -> Values:
             columns[name] = column
     if readings.long:
         columns["sane_texts"] = Column({unit: float(is_sane(said)) for unit, said in readings.long.items()})
+    return columns
+
+
+def ability_values(texts: Sequence[Row], now: TextReadings) -> Values:
+    """Whether the right choice of each item is likelier than every other, all items and by kind.
+
+    What counts is log P(choice | text), the sum over the choice's tokens.
+    """
+    nats: dict[tuple[int, str], list[float]] = defaultdict(list)  # by item, −log P of its choices
+    for row in texts:
+        if row.tag.kind == "ability":
+            nats[row.tag.request, row.tag.axis].append(now[row.tag].loss * len(row.targets))
+    columns: Values = {}
+    for (item, kind), (right, *others) in nats.items():
+        for name in ("ability", f"ability/{kind}"):
+            columns.setdefault(name, Column({})).values[item] = float(right < min(others))
     return columns
 
 

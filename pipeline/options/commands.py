@@ -8,6 +8,7 @@ from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import Count, FromZero, Most, Names, above, at_least, at_most, between, group, one_of
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import (
+    HARNESS,
     NF4,
     WATCHING,
     AskedModelOptions,
@@ -36,7 +37,7 @@ class RunCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOption
     """A golden profile made before: stage one is left out, and every request is edited."""
     attribution: AttributionOptions = group(AttributionOptions)
     edit: EditOptions = group(EditOptions)
-    evaluation: EvaluationOptions = group(EvaluationOptions)
+    evaluation: EvaluationOptions = group(EvaluationOptions, without=HARNESS)
 
 
 @dataclass(kw_only=True)
@@ -60,7 +61,7 @@ class EditCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptio
     after: str | None = None
     """A folder that an earlier `edit` or `run` wrote: edit on top of it; what is written holds both. With
     `--requests missed` its own requests that do not hold are edited again."""
-    evaluation: EvaluationOptions = group(EvaluationOptions)
+    evaluation: EvaluationOptions = group(EvaluationOptions, without=HARNESS)
 
     def check(self) -> None:
         if self.fact == []:

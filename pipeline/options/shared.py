@@ -10,6 +10,7 @@ from pipeline.options.base import NO_FLAG, Count, FromZero, Most, Names, Options
 BUNDLED = "smollm2"  # SmolLM2-135M-Instruct, of a package of its own
 SHARDED = ("fsdp", "fsdp2")  # strategies that spread a model's weights over the devices
 NF4 = "nf4"  # precision with quantised blocks
+HARNESS = ("harness", "harness_limit")  # flags of `evaluate` alone
 WATCHING = ("logger", "profiler", "callbacks")  # no flags where no output folder is written
 
 
@@ -151,3 +152,10 @@ class EvaluationOptions(Options):
     """A plain text file for perplexity; default: the one that comes with the project."""
     fluency: FromZero = 16
     """How many of the prompts the model goes on from for 32 tokens, to see whether it repeats itself."""
+    ability: bool = False
+    """Let the model choose in 320 items of arithmetic, grammar, reading and common sense, which have nothing to do
+    with the requests: whether it still reasons, which perplexity does not show."""
+    harness: list[str] = field(default_factory=list)
+    """Tasks of EleutherAI's evaluation harness, or YAML files of such, to run as well: arc_easy hellaswag."""
+    harness_limit: Most = None
+    """The most items of each of these tasks; default: all."""

@@ -13,6 +13,7 @@ from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOp
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
+UNASKED = ("fluency", "ability", "harness", "harness_limit")  # no flags of a store; its gate asks for ability
 Share = Annotated[float, at_least(0), at_most(1)]
 
 
@@ -66,6 +67,9 @@ class GateOptions(Options):
     """Most perplexity on ordinary text, as a multiple of the base model's."""
     drift: Annotated[float | None, above(0)] = 2.0
     """Most change of an edited weight from the base, as a share of its norm."""
+    ability: Annotated[float | None, above(0), at_most(1)] = None
+    """Most loss of ability against the base model, as a share of the items (`evaluate --ability`), such as 0.05;
+    with 1 it is measured, and nothing asked for."""
 
 
 @dataclass(kw_only=True)
@@ -98,7 +102,7 @@ class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
 
     edit: StackedEditOptions = group(StackedEditOptions, without=("last_wins",))
     attribution: AttributionOptions = group(AttributionOptions, without=("layer", "top_k"))
-    evaluation: EvaluationOptions = group(EvaluationOptions, without=("fluency",))
+    evaluation: EvaluationOptions = group(EvaluationOptions, without=UNASKED)
     gates: GateOptions = group(GateOptions)
 
     def check(self) -> None:
@@ -140,7 +144,8 @@ class PublishCommand(NewStoreOptions, PublishOptions):
 
     version: int | None = None
     """Which version; default: the current one. 0 is the base model."""
-    gates: GateOptions = group(GateOptions, without=("perplexity", "drift"))  # which no server can be asked about
+    # without those that no server can be asked about
+    gates: GateOptions = group(GateOptions, without=("perplexity", "drift", "ability"))
 
     def check(self) -> None:
         if not self.to:
@@ -232,6 +237,6 @@ class RetractCommand(OneDeviceOptions, ProvingOptions):
         AttributionOptions, without=("method", "layer", "scope", "order", "top_k", "expert", "old_answers")
     )  # none: a store with a version has a golden layer
     gates: GateOptions = group(GateOptions, without=("rewrite", "rephrase", "locality"))  # those of a batch
-    evaluation: EvaluationOptions = group(EvaluationOptions, without=("generation", "max_new_tokens", "fluency"))
+    evaluation: EvaluationOptions = group(EvaluationOptions, without=("generation", "max_new_tokens", *UNASKED))
     request: str
     """A request's id, or its number in the store as '#4'."""

@@ -21,7 +21,7 @@ from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, check_choice, one_line
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.reporting.tables import GROUPS
+from pipeline.reporting.tables import GROUPS, kind_of
 from pipeline.updates.disk import read_metrics, transaction
 from pipeline.updates.store import Store
 
@@ -62,7 +62,7 @@ def show_results(loggers: Sequence[Logger], evaluation: Evaluation, row: dict[st
 
 def tag(name: str, stage: str = "evaluation") -> str:
     """A metric's tag: stage and group, then its place among them."""
-    kind = name.partition("/")[0]
+    kind = kind_of(name)
     for number, (group, members) in enumerate(GROUPS.items(), start=1):
         if kind in members:
             return f"{stage}_{number}_{group.replace(' ', '_')}/{list(members).index(kind) + 1}_{name}"

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.evaluation.evaluator import Evaluation
-from pipeline.reporting.tables import AXES, label, sides_of
+from pipeline.reporting.tables import APART, AXES, label, sides_of
 from pipeline.study.grid import JUDGED_BY, mean_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ ROWS = {  # gains, and damage
         *("rephrase_containment", "made_rephrase_containment", "made_chat_containment"),
         *("generation_containment", "rewrite", "portability"),
     ),
-    "what was to stay": ("locality", *AXES, "made_subject", "made_neighbour", "sane_texts", "perplexity"),
+    "what was to stay": (
+        *("locality", *AXES, "made_subject", "made_neighbour"),
+        *("sane_texts", "ability", "perplexity"),
+    ),
 }
 BARS = {"before": (WHITE, -0.19), "after": (BLUE, 0.19)}  # filling, place beside the row
 
@@ -164,7 +167,7 @@ def metrics_figure(evaluation: Evaluation, request_set: str) -> Figure:
     sides = {side: measured.metrics for side, measured in sides_of(evaluation).items()}
     *_, last = sides.values()
     rows = [row for group, members in ROWS.items() for row in (group, *members) if row in last or row in ROWS]
-    count = max(last[row].count for row in rows if row in last and row != "perplexity")
+    count = max(last[row].count for row in rows if row in last and row not in APART)
     title = "What the edit changed" if evaluation.after else "What the model does"
     caption = f"{count} requests of {short(request_set)}. Lines: 95% intervals."
     with look(0.8 + 0.2 * len(rows), title, caption) as (figure, axes):

@@ -38,6 +38,7 @@ OUTCOME = {
     "made_subject": "{:.0%} of made prompts about the same subject go on as before",
     "made_neighbour": "{:.0%} of made prompts with another name do",
     "sane_texts": "{:.0%} of long texts do not repeat themselves",
+    "ability": "of the items of ability, {:.0%} are answered right",
     "rewrite": "teacher-forced it gives {:.0%} of the answers' tokens",
     "locality": "{:.0%} of unrelated answers' tokens stayed as they were",
 }

@@ -58,10 +58,13 @@ GROUPS: dict[str, dict[str, str]] = {
         "locality_kl": "how far next-token distributions after unrelated prompts moved, in nats",
         "text_kl": "the same in ordinary text",
         "sane_texts": "long generations in which no word or phrase comes over and over",
+        "ability": "items of arithmetic, grammar, reading and common sense whose right choice is the likeliest",
     },
+    "evaluation harness": {"harness": "a task's items, by its own measure"},
 }
 AXES = ("locality/subject", "locality/relation")  # probes about the subject itself, and of the same relation
 LONG_ONLY = re.compile(r"(_magnitude|portability_containment|distractor_\w+|(rephrase|chat)_exact_match|text_kl)$")
+ASKED_FOR = ("ability", "harness")  # and with all their axes, where they were measured
 IN_SHORT = tuple(name for members in (*GROUPS.values(), AXES) for name in members if not LONG_ONLY.search(name))
 # what tells whether an edit holds, each request by one of these figures: what of it is not known is said
 EXPECTED = {
@@ -77,16 +80,21 @@ EXPECTED = {
 }
 MARKS = re.compile(r"[\\`*_{}<>#|!~$&]|\](?=\s*[(\[:])|:(?=//)|(?<=www)\.")  # what Markdown and HTML begin with
 FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(\.\d+)?$)")  # what a spreadsheet's formulas begin with; not numbers
-BY_WINDOW = ("perplexity", "text_kl")  # values of ordinary text, not of requests
+APART = ("perplexity", "text_kl", *ASKED_FOR)  # values of no request
 
 Table = tuple[list[str], list[list[str]]]  # columns, and rows
+
+
+def kind_of(name: str) -> str:
+    """What a metric's axes (`portability/Reasoning`) have in common."""
+    return name.partition("/")[0]
 
 
 def grouped(names: Collection[str]) -> dict[str, list[str]]:
     """Names by group; a kind's axes (`portability/Reasoning`) stand behind it."""
     found: dict[str, list[str]] = {}
     for group, members in GROUPS.items():
-        there = [name for member in members for name in names if name.partition("/")[0] == member]
+        there = [name for member in members for name in names if kind_of(name) == member]
         if there:
             found[group] = there
     return found
@@ -100,7 +108,9 @@ def meaning(name: str) -> str:
 
 
 def label(name: str) -> str:
-    """A metric's name as it is shown."""
+    """A metric's name as it is shown; tasks of the harness keep theirs."""
+    if kind_of(name) == "harness":
+        return name
     return name.replace("_", " ").replace("rome score", "ROME's score").replace(" kl", " KL")
 
 
@@ -133,7 +143,8 @@ def metric_table(
     """
     final = [figures for name, figures in sides.items() if name != "difference"][-1]
     rows: list[list[str]] = []
-    for group, names in grouped([name for name in final if not short or name in IN_SHORT]).items():
+    shown = [name for name in final if not short or name in IN_SHORT or kind_of(name) in ASKED_FOR]
+    for group, names in grouped(shown).items():
         rows.append([group])
         for name in names:
             figures = [figure_text(name, side.get(name), intervals) for side in sides.values()]
@@ -228,7 +239,7 @@ def _row(number: int, request: EditRequest, evaluation: Evaluation) -> dict[str,
     row = {name: csv_text(getattr(request, name) or "") for name in ("id", "prompt", "new_answer", "old_answer")}
     for side, measured in sides_of(evaluation).items():
         for name, column in measured.values.items():
-            if name not in BY_WINDOW:
+            if kind_of(name) not in APART:
                 row[f"{name} {side}"] = f"{column.values[number]:.6g}" if number in column.values else ""
         for kind, texts in measured.said.items():
             row[f"{kind} answer {side}"] = csv_text(" | ".join(" ".join(text.split()) for text in texts[number]))

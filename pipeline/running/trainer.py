@@ -203,7 +203,8 @@ def hush(verbose: bool) -> None:
     """Keep the libraries' own messages from the terminal unless asked for."""
     if verbose:
         return
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "torch", "matplotlib"):
+    own = ("lightning", "lightning.pytorch", "lightning.fabric")  # each has a level of its own
+    for name in (*own, "transformers", "torch", "matplotlib", "lm_eval", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|transformers|torch|torchmetrics)(\.|$)")
     from transformers.utils import logging as transformers_logging

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pipeline.attribution.profile import GoldenProfile
@@ -24,8 +24,9 @@ from pipeline.running.processes import world_size
 from pipeline.updates.queue import Contradiction, number_of
 
 OF_BATCH = ("rewrite", "rephrase", "locality")
-OF_MODEL = ("earlier", "perplexity", "drift")  # whatever the batch
-FOR_GATES = ("probes", "text")  # the kinds of measurement that gates need
+MOSTS = ("perplexity", "drift", "ability")  # gates that ask for a most
+OF_MODEL = ("earlier", *MOSTS)  # whatever the batch
+FOR_GATES = ("probes", "text", "ability")  # the kinds of measurement that gates need
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Gate:
 
     def __str__(self) -> str:
         sign = (">=" if self.least else "<=") if self.passed else ("<" if self.least else ">")
-        return f"{self.name} {self.value:.3f} {sign} {self.bound:g}"
+        name = "ability lost" if self.name == "ability" else self.name
+        return f"{name} {self.value:.3f} {sign} {self.bound:g}"
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,16 @@ class Figures:
     missed: list[tuple[int, str, str]] = field(
         default_factory=list
     )  # of requests by number: asked so, it says that
+    ability_lost: float | None = None  # against the base model, as a share of the items; None where not measured
 
     def gates(self, options: GateOptions, names: Sequence[str] = OF_BATCH + OF_MODEL) -> list[Gate]:
         """Those gates of the options that this can be held against."""
         values = {name: self.metrics[name].mean for name in OF_BATCH if name in self.metrics}
         values |= {"perplexity": self.perplexity_ratio, "drift": self.drift}
-        if self.earlier is not None:
-            values["earlier"] = self.earlier
+        measured = {"earlier": self.earlier, "ability": self.ability_lost}
+        values |= {name: value for name, value in measured.items() if value is not None}
         return [
-            Gate(name, values[name], bound, least=name not in ("perplexity", "drift"))
+            Gate(name, values[name], bound, least=name not in MOSTS)
             for name in names
             if name in values and (bound := getattr(options, name))  # 0 and null: not asked for
         ]
@@ -138,11 +141,11 @@ class Trial:
         self.accepted: list[int] = []  # places in the batch
         self.held: list[HeldBack] = []
         self.each: list[dict[int, float]] = []  # by gate, what each request reached when last measured
-        self.evaluator = Evaluator(llm, batch, options.evaluation, options.trainer)
+        how = replace(options.evaluation, ability=options.gates.ability is not None)
+        self.evaluator = Evaluator(llm, batch, how, options.trainer)
         self.earlier = self._earlier_facts()
         with self.timed("evaluation"):
-            text = self.evaluator.only((), ("text",)).measure("Measuring base")
-        self.base_perplexity = text.metrics["perplexity"].mean
+            self.of_base = self.evaluator.only((), ("text", "ability")).measure("Measuring base").metrics
         self.before = self.measure(base, range(len(batch)), KINDS)  # which locality is measured against
         if problem := missed(self.before.gates(options.gates, OF_MODEL)):
             raise UserError(
@@ -263,7 +266,8 @@ class Trial:
         return Figures(
             metrics=metrics,
             earlier=sum(rewrite.mean * rewrite.count for rewrite in rewrites) / count if count else None,
-            perplexity_ratio=metrics["perplexity"].mean / self.base_perplexity,
+            perplexity_ratio=metrics["perplexity"].mean / self.of_base["perplexity"].mean,
             drift=max(changes.values(), default=0.0),
             missed=[(number_of(self.batch[place]), asked, says) for place, asked, says in found.missed],
+            ability_lost=self.of_base["ability"].mean - metrics["ability"].mean if "ability" in metrics else None,
         )
