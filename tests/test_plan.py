@@ -189,7 +189,7 @@ def test_strategies_and_precisions() -> None:
     assert shared == stages.editing(case, FINETUNE, 4)
     assert stages.editing(replace(case, devices=2), FINETUNE, 8) == shared + 4 * 3 * 192 * 768
     solved = stages.editing(case, EditOptions(method="finetune"), 1)
-    assert solved > 6 * 8 * 768**2  # three second moments and their system, in float64
+    assert solved > 4.5 * 8 * 768**2  # three second moments, and their system and its solution in float64
 
 
 def test_ddp_sends_from_buffers_of_its_own(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pipeline.model.llm import LLM
 from pipeline.options.attribution import AttributionOptions
 from pipeline.requests.schema import EditRequest
+from pipeline.running.sharding import is_sharded
 from pipeline.running.trainer import Runtime
 
 Values = NDArray[np.float64]  # (N, L): N requests, L blocks
@@ -51,13 +52,15 @@ def register(name: str, selector: Selector) -> None:
     SELECTORS[name] = selector
 
 
-def tokens_at_once(llm: LLM, kept: int) -> int:
+def tokens_at_once(llm: LLM, kept: int, spread: bool = False) -> int:
     """How many tokens may run together so that what is kept of them takes at most half of the weights' memory.
+
+    It is a quarter where devices share them, as `spread` says of a shape.
 
     Of each, `kept` numbers are in each block. Of small models, `LITTLE` numbers may be kept in any case.
     """
     weights = sum(parameter.numel() for parameter in llm.model.parameters())
-    return max(weights // 2, LITTLE) // (kept * len(llm.blocks))
+    return max(weights // (4 if spread or is_sharded(llm.model) else 2), LITTLE) // (kept * len(llm.blocks))
 
 
 def score_one(llm: LLM, requests: Sequence[EditRequest], options: AttributionOptions, _: Runtime) -> Values:

@@ -152,8 +152,9 @@ class KeyMoments(RowStage):
             key_NI = (by_row(key_BTI, len(ends)) * read_BT1).flatten(0, 1)
             key_NI = key_NI.to(torch.promote_types(key_NI.dtype, torch.float32))
             with own_precision(key_NI.device):
-                total_II = counts * second_moment(key_NI, self.shapes[name]).double()
-            self.sums[name] = self.sums[name] + total_II if name in self.sums else total_II
+                moment_II = second_moment(key_NI, self.shapes[name])
+            total_II = self.sums.setdefault(name, torch.zeros_like(moment_II, dtype=torch.float64))
+            total_II.add_(moment_II, alpha=counts)
         self.count += counts * sum(ends)
         return [None] * len(batch.texts)
 

@@ -24,10 +24,12 @@ def whitener(moment_II: Tensor, ridge: float) -> Tensor:
     Both are (I, I), or (E, I, I) of experts. The larger the ridge (relative to the mean of C's eigenvalues), the
     closer P is to the identity.
     """
-    C = moment_II.double() / moment_II.diagonal(dim1=-2, dim2=-1).double().mean()
-    root, side = inverse_root if C.is_cuda else _inverse_root_on_cpu, C.shape[-1]
-    P = torch.stack([root(each, ridge) for each in C.view(-1, side, side)]).view_as(C)
-    return P.mul_((C.numel() / side / (C @ P).mul_(P).sum()).sqrt()).float()
+    mean = moment_II.diagonal(dim1=-2, dim2=-1).double().mean()
+    root, side = inverse_root if moment_II.is_cuda else _inverse_root_on_cpu, moment_II.shape[-1]
+    roots = [root(each.to(torch.float64, copy=True).div_(mean), ridge) for each in moment_II.view(-1, side, side)]
+    P = roots[0] if moment_II.dim() == 2 else torch.stack(roots)
+    kept = (moment_II.to(torch.float64, copy=True).div_(mean) @ P).mul_(P).sum()
+    return P.mul_((moment_II.numel() / side / kept).sqrt()).float()
 
 
 def inverse_root(matrix: Tensor, ridge: float) -> Tensor:

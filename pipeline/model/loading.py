@@ -109,7 +109,8 @@ def load_model(
     def weights() -> PreTrainedModel:
         with _reading(repr(name), verbose=verbose):
             model = _weights(source, gguf, name, dtype)
-            found.append(_fingerprint(model, source, gguf, name))
+            if not found:  # of a quantised model they are read again
+                found.append(_fingerprint(model, source, gguf, name))
             return model
 
     model = load_sharded(weights, spread, name) if spread else weights()

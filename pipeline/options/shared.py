@@ -28,8 +28,8 @@ class TrainerOptions(Options):
     """auto, ddp, fsdp or fsdp2. ddp: the whole model on every device; fsdp or fsdp2 (the same): its blocks' weights
     spread over the devices, for models that one device does not hold; auto: ddp where there are several devices."""
     precision: Annotated[str, one_of("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", NF4)] = "32-true"
-    """32-true, 64-true, bf16-mixed, bf16-true, 16-mixed, or nf4: bf16-true, with the blocks in 4 bits but for what
-    is edited."""
+    """32-true, 64-true, bf16-mixed, bf16-true, 16-mixed or nf4. nf4: as bf16-true, blocks in 4 bits but for what is
+    edited."""
     micro_batch: Annotated[Most, NO_FLAG] = None
     """The most requests that a device trains on at once; the rest of its part of a batch follows before the step,
     with the same result. Default: all."""

@@ -19,8 +19,9 @@ from pipeline.attribution.lga import Attribution, kept_of_a_token, tokens_of
 from pipeline.attribution.selector import tokens_at_once
 from pipeline.editing import lessons
 from pipeline.editing.auto import AFTER_MANY, Auto
+from pipeline.editing.entering import Entering
 from pipeline.editing.finetune import FineTune
-from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.locate import READ_TOGETHER, LocateThenEdit
 from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS
 from pipeline.editing.ordinary_text import WINDOW
@@ -33,6 +34,7 @@ from pipeline.evaluation.reading import EVERY, Reading
 from pipeline.model.blocks import moment_shape, sizes
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.editing import EditOptions
+from pipeline.options.shared import NF4
 from pipeline.planning.shape import ANSWER, Case
 from pipeline.requests.rows import Batch, Row, collate
 
@@ -49,7 +51,9 @@ def attribution(case: Case, options: AttributionOptions, batch: int) -> int:
 
 def attributed_together(case: Case) -> int:
     """The most requests that attribution runs at once, whatever its batch size: see `tokens_at_once`."""
-    return max(1, tokens_at_once(case.shape, kept_of_a_token(case.shape)) // tokens_of((case.row, case.row)))
+    spread = case.sharded or case.precision == NF4  # whose numbers are packed two to one
+    tokens = tokens_at_once(case.shape, kept_of_a_token(case.shape), spread)
+    return max(1, tokens // tokens_of((case.row, case.row)))
 
 
 def key_statistics(case: Case, names: Sequence[str], batch: int) -> int:
@@ -146,19 +150,21 @@ def _lesson(case: Case, module: FineTune, batch: int) -> Batch:
 
 
 def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
-    """Values of requests that are searched for together; then the solution."""
-    (down,) = case.shape.blocks[case.layer].down.values()
+    """Values of requests that are searched for together, and their keys; then the solution."""
+    ((name, down),) = case.shape.blocks[case.layer].down.items()
     inputs, outputs = sizes(down)
     columns = together * (method.settings.key_contexts if method.by_all_keys else 1)
     search = method.search(case.layer, together)
     search.steps = 1
     searched = case.peak(search, [_located(case, method)] * together)
+    asked = case.row._replace(token_ids=[0] * (case.row.target_start + OPENING))  # under a context
+    keyed = case.peak(Entering(case.shape, case.layer, name), [asked] * min(columns, READ_TOGETHER))
     with case.counting(gradients=False) as alive:
         keys, changes, moment = (
             torch.empty(size) for size in ((inputs, columns), (outputs, columns), moment_shape(down))
         )
         method.solve(keys, changes, moment).float()
-    return max(searched, alive.peak)
+    return max(searched, keyed, alive.peak)
 
 
 def _located(case: Case, method: LocateThenEdit) -> Located:
