@@ -42,8 +42,7 @@ class GradientAttribution(Callback):
         positions_RK: for estimators that leave positions out: those of each row of the next pass that count.
         model: the language model that was watched.
 
-    Raises:
-        UserError: when no gradient reached the blocks, with what is wrong.
+    UserError when no gradient reached the blocks, with what is wrong.
 
     Example:
         >>> watch = GradientAttribution(find_blocks(model))

@@ -70,9 +70,8 @@ def score_requests(
         work: a folder for half-done work; scoring that finds its own there goes on from it.
         selectors: the ways to score that there are.
 
-    Raises:
-        UserError: for an unknown method, requests that it cannot score, a prompt longer than the context, an old
-            answer that is missing and cannot be found, or scores that are not numbers.
+    UserError for an unknown method, requests that it cannot score, a prompt longer than the context, an old answer
+    that is missing and cannot be found, or scores that are not numbers.
     """
     options = options or AttributionOptions()
     if not requests:
@@ -110,8 +109,7 @@ def choose(
         request_set: what the profile calls the requests.
         seed: of the resampling.
 
-    Raises:
-        UserError: for more golden layers than lie inside the fences, or a callback that has watched nothing.
+    UserError for more golden layers than lie inside the fences, or a callback that has watched nothing.
     """
     options = options or AttributionOptions()
     scope = options.scope

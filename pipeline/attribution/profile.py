@@ -192,8 +192,7 @@ class GoldenProfile(BaseModel):
     def load(cls, path: str | Path) -> GoldenProfile:
         """Read a profile from its file, or from the folder that holds it.
 
-        Raises:
-            UserError: when there is none, or it is no profile.
+        UserError when there is none, or it is no profile.
         """
         path = Path(path)
         path = path / PROFILE_FILE if path.is_dir() else path

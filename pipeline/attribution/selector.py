@@ -43,8 +43,7 @@ SELECTORS: dict[str, Selector] = {}
 def register(name: str, selector: Selector) -> None:
     """Enter a selector under the name that `--method` takes.
 
-    Raises:
-        ValueError: when there is one of that name already, or the name is no plain word.
+    ValueError when there is one of that name already, or the name is no plain word.
     """
     if not name.isidentifier() or name in SELECTORS:
         raise ValueError(f"selector {name!r}: expected a new name of letters, digits and underscores")

@@ -54,9 +54,8 @@ def edit(
         after: an earlier update to edit on top of; the result holds both.
         work: a folder for work in progress; an edit that finds its own there goes on from it.
 
-    Raises:
-        UserError: for requests that the method cannot take (see `accept`), an unknown layer, a profile or earlier
-            update of another model, or a loss that is not a number.
+    UserError for requests that the method cannot take (see `accept`), an unknown layer, a profile or earlier update
+    of another model, or a loss that is not a number.
 
     Example:
         >>> options = EditOptions(expert={"steps": 10}, statistics=StatisticsOptions(tokens=1024))
@@ -123,9 +122,8 @@ def _given_way(
 def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRequest]:
     """The requests that an edit will make, all that can be known before the model is loaded being checked.
 
-    Raises:
-        UserError: for an unknown method or setting, no requests, or such that contradict each other, or that lack
-            a subject it needs.
+    UserError for an unknown method or setting, no requests, or such that contradict each other, or that lack a
+    subject it needs.
     """
     settings_of(options)
     if not requests:
@@ -215,8 +213,7 @@ def leave_out(
         update: one that `can_leave_out` the requests.
         options: the method's, as the update was made with.
 
-    Raises:
-        UserError: when the update was made for another model.
+    UserError when the update was made for another model.
     """
     gone = {fact(request) for request in requests}
     left = [request for request in update.requests if fact(request) not in gone]

@@ -253,8 +253,7 @@ class FineTune(Staying):
         """The loss of a micro-batch (see `teaching_loss`), such that its mean over devices and micro-batches of a
         step is that of all rows.
 
-        Raises:
-            UserError: for a loss that is not a number.
+        UserError for a loss that is not a number.
         """
         with self.activations.from_block(min(self.layers), batch.enter_BTD):
             logits_NV, base_MV = target_logits(self.model, batch).tensor_split([len(batch.target_N)])

@@ -53,8 +53,7 @@ class LoRA(FineTune):
         adapter: what PEFT needs to know to load it, as LoraConfig's arguments.
         scaling: of the product of its factors.
 
-    Raises:
-        UserError: for a rank that the projections cannot have.
+    UserError for a rank that the projections cannot have.
     """
 
     def __init__(

@@ -119,8 +119,7 @@ class WeightUpdate:
     def apply(self, llm: LLM) -> WeightUpdate:
         """Put the update's tensors into the model in place, all or none; return the update that undoes it.
 
-        Raises:
-            UserError: when it does not fit the model (see `check_fits`).
+        UserError when it does not fit the model (see `check_fits`).
         """
         if not self.undoes:
             self.check_fits(llm)
@@ -140,10 +139,8 @@ class WeightUpdate:
     def check_fits(self, llm: LLM) -> None:
         """See that the update's tensors are weights of the blocks that it names, each whole and of finite numbers.
 
-        Weights that it was made with as plain ones are that afterwards, in a quantised model too.
-
-        Raises:
-            UserError: when it was made for another model, or a block, name, shape, dtype or value is wrong.
+        Weights that it was made with as plain ones are that afterwards, in a quantised model too. UserError when it
+        was made for another model, or a block, name, shape, dtype or value is wrong.
         """
         llm.check_made_for("update", self.model, self.fingerprint)
         llm.check_layers(self.layers, "update: layers")
@@ -171,8 +168,7 @@ class WeightUpdate:
             learnt: the file below `learnt/`, two folders up, that keeps its requests and columns, and its SHA-256
                 (see `pipeline.editing.learnt`); they are not written here then.
 
-        Raises:
-            UserError: when the disk has no room for it.
+        UserError when the disk has no room for it.
         """
         folder = Path(folder)
         elsewhere = columns_in(self.state) if learnt else {}
@@ -218,8 +214,7 @@ class WeightUpdate:
             to_serve: leave out what only a later edit on top needs.
             sha256: what the digest of `update.json` must be, which vouches for all else; default: its own word.
 
-        Raises:
-            UserError: when a file is missing, damaged, or changed since it was written.
+        UserError when a file is missing, damaged, or changed since it was written.
         """
         folder = Path(os.path.realpath(folder))  # links in a circle lead to nothing
         for name in (UPDATE_FILE, TENSORS_FILE):

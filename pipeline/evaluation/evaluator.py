@@ -93,11 +93,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure the base model and, with an update, the edited one; the model is the base again afterwards.
 
-    What `work`, a folder for work in progress, holds of the same measurement is not read again.
-
-    Raises:
-        UserError: for no requests, an update of another model, texts that do not fit the context, a text file
-            too short, a task of the harness that cannot be run.
+    What `work`, a folder for work in progress, holds of the same measurement is not read again. UserError for no
+    requests, an update of another model, texts that do not fit the context, a text file too short, a task of the
+    harness that cannot be run.
 
     Example:
         >>> learnt = EditOptions(method="finetune", expert={"learning_rate": 0.1, "whiten": 0})

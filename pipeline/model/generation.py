@@ -152,8 +152,7 @@ def generate(
         kept: a folder whose name stands for all of this; what an interrupted call has generated is kept there, and
             not generated again.
 
-    Raises:
-        UserError: when a prompt and its answer do not fit the model's context.
+    UserError when a prompt and its answer do not fit the model's context.
 
     Example:
         >>> answers = generate(llm, ["The capital of Peru is"], 4, trainer=TrainerOptions(accelerator="cpu"))
@@ -171,8 +170,7 @@ def with_old_answers(
 ) -> list[EditRequest]:
     """The requests, each with an old answer: the data set's, or (`always`, or where it has none) the model's own.
 
-    Raises:
-        UserError: when the model says nothing.
+    UserError when the model says nothing.
     """
     asked = [request for request in requests if always or request.old_answer is None]
     kept = runtime.work / "old-answers" if runtime.work else None

@@ -59,8 +59,7 @@ class LLM:
         parts: which parts of it can run by themselves; None until somebody has asked (`parts_of`).
         original: loads the plain model, where blocks of this one are quantised (`pipeline.model.quantised`).
 
-    Raises:
-        UserError: when the model's structure is not supported, or a chat is asked for without a chat template.
+    UserError when the model's structure is not supported, or a chat is asked for without a chat template.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer

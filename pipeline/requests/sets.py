@@ -65,11 +65,9 @@ def split_by_subject(
 ) -> tuple[list[EditRequest], list[EditRequest]]:
     """Proxy and edit set with no subject in common, each in the requests' own order.
 
-    Subjects are shuffled and dealt to the proxy set until it holds `proxy_fraction` of the requests. A
-    request without a subject counts as a subject of its own.
-
-    Raises:
-        UserError: when there are too few subjects for two sets, or the fraction is not between 0 and 1.
+    Subjects are shuffled and dealt to the proxy set until it holds `proxy_fraction` of the requests. A request
+    without a subject counts as a subject of its own. UserError when there are too few subjects for two sets, or the
+    fraction is not between 0 and 1.
 
     Example:
         >>> proxy, edits = split_by_subject(load_requests("demo"), proxy_fraction=0.5)

@@ -16,8 +16,7 @@ LONGEST = 1 << 20  # characters that it may give
 def limited(work: Callable[[], list[str]]) -> list[str]:
     """What `work` gives; it sees all that this process has, and changes nothing of it.
 
-    Raises:
-        RuntimeError: when it fails, says too much, or takes too long or too much memory.
+    RuntimeError when it fails, says too much, or takes too long or too much memory.
     """
     forking = get_context("fork")
     answer, mouth = forking.Pipe(duplex=False)

@@ -82,8 +82,7 @@ def trainer_of(
         title: the stage's name on the progress bar.
         settings: anything else that Trainer takes; of no account for one's own.
 
-    Raises:
-        UserError: when the accelerator, devices or strategy do not exist here.
+    UserError when the accelerator, devices or strategy do not exist here.
     """
     with interrupts.heeding():  # outside of the Trainer, which puts back the signals' handlers that it found
         if isinstance(runtime.trainer, TrainerOptions):

@@ -344,8 +344,7 @@ def serving(
         port: 0 for any that is free.
         key: what clients must show; none is asked for where it is empty.
 
-    Raises:
-        UserError: when the port is in use, or the address not one of this machine.
+    UserError when the port is in use, or the address not one of this machine.
     """
     listening, turns = listen(host, port), Turns(live)
     service = Service(live, turns, say, key)

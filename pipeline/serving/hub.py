@@ -28,8 +28,7 @@ def push(folder: Path, target: str, branch: str = "main") -> str:
     Args:
         branch: where the target names none.
 
-    Raises:
-        UserError: without a network, a token, or the right to write there; the folder stays.
+    UserError without a network, a token, or the right to write there; the folder stays.
     """
     repository, named = check_target(target)
     branch, api = named or branch, HfApi()
