@@ -101,14 +101,8 @@ def choose(
 ) -> GoldenProfile:
     """The golden profile that scores lead to; fences and order count where the method's scores ask for them.
 
-    Of the blocks inside the fences, that one comes first that does so most often when the requests are resampled.
-
-    Args:
-        found: scores of requests, or the callback that has them.
-        options: fences, order, top_k and scope.
-        request_set: what the profile calls the requests.
-        seed: of the resampling.
-
+    Of the blocks inside the fences, that one comes first that does so most often when the requests are resampled,
+    by a `seed`. `request_set` is what the profile calls them.
     UserError for more golden layers than lie inside the fences, or a callback that has watched nothing.
     """
     options = options or AttributionOptions()

@@ -82,11 +82,6 @@ class FineTune(Staying):
         settings: how; default: fine-tuning's.
         statistics: which ordinary text is to go on as before.
 
-    Attributes:
-        weight_names: the weights it changes, by full name.
-        after_values: whether values were put in before, which bend what else is said of their subjects.
-        moments, whiteners: of projections, ordinary text's key statistics, and what steps are whitened by.
-
     Example:
         >>> trainer = Trainer(max_epochs=3, accumulate_grad_batches=2)
         >>> trainer.fit(FineTune(llm, [1]), EditRequests(requests, llm.tokenizer, batch_size=4))
@@ -115,9 +110,9 @@ class FineTune(Staying):
             self.projections |= llm.blocks[layer].projections(self.settings.scope)
         self.weight_names = [weight_name(name, one) for name, one in self.projections.items()]
         self.state: dict[str, Tensor] = {}
-        self.moments: dict[str, Tensor] = {}
-        self.whiteners: dict[str, Tensor] = {}
-        self.after_values = False
+        self.moments: dict[str, Tensor] = {}  # by projection, ordinary text's key statistics
+        self.whiteners: dict[str, Tensor] = {}  # by which steps are whitened
+        self.after_values = False  # whether values were put in before, which bend what else is said of subjects
         self.epochs = self.settings.epochs or EPOCHS
         self.round, self.quiet = 1, 0  # epochs that ask for each kind of form, and those gone by with all learnt
 

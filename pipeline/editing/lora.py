@@ -46,13 +46,8 @@ class LoraSettings(FinetuneSettings):
 class LoRA(FineTune):
     """Trains an adapter beside the MLP's projections (or the down-projection) of the golden layers.
 
-    What an earlier update has learnt is in the weights.
-
-    Attributes:
-        state: after `run`, the adapter's tensors under PEFT's names, with a prefix.
-        adapter: what PEFT needs to know to load it, as LoraConfig's arguments.
-        scaling: of the product of its factors.
-
+    What an earlier update has learnt is in the weights. Its `state` is, after `run`, the adapter's tensors under
+    PEFT's names, with a prefix; `adapter` are LoraConfig's arguments, `scaling` is of the product of its factors.
     UserError for a rank that the projections cannot have.
     """
 

@@ -71,18 +71,6 @@ class WeightUpdate:
     Applying is replacing, so the edited model is exactly the one that was measured, and undoing puts the
     replaced tensors back, bit for bit.
 
-    Attributes:
-        model, fingerprint: the base model.
-        method, layers: the kind of edit, and the blocks it changed.
-        tensors: full tensors by name.
-        requests: everything that the edited model has learnt beyond the base, in the order it was learnt.
-        options: the method's options.
-        state: what a later edit on top of this one goes on from (keys, values), by name.
-        adapter: LoraConfig's arguments, when the whole change is that of one LoRA adapter.
-        chat: whether the facts were taught in the tokenizer's chat template.
-        undoes: whether its tensors were in the model before, and so go into it unchecked.
-        kept: where a store keeps its requests and columns, when it was read from there.
-
     Example:
         >>> options = EditOptions(method="finetune", expert={"epochs": 20})
         >>> edit(llm, requests, profile, options).save(folder)
@@ -93,18 +81,18 @@ class WeightUpdate:
 
     FILES: ClassVar = (STATE_FILE, TENSORS_FILE, UPDATE_FILE)
 
-    model: str
+    model: str  # the base model
     fingerprint: str
-    method: str
-    layers: list[int]
-    tensors: dict[str, Tensor]
-    requests: list[EditRequest] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-    state: dict[str, Tensor] = field(default_factory=dict)
-    adapter: dict[str, Any] | None = None
-    chat: bool = False
-    undoes: bool = False
-    kept: Kept | None = None
+    method: str  # the kind of edit
+    layers: list[int]  # the blocks it changed
+    tensors: dict[str, Tensor]  # whole ones
+    requests: list[EditRequest] = field(default_factory=list)  # all that was learnt beyond the base, in that order
+    options: dict[str, Any] = field(default_factory=dict)  # the method's
+    state: dict[str, Tensor] = field(default_factory=dict)  # what a later edit on top goes on from (keys, values)
+    adapter: dict[str, Any] | None = None  # LoraConfig's arguments, when the change is that of one LoRA adapter
+    chat: bool = False  # whether the facts were taught in the tokenizer's chat template
+    undoes: bool = False  # whether its tensors were in the model before, and so go into it unchecked
+    kept: Kept | None = None  # where a store keeps its requests and columns, when it was read from there
 
     @contextmanager
     def applied(self, llm: LLM) -> Iterator[LLM]:

@@ -53,10 +53,6 @@ class LiveModel:
         llm: the base model, where it is to run.
         trainer: of which the precision counts.
 
-    Attributes:
-        version: the number of the version that is in the model.
-        swaps, swap_seconds: how often the weights were swapped, and how long that took in all.
-
     Example:
         >>> live = LiveModel(store, llm)
         >>> answers, version = live.generate(["The capital of Germany is"])
@@ -64,7 +60,7 @@ class LiveModel:
 
     def __init__(self, store: str | Path, llm: LLM, trainer: TrainerOptions | None = None) -> None:
         self.store, self.llm, self.trainer = Path(store), llm, trainer or TrainerOptions()
-        self.version, self.swaps, self.swap_seconds = BASE, 0, 0.0
+        self.version, self.swaps, self.swap_seconds = BASE, 0, 0.0  # in the model; how often it was another, in all
         self._base: dict[str, Tensor] = {}  # the weights that any version has changed, as the base has them
         self._changed: set[str] = set()  # those that the one in the model changes
         self._kept: dict[int, Version] = {}  # the one used last stands last
