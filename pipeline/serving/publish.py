@@ -29,7 +29,7 @@ from pipeline.model.llm import LLM
 from pipeline.options.updates import GateOptions, PublishOptions
 from pipeline.requests.answers import contains_answer, inner_ends, statement
 from pipeline.requests.schema import EditRequest
-from pipeline.serving.engines import ENGINES, Server, call
+from pipeline.serving.engines import Server, call
 from pipeline.updates.disk import access, content_of, locked, transaction
 from pipeline.updates.history import check_there, load_version
 from pipeline.updates.lineage import last_changes
@@ -175,15 +175,11 @@ class Release:
             yield
         except BaseException:
             for server, its in zip(servers, had, strict=True):
-                self._restore(server, its)
+                with suppress(Exception):  # what was wrong says so
+                    for step in self._steps(server, its):
+                        with suppress(Exception):
+                            step()
             raise
-
-    def _restore(self, server: Server, had: Mapping[str, str]) -> None:
-        """What a server had, whatever of it is refused, or all of it where it is gone: what was wrong says so."""
-        with suppress(Exception):
-            for step in self._steps(server, had):
-                with suppress(Exception):
-                    step()
 
 
 def _content(folder: str) -> str:
@@ -268,7 +264,7 @@ def publish(
         home = Path(options.seen_as or store.folder.resolve()) / SERVED
         folder = home / _adapter(store, version, options.rank, load, model)
         release = Release(version, str(home), str(folder), options.name, questions(store, version, gates), gates)
-        servers = [ENGINES[options.engine](url) for url in options.to]
+        servers = [*map(Server, options.to)]
         told = _told(store)
         first, done = math.ceil(options.canary * len(servers)), list[Switched | None]()
         with release.or_as_before(servers):

@@ -63,7 +63,8 @@ class Sweep:
         keyed = {key(request): request for request in requests}
         missing = [own for own in keyed if any(own not in results for results in found.values())]
         if missing:
-            self._find_statistics(options, list(kept))
+            every_block = METHODS[method].make(self.llm, list(kept), options)  # whose statistics one pass finds
+            give_moments(every_block, self.llm, options.statistics, self.runtime)
             with one_bar(title, len(missing) * len(kept)) as advance, self.llm.frozen():
                 for at in range(0, len(missing), self.together):
                     part = {own: keyed[own] for own in missing[at : at + self.together]}
@@ -102,11 +103,6 @@ class Sweep:
             *(self.llm.fingerprint, self.llm.chat, self.runtime.precision, self.runtime.seed),
             *(options.method, *own, block),
         )
-
-    def _find_statistics(self, options: EditOptions, blocks: Sequence[int]) -> None:
-        """Of all blocks in one pass, and kept: an edit at a block finds its own."""
-        method = METHODS[options.method].make(self.llm, blocks, options)
-        give_moments(method, self.llm, options.statistics, self.runtime)
 
 
 def each_alone(

@@ -16,7 +16,6 @@ import numpy as np
 from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.profile import CLEAR, GoldenProfile
 from pipeline.editing.editor import can_leave_out, edit, leave_out, ready_layers
-from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, one_line
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.plan import KINDS
@@ -105,7 +104,10 @@ def load_base(store: Store, load: Callable[[str], LLM], name: str | None = None)
 
 
 def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions) -> BatchResult:
-    parent, base, is_new = on_first(lambda: _in_force(store))
+    # the version in force, its update, and whether the store has no other than the base model
+    parent, base, is_new = on_first(
+        lambda: (store.current, load_version(store, store.current), store.newest == BASE)
+    )
     fitting, held = split_by_fit(llm, batch, options)
     if not fitting:
         return BatchResult(parent, held=held)
@@ -115,11 +117,6 @@ def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], option
         notes += questioned(profile, len(result.held), len(fitting))
     result.held, result.notes = held + result.held, notes
     return result
-
-
-def _in_force(store: Store) -> tuple[int, WeightUpdate | None, bool]:
-    """The version in force, its update, and whether the store has no other than the base model."""
-    return store.current, load_version(store, store.current), store.newest == BASE
 
 
 def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -> BatchResult:
