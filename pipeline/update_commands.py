@@ -132,10 +132,7 @@ def _publish(
 
 
 def _publish_beside(options: of.UpdateCommand) -> None:
-    """Publish in a process of its own, which may take longer than those of this command may be silent.
-
-    UserError when it fails, which it has told why.
-    """
+    """Publish in a process of its own, which may be silent for longer; UserError when it fails, as it told."""
     given = {one.name: getattr(options.publish, one.name) for one in fields(options.publish)}
     wanted = of.PublishCommand(store=options.store, model=options.model, gates=options.gates, **given)
     started: list[subprocess.Popen[bytes]] = []

@@ -173,10 +173,7 @@ class GoldenProfile(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> GoldenProfile:
-        """Read a profile from its file, or from the folder that holds it.
-
-        UserError when there is none, or it is no profile.
-        """
+        """Read a profile from its file or folder; UserError when there is none, or it is no profile."""
         path = Path(path)
         path = path / PROFILE_FILE if path.is_dir() else path
         if not path.is_file():

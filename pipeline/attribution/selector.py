@@ -32,10 +32,7 @@ SELECTORS: dict[str, Selector] = {}
 
 
 def register(name: str, selector: Selector) -> None:
-    """Enter a selector under the name that `--method` takes.
-
-    ValueError when there is one of that name already, or the name is no plain word.
-    """
+    """Enter a selector under a name for `--method`; ValueError for one that is taken, or no plain word."""
     if not name.isidentifier() or name in SELECTORS:
         raise ValueError(f"selector {name!r}: expected a new name of letters, digits and underscores")
     SELECTORS[name] = selector

@@ -210,10 +210,7 @@ class FineTune(Staying):
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Adam; over the epochs its step goes evenly to `last_step` times what it is at first.
-
-        Small late steps take little from earlier ones.
-        """
+        """Adam, whose step falls to `last_step` times itself: small late steps take little from earlier ones."""
         rate, trained = self.settings.learning_rate, self.trained()
         adam = WhitenedAdam(
             [{"params": [weight], "lr": rate * self.unit(name)} for name, weight in trained.items()],

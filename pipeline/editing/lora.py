@@ -74,10 +74,7 @@ class LoRA(FineTune):
 
     @contextmanager
     def attached(self, seed: int) -> Iterator[PeftModel]:
-        """The model with the adapter beside its projections; after the `with` without one.
-
-        Factors that read inputs start in whitened coordinates, where there are whiteners.
-        """
+        """Inside the `with`, the adapter is beside the projections; factors that read inputs start whitened."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapted = get_peft_model(self.model, LoraConfig(**(self.adapter or {})))

@@ -53,10 +53,7 @@ METHODS: dict[str, Method] = {}  # filled by each kind's own file; `pipeline.edi
 
 
 def register(name: str, make: Callable[..., EditMethod], settings: type = Options, **about: Any) -> None:
-    """Enter a kind of edit; `about` is what else `Method` has.
-
-    ValueError for a name that is taken, or no identifier.
-    """
+    """Enter a kind of edit, and what else `Method` has; ValueError for a name that is taken, or no identifier."""
     if name in METHODS or not name.isidentifier():
         raise ValueError(f"method: {name!r} is {'registered already' if name in METHODS else 'no identifier'}")
     METHODS[name] = Method(make, settings, **about)
@@ -74,10 +71,7 @@ def below(llm: LLM, layers: Sequence[int], method: str) -> list[str]:
 
 
 def settings_of(options: EditOptions) -> Any:
-    """The settings of the options' method, made of `options.expert`.
-
-    UserError for an unknown method, and for a setting that it does not have or of a wrong type.
-    """
+    """The method's settings, of `options.expert`; UserError for an unknown method or setting, or a wrong type."""
     check_choice("method", options.method, METHODS)
     method = METHODS[options.method]
     try:

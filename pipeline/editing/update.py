@@ -105,10 +105,7 @@ class WeightUpdate:
 
     @torch.no_grad()
     def apply(self, llm: LLM) -> WeightUpdate:
-        """Put the update's tensors into the model in place, all or none; return the update that undoes it.
-
-        UserError when it does not fit the model (see `check_fits`).
-        """
+        """Put all tensors into the model in place, or none; gives what undoes it. UserError as `check_fits`."""
         if not self.undoes:
             self.check_fits(llm)
         parameters = dict(llm.model.named_parameters())

@@ -200,10 +200,7 @@ class Evaluator:
 
 
 def kept_folder(folder: Path | None) -> Path | None:
-    """A folder for what the base model says, made and marked as used now; None where that fails, which is told.
-
-    Of many such ones the oldest go.
-    """
+    """A folder for what the base says, marked as used now; None where that fails. Of many the oldest go."""
     if folder is None:
         return None
     try:

@@ -135,10 +135,7 @@ def check_exist(layers: Iterable[int], blocks: int, name: str, flag: str = "laye
 
 
 def find_blocks(model: PreTrainedModel, name: str = "") -> list[Block]:
-    """Map every block of a decoder, which the user calls by this name.
-
-    UserError when the model is not built as this module's docstring says, with what was found.
-    """
+    """Map every block of a decoder; UserError for one that is not built as this module's docstring says."""
     kind = f"{name!r} ({type(model).__name__})" if name else type(model).__name__
     check_config(model.config, kind)
     config = model.config.get_text_config(decoder=True)
@@ -166,10 +163,7 @@ def find_blocks(model: PreTrainedModel, name: str = "") -> list[Block]:
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuse what no edit can work on, as far as a model's config tells, before any weight is read.
-
-    UserError for an encoder-decoder, or weights that are kept quantised.
-    """
+    """UserError for an encoder-decoder, or quantised weights, as far as a config tells."""
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model: {name} is an encoder-decoder ({type(config).__name__}); expected a decoder alone")
     method = quantised_by(config)

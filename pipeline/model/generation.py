@@ -168,10 +168,7 @@ def generate(
 def with_old_answers(
     llm: LLM, requests: Sequence[EditRequest], runtime: Runtime, always: bool = False
 ) -> list[EditRequest]:
-    """The requests, each with an old answer: the data set's, or (`always`, or where it has none) the model's own.
-
-    UserError when the model says nothing.
-    """
+    """The requests with old answers, their own or (`always`: all) the model's; UserError when that is none."""
     asked = [request for request in requests if always or request.old_answer is None]
     kept = runtime.work / "old-answers" if runtime.work else None
     prompts = [request.prompt for request in asked]

@@ -111,10 +111,7 @@ class Suffixes:
 
 
 def parts_of(llm: LLM) -> Parts:
-    """Which parts of the model can run by themselves: on a few tokens they come to what the whole model does.
-
-    It is tried once. UserError when the model does not run.
-    """
+    """Which parts of the model come to the same by themselves, tried once; UserError when it does not run."""
     if llm.parts is None:
         with torch.no_grad(), llm.frozen():
             llm.parts = _found(llm)

@@ -83,10 +83,7 @@ def _beside(update: WeightUpdate, adapter: AdapterInfo | None) -> str:
 
 
 def _base_of(name: str) -> tuple[str, str]:
-    """What a base model is called in public, and its licence, or nothing where its own card is not at hand.
-
-    Of a folder or file only its own name is told.
-    """
+    """A base model's public name (of a folder or file its own), and its licence, or nothing without its card."""
     if name == BUNDLED:
         return BUNDLED_IS
     here = Path(name).exists() or Path(name).is_absolute()

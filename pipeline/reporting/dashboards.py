@@ -31,10 +31,7 @@ PROJECT = "golden-layers"  # what runs are gathered under by loggers that gather
 
 
 def loggers_of(kinds: Sequence[str], folder: Path) -> list[Any]:
-    """Lightning's loggers of these kinds, for a run of an output folder.
-
-    All but TensorBoard begin now: UserError for one that does not exist, is not installed, or has no server.
-    """
+    """Lightning's loggers of these kinds, begun but for TensorBoard; UserError for one that cannot be had."""
     loggers: list[Any] = []
     for kind in kinds:
         check_choice("trainer.logger", kind, MAKERS)

@@ -14,10 +14,7 @@ NAMED = 3  # contradictions that a message spells out
 
 
 def settle(requests: Sequence[EditRequest], last_wins: bool = False) -> list[EditRequest]:
-    """A batch without contradictions, which are about the same fact and have another new answer.
-
-    The last of such requests stays; UserError when it may not win.
-    """
+    """A batch in which the last of contradicting requests stays; UserError when it may not win."""
     last = {fact(request): request for request in requests}
     pairs = [(request, last[fact(request)]) for request in requests]
     lost = [(one, other) for one, other in pairs if not alike(one.new_answer, other.new_answer)]
@@ -32,10 +29,7 @@ def settle(requests: Sequence[EditRequest], last_wins: bool = False) -> list[Edi
 
 
 def fact(request: EditRequest) -> str:
-    """What a request is about: its prompt, whatever the spaces, and however accents are written.
-
-    Its subject is a note for us, which the model never sees.
-    """
+    """What a request is about: its prompt, but for spaces and how accents are written; not its subject."""
     return " ".join(unicodedata.normalize("NFC", request.prompt).split())
 
 

@@ -77,10 +77,7 @@ class LiveModel:
         return int(found[1])
 
     def load(self, number: int) -> Version:
-        """A version, read and checked; nothing waits for that.
-
-        UserError when it does not exist, is damaged, or not one of this base model.
-        """
+        """A version, read and checked beside the work; UserError for none, a damaged one, or another base's."""
         with self._reading:
             found = self._kept.pop(number, None)
             if not found or (number and not version_folder(self.store, number).is_dir()):  # pruned meanwhile

@@ -81,10 +81,7 @@ class Switched(NamedTuple):
 
 
 class Release:
-    """A version on its way into servers, as an adapter in a folder that they can read.
-
-    `home` is the folder, as the servers see it, of all that the store publishes.
-    """
+    """A version on its way into servers, as an adapter in a folder of `home`, all of it as these see it."""
 
     def __init__(
         self, version: int, home: str, folder: str, name: str, asked: Sequence[Question], gates: GateOptions
@@ -94,10 +91,7 @@ class Release:
         self.number, self.of_store = version, re.compile(rf"{re.escape(name)}-(candidate-)?(\d{{4,}})")
 
     def ours(self, server: Server) -> dict[str, str]:
-        """A server's adapters that came of publishing this store, candidates too: the folder of each by its name.
-
-        UserError when there is one of the same kind of name from elsewhere.
-        """
+        """A server's adapters of this store, candidates too, by name; UserError for such a name from elsewhere."""
         found = {name: root for name, root in server.adapters().items() if self.of_store.fullmatch(name)}
         for name, root in found.items():
             if not root.startswith(f"{self.home}/"):
@@ -162,10 +156,7 @@ class Release:
 
     @contextmanager
     def or_as_before(self, servers: Sequence[Server]) -> Iterator[None]:
-        """What goes wrong inside the `with` leaves every server with what it had, as far as it lets itself be told.
-
-        What a publisher that was killed has left half done goes first.
-        """
+        """What goes wrong inside leaves servers with what they had; what a killed publisher left goes first."""
         loaded = [self.ours(server) for server in servers]
         had = [{name: its[name] for name in its if self._number(name) >= 0} for its in loaded]
         try:

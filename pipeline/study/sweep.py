@@ -120,10 +120,7 @@ def each_alone(
 
 
 def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest], runtime: Runtime) -> Changes:
-    """Each request's value times the direction of inputs that the solver gives it.
-
-    That is all of the change: a request's columns ask for the same value.
-    """
+    """Each request's value times its direction of inputs: all of its change, for its columns ask for one value."""
     ((name, down),) = method.llm.blocks[layer].down.items()
     values = method.find(method.search(layer, 1), method.located([[one] for one in requests]), runtime)
     keys_GCI = method.keys(layer, requests, runtime)

@@ -164,10 +164,7 @@ def _open(file: Path, mode: str) -> sqlite3.Connection:
 
 
 def locked(file: Path, wait: bool = True) -> AbstractContextManager[Any]:
-    """A lock, held until the end of a `with`; filelock.Timeout where another has it and one is not to wait.
-
-    UserError when the disk has no locks.
-    """
+    """A lock until a `with` ends; filelock.Timeout where one is not to wait, UserError where the disk has none."""
     try:
         return FileLock(file, mode=access(file.parent) & 0o666, blocking=wait, fallback_to_soft=False).acquire()
     except OSError as error:
@@ -184,10 +181,7 @@ def access(folder: Path) -> int:
 
 @contextmanager
 def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """All inside the `with` is written, or nothing; other writers wait from its start.
-
-    UserError when the disk is full, or another writer takes longer than `PATIENCE`.
-    """
+    """All inside is written, or nothing; UserError for a full disk, or another writer that takes `PATIENCE`."""
     try:
         database.execute("BEGIN IMMEDIATE")
         yield database

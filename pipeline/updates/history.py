@@ -78,10 +78,7 @@ def _events(store: Store, which: str, *values: int) -> list[tuple[str, str]]:
 
 
 def check_there(store: Store, version: int, pruned: bool = False) -> dict[str, str]:
-    """The SHA-256 of each of a version's files, by name; of one that may be and is `pruned`, none.
-
-    UserError when there is no such version, or its files are gone and may not be.
-    """
+    """The SHA-256 of a version's files, by name; UserError for no such version, or one that may not be `pruned`."""
     row = store.database.execute("SELECT files FROM versions WHERE number = ?", (version,)).fetchone()
     if row is None:
         raise UserError(f"version: {version} does not exist; there is 0 (the base model) to {store.newest}")

@@ -195,10 +195,7 @@ class Store(AbstractContextManager["Store"]):
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Be the one that makes versions; what a dead update had taken is queued, what it half wrote is removed.
-
-        BusyError when another process is that one.
-        """
+        """Be the one that makes versions; a dead one's work is given back. BusyError when another is that one."""
         try:
             held = locked(self.folder / UPDATE_LOCK, wait=False)
         except Timeout:
