@@ -268,10 +268,7 @@ def retract(options: of.RetractCommand) -> None:
 
 
 def _prepare(options: of.ProvingOptions) -> None:
-    """See that the options name what there is, before a store is made or a request is held back for their sake.
-
-    UserError for an unknown method, a missing or damaged profile, or a text that is no file.
-    """
+    """See that the options name what there is, before anything is done; UserError for what does not exist."""
     prepare(options)
     check_choice("edit.method", options.edit.method, METHODS)
     settings_of(options.edit)

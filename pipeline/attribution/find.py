@@ -44,9 +44,7 @@ def find_golden_layer(
 
 
 def check_selector(
-    requests: Sequence[EditRequest],
-    options: AttributionOptions,
-    selectors: Mapping[str, Selector] = SELECTORS,
+    requests: Sequence[EditRequest], options: AttributionOptions, selectors: Mapping[str, Selector] = SELECTORS
 ) -> None:
     """Raise UserError for an unknown method, or requests without the subject that it needs."""
     check_choice("method", options.method, selectors)

@@ -85,10 +85,7 @@ def judge(values_NL: Values, fences: float = 1.0, order: str = "magnitude", seed
 
 @dataclass(frozen=True)
 class Scores:
-    """What the selector `method` found in so many seconds: requests' scores of every block, (N, L), float64.
-
-    They are of a model that is known by its fingerprint, with prompts in its chat template or not.
-    """
+    """What the selector `method` found in so many seconds: requests' scores of every block, (N, L), float64."""
 
     method: str
     ids: list[str]

@@ -120,11 +120,7 @@ def _given_way(
 
 
 def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRequest]:
-    """The requests that an edit will make, all that can be known before the model is loaded being checked.
-
-    UserError for an unknown method or setting, no requests, or such that contradict each other, or that lack a
-    subject it needs.
-    """
+    """The requests that an edit will make; UserError for what is wrong of them before the model is loaded."""
     settings_of(options)
     if not requests:
         raise UserError("requests: none to edit")
@@ -208,12 +204,7 @@ def leave_out(
 
     Locate-then-edit solves for all requests of a layer at once, so that any of them can be left out; values are not
     searched for again. When none is left and nothing else changed a weight, that weight is the base's, bit for bit.
-
-    Args:
-        update: one that `can_leave_out` the requests.
-        options: the method's, as the update was made with.
-
-    UserError when the update was made for another model.
+    The update is one that `can_leave_out` these, made with these options. UserError for one of another model.
     """
     gone = {fact(request) for request in requests}
     left = [request for request in update.requests if fact(request) not in gone]

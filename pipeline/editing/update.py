@@ -149,11 +149,8 @@ class WeightUpdate:
     def save(self, folder: Path | str, learnt: tuple[str, str] | None = None) -> None:
         """Write `update.safetensors` and `state.safetensors`, then `update.json`, which holds their SHA-256.
 
-        Args:
-            learnt: the file below `learnt/`, two folders up, that keeps its requests and columns, and its SHA-256
-                (see `pipeline.editing.learnt`); they are not written here then.
-
-        UserError when the disk has no room for it.
+        Where `learnt` names the file below `learnt/`, two folders up, that keeps its requests and columns, and its
+        SHA-256, they are not written here. UserError when the disk has no room for it.
         """
         folder = Path(folder)
         elsewhere = columns_in(self.state) if learnt else {}

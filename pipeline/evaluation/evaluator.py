@@ -8,7 +8,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -54,12 +54,6 @@ class Measurement:
     values: Values = field(default_factory=dict, compare=False, repr=False)
     resampled: dict[str, Resampled] = field(default_factory=dict, compare=False, repr=False)
     asked: dict[str, list[list[str]]] = field(default_factory=dict, compare=False)  # the prompts of what is `said`
-
-    def add_harness(self, llm: LLM, tasks: Sequence[Any], limit: int | None) -> None:
-        """Run tasks of the evaluation harness on the model as it is now; their figures stand beside the others."""
-        for name, values, estimate in run_tasks(llm, tasks, limit):
-            column = Column(values)
-            self.values[name], self.resampled[name], self.metrics[name] = column, column.mean(), estimate
 
     @property
     def missed(self) -> list[Missed]:
@@ -112,8 +106,9 @@ def evaluate(
 
     def measured(title: str) -> Measurement:
         found = evaluator.measure(title)
-        if tasks:
-            found.add_harness(llm, tasks, options.harness_limit)
+        for name, values, estimate in run_tasks(llm, tasks, options.harness_limit) if tasks else ():
+            column = Column(values)
+            found.values[name], found.resampled[name], found.metrics[name] = column, column.mean(), estimate
         return found
 
     before = measured("Measuring base")

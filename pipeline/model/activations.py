@@ -168,10 +168,7 @@ def head_reads(
     """The language-model head sees the named positions alone, as one row: logits come as (1, N, V).
 
     What a family does with its logits after the head (scaling, soft caps) still happens. With `also_MD`, these M
-    hidden states stand behind them.
-
-    Yields:
-        a list that takes the hidden states (N, D) of every pass.
+    hidden states stand behind them. Yields a list that takes the hidden states (N, D) of every pass.
     """
     seen: list[Tensor] = []
 

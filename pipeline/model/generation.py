@@ -28,15 +28,11 @@ from pipeline.running.trainer import Runtime
 
 
 class Question(NamedTuple):
-    """A prompt to go on from, by so many tokens at most.
-
-    It is over at the end of a statement, after `inner_ends` ends that the answer looked for holds itself, or at the
-    limit alone where that is None.
-    """
+    """A prompt to go on from, until a statement's end, or by so many tokens at most."""
 
     token_ids: list[int]
     limit: int
-    inner_ends: int | None = None
+    inner_ends: int | None = None  # ends that the answer looked for holds itself; None: the limit alone ends it
 
 
 class QuestionBatch(NamedTuple):
@@ -78,8 +74,7 @@ def go_on(
 ) -> list[list[int]]:
     """What the model says after each row, greedily, up to `limit` tokens, or until `over` says so of every row.
 
-    Args:
-        drawing: may change the scores (B, V) of which the largest one is taken.
+    `drawing` may change the scores (B, V) of which the largest one is taken.
     """
     model, own = llm.model, llm.model.generation_config
     # generate() fills what it is not told from the model's own settings (repetition penalties, ...): not here

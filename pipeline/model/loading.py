@@ -255,10 +255,7 @@ def _kind(config: PreTrainedConfig) -> Any:
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """A model's config alone, also of a GGUF file, or of a folder that holds no more than its config.json.
-
-    UserError when there is no such model, or its config says that it cannot be edited.
-    """
+    """A model's config alone; UserError when there is no such model, or it says that it cannot be edited."""
     with _reading(f"the config of {name!r}", "config.json"):
         return _config(*_locate(name), name)
 

@@ -38,11 +38,8 @@ def write_card(
 ) -> None:
     """Write `README.md` into an export's folder and, where there is none, `update.json`, which lists every fact.
 
-    Args:
-        kind: of export.
-        metrics: the file of figures that an edit or a store's version left; where it is missing, so are they.
-        version: the store's, where it is of one.
-        adapter: what an adapter holds of the change.
+    `metrics` is the file of figures that an edit or a store's version left, where there is one; `adapter` is what
+    an adapter holds of the change.
     """
     base, licence = _base_of(update.model)
     head: dict[str, Any] = {"base_model": base} if "/" in base else {}

@@ -26,10 +26,7 @@ class Straight(HTTPRedirectHandler):
 
 
 def call(url: str, body: dict[str, Any] | None = None, key: str = "") -> Any:
-    """POST a body as JSON, or GET where there is none, and give what the server says, read where that is JSON.
-
-    UserError when it cannot be reached, or refuses.
-    """
+    """POST JSON, or GET without a body; the answer, read where it is JSON. UserError for a refusal, or none."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else json.dumps(body).encode()
     try:

@@ -28,14 +28,11 @@ KEPT = 4  # versions used last that stay in memory
 
 
 class Version(NamedTuple):
-    """A version, read and checked: its tensors by their names, as they go into the model; the base has none.
-
-    `chat` says whether its facts were taught in the tokenizer's chat template.
-    """
+    """A version, read and checked."""
 
     number: int
-    tensors: dict[str, Tensor]
-    chat: bool = False
+    tensors: dict[str, Tensor]  # by name, as they go into the model; the base has none
+    chat: bool = False  # whether its facts were taught in the tokenizer's chat template
 
 
 class LiveModel:

@@ -109,10 +109,7 @@ class Release:
         return -1 if not found or found[1] else int(found[2])
 
     def prove(self, server: Server) -> Proof | None:
-        """Load it as a candidate and ask what gates ask; None where it is proved, and there, already.
-
-        UserError when a gate is missed, or a server says no.
-        """
+        """Load it as a candidate and ask; None where it is there. UserError for a missed gate, or a refusal."""
         loaded = self.ours(server)
         if there := loaded.get(self.name):
             if _content(there) == _content(self.folder):
@@ -242,13 +239,9 @@ def publish(
 ) -> tuple[int, list[Switched]]:
     """Let servers answer with a version, each proved through itself first; its number, and those that were changed.
 
-    Args:
-        version: None: the one in force.
-        load: loads the base model by its name; called where the version's adapter is not written yet.
-        model: the base model's name, where it is not the store's.
-
-    UserError when there is no such version, a server cannot be reached or says no, or a gate is missed; all servers
-    are as they were then.
+    `version` None is the one in force; `load` loads the base model, the store's or `model`, where the version's
+    adapter is not written yet. UserError when there is no such version, a server cannot be reached or says no, or a
+    gate is missed; all servers are as they were then.
     """
     with locked(store.folder / LOCK):
         version = store.current if version is None else version

@@ -43,10 +43,7 @@ Result = tuple[dict[str, float], float]  # of one request at one block: figures 
 
 
 class Sweep:
-    """Tries blocks with single edits, so many together; what was tried once is kept and not tried again.
-
-    Its folder has a folder for each block, method and all else that results depend on.
-    """
+    """Tries blocks with single edits, so many together; results are kept by all that they depend on."""
 
     def __init__(self, llm: LLM, options: EditOptions, runtime: Runtime, folder: Path, together: int = 32) -> None:
         self.llm, self.options, self.runtime = llm, options, runtime

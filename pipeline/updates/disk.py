@@ -100,10 +100,7 @@ TABLES = "SELECT type, name, sql FROM sqlite_master WHERE sql NOT NULL"
 
 
 def connect(file: Path, reading: bool = False) -> sqlite3.Connection:
-    """Open the database, to read it only or to write; its tables are made where it is new.
-
-    UserError when the file is no store's database, damaged, or of another layout than this program's.
-    """
+    """Open a database, made where it is new; UserError for no store's, a damaged one, or another layout's."""
     try:
         with ExitStack() as unfit:
             database = unfit.enter_context(closing(_open(file, "ro" if reading else "rwc")))
@@ -260,11 +257,7 @@ def _to_disk(path: Path) -> None:
 
 
 def clear_unknown(store: Path, known: Collection[int], pruned: Collection[int]) -> list[str]:
-    """Remove what was pruned, or what an update that did not end well was writing.
-
-    A version that is whole, but not known, is kept in `lost+found`: an older database may have been put back. Gives
-    the names of those.
-    """
+    """Remove what was pruned or half written; what is whole and unknown goes to `lost+found`, and is named."""
     lost = []
     for path in sorted((store / VERSIONS).iterdir()):
         number = int(path.name) if path.name.isdecimal() else None

@@ -51,11 +51,8 @@ def update(
 
     Of several processes the first alone has the store, and the others None in its place; all edit and measure.
 
-    Args:
-        load: loads the base model by its name; not called when nothing is due.
-        report: called with what came of each batch.
-        stopping: asked before each batch.
-
+    `load` loads the base model by its name, once something is due; `report` is called with what came of each batch,
+    and `stopping` asked before each.
     BusyError when another update is at work on the store; UserError when a batch could not be worked through, whose
     requests are in the queue again.
     """
@@ -171,7 +168,8 @@ def _golden_profile(
     by trial edits where they leave it unclear; and what is to be said of that.
     """
     notes: list[str] = []
-    profile = on_first(lambda: _known_profile(store, getattr(options, "profile", None)))
+    named = getattr(options, "profile", None)
+    profile = on_first(lambda: GoldenProfile.load(at) if (at := named or store.check_profile()) else None)
     if profile is None:
         answered = [request for request in requests if request.old_answer] or list(requests)
         profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.trainer, "the queue")
@@ -181,11 +179,6 @@ def _golden_profile(
             notes.append(note)
     ready_layers(llm, profile, options.edit)
     return profile, notes
-
-
-def _known_profile(store: Store, named: str | None) -> GoldenProfile | None:
-    folder = named or store.check_profile()
-    return GoldenProfile.load(folder) if folder else None
 
 
 def questioned(profile: GoldenProfile, missed: int, tried: int) -> list[str]:
@@ -202,10 +195,7 @@ def questioned(profile: GoldenProfile, missed: int, tried: int) -> list[str]:
 def settle_layer(
     llm: LLM, profile: GoldenProfile, requests: Sequence[EditRequest], options: ProvingOptions
 ) -> tuple[GoldenProfile, str]:
-    """The profile with the block that edits best among those that may be golden, and a line that says so.
-
-    A block's trial edits a few of the requests; what counts is the mean of rewrite, rephrase and locality.
-    """
+    """The profile with the block where trial edits of a few requests do best on the whole, and a line on it."""
     assert profile.stability
     chosen = np.array(profile.stability.chosen)
     likely = [block for block in np.argsort(-chosen, kind="stable").tolist() if chosen[block] >= POSSIBLE]

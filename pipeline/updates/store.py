@@ -53,11 +53,7 @@ class Store(AbstractContextManager["Store"]):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        model: str | None = None,
-        make: bool = False,
-        reading: bool = False,
+        self, folder: str | Path, model: str | None = None, make: bool = False, reading: bool = False
     ) -> None:
         self.folder, self.reading = Path(folder), reading
         self._check_folder(make, model)
