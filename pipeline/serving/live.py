@@ -57,7 +57,8 @@ class LiveModel:
 
     def __init__(self, store: str | Path, llm: LLM, trainer: TrainerOptions | None = None) -> None:
         self.store, self.llm, self.trainer = Path(store), llm, trainer or TrainerOptions()
-        self.version, self.swaps, self.swap_seconds = BASE, 0, 0.0  # in the model; how often it was another, in all
+        self.version = BASE  # the number of the one that is in the model
+        self.swaps, self.swap_seconds = 0, 0.0  # of the weights: how many, and how long they took in all
         self._base: dict[str, Tensor] = {}  # the weights that any version has changed, as the base has them
         self._changed: set[str] = set()  # those that the one in the model changes
         self._kept: dict[int, Version] = {}  # the one used last stands last
