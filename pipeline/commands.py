@@ -37,7 +37,7 @@ from pipeline.requests.sets import split_by_subject
 from pipeline.serving.hub import check_target, push
 from pipeline.serving.live import LiveModel
 from pipeline.shipped import program
-from pipeline.stages import edit_and_prove, find_and_keep, load, note_chat, prepare, read_requests, working
+from pipeline.stages import edit_and_prove, find_and_keep, load, prepare, read_requests, working
 from pipeline.study.study import check_study, parted, run_study
 from pipeline.study.sweep import RESULTS
 from pipeline.updates.disk import version_folder
@@ -66,7 +66,6 @@ def run(options: of.RunCommand) -> None:
         llm = load(options, requests=requests, layers=blocks_named(profile, options.edit), profile=profile)
         if profile:
             choose_layers(llm, profile, options.edit)
-            note_chat(llm, "profile", profile.chat)
             log.keep_profile(profile)
         else:
             llm.check_layers(options.edit.layers or [])
@@ -106,11 +105,6 @@ def edit(options: of.EditCommand) -> None:
             raise UserError(f"edit: where? give --profile FILE, which `{program()} attribute` makes, or --layers N")
         llm = load(options, requests=requests, layers=blocks_named(profile, options), profile=profile, update=after)
         choose_layers(llm, profile, options)
-        if profile:
-            note_chat(llm, "profile", profile.chat)
-        if after:
-            after.check_fits(llm)
-            note_chat(llm, "update", after.chat)
         edit_and_prove(log, llm, requests, profile, options, options, after)
 
 
@@ -127,8 +121,6 @@ def evaluate(options: of.EvaluateCommand) -> None:
         requests = read_requests(options)
         update = WeightUpdate.load(options.update, to_serve=True) if options.update else None
         llm = load(options, requests=requests, update=update)
-        if update:
-            note_chat(llm, "update", update.chat)
         measured = measure(llm, requests, update, options, options.trainer, log.work)
         log.keep_metrics(llm.name, requests, measured, update, made=False)
 
@@ -168,9 +160,6 @@ def generate(options: of.GenerateCommand) -> None:
         _generate_live(prompts, options)
         return
     llm = load(options, update=update)
-    if update:
-        update.check_fits(llm)
-        note_chat(llm, "update", update.chat)
     how: Any = {"max_new_tokens": options.max_new_tokens, "trainer": options.trainer}
     answers = {"base": answer(llm, prompts, title="Base model", **how)}
     if update:
@@ -183,10 +172,7 @@ def chat(options: of.ChatCommand) -> None:
     """A talk with the model, and what an update or a version of a store makes of it."""
     prepare(options)
     update, model, _ = _named(options)
-    llm = load(options, model, update=update)
-    if update:
-        update.check_fits(llm)
-    talk(llm, update, options)
+    talk(load(options, model, update=update), update, options)
 
 
 def study(options: of.StudyCommand) -> None:

@@ -18,10 +18,7 @@ LARGEST = 250_000_000  # bytes of a text file that is read whole
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], shared: bool = False) -> Path:
-    """Let `write` fill a temporary file beside `path`, then move it there.
-
-    Of a file that is `shared`, so that several commands may write it at once, the last one stays, whole.
-    """
+    """Let `write` fill a file beside `path`, then move it there; several may write a `shared` one at once."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
     try:
         write(partial)

@@ -174,10 +174,7 @@ def _from_file(file: str, known: Mapping[str, Flag], others: Collection[str]) ->
 
 
 def _enter(values: dict[str, Given], one: Given, known: Mapping[str, Flag]) -> None:
-    """Enter a value that is given, by its flag; an entry of a flag's mapping goes into that.
-
-    UserError for a key that does not exist, or a value of another type.
-    """
+    """Enter a value by its flag, or into a mapping; UserError for a key that does not exist, or another type."""
     path, groups, kind = one.path, _groups(known), _kind(one.path, known)
     above, _, name = path.rpartition(".")
     if path in groups:

@@ -33,11 +33,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(named: str) -> Path:
-    """The file that `--config` names: one of the user's, else one that comes with the project.
-
-    `memit`, `memit.yaml` and `configs/memit.yaml` all name the shipped one where no such file lies here.
-    UserError when it is neither, with the shipped ones' names.
-    """
+    """The file that `--config` names, the user's or a shipped one by its name; UserError when it is neither."""
     path = Path(named)
     if path.is_file():
         return path

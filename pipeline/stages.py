@@ -66,7 +66,8 @@ def load(
 ) -> LLM:
     """See that all processes were given the same, and load the model, which is to have these blocks.
 
-    What is `made`, by what it is, is for this model: said before weights are read where its fingerprint is known.
+    What is `made`, by what it is, is for this model: said before weights are read where its fingerprint is known. A
+    note says where it was made with a chat template and is used without one, or the other way round.
     """
     name, verbose, chat = model or options.model, options.verbose, getattr(options, "chat", False)
 
@@ -77,7 +78,7 @@ def load(
                 check_made_for(what, (one.model, one.fingerprint), name, known)
 
     if not isinstance(options, ComputeOptions):
-        return load_model(name, verbose=verbose, chat=chat, fits=fits)
+        return load_model(name, verbose=verbose, fits=fits)
     trainer = options.trainer
     device = join(trainer)
     check_alike("requests", requests)
@@ -88,14 +89,13 @@ def load(
     if not spread:
         llm.model.to(device)  # type: ignore[arg-type]  # where every stage finds it
     check_alike("model", [llm.fingerprint])
+    for what, one in made.items():
+        if isinstance(one, WeightUpdate):
+            one.check_fits(llm)
+        if one and one.chat != getattr(options, "chat", one.chat):
+            ways = ("with", "without") if one.chat else ("without", "with")
+            say("note: the {} was made {} --chat and is used {} it".format(what, *ways))
     return llm
-
-
-def note_chat(llm: LLM, what: str, chat: bool) -> None:
-    """Say so when what was made with a chat template is used without one, or the other way round."""
-    if chat != llm.chat:
-        made, used = ("with", "without") if chat else ("without", "with")
-        say(f"note: the {what} was made {made} --chat and is used {used} it")
 
 
 def find_and_keep(

@@ -70,7 +70,7 @@ SHOWN = {  # the options that people use, which `COMMAND --help` shows; `--help-
     "submit": "file store model fields source not_before again",
     "update": "store model profile batch dry_run edit.method gates.rewrite gates.locality publish.to config",
     "schedule": "store cron every model profile batch edit.method gates.rewrite gates.locality publish.to config",
-    "publish": "version store to engine name canary gates.rewrite webhook",
+    "publish": "version store to name canary gates.rewrite webhook",
     "history": "store request limit",
     "show": "version store",
     "diff": "older newer store",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
@@ -132,10 +132,7 @@ def _publish(
 
 
 def _publish_beside(options: of.UpdateCommand) -> None:
-    """Publish in a process of its own, which may take longer than those of this command may be silent.
-
-    UserError when it fails, which it has told why.
-    """
+    """Publish in a process of its own, which may be silent for longer; UserError when it fails, as it told."""
     given = {one.name: getattr(options.publish, one.name) for one in fields(options.publish)}
     wanted = of.PublishCommand(store=options.store, model=options.model, gates=options.gates, **given)
     started: list[subprocess.Popen[bytes]] = []
@@ -143,17 +140,10 @@ def _publish_beside(options: of.UpdateCommand) -> None:
         config = Path(folder) / "publish.yaml"
         config.write_text(yaml.safe_dump(as_config(wanted)), encoding="utf-8")
         on_first(lambda: started.append(beside(["publish", "--config", str(config)])))
-        while on_first(lambda: _is_at_work(started[0])):
-            pass
+        while on_first(lambda: started[0].poll() is None):
+            time.sleep(LOOKING)
         if on_first(lambda: started[0].returncode):
             raise UserError("publish: failed, as said above; the store has its version")
-
-
-def _is_at_work(process: subprocess.Popen[bytes]) -> bool:
-    """Wait a moment, and say whether a process is still at work."""
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(LOOKING)
-    return process.returncode is None
 
 
 def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
@@ -166,18 +156,13 @@ def _show_batch(store: Store, done: BatchResult, dry_run: bool) -> None:
     if done.gates:
         say(f"  gates: {', '.join(map(str, done.gates))}")
     if done.after:
-        _show_held(done.after.metrics, done.after.missed)
+        show_missed([(f"request #{number}", asked, says) for number, asked, says in done.after.missed])
+        if missing := not_measured(done.after.metrics):
+            say(missing)
     for number, reason in done.held[: past.NAMED]:
         say(f"  held back: request #{number}: {reason}")
     if store:  # of several processes the first has it
         _show_superseded(store, done.superseded)
-
-
-def _show_held(metrics: Mapping[str, Estimate], missed: Sequence[tuple[int, str, str]]) -> None:
-    """What of a version does not hold, and what would tell but was not measured."""
-    show_missed([(f"request #{number}", asked, says) for number, asked, says in missed])
-    if missing := not_measured(metrics):
-        say(missing)
 
 
 def history(options: of.HistoryCommand) -> None:
@@ -283,10 +268,7 @@ def retract(options: of.RetractCommand) -> None:
 
 
 def _prepare(options: of.ProvingOptions) -> None:
-    """See that the options name what there is, before a store is made or a request is held back for their sake.
-
-    UserError for an unknown method, a missing or damaged profile, or a text that is no file.
-    """
+    """See that the options name what there is, before anything is done; UserError for what does not exist."""
     prepare(options)
     check_choice("edit.method", options.edit.method, METHODS)
     settings_of(options.edit)

@@ -314,7 +314,6 @@ def test_what_is_asked(team: Team) -> None:
         ({"to": ["http://me:secret@a"]}, "is no address"),
         ({"to": ["http://a"], "webhook": "a"}, "webhook: 'a' is no address"),
         ({"to": ["http://a"], "name": "a b"}, "name: a b is no such name"),
-        ({"to": ["http://a"], "engine": "vlm"}, "did you mean 'vllm'?"),
     ],
 )
 def test_bad_options(how: dict[str, Any], line: str) -> None:

@@ -38,12 +38,8 @@ class GradientAttribution(Callback):
     Attributes:
         scores: after a run, every request's score of every block, (requests, blocks), in the order of the loader;
             of several processes whose loader was spread over them, all of them.
-        last_scores: those of the pass that was differentiated last, (P, L).
-        positions_RK: for estimators that leave positions out: those of each row of the next pass that count.
-        model: the language model that was watched.
 
-    Raises:
-        UserError: when no gradient reached the blocks, with what is wrong.
+    UserError when no gradient reached the blocks, with what is wrong.
 
     Example:
         >>> watch = GradientAttribution(find_blocks(model))
@@ -61,9 +57,9 @@ class GradientAttribution(Callback):
         self.awaited = sum(map(bool, self.projections))  # blocks: one without such weights scores nought
         self.scope, self.estimator = scope, estimator
         self.scores: NDArray[np.float64] = np.empty((0, len(self.blocks)))
-        self.last_scores = torch.empty(0, len(self.blocks))
-        self.positions_RK: Tensor | None = None
-        self.model: nn.Module | None = None
+        self.last_scores = torch.empty(0, len(self.blocks))  # of the pass that was differentiated last, (P, L)
+        self.positions_RK: Tensor | None = None  # of each row of the next pass, those that count; None: all
+        self.model: nn.Module | None = None  # the language model that was watched
         self._open = ExitStack()  # of hooks
         self._found: list[NDArray[np.float64]] = []  # batch by batch
         self._pass = Pass(0, self.awaited)

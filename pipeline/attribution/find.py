@@ -44,9 +44,7 @@ def find_golden_layer(
 
 
 def check_selector(
-    requests: Sequence[EditRequest],
-    options: AttributionOptions,
-    selectors: Mapping[str, Selector] = SELECTORS,
+    requests: Sequence[EditRequest], options: AttributionOptions, selectors: Mapping[str, Selector] = SELECTORS
 ) -> None:
     """Raise UserError for an unknown method, or requests without the subject that it needs."""
     check_choice("method", options.method, selectors)
@@ -70,9 +68,8 @@ def score_requests(
         work: a folder for half-done work; scoring that finds its own there goes on from it.
         selectors: the ways to score that there are.
 
-    Raises:
-        UserError: for an unknown method, requests that it cannot score, a prompt longer than the context, an old
-            answer that is missing and cannot be found, or scores that are not numbers.
+    UserError for an unknown method, requests that it cannot score, a prompt longer than the context, an old answer
+    that is missing and cannot be found, or scores that are not numbers.
     """
     options = options or AttributionOptions()
     if not requests:
@@ -102,16 +99,9 @@ def choose(
 ) -> GoldenProfile:
     """The golden profile that scores lead to; fences and order count where the method's scores ask for them.
 
-    Of the blocks inside the fences, that one comes first that does so most often when the requests are resampled.
-
-    Args:
-        found: scores of requests, or the callback that has them.
-        options: fences, order, top_k and scope.
-        request_set: what the profile calls the requests.
-        seed: of the resampling.
-
-    Raises:
-        UserError: for more golden layers than lie inside the fences, or a callback that has watched nothing.
+    Of the blocks inside the fences, that one comes first that does so most often when the requests are resampled,
+    by a `seed`. `request_set` is what the profile calls them.
+    UserError for more golden layers than lie inside the fences, or a callback that has watched nothing.
     """
     options = options or AttributionOptions()
     scope = options.scope

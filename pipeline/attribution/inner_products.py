@@ -25,8 +25,7 @@ OLD, NEW = 0, 1
 
 
 class CapturedInput:
-    """What went into a projection, the sides' rows one behind the other; projections that share it share its Gram
-    matrices."""
+    """What went into a projection, the sides' rows one behind the other, and its Gram matrices."""
 
     def __init__(self, input_RTI: Tensor, sides: int = 2) -> None:
         self.inputs = inputs = wide(input_RTI).chunk(sides)
@@ -40,22 +39,14 @@ class CapturedInput:
 
 
 class Estimator(NamedTuple):
-    """How inner products, summed over a block's projections, become its score.
+    """How inner products, summed over a block's projections, become its score."""
 
-    Attributes:
-        pairs: which sides' gradients are multiplied.
-        combine: from those products (Q, P, L) to scores (P, L).
-        positions: from a batch, and how many tokens all prompts begin with, to the positions (R, K) that count;
-            None: all do.
-        sides: how many answers of a request are run: both, or the new one alone, which then has number 0.
-        needs_subject: whether `positions` asks where a request's subject ends.
-    """
-
-    pairs: tuple[Pair, ...]
-    combine: Callable[[Tensor], Tensor]
+    pairs: tuple[Pair, ...]  # which sides' gradients are multiplied
+    combine: Callable[[Tensor], Tensor]  # from those products (Q, P, L) to scores (P, L)
+    # from a batch, and how many tokens all prompts begin with, to the positions (R, K) that count; None: all do
     positions: Callable[[Batch, int], Tensor] | None = None
-    sides: int = 2
-    needs_subject: bool = False
+    sides: int = 2  # answers of a request that are run: both, or the new one alone, which then has number 0
+    needs_subject: bool = False  # whether `positions` asks where a request's subject ends
 
 
 def product(products_QPL: Tensor) -> Tensor:

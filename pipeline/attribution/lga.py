@@ -26,11 +26,7 @@ Sides = tuple[Row, ...]  # the same prompt with the old and with the new answer,
 
 
 def score_gradients(
-    estimator: Estimator,
-    llm: LLM,
-    requests: Sequence[EditRequest],
-    options: AttributionOptions,
-    runtime: Runtime,
+    estimator: Estimator, llm: LLM, requests: Sequence[EditRequest], options: AttributionOptions, runtime: Runtime
 ) -> Values:
     """Each request's score of every block by an estimator, (N, L)."""
     if estimator.sides == 2:

@@ -85,10 +85,7 @@ def judge(values_NL: Values, fences: float = 1.0, order: str = "magnitude", seed
 
 @dataclass(frozen=True)
 class Scores:
-    """What the selector `method` found in so many seconds: requests' scores of every block, (N, L), float64.
-
-    They are of a model that is known by its fingerprint, with prompts in its chat template or not.
-    """
+    """What the selector `method` found in so many seconds: requests' scores of every block, (N, L), float64."""
 
     method: str
     ids: list[str]
@@ -108,23 +105,6 @@ class Scores:
 class GoldenProfile(BaseModel):
     """Found once for a model, used by every later edit of it.
 
-    Attributes:
-        model, fingerprint: the model it holds for.
-        method, scope: how blocks were scored, and whose weights (empty for a method that looks at none).
-        order: whether blocks rank by score (signed) or by absolute score (magnitude).
-        scores: one a block: the mean over requests.
-        fences: lower and upper fence; None: off.
-        excluded: blocks outside the fences.
-        ranking: the other blocks: the one that comes first in most resamples, then the others by score.
-        raw_ranking: all blocks by score.
-        golden_layers: the first of the ranking: where to edit.
-        request_set: where the proxy requests come from.
-        requests: how many they were.
-        seconds: how long it took.
-        chat: whether prompts were put into the tokenizer's chat template.
-        stability: what resampling the requests does to scores and choice; None: it does not depend on them, or the
-            profile is of an earlier version.
-
     Example:
         >>> file = profile.save(folder)
         >>> GoldenProfile.load(file) == profile
@@ -133,22 +113,22 @@ class GoldenProfile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    model: str
+    model: str  # the one that it holds for
     fingerprint: str
-    method: str
-    scope: str
-    order: str = "signed"
-    scores: list[float]
-    fences: tuple[float, float] | None
-    excluded: list[int]
-    ranking: list[int]
-    raw_ranking: list[int]
-    golden_layers: list[int] = Field(min_length=1)
-    request_set: str
-    requests: int
-    seconds: float
-    chat: bool = False
-    stability: Stability | None = None
+    method: str  # how blocks were scored
+    scope: str  # whose weights; empty for a method that looks at none
+    order: str = "signed"  # blocks rank by score, or by absolute score (magnitude)
+    scores: list[float]  # one a block: the mean over requests
+    fences: tuple[float, float] | None  # the lower and the upper one; None: off
+    excluded: list[int]  # blocks outside the fences
+    ranking: list[int]  # the other blocks: the one that comes first in most resamples, then the others by score
+    raw_ranking: list[int]  # all blocks by score
+    golden_layers: list[int] = Field(min_length=1)  # the first of the ranking: where to edit
+    request_set: str  # where the proxy requests come from
+    requests: int  # how many they were
+    seconds: float  # that it took
+    chat: bool = False  # whether prompts were put into the tokenizer's chat template
+    stability: Stability | None = None  # None: the scores do not depend on requests, or are of an earlier version
 
     @model_validator(mode="after")
     def _of_one_model(self) -> Self:
@@ -190,11 +170,7 @@ class GoldenProfile(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> GoldenProfile:
-        """Read a profile from its file, or from the folder that holds it.
-
-        Raises:
-            UserError: when there is none, or it is no profile.
-        """
+        """Read a profile from its file or folder; UserError when there is none, or it is no profile."""
         path = Path(path)
         path = path / PROFILE_FILE if path.is_dir() else path
         if not path.is_file():

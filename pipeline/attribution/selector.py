@@ -19,34 +19,21 @@ LITTLE = 1 << 24  # numbers: 64 MB of them in float32
 
 
 class Selector(NamedTuple):
-    """A way to score blocks.
+    """A way to score blocks."""
 
-    Attributes:
-        score: from model, requests, options and runtime to each request's score of every block, in the requests'
-            order.
-        needs_subject: whether each request must name a subject that its prompt holds.
-        of_gradients: whether it scores gradients of the scope's weights: then scope and order mean something.
-        fenced: whether single blocks' scores may be large for reasons of the model alone (massive activations),
-            so that Tukey's fences set them aside.
-        reads_requests: whether the scores depend on the requests at all.
-    """
-
+    # from model, requests, options and runtime to each request's score of every block, in the requests' order
     score: Callable[[LLM, Sequence[EditRequest], AttributionOptions, Runtime], Values]
-    needs_subject: bool = False
-    of_gradients: bool = False
-    fenced: bool = False
-    reads_requests: bool = True
+    needs_subject: bool = False  # whether each request must name a subject that its prompt holds
+    of_gradients: bool = False  # whether it scores gradients of the scope's weights: scope and order count
+    fenced: bool = False  # whether blocks may score high for the model's sake (massive activations): fences count
+    reads_requests: bool = True  # whether the scores depend on the requests at all
 
 
 SELECTORS: dict[str, Selector] = {}
 
 
 def register(name: str, selector: Selector) -> None:
-    """Enter a selector under the name that `--method` takes.
-
-    Raises:
-        ValueError: when there is one of that name already, or the name is no plain word.
-    """
+    """Enter a selector under a name for `--method`; ValueError for one that is taken, or no plain word."""
     if not name.isidentifier() or name in SELECTORS:
         raise ValueError(f"selector {name!r}: expected a new name of letters, digits and underscores")
     SELECTORS[name] = selector

@@ -53,10 +53,7 @@ def score_tracing(
 
 
 class Tracing(RowStage):
-    """Traces requests at every block: an output is a request's recovered probabilities.
-
-    The noise is the same for a request in any batch.
-    """
+    """Traces requests at every block, with the same noise in any batch: an output is recovered probabilities."""
 
     title = "Causal tracing"
 

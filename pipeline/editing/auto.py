@@ -55,13 +55,7 @@ class AutoSettings(LocateSettings):
 
 
 class Auto(LocateThenEdit):
-    """memit for the requests that it suits, then fine-tuning of all.
-
-    Its `state` is empty: what is fine-tuned cannot be left out again. What was located before can.
-
-    Attributes:
-        tuning: the fine-tuning of these blocks and further ones.
-    """
+    """memit for the requests that it suits, then fine-tuning of all, which cannot be left out again."""
 
     settings: AutoSettings
 

@@ -32,10 +32,7 @@ class Columns(NamedTuple):
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor], layer: int, down: Projection) -> Columns:
-        """What an update's state holds for a layer, on the projection's device; no columns where it holds none.
-
-        UserError when what it holds does not belong together, or to the projection.
-        """
+        """A layer's columns in a state, on its device; none without. UserError when they do not belong together."""
         inputs, outputs = sizes(down)
         none = cls(
             key_In=torch.empty(inputs, 0),

@@ -57,10 +57,7 @@ ASKING = ("what", "who", "which", "where", "when", "how")
 
 
 def in_context(template: str, request: EditRequest) -> tuple[str, int]:
-    """A request's prompt in a context, or its subject in another form, and where the subject in it ends.
-
-    The end is 0 for a request without a subject in its prompt.
-    """
+    """A request's prompt in a context, or its subject in another form, and where that ends; 0 without a subject."""
     span, prompt, subject = request.subject_span, request.prompt, request.subject or ""
     key, question = stated(request) or " ".join(key_words(request)), asked(request)
     text = template.format(prompt=prompt, subject=subject, key=key, question=question)

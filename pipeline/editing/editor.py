@@ -54,9 +54,8 @@ def edit(
         after: an earlier update to edit on top of; the result holds both.
         work: a folder for work in progress; an edit that finds its own there goes on from it.
 
-    Raises:
-        UserError: for requests that the method cannot take (see `accept`), an unknown layer, a profile or earlier
-            update of another model, or a loss that is not a number.
+    UserError for requests that the method cannot take (see `accept`), an unknown layer, a profile or earlier update
+    of another model, or a loss that is not a number.
 
     Example:
         >>> options = EditOptions(expert={"steps": 10}, statistics=StatisticsOptions(tokens=1024))
@@ -121,12 +120,7 @@ def _given_way(
 
 
 def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRequest]:
-    """The requests that an edit will make, all that can be known before the model is loaded being checked.
-
-    Raises:
-        UserError: for an unknown method or setting, no requests, or such that contradict each other, or that lack
-            a subject it needs.
-    """
+    """The requests that an edit will make; UserError for what is wrong of them before the model is loaded."""
     settings_of(options)
     if not requests:
         raise UserError("requests: none to edit")
@@ -210,13 +204,7 @@ def leave_out(
 
     Locate-then-edit solves for all requests of a layer at once, so that any of them can be left out; values are not
     searched for again. When none is left and nothing else changed a weight, that weight is the base's, bit for bit.
-
-    Args:
-        update: one that `can_leave_out` the requests.
-        options: the method's, as the update was made with.
-
-    Raises:
-        UserError: when the update was made for another model.
+    The update is one that `can_leave_out` these, made with these options. UserError for one of another model.
     """
     gone = {fact(request) for request in requests}
     left = [request for request in update.requests if fact(request) not in gone]

@@ -82,11 +82,6 @@ class FineTune(Staying):
         settings: how; default: fine-tuning's.
         statistics: which ordinary text is to go on as before.
 
-    Attributes:
-        weight_names: the weights it changes, by full name.
-        after_values: whether values were put in before, which bend what else is said of their subjects.
-        moments, whiteners: of projections, ordinary text's key statistics, and what steps are whitened by.
-
     Example:
         >>> trainer = Trainer(max_epochs=3, accumulate_grad_batches=2)
         >>> trainer.fit(FineTune(llm, [1]), EditRequests(requests, llm.tokenizer, batch_size=4))
@@ -115,9 +110,9 @@ class FineTune(Staying):
             self.projections |= llm.blocks[layer].projections(self.settings.scope)
         self.weight_names = [weight_name(name, one) for name, one in self.projections.items()]
         self.state: dict[str, Tensor] = {}
-        self.moments: dict[str, Tensor] = {}
-        self.whiteners: dict[str, Tensor] = {}
-        self.after_values = False
+        self.moments: dict[str, Tensor] = {}  # by projection, ordinary text's key statistics
+        self.whiteners: dict[str, Tensor] = {}  # by which steps are whitened
+        self.after_values = False  # whether values were put in before, which bend what else is said of subjects
         self.epochs = self.settings.epochs or EPOCHS
         self.round, self.quiet = 1, 0  # epochs that ask for each kind of form, and those gone by with all learnt
 
@@ -215,10 +210,7 @@ class FineTune(Staying):
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Adam; over the epochs its step goes evenly to `last_step` times what it is at first.
-
-        Small late steps take little from earlier ones.
-        """
+        """Adam, whose step falls to `last_step` times itself: small late steps take little from earlier ones."""
         rate, trained = self.settings.learning_rate, self.trained()
         adam = WhitenedAdam(
             [{"params": [weight], "lr": rate * self.unit(name)} for name, weight in trained.items()],
@@ -253,8 +245,7 @@ class FineTune(Staying):
         """The loss of a micro-batch (see `teaching_loss`), such that its mean over devices and micro-batches of a
         step is that of all rows.
 
-        Raises:
-            UserError: for a loss that is not a number.
+        UserError for a loss that is not a number.
         """
         with self.activations.from_block(min(self.layers), batch.enter_BTD):
             logits_NV, base_MV = target_logits(self.model, batch).tensor_split([len(batch.target_N)])

@@ -75,10 +75,7 @@ def parts(file: Path, sha256: str, known: Container[str] = ()) -> Iterator[Part]
 
 
 def gathered(newest_first: Iterable[Part]) -> tuple[list[EditRequest], dict[str, Tensor]]:
-    """All requests and columns that are held, as they were when the newest part was written.
-
-    UserError when columns do not belong together.
-    """
+    """All requests and columns that are held after the newest part; UserError when they do not belong together."""
     requests: list[dict[str, Any]] = []
     gone: set[str] = set()
     columns: list[dict[str, Tensor]] = []

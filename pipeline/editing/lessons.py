@@ -57,17 +57,11 @@ RELATIONS_EACH = 3  # of a request's subject
 
 
 class Lesson(NamedTuple):
-    """A row to train on, with what was read of it.
+    """A row to train on, with what was read of it."""
 
-    Attributes:
-        row: the text, by its request's id.
-        enter_TD: what enters the lowest trained block; None at block 0, below which nothing runs.
-        base_PD: of a text that is to go on as before, what the unedited model's head reads at its last P places.
-    """
-
-    row: Row
-    enter_TD: Tensor | None
-    base_PD: Tensor | None
+    row: Row  # the text, by its request's id
+    enter_TD: Tensor | None  # what enters the lowest trained block; None at block 0, below which nothing runs
+    base_PD: Tensor | None  # of one that is to go on as before, what the base's head reads at its last P places
 
 
 @dataclass

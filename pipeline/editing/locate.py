@@ -88,12 +88,9 @@ class LocateThenEdit:
     then changes less, and so do other texts.
 
     It is made as `EditMethod` says. Its `state` are every layer's `Columns`: earlier keys and values are solved for
-    again, together with the new ones.
-
-    Args:
-        solver: from the settings to the closed-form solver.
-        by_all_keys: whether each context's key is a column of its own, and outputs for other names in the prompts
-            are to stay; else a request has one column, the mean of its keys.
+    again, together with the new ones. `solver` goes from the settings to the closed-form solver. With `by_all_keys`
+    each context's key is a column of its own, and outputs for other names in the prompts are to stay; else a
+    request has one column, the mean of its keys.
     """
 
     adapter: dict[str, Any] | None = None

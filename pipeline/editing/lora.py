@@ -46,15 +46,9 @@ class LoraSettings(FinetuneSettings):
 class LoRA(FineTune):
     """Trains an adapter beside the MLP's projections (or the down-projection) of the golden layers.
 
-    What an earlier update has learnt is in the weights.
-
-    Attributes:
-        state: after `run`, the adapter's tensors under PEFT's names, with a prefix.
-        adapter: what PEFT needs to know to load it, as LoraConfig's arguments.
-        scaling: of the product of its factors.
-
-    Raises:
-        UserError: for a rank that the projections cannot have.
+    What an earlier update has learnt is in the weights. Its `state` is, after `run`, the adapter's tensors under
+    PEFT's names, with a prefix; `adapter` are LoraConfig's arguments, `scaling` is of the product of its factors.
+    UserError for a rank that the projections cannot have.
     """
 
     def __init__(
@@ -80,10 +74,7 @@ class LoRA(FineTune):
 
     @contextmanager
     def attached(self, seed: int) -> Iterator[PeftModel]:
-        """The model with the adapter beside its projections; after the `with` without one.
-
-        Factors that read inputs start in whitened coordinates, where there are whiteners.
-        """
+        """Inside the `with`, the adapter is beside the projections; factors that read inputs start whitened."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapted = get_peft_model(self.model, LoraConfig(**(self.adapter or {})))

@@ -22,19 +22,13 @@ class EditMethod(Protocol):
 
     It is made by `make(llm, layers, options, earlier)`: the model, frozen by the caller; the blocks to change; the
     options, of which `settings_of` gives its own settings; the `state` of an earlier update to go on from.
-
-    Attributes:
-        weight_names: the weights it changes, by full name.
-        state: after `run`, what a later edit on top of this one goes on from, by name.
-        adapter: LoraConfig's arguments, when the change can also be had as an adapter.
-
     One that wants key statistics of projections names these in `moments_of`, and finds them by name in `moments`
     when it runs: `pipeline.editing.statistics.give_moments` puts them there.
     """
 
-    weight_names: list[str]
-    state: dict[str, Tensor]
-    adapter: dict[str, Any] | None
+    weight_names: list[str]  # the weights it changes, by full name
+    state: dict[str, Tensor]  # after `run`, what a later edit on top of this one goes on from, by name
+    adapter: dict[str, Any] | None  # LoraConfig's arguments, when the change can also be had as an adapter
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest]) -> None:
         """Make the edit; `earlier` is what an earlier update taught and this one leaves in force."""
@@ -43,35 +37,23 @@ class EditMethod(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A kind of edit as it is registered.
-
-    Attributes:
-        make: makes it (see `EditMethod`).
-        settings: a dataclass of its settings.
-        needs_subject: whether each request must name a subject that its prompt holds.
-        trial: how requests are edited side by side, each alone (`pipeline.study.sweep`): by the `values` that
-            locate-then-edit finds, or by `adapters`; None: not at all.
-        solves_anew: whether requests can be left out of an update (`pipeline.editing.editor.leave_out`).
-        stacked: settings of other values for updates that are stacked on each other.
-    """
+    """A kind of edit as it is registered."""
 
     make: Callable[..., EditMethod]
-    settings: type = Options
-    needs_subject: bool = False
+    settings: type = Options  # a dataclass
+    needs_subject: bool = False  # whether each request must name a subject that its prompt holds
+    # how a study edits requests side by side, each alone: by the `values` that locate-then-edit finds, or by
+    # `adapters`; None: not at all
     trial: str | None = None
-    solves_anew: bool = False
-    stacked: Mapping[str, Any] = field(default_factory=dict)
+    solves_anew: bool = False  # whether requests can be left out of an update (`pipeline.editing.editor.leave_out`)
+    stacked: Mapping[str, Any] = field(default_factory=dict)  # settings for updates that are stacked on each other
 
 
 METHODS: dict[str, Method] = {}  # filled by each kind's own file; `pipeline.editing.editor` imports them all
 
 
 def register(name: str, make: Callable[..., EditMethod], settings: type = Options, **about: Any) -> None:
-    """Enter a kind of edit; `about` is what else `Method` has.
-
-    Raises:
-        ValueError: for a name that is taken, or no identifier.
-    """
+    """Enter a kind of edit, and what else `Method` has; ValueError for a name that is taken, or no identifier."""
     if name in METHODS or not name.isidentifier():
         raise ValueError(f"method: {name!r} is {'registered already' if name in METHODS else 'no identifier'}")
     METHODS[name] = Method(make, settings, **about)
@@ -89,11 +71,7 @@ def below(llm: LLM, layers: Sequence[int], method: str) -> list[str]:
 
 
 def settings_of(options: EditOptions) -> Any:
-    """The settings of the options' method, made of `options.expert`.
-
-    Raises:
-        UserError: for an unknown method, and for a setting that it does not have or of a wrong type.
-    """
+    """The method's settings, of `options.expert`; UserError for an unknown method or setting, or a wrong type."""
     check_choice("method", options.method, METHODS)
     method = METHODS[options.method]
     try:

@@ -46,10 +46,7 @@ def template(request: EditRequest) -> str:
 
 
 def other_words(request: EditRequest) -> list[str]:
-    """The same with {} in other words, statements and questions; none where what it states is not known.
-
-    A subject that has an article in the prompt has one there.
-    """
+    """The same with {} in other words, its article kept; none where what it states is not known."""
     own = template(request)
     found = [phrasing for phrasing in PHRASINGS.get(stated(request) or "", ()) if phrasing != own]
     if "the {}" in own.casefold():
@@ -58,10 +55,7 @@ def other_words(request: EditRequest) -> list[str]:
 
 
 def others_alike(request: EditRequest) -> tuple[list[str], list[str]]:
-    """Names and relations of the kinds that a request's subject may be of: of all, where what it states is unknown.
-
-    The relation that it states is not among them.
-    """
+    """Names and other relations of the kinds that a request's subject may be of: of all where that is unknown."""
     itself = stated(request)
     kinds = KINDS[itself] if itself else {*NAMES.values()}
     names = [name for name, kind in NAMES.items() if kind in kinds]

@@ -38,11 +38,8 @@ def key_moments(
 
     What the project brings is taken (see `pipeline.editing.bundled`); else it is found and kept in the user's cache
     folder, with its own digest, and what it is of: model, projection, precision, text and shape. A file that says
-    anything else, or holds no second moment, is told of and made anew.
-
-    Raises:
-        UserError: when the text cannot be read or is too short for the keys' dimension, or the model's keys in this
-            precision have no second moment.
+    anything else, or holds no second moment, is told of and made anew. UserError when the text cannot be read or is
+    too short for the keys' dimension, or the model's keys in this precision have no second moment.
     """
     runtime = runtime or Runtime()
     text = file_text(options)

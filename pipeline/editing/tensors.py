@@ -26,10 +26,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: str = "") -> st
 
 
 def read_tensors(file: Path, sha256: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file, read once, of whose very bytes the digest was taken, and the text beside them.
-
-    UserError when it is missing, damaged, not of this SHA-256, or holds what is no finite number.
-    """
+    """A file's tensors and text, of the bytes that are checked; UserError when missing, damaged or not finite."""
     if not file.is_file():  # a pipe would be waited for
         raise UserError(f"update: {file}: missing")
     try:

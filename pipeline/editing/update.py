@@ -71,18 +71,6 @@ class WeightUpdate:
     Applying is replacing, so the edited model is exactly the one that was measured, and undoing puts the
     replaced tensors back, bit for bit.
 
-    Attributes:
-        model, fingerprint: the base model.
-        method, layers: the kind of edit, and the blocks it changed.
-        tensors: full tensors by name.
-        requests: everything that the edited model has learnt beyond the base, in the order it was learnt.
-        options: the method's options.
-        state: what a later edit on top of this one goes on from (keys, values), by name.
-        adapter: LoraConfig's arguments, when the whole change is that of one LoRA adapter.
-        chat: whether the facts were taught in the tokenizer's chat template.
-        undoes: whether its tensors were in the model before, and so go into it unchecked.
-        kept: where a store keeps its requests and columns, when it was read from there.
-
     Example:
         >>> options = EditOptions(method="finetune", expert={"epochs": 20})
         >>> edit(llm, requests, profile, options).save(folder)
@@ -93,18 +81,18 @@ class WeightUpdate:
 
     FILES: ClassVar = (STATE_FILE, TENSORS_FILE, UPDATE_FILE)
 
-    model: str
+    model: str  # the base model
     fingerprint: str
-    method: str
-    layers: list[int]
-    tensors: dict[str, Tensor]
-    requests: list[EditRequest] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-    state: dict[str, Tensor] = field(default_factory=dict)
-    adapter: dict[str, Any] | None = None
-    chat: bool = False
-    undoes: bool = False
-    kept: Kept | None = None
+    method: str  # the kind of edit
+    layers: list[int]  # the blocks it changed
+    tensors: dict[str, Tensor]  # whole ones
+    requests: list[EditRequest] = field(default_factory=list)  # all that was learnt beyond the base, in that order
+    options: dict[str, Any] = field(default_factory=dict)  # the method's
+    state: dict[str, Tensor] = field(default_factory=dict)  # what a later edit on top goes on from (keys, values)
+    adapter: dict[str, Any] | None = None  # LoraConfig's arguments, when the change is that of one LoRA adapter
+    chat: bool = False  # whether the facts were taught in the tokenizer's chat template
+    undoes: bool = False  # whether its tensors were in the model before, and so go into it unchecked
+    kept: Kept | None = None  # where a store keeps its requests and columns, when it was read from there
 
     @contextmanager
     def applied(self, llm: LLM) -> Iterator[LLM]:
@@ -117,11 +105,7 @@ class WeightUpdate:
 
     @torch.no_grad()
     def apply(self, llm: LLM) -> WeightUpdate:
-        """Put the update's tensors into the model in place, all or none; return the update that undoes it.
-
-        Raises:
-            UserError: when it does not fit the model (see `check_fits`).
-        """
+        """Put all tensors into the model in place, or none; gives what undoes it. UserError as `check_fits`."""
         if not self.undoes:
             self.check_fits(llm)
         parameters = dict(llm.model.named_parameters())
@@ -140,10 +124,8 @@ class WeightUpdate:
     def check_fits(self, llm: LLM) -> None:
         """See that the update's tensors are weights of the blocks that it names, each whole and of finite numbers.
 
-        Weights that it was made with as plain ones are that afterwards, in a quantised model too.
-
-        Raises:
-            UserError: when it was made for another model, or a block, name, shape, dtype or value is wrong.
+        Weights that it was made with as plain ones are that afterwards, in a quantised model too. UserError when it
+        was made for another model, or a block, name, shape, dtype or value is wrong.
         """
         llm.check_made_for("update", self.model, self.fingerprint)
         llm.check_layers(self.layers, "update: layers")
@@ -167,12 +149,8 @@ class WeightUpdate:
     def save(self, folder: Path | str, learnt: tuple[str, str] | None = None) -> None:
         """Write `update.safetensors` and `state.safetensors`, then `update.json`, which holds their SHA-256.
 
-        Args:
-            learnt: the file below `learnt/`, two folders up, that keeps its requests and columns, and its SHA-256
-                (see `pipeline.editing.learnt`); they are not written here then.
-
-        Raises:
-            UserError: when the disk has no room for it.
+        Where `learnt` names the file below `learnt/`, two folders up, that keeps its requests and columns, and its
+        SHA-256, they are not written here. UserError when the disk has no room for it.
         """
         folder = Path(folder)
         elsewhere = columns_in(self.state) if learnt else {}
@@ -218,8 +196,7 @@ class WeightUpdate:
             to_serve: leave out what only a later edit on top needs.
             sha256: what the digest of `update.json` must be, which vouches for all else; default: its own word.
 
-        Raises:
-            UserError: when a file is missing, damaged, or changed since it was written.
+        UserError when a file is missing, damaged, or changed since it was written.
         """
         folder = Path(os.path.realpath(folder))  # links in a circle lead to nothing
         for name in (UPDATE_FILE, TENSORS_FILE):

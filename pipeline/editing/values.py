@@ -107,10 +107,7 @@ class ValueSearch(Stage):
         return items
 
     def step(self, batch: list[Located]) -> list[Tensor]:
-        """Search the values of one batch to the end.
-
-        Rows of a kind (under one context, or about one relation) are of like length, and run as one batch.
-        """
+        """Search the values of one batch to the end; rows of a kind are of like length, and run as one batch."""
         bare, others = (
             [self._part({owner: row for owner, row in enumerate(rows) if row}) for rows in zip_longest(*own)]
             for own in (

@@ -8,7 +8,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -55,12 +55,6 @@ class Measurement:
     resampled: dict[str, Resampled] = field(default_factory=dict, compare=False, repr=False)
     asked: dict[str, list[list[str]]] = field(default_factory=dict, compare=False)  # the prompts of what is `said`
 
-    def add_harness(self, llm: LLM, tasks: Sequence[Any], limit: int | None) -> None:
-        """Run tasks of the evaluation harness on the model as it is now; their figures stand beside the others."""
-        for name, values, estimate in run_tasks(llm, tasks, limit):
-            column = Column(values)
-            self.values[name], self.resampled[name], self.metrics[name] = column, column.mean(), estimate
-
     @property
     def missed(self) -> list[Missed]:
         """What does not hold: answers in which the new one does not stand, by the kinds that ask for it."""
@@ -93,11 +87,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure the base model and, with an update, the edited one; the model is the base again afterwards.
 
-    What `work`, a folder for work in progress, holds of the same measurement is not read again.
-
-    Raises:
-        UserError: for no requests, an update of another model, texts that do not fit the context, a text file
-            too short, a task of the harness that cannot be run.
+    What `work`, a folder for work in progress, holds of the same measurement is not read again. UserError for no
+    requests, an update of another model, texts that do not fit the context, a text file too short, a task of the
+    harness that cannot be run.
 
     Example:
         >>> learnt = EditOptions(method="finetune", expert={"learning_rate": 0.1, "whiten": 0})
@@ -114,8 +106,9 @@ def evaluate(
 
     def measured(title: str) -> Measurement:
         found = evaluator.measure(title)
-        if tasks:
-            found.add_harness(llm, tasks, options.harness_limit)
+        for name, values, estimate in run_tasks(llm, tasks, options.harness_limit) if tasks else ():
+            column = Column(values)
+            found.values[name], found.resampled[name], found.metrics[name] = column, column.mean(), estimate
         return found
 
     before = measured("Measuring base")
@@ -202,10 +195,7 @@ class Evaluator:
 
 
 def kept_folder(folder: Path | None) -> Path | None:
-    """A folder for what the base model says, made and marked as used now; None where that fails, which is told.
-
-    Of many such ones the oldest go.
-    """
+    """A folder for what the base says, marked as used now; None where that fails. Of many the oldest go."""
     if folder is None:
         return None
     try:

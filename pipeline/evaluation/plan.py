@@ -64,10 +64,7 @@ class Prompt(NamedTuple):
 
 
 class Plan:
-    """All that is put to a model to measure it on requests, of some KINDS.
-
-    UserError for no requests, or texts that cannot be measured.
-    """
+    """All that is put to a model to measure it on requests; UserError for none, or texts that do not fit."""
 
     def __init__(
         self, llm: LLM, requests: Sequence[EditRequest], options: EvaluationOptions, kinds: Sequence[str]
@@ -208,10 +205,7 @@ def free_prompts(requests: Sequence[EditRequest], generation: str) -> Iterator[P
 
 
 def ordinary_windows(llm: LLM, file: str | None) -> list[Row]:
-    """Ordinary text as windows in which all tokens but the first are to be predicted.
-
-    UserError when there is no such file, or it holds fewer than two tokens.
-    """
+    """Ordinary text in windows; UserError when there is no such file, or it holds fewer than two tokens."""
     path = Path(file) if file else ORDINARY_TEXT
     (ids,) = llm.tokens.texts([read_plain_text("text", path)])
     window = min(WINDOW, llm.context_length or WINDOW)

@@ -138,10 +138,7 @@ def damage_values(texts: Sequence[Row], readings: Readings) -> Values:
 
 
 def ability_values(texts: Sequence[Row], now: TextReadings) -> Values:
-    """Whether the right choice of each item is likelier than every other, all items and by kind.
-
-    What counts is log P(choice | text), the sum over the choice's tokens.
-    """
+    """Whether the right choice of each item has the largest log P (the sum over its tokens), in all and by kind."""
     nats: dict[tuple[int, str], list[float]] = defaultdict(list)  # by item, −log P of its choices
     for row in texts:
         if row.tag.kind == "ability":

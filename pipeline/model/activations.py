@@ -141,10 +141,7 @@ def running_instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterato
 
 
 def checkpointing(llm: LLM, wanted: bool = True) -> AbstractContextManager[None]:
-    """Inside the `with`, where wanted, every block keeps only what enters it, and runs again for its gradients.
-
-    Passes must not use a cache.
-    """
+    """Inside the `with`, where wanted, blocks run again for their gradients; passes must not use a cache."""
     modules = [block.module for block in llm.blocks] if wanted else []
     settings: Any = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _running_again())}
     return running_instead({module: partial(checkpoint, module.forward, **settings) for module in modules})
@@ -171,10 +168,7 @@ def head_reads(
     """The language-model head sees the named positions alone, as one row: logits come as (1, N, V).
 
     What a family does with its logits after the head (scaling, soft caps) still happens. With `also_MD`, these M
-    hidden states stand behind them.
-
-    Yields:
-        a list that takes the hidden states (N, D) of every pass.
+    hidden states stand behind them. Yields a list that takes the hidden states (N, D) of every pass.
     """
     seen: list[Tensor] = []
 

@@ -45,11 +45,7 @@ class Block:
 
     @property
     def scopes(self) -> dict[str, dict[str, Projection]]:
-        """The projections of each scope, of which there may be none.
-
-        Scopes are mlp, down, attention, block (attention and mlp), experts (those that tokens are sent to) and
-        shared (the MLP beside them).
-        """
+        """The projections of each scope; experts are those that tokens are sent to, shared the MLP beside them."""
         routed: dict[str, Projection] = {name: one for name, one in self.mlp.items() if isinstance(one, Stacked)}
         return {
             "mlp": self.mlp,
@@ -135,11 +131,7 @@ def check_exist(layers: Iterable[int], blocks: int, name: str, flag: str = "laye
 
 
 def find_blocks(model: PreTrainedModel, name: str = "") -> list[Block]:
-    """Map every block of a decoder, which the user calls by this name.
-
-    Raises:
-        UserError: when the model is not built as this module's docstring says, with what was found.
-    """
+    """Map every block of a decoder; UserError for one that is not built as this module's docstring says."""
     kind = f"{name!r} ({type(model).__name__})" if name else type(model).__name__
     check_config(model.config, kind)
     config = model.config.get_text_config(decoder=True)
@@ -156,7 +148,10 @@ def find_blocks(model: PreTrainedModel, name: str = "") -> list[Block]:
         raise UserError(f"model: {kind}: expected a list of {config.num_hidden_layers} blocks; found none")
     path, modules = lists[0]
     for index, module in enumerate(modules):
-        _check_block(f"model: {kind}, block {index}", module)
+        for inner, part in module.named_modules():
+            if getattr(part, "is_causal", True) is False:
+                ahead = f"its attention looks ahead ({inner}); expected a causal decoder"
+                raise UserError(f"model: {kind}, block {index}: {ahead}")
     blocks = [
         _map_block(f"{path}.{index}", index, module, config.hidden_size) for index, module in enumerate(modules)
     ]
@@ -167,11 +162,7 @@ def find_blocks(model: PreTrainedModel, name: str = "") -> list[Block]:
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuse what no edit can work on, as far as a model's config tells, before any weight is read.
-
-    Raises:
-        UserError: for an encoder-decoder, or weights that are kept quantised.
-    """
+    """Raise UserError for an encoder-decoder, or quantised weights, as far as a config tells."""
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model: {name} is an encoder-decoder ({type(config).__name__}); expected a decoder alone")
     method = quantised_by(config)
@@ -259,10 +250,3 @@ def _check_own(where: str, blocks: Sequence[Block]) -> None:
                 inner = weight_name(name, projection).removeprefix(f"{block.name}.")
                 both = f"blocks {owner.index} and {block.index}"
                 raise UserError(f"{where}: {both} share a weight ({inner}); expected weights of each block's own")
-
-
-def _check_block(where: str, block: nn.Module) -> None:
-    """Raise UserError for attention that looks ahead, or weights that are no real numbers."""
-    for inner, module in block.named_modules():
-        if getattr(module, "is_causal", True) is False:
-            raise UserError(f"{where}: its attention looks ahead ({inner}); expected a causal decoder")

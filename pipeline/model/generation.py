@@ -28,15 +28,11 @@ from pipeline.running.trainer import Runtime
 
 
 class Question(NamedTuple):
-    """A prompt to go on from, by so many tokens at most.
-
-    It is over at the end of a statement, after `inner_ends` ends that the answer looked for holds itself, or at the
-    limit alone where that is None.
-    """
+    """A prompt to go on from, until a statement's end, or by so many tokens at most."""
 
     token_ids: list[int]
     limit: int
-    inner_ends: int | None = None
+    inner_ends: int | None = None  # ends that the answer looked for holds itself; None: the limit alone ends it
 
 
 class QuestionBatch(NamedTuple):
@@ -78,8 +74,7 @@ def go_on(
 ) -> list[list[int]]:
     """What the model says after each row, greedily, up to `limit` tokens, or until `over` says so of every row.
 
-    Args:
-        drawing: may change the scores (B, V) of which the largest one is taken.
+    `drawing` may change the scores (B, V) of which the largest one is taken.
     """
     model, own = llm.model, llm.model.generation_config
     # generate() fills what it is not told from the model's own settings (repetition penalties, ...): not here
@@ -152,8 +147,7 @@ def generate(
         kept: a folder whose name stands for all of this; what an interrupted call has generated is kept there, and
             not generated again.
 
-    Raises:
-        UserError: when a prompt and its answer do not fit the model's context.
+    UserError when a prompt and its answer do not fit the model's context.
 
     Example:
         >>> answers = generate(llm, ["The capital of Peru is"], 4, trainer=TrainerOptions(accelerator="cpu"))
@@ -169,11 +163,7 @@ def generate(
 def with_old_answers(
     llm: LLM, requests: Sequence[EditRequest], runtime: Runtime, always: bool = False
 ) -> list[EditRequest]:
-    """The requests, each with an old answer: the data set's, or (`always`, or where it has none) the model's own.
-
-    Raises:
-        UserError: when the model says nothing.
-    """
+    """The requests with old answers, their own or (`always`: all) the model's; UserError when that is none."""
     asked = [request for request in requests if always or request.old_answer is None]
     kept = runtime.work / "old-answers" if runtime.work else None
     prompts = [request.prompt for request in asked]

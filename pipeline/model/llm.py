@@ -48,19 +48,7 @@ class LLM:
         chat: put prompts into the tokenizer's chat template, in every stage.
         fingerprint: its checkpoint's, where that is known; else it is taken of the model as it is.
 
-    Attributes:
-        blocks: the map of its blocks.
-        tokens: the tokenizer, and how prompts and answers become texts.
-        pad_token_id: the token that fills batches.
-        blocks_put_out_tuples: whether a block puts out a tuple that begins with the hidden state, or that alone.
-        fingerprint: tells this model from any other, whatever precision it is loaded in; taken when the LLM is
-            made, so it stays the base model's while an update is applied.
-        sample: what `pipeline.model.fingerprints.sample` gives while no update is applied.
-        parts: which parts of it can run by themselves; None until somebody has asked (`parts_of`).
-        original: loads the plain model, where blocks of this one are quantised (`pipeline.model.quantised`).
-
-    Raises:
-        UserError: when the model's structure is not supported, or a chat is asked for without a chat template.
+    UserError when the model's structure is not supported, or a chat is asked for without a chat template.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,17 +67,17 @@ class LLM:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
-        self.blocks: list[Block] = find_blocks(model)
+        self.blocks: list[Block] = find_blocks(model)  # their map
         if not isinstance(model.get_output_embeddings(), nn.Module):
             raise UserError(f"model: {type(model).__name__}: expected a language-model head; found none")
         self.chat = chat
         self.tokens = Tokens(tokenizer, chat, self.name, len(self.embedding), self.context_length)
         self.pad_token_id = self.tokens.pad_token_id
-        self.blocks_put_out_tuples = put_out_tuples(model, self.blocks[0])
-        self.fingerprint = fingerprint or fingerprint_of(model)
-        self.sample = sample(model)
-        self.parts: Parts | None = None
-        self.original: Callable[[], PreTrainedModel] | None = None
+        self.blocks_put_out_tuples = put_out_tuples(model, self.blocks[0])  # that begin with the hidden state
+        self.fingerprint = fingerprint or fingerprint_of(model)  # the base model's, also while an update is applied
+        self.sample = sample(model)  # of the base model as well
+        self.parts: Parts | None = None  # that can run by themselves, once somebody has asked (`parts_of`)
+        self.original: Callable[[], PreTrainedModel] | None = None  # loads the plain model of a quantised one
 
     @property
     def context_length(self) -> int | None:

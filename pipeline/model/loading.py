@@ -84,9 +84,8 @@ def load_model(
             where something else was made for another model.
         nf4: keep the blocks in 4 bits, on this device (see `pipeline.model.quantised`); None: as they are.
 
-    Raises:
-        UserError: when there is no such model, or it cannot be read or edited; where its config tells, before any
-            weight is read.
+    UserError when there is no such model, or it cannot be read or edited; where its config tells, before any weight
+    is read.
 
     Example:
         >>> llm = load_model("smollm2")
@@ -257,11 +256,7 @@ def _kind(config: PreTrainedConfig) -> Any:
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """A model's config alone, also of a GGUF file, or of a folder that holds no more than its config.json.
-
-    Raises:
-        UserError: when there is no such model, or its config says that it cannot be edited.
-    """
+    """A model's config alone; UserError when there is no such model, or it says that it cannot be edited."""
     with _reading(f"the config of {name!r}", "config.json"):
         return _config(*_locate(name), name)
 

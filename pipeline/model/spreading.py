@@ -30,10 +30,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_sharded(load: Callable[[], PreTrainedModel], device: torch.device, name: str) -> PreTrainedModel:
-    """The model that `load` gives in the first process, on the CPU, its blocks' weights spread over all devices.
-
-    A UserError that it raises is raised in every process.
-    """
+    """The model that `load` gives, or its UserError, in the first process, its blocks spread over all devices."""
     whole_model, failed = None, None
     if distributed.get_rank() == 0:
         try:

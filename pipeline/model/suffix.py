@@ -34,11 +34,6 @@ class Suffixes:
     """Rows that have run once, and can run again from a block and their subjects' last tokens on.
 
     Block l is `layer` of a frozen model; token s is the last of each row's subject, and comes before its target.
-
-    Attributes:
-        batch: the rows from token s on, or from their first.
-        output_BO: what leaves the block's down-projection at token s.
-        base_NV: the logits that predict the target tokens.
     """
 
     @torch.no_grad()
@@ -49,15 +44,16 @@ class Suffixes:
         places = [row.span.stop - 1 for row in rows]
         starts = places if parts_of(llm).ends else [0] * len(rows)
         suffixes = [Row(row.token_ids[at:], row.target_start - at) for row, at in zip(rows, starts, strict=True)]
-        self.batch = collate(suffixes, llm.pad_token_id).to(device)
+        self.batch = collate(suffixes, llm.pad_token_id).to(device)  # the rows from token s on, or from their first
         self.start_B = torch.tensor(starts, device=device)
         self.place_B = torch.tensor(places, device=device) - self.start_B  # of token s in the batch's rows
         self.mask_BP, self.prefix = self._prefix([row.token_ids[:at] for row, at in zip(rows, starts, strict=True)])
         block = llm.blocks[layer].name
         with self.activations.entering(block) as entering, self.activations.leaving(self.down) as leaving:
-            self.base_NV = self._forward()
+            self.base_NV = self._forward()  # the logits that predict the target tokens
         self.enter_BSD = entering[block] if parts_of(llm).blocks else None
         rows_B = torch.arange(len(rows), device=device)
+        # what leaves the block's down-projection at token s
         self.output_BO = by_row(leaving[self.down], len(rows))[rows_B, self.place_B].clone()
 
     def _prefix(self, texts: Sequence[list[int]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -115,10 +111,7 @@ class Suffixes:
 
 
 def parts_of(llm: LLM) -> Parts:
-    """Which parts of the model can run by themselves: on a few tokens they come to what the whole model does.
-
-    It is tried once. UserError when the model does not run.
-    """
+    """Which parts of the model come to the same by themselves, tried once; UserError when it does not run."""
     if llm.parts is None:
         with torch.no_grad(), llm.frozen():
             llm.parts = _found(llm)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.options.attribution import AttributionOptions
-from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group, matching, one_of
+from pipeline.options.base import NO_FLAG, Count, Options, above, at_least, at_most, group, matching
 from pipeline.options.editing import EditOptions
 from pipeline.options.shared import CommandOptions, ComputeOptions, EvaluationOptions, OneDeviceOptions, SeedOptions
 
@@ -112,12 +112,10 @@ class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
 
 @dataclass(kw_only=True)
 class PublishOptions(Options):
-    """Which servers are to answer with a store's version, and how they are told."""
+    """Which vLLM servers are to answer with a store's version, and how they are told."""
 
     to: list[str] = field(default_factory=list)
     """The servers' addresses, such as http://localhost:8000. Which key they ask for, GOLDEN_LAYERS_API_KEY says."""
-    engine: Annotated[str, one_of("vllm", "sglang")] = "vllm"
-    """What they are: vllm, or sglang (by its documents, not tried)."""
     name: Annotated[str, matching(r"[A-Za-z0-9][\w.]*", "letters, digits, _ and .")] = "golden"
     """What clients call it, before the version's number: golden-0007. Each store of a server has its own."""
     rank: Count = 512

@@ -38,11 +38,8 @@ def write_card(
 ) -> None:
     """Write `README.md` into an export's folder and, where there is none, `update.json`, which lists every fact.
 
-    Args:
-        kind: of export.
-        metrics: the file of figures that an edit or a store's version left; where it is missing, so are they.
-        version: the store's, where it is of one.
-        adapter: what an adapter holds of the change.
+    `metrics` is the file of figures that an edit or a store's version left, where there is one; `adapter` is what
+    an adapter holds of the change.
     """
     base, licence = _base_of(update.model)
     head: dict[str, Any] = {"base_model": base} if "/" in base else {}
@@ -83,10 +80,7 @@ def _beside(update: WeightUpdate, adapter: AdapterInfo | None) -> str:
 
 
 def _base_of(name: str) -> tuple[str, str]:
-    """What a base model is called in public, and its licence, or nothing where its own card is not at hand.
-
-    Of a folder or file only its own name is told.
-    """
+    """A base model's public name (of a folder or file its own), and its licence, or nothing without its card."""
     if name == BUNDLED:
         return BUNDLED_IS
     here = Path(name).exists() or Path(name).is_absolute()

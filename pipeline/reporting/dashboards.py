@@ -31,10 +31,7 @@ PROJECT = "golden-layers"  # what runs are gathered under by loggers that gather
 
 
 def loggers_of(kinds: Sequence[str], folder: Path) -> list[Any]:
-    """Lightning's loggers of these kinds, for a run of an output folder.
-
-    All but TensorBoard begin now: UserError for one that does not exist, is not installed, or has no server.
-    """
+    """Lightning's loggers of these kinds, begun but for TensorBoard; UserError for one that cannot be had."""
     loggers: list[Any] = []
     for kind in kinds:
         check_choice("trainer.logger", kind, MAKERS)
@@ -141,14 +138,13 @@ def show_on_board(store: Store) -> None:
     with transaction(store.database) as database:
         rows = database.execute("SELECT number FROM versions WHERE shown = 0 ORDER BY number").fetchall()
         if rows:
-            events = [_event(number, read_metrics(store.folder, number)) for (number,) in rows]
+            events = []
+            for (number,) in rows:
+                figures = read_metrics(store.folder, number)
+                values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(figures).items()]
+                events.append(Event(wall_time=figures["made"], step=number, summary=Summary(value=values)))
             store.set_about("board", _append(store.folder / BOARD / EVENTS, int(store.about("board") or 0), events))
             database.executemany("UPDATE versions SET shown = 1 WHERE number = ?", rows)
-
-
-def _event(number: int, figures: dict[str, Any]) -> Event:
-    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(figures).items()]
-    return Event(wall_time=figures["made"], step=number, summary=Summary(value=values))
 
 
 def _append(file: Path, size: int, events: Sequence[Event]) -> int:

@@ -216,10 +216,7 @@ def values_csv(requests: Sequence[EditRequest], evaluation: Evaluation) -> str:
 
 
 def missed_of(requests: Sequence[EditRequest], folder: Path) -> list[EditRequest]:
-    """Those of an update's requests that do not hold, as the values.csv of its folder has them.
-
-    UserError when there is no such file, it is of other requests, or all hold.
-    """
+    """An update's requests that do not hold, by its values.csv; UserError when that cannot tell, or all hold."""
     names, file = [f"{kind}_containment after" for kind in HOLDS], folder / "values.csv"
     try:
         rows = list(csv.DictReader(StringIO(file.read_text(encoding="utf-8"), newline="")))

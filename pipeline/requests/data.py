@@ -29,9 +29,8 @@ class EditRequests(LightningDataModule):
         source: a file (JSONL, JSON or CSV), `hf:NAME`, `demo`, or requests that are loaded already.
         chat: put prompts into the tokenizer's chat template.
 
-    Raises:
-        UserError: in `setup`, for a source that cannot be read, or an answer that becomes no token; for `predict`
-            also when a request has no old answer.
+    UserError in `setup`, for a source that cannot be read, or an answer that becomes no token; for `predict` also
+    when a request has no old answer.
 
     Example:
         >>> data = EditRequests(requests, llm.tokenizer, batch_size=4)

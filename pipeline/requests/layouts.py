@@ -134,10 +134,7 @@ def told(record: Any) -> Layout | None:
 
 
 def find_layout(record: Any, given: Layout | None = None) -> Layout:
-    """The layout that is given, or that a record's fields give away.
-
-    UserError, without the record's place, where none does.
-    """
+    """The layout that is given, or that a record's fields give away; UserError, without place, for none."""
     if not isinstance(record, dict):
         raise UserError(f"expected an object, found {type(record).__name__}")
     if len(record) > MOST_FIELDS:

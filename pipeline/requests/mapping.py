@@ -28,10 +28,7 @@ NQ = "nq question: "
 
 
 def mapped(fields: Mapping[str, str]) -> Callable[[Record], Record]:
-    """The function from a record to a request's fields that a mapping says; what it does not name keeps its name.
-
-    UserError for a left side that is no field of a request, or a probe without prompt or answer.
-    """
+    """The function from a record to a request's fields that a mapping says; UserError for a wrong left side."""
     for name in fields:
         probe = OF_PROBES.fullmatch(str(name))
         if name not in NAMES and not probe:
@@ -82,10 +79,7 @@ def _look_up(record: Record, path: str, name: str) -> Any:
 
 
 def look_for(record: Record, path: str) -> Any:
-    """What stands at the first of several paths, parted by `|`, where something does; else None.
-
-    UserError where a path leads on from what holds nothing.
-    """
+    """What stands at the first of paths, parted by `|`, that holds something; UserError where one meets text."""
     try:
         return next((found for one in path.split("|") if (found := _at(record, one, None)) is not None), None)
     except TypeError:

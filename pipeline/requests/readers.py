@@ -46,10 +46,9 @@ def load_requests(
         skip_bad: leave bad records out; a note counts them and names the first.
         fields: where records of another layout hold a request's fields, such as {"new_answer": "alt.text"}.
 
-    Raises:
-        UserError: naming file and line or record, when there is no such file, it is empty or malformed, a
-            record's layout is unknown, a field is missing, empty or of the wrong type, or two requests share an id;
-            or naming limit or offset, when it is out of range.
+    UserError naming file and line or record, when there is no such file, it is empty or malformed, a record's
+    layout is unknown, a field is missing, empty or of the wrong type, or two requests share an id; or naming limit
+    or offset, when it is out of range.
 
     Example:
         >>> load_requests("demo", limit=1)[0].prompt

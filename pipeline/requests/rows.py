@@ -91,10 +91,7 @@ def pack(texts: Sequence[Row]) -> list[list[Row]]:
 
 
 def collate(texts: Sequence[Row | Sequence[Row]], pad_token_id: int = 0) -> Batch:
-    """Texts, or groups that share a row (see `pack`), as one batch.
-
-    The last token of the longest row is left out: it predicts nothing.
-    """
+    """Texts, or groups that share a row (see `pack`), as a batch, but for the last token: it predicts nothing."""
     groups = [[one] if isinstance(one, Row) else list(one) for one in texts]
     flat = [text for group in groups for text in group]
     row_of = [row for row, group in enumerate(groups) for _ in group]

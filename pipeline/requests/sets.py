@@ -14,10 +14,7 @@ NAMED = 3  # contradictions that a message spells out
 
 
 def settle(requests: Sequence[EditRequest], last_wins: bool = False) -> list[EditRequest]:
-    """A batch without contradictions, which are about the same fact and have another new answer.
-
-    The last of such requests stays; UserError when it may not win.
-    """
+    """A batch in which the last of contradicting requests stays; UserError when it may not win."""
     last = {fact(request): request for request in requests}
     pairs = [(request, last[fact(request)]) for request in requests]
     lost = [(one, other) for one, other in pairs if not alike(one.new_answer, other.new_answer)]
@@ -32,10 +29,7 @@ def settle(requests: Sequence[EditRequest], last_wins: bool = False) -> list[Edi
 
 
 def fact(request: EditRequest) -> str:
-    """What a request is about: its prompt, whatever the spaces, and however accents are written.
-
-    Its subject is a note for us, which the model never sees.
-    """
+    """What a request is about: its prompt, but for spaces and how accents are written; not its subject."""
     return " ".join(unicodedata.normalize("NFC", request.prompt).split())
 
 
@@ -65,11 +59,9 @@ def split_by_subject(
 ) -> tuple[list[EditRequest], list[EditRequest]]:
     """Proxy and edit set with no subject in common, each in the requests' own order.
 
-    Subjects are shuffled and dealt to the proxy set until it holds `proxy_fraction` of the requests. A
-    request without a subject counts as a subject of its own.
-
-    Raises:
-        UserError: when there are too few subjects for two sets, or the fraction is not between 0 and 1.
+    Subjects are shuffled and dealt to the proxy set until it holds `proxy_fraction` of the requests. A request
+    without a subject counts as a subject of its own. UserError when there are too few subjects for two sets, or the
+    fraction is not between 0 and 1.
 
     Example:
         >>> proxy, edits = split_by_subject(load_requests("demo"), proxy_fraction=0.5)

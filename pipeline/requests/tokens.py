@@ -58,10 +58,7 @@ PLAIN = Joining()
 
 
 class Tokens:
-    """A tokenizer, and how prompts and answers become the texts that it is given.
-
-    With `chat`, prompts are put into the tokenizer's chat template; UserError when it has none.
-    """
+    """A tokenizer, and how texts are put to it, with `chat` in its template; UserError when it has none."""
 
     def __init__(
         self,
@@ -175,10 +172,7 @@ class Tokens:
         return self._ids([joining.prompt(prompt) for prompt in prompts], joining.special)
 
     def conversation(self, turns: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a whole conversation, up to where the assistant's answer begins.
-
-        UserError when the tokenizer has no chat template, or that refuses the turns.
-        """
+        """Token ids of a conversation, up to the assistant's answer; UserError when no chat template takes it."""
         if not self.tokenizer.chat_template:
             raise UserError(f"chat: the tokenizer of {self.name} has no chat template")
         try:

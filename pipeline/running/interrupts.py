@@ -18,10 +18,7 @@ RESTORE_CURSOR = b"\x1b[?25h"  # which a progress bar hides
 
 
 class Interrupted(BaseException):
-    """A signal asks the program to end.
-
-    No KeyboardInterrupt, for Lightning turns that into an exit code of its own.
-    """
+    """A signal asks to end; no KeyboardInterrupt, which Lightning turns into an exit code of its own."""
 
 
 class Interrupts:

@@ -14,11 +14,7 @@ LONGEST = 1 << 20  # characters that it may give
 
 
 def limited(work: Callable[[], list[str]]) -> list[str]:
-    """What `work` gives; it sees all that this process has, and changes nothing of it.
-
-    Raises:
-        RuntimeError: when it fails, says too much, or takes too long or too much memory.
-    """
+    """What `work` gives; RuntimeError when it fails, says too much, or takes too long or too much memory."""
     forking = get_context("fork")
     answer, mouth = forking.Pipe(duplex=False)
     process = forking.Process(target=_work, args=(work, mouth), daemon=True)

@@ -42,11 +42,7 @@ def devices_here(options: TrainerOptions) -> int:
 
 
 def join(options: TrainerOptions) -> torch.device:
-    """Join the other processes, if there are any, and give this one's device.
-
-    All name the same default output folder from then on. UserError when the accelerator, devices or hosts do not
-    exist here.
-    """
+    """Join the other processes, if any; this one's device. UserError when what is asked for does not exist here."""
     with trainer_errors(options):
         fabric = Fabric(
             accelerator=options.accelerator,

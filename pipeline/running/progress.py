@@ -68,10 +68,7 @@ class Shown(tqdm):
 
 @contextmanager
 def one_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """One bar over many stages, which show none of their own inside the `with`.
-
-    Yields a function that takes how many more are done, and a note.
-    """
+    """One bar over many stages, which show none; yields what takes how many more are done, and a note."""
     token = _IN_ONE.set(True)
     try:
         with Shown(title, total) as shown:

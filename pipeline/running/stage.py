@@ -161,8 +161,7 @@ def run(
         kept: the name in the work folder, or the folder itself, under which outputs are kept as they come.
         in_step: let all devices run as many batches, as a backward pass through spread weights needs.
 
-    Raises:
-        UserError: when the memory does not suffice for one item.
+    UserError when the memory does not suffice for one item.
     """
     runtime = runtime or Runtime()
     folder = kept if isinstance(kept, Path) else runtime.work / kept if runtime.work and kept else None

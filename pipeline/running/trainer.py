@@ -78,12 +78,8 @@ def trainer_of(
 ) -> Iterator[Trainer]:
     """The Trainer for one stage: made of the options, or one's own with the stage's callbacks added meanwhile.
 
-    Args:
-        title: the stage's name on the progress bar.
-        settings: anything else that Trainer takes; of no account for one's own.
-
-    Raises:
-        UserError: when the accelerator, devices or strategy do not exist here.
+    `title` names the stage on the progress bar; `settings` are what else Trainer takes, unless it is one's own.
+    UserError when the accelerator, devices or strategy do not exist here.
     """
     with interrupts.heeding():  # outside of the Trainer, which puts back the signals' handlers that it found
         if isinstance(runtime.trainer, TrainerOptions):

@@ -183,10 +183,7 @@ class Service:
         return JSONResponse(reply.whole(text, str(end), len(asked.said)))
 
     def _asked(
-        self,
-        wish: Completion | Chat,
-        tokens: Callable[[], list[int]],
-        tell: Callable[[str, str | None], None],
+        self, wish: Completion | Chat, tokens: Callable[[], list[int]], tell: Callable[[str, str | None], None]
     ) -> Asked:
         """The request, waiting for its turn; RefusedError for no such version, a text too long or none, a crowd."""
         version, llm = self.named(wish.model), self.live.llm
@@ -339,13 +336,8 @@ def serving(
 ) -> Iterator[str]:
     """Inside the `with` a server answers at the address given; at its end what was asked is answered first.
 
-    Args:
-        say: takes a line about what happens.
-        port: 0 for any that is free.
-        key: what clients must show; none is asked for where it is empty.
-
-    Raises:
-        UserError: when the port is in use, or the address not one of this machine.
+    `say` takes a line about what happens; port 0 is any that is free; `key` is what clients must show, if any.
+    UserError when the port is in use, or the address not one of this machine.
     """
     listening, turns = listen(host, port), Turns(live)
     service = Service(live, turns, say, key)

@@ -18,35 +18,21 @@ COLDEST = 1e-5  # below this temperature the likeliest token is drawn
 
 @dataclass(eq=False)
 class Asked:
-    """A prompt to go on from by one version, and what was said so far.
-
-    Args:
-        tell: is given new text, and in the end why it is over: `stop`, `length`, or `error` with a message.
-        limit: the most tokens.
-        temperature, top_p, seed: how tokens are drawn; at temperature 0 the likeliest one is taken.
-        stops: texts that end the answer, and are not part of it.
-        streamed: whether text is told as it comes, or all of it in the end.
-
-    Attributes:
-        said: the answer's tokens.
-        text: what they are, as far as it is known.
-        end: why it is over; None while it is not.
-        gone: whether whoever asked has left; to be set by whoever notices.
-    """
+    """A prompt to go on from by one version, and what was said so far."""
 
     version: Version
     token_ids: list[int]
-    limit: int
-    tell: Callable[[str, str | None], None]
-    temperature: float = 0.0
+    limit: int  # the most tokens
+    tell: Callable[[str, str | None], None]  # new text, in the end why it is over: stop, length, or error
+    temperature: float = 0.0  # at 0 the likeliest token is taken
     top_p: float = 1.0
     seed: int | None = None
-    stops: Sequence[str] = ()
-    streamed: bool = False
-    said: list[int] = field(default_factory=list)
-    text: str = ""
-    end: str | None = None
-    gone: bool = False
+    stops: Sequence[str] = ()  # texts that end the answer, and are not part of it
+    streamed: bool = False  # whether text is told as it comes, or all of it in the end
+    said: list[int] = field(default_factory=list)  # the answer's tokens
+    text: str = ""  # what they are, as far as it is known
+    end: str | None = None  # why it is over; None while it is not
+    gone: bool = False  # whether whoever asked has left; to be set by whoever notices
 
     def __post_init__(self) -> None:
         self._told = 0  # characters

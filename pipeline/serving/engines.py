@@ -1,4 +1,4 @@
-"""Servers of others, spoken to over HTTP: a kind of server is a class here and an entry in ENGINES."""
+"""A running vLLM, spoken to over HTTP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -26,10 +26,7 @@ class Straight(HTTPRedirectHandler):
 
 
 def call(url: str, body: dict[str, Any] | None = None, key: str = "") -> Any:
-    """POST a body as JSON, or GET where there is none, and give what the server says, read where that is JSON.
-
-    UserError when it cannot be reached, or refuses.
-    """
+    """POST JSON, or GET without a body; the answer, read where it is JSON. UserError for a refusal, or none."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else json.dumps(body).encode()
     try:
@@ -51,15 +48,9 @@ def call(url: str, body: dict[str, Any] | None = None, key: str = "") -> Any:
 class Server:
     """A running vLLM that loads adapters under names of their own, and lets them go, while it serves.
 
-    It is started with `--enable-lora --max-lora-rank N` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`.
-
-    Attributes:
-        url: where it is, such as http://localhost:8000.
-        base: the name under which it serves the base model.
+    It is started with `--enable-lora --max-lora-rank N` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`. `base` is the
+    name under which it serves the base model.
     """
-
-    LOADING: ClassVar = "v1/load_lora_adapter"
-    UNLOADING: ClassVar = "v1/unload_lora_adapter"
 
     def __init__(self, url: str) -> None:
         """UserError when there is no such server, or it serves no base model."""
@@ -85,37 +76,18 @@ class Server:
 
     def load(self, name: str, folder: str) -> None:
         """Load an adapter, from a folder as the server sees it; UserError when it cannot."""
-        self._call(self.LOADING, {"lora_name": name, "lora_path": folder})
+        self._call("v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
 
     def unload(self, name: str) -> None:
         """Let an adapter go: the answers that it is at work on are finished, new ones are refused."""
-        self._call(self.UNLOADING, {"lora_name": name})
+        self._call("v1/unload_lora_adapter", {"lora_name": name})
 
     def ask(self, model: str, prompts: Sequence[str], most: int) -> list[str]:
         """Greedy continuations of prompts, of at most so many tokens each; UserError when the server gives none."""
-        body = {"prompt": [*prompts], "max_tokens": most, "temperature": 0} | self._named(model)
+        body = {"model": model, "prompt": [*prompts], "max_tokens": most, "temperature": 0}
         answer = self._call("v1/completions", body)
         try:
             said = {one["index"]: str(one["text"] or "") for one in answer["choices"]}
             return [said[number] for number in range(len(prompts))]
         except (TypeError, LookupError):
             raise UserError(f"publish: {self.url}: gives no answer to each of {len(prompts)} prompts") from None
-
-    def _named(self, model: str) -> dict[str, str]:
-        return {"model": model}
-
-
-class SGLang(Server):
-    """A running SGLang, by its documents: started with `--enable-lora --max-lora-rank N --lora-target-modules …`.
-
-    Not tried.
-    """
-
-    LOADING = "load_lora_adapter"
-    UNLOADING = "unload_lora_adapter"
-
-    def _named(self, model: str) -> dict[str, str]:
-        return {"model": self.base} | ({"lora_path": model} if model != self.base else {})
-
-
-ENGINES: dict[str, type[Server]] = {"vllm": Server, "sglang": SGLang}

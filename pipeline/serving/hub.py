@@ -23,13 +23,8 @@ def check_target(target: str) -> tuple[str, str | None]:
 def push(folder: Path, target: str, branch: str = "main") -> str:
     """Upload a folder to the hub, and say where it is; the token is huggingface_hub's own (HF_TOKEN).
 
-    A repository that does not exist is made, for its owner's eyes only.
-
-    Args:
-        branch: where the target names none.
-
-    Raises:
-        UserError: without a network, a token, or the right to write there; the folder stays.
+    A repository that does not exist is made, for its owner's eyes only. `branch` is where the target names none.
+    UserError without a network, a token, or the right to write there; the folder stays.
     """
     repository, named = check_target(target)
     branch, api = named or branch, HfApi()

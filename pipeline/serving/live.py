@@ -28,14 +28,11 @@ KEPT = 4  # versions used last that stay in memory
 
 
 class Version(NamedTuple):
-    """A version, read and checked: its tensors by their names, as they go into the model; the base has none.
-
-    `chat` says whether its facts were taught in the tokenizer's chat template.
-    """
+    """A version, read and checked."""
 
     number: int
-    tensors: dict[str, Tensor]
-    chat: bool = False
+    tensors: dict[str, Tensor]  # by name, as they go into the model; the base has none
+    chat: bool = False  # whether its facts were taught in the tokenizer's chat template
 
 
 class LiveModel:
@@ -53,10 +50,6 @@ class LiveModel:
         llm: the base model, where it is to run.
         trainer: of which the precision counts.
 
-    Attributes:
-        version: the number of the version that is in the model.
-        swaps, swap_seconds: how often the weights were swapped, and how long that took in all.
-
     Example:
         >>> live = LiveModel(store, llm)
         >>> answers, version = live.generate(["The capital of Germany is"])
@@ -64,7 +57,8 @@ class LiveModel:
 
     def __init__(self, store: str | Path, llm: LLM, trainer: TrainerOptions | None = None) -> None:
         self.store, self.llm, self.trainer = Path(store), llm, trainer or TrainerOptions()
-        self.version, self.swaps, self.swap_seconds = BASE, 0, 0.0
+        self.version = BASE  # the number of the one that is in the model
+        self.swaps, self.swap_seconds = 0, 0.0  # of the weights: how many, and how long they took in all
         self._base: dict[str, Tensor] = {}  # the weights that any version has changed, as the base has them
         self._changed: set[str] = set()  # those that the one in the model changes
         self._kept: dict[int, Version] = {}  # the one used last stands last
@@ -81,10 +75,7 @@ class LiveModel:
         return int(found[1])
 
     def load(self, number: int) -> Version:
-        """A version, read and checked; nothing waits for that.
-
-        UserError when it does not exist, is damaged, or not one of this base model.
-        """
+        """A version, read and checked beside the work; UserError for none, a damaged one, or another base's."""
         with self._reading:
             found = self._kept.pop(number, None)
             if not found or (number and not version_folder(self.store, number).is_dir()):  # pruned meanwhile

@@ -29,7 +29,7 @@ from pipeline.model.llm import LLM
 from pipeline.options.updates import GateOptions, PublishOptions
 from pipeline.requests.answers import contains_answer, inner_ends, statement
 from pipeline.requests.schema import EditRequest
-from pipeline.serving.engines import ENGINES, Server, call
+from pipeline.serving.engines import Server, call
 from pipeline.updates.disk import access, content_of, locked, transaction
 from pipeline.updates.history import check_there, load_version
 from pipeline.updates.lineage import last_changes
@@ -81,10 +81,7 @@ class Switched(NamedTuple):
 
 
 class Release:
-    """A version on its way into servers, as an adapter in a folder that they can read.
-
-    `home` is the folder, as the servers see it, of all that the store publishes.
-    """
+    """A version on its way into servers, as an adapter in a folder of `home`, all of it as these see it."""
 
     def __init__(
         self, version: int, home: str, folder: str, name: str, asked: Sequence[Question], gates: GateOptions
@@ -94,10 +91,7 @@ class Release:
         self.number, self.of_store = version, re.compile(rf"{re.escape(name)}-(candidate-)?(\d{{4,}})")
 
     def ours(self, server: Server) -> dict[str, str]:
-        """A server's adapters that came of publishing this store, candidates too: the folder of each by its name.
-
-        UserError when there is one of the same kind of name from elsewhere.
-        """
+        """A server's adapters of this store, candidates too, by name; UserError for such a name from elsewhere."""
         found = {name: root for name, root in server.adapters().items() if self.of_store.fullmatch(name)}
         for name, root in found.items():
             if not root.startswith(f"{self.home}/"):
@@ -115,10 +109,7 @@ class Release:
         return -1 if not found or found[1] else int(found[2])
 
     def prove(self, server: Server) -> Proof | None:
-        """Load it as a candidate and ask what gates ask; None where it is proved, and there, already.
-
-        UserError when a gate is missed, or a server says no.
-        """
+        """Load it as a candidate and ask; None where it is there. UserError for a missed gate, or a refusal."""
         loaded = self.ours(server)
         if there := loaded.get(self.name):
             if _content(there) == _content(self.folder):
@@ -162,10 +153,7 @@ class Release:
 
     @contextmanager
     def or_as_before(self, servers: Sequence[Server]) -> Iterator[None]:
-        """What goes wrong inside the `with` leaves every server with what it had, as far as it lets itself be told.
-
-        What a publisher that was killed has left half done goes first.
-        """
+        """What goes wrong inside leaves servers with what they had; what a killed publisher left goes first."""
         loaded = [self.ours(server) for server in servers]
         had = [{name: its[name] for name in its if self._number(name) >= 0} for its in loaded]
         try:
@@ -175,15 +163,11 @@ class Release:
             yield
         except BaseException:
             for server, its in zip(servers, had, strict=True):
-                self._restore(server, its)
+                with suppress(Exception):  # what was wrong says so
+                    for step in self._steps(server, its):
+                        with suppress(Exception):
+                            step()
             raise
-
-    def _restore(self, server: Server, had: Mapping[str, str]) -> None:
-        """What a server had, whatever of it is refused, or all of it where it is gone: what was wrong says so."""
-        with suppress(Exception):
-            for step in self._steps(server, had):
-                with suppress(Exception):
-                    step()
 
 
 def _content(folder: str) -> str:
@@ -255,20 +239,16 @@ def publish(
 ) -> tuple[int, list[Switched]]:
     """Let servers answer with a version, each proved through itself first; its number, and those that were changed.
 
-    Args:
-        version: None: the one in force.
-        load: loads the base model by its name; called where the version's adapter is not written yet.
-        model: the base model's name, where it is not the store's.
-
-    UserError when there is no such version, a server cannot be reached or says no, or a gate is missed; all servers
-    are as they were then.
+    `version` None is the one in force; `load` loads the base model, the store's or `model`, where the version's
+    adapter is not written yet. UserError when there is no such version, a server cannot be reached or says no, or a
+    gate is missed; all servers are as they were then.
     """
     with locked(store.folder / LOCK):
         version = store.current if version is None else version
         home = Path(options.seen_as or store.folder.resolve()) / SERVED
         folder = home / _adapter(store, version, options.rank, load, model)
         release = Release(version, str(home), str(folder), options.name, questions(store, version, gates), gates)
-        servers = [ENGINES[options.engine](url) for url in options.to]
+        servers = [*map(Server, options.to)]
         told = _told(store)
         first, done = math.ceil(options.canary * len(servers)), list[Switched | None]()
         with release.or_as_before(servers):

@@ -43,10 +43,7 @@ Result = tuple[dict[str, float], float]  # of one request at one block: figures 
 
 
 class Sweep:
-    """Tries blocks with single edits, so many together; what was tried once is kept and not tried again.
-
-    Its folder has a folder for each block, method and all else that results depend on.
-    """
+    """Tries blocks with single edits, so many together; results are kept by all that they depend on."""
 
     def __init__(self, llm: LLM, options: EditOptions, runtime: Runtime, folder: Path, together: int = 32) -> None:
         self.llm, self.options, self.runtime = llm, options, runtime
@@ -63,7 +60,8 @@ class Sweep:
         keyed = {key(request): request for request in requests}
         missing = [own for own in keyed if any(own not in results for results in found.values())]
         if missing:
-            self._find_statistics(options, list(kept))
+            every_block = METHODS[method].make(self.llm, list(kept), options)  # whose statistics one pass finds
+            give_moments(every_block, self.llm, options.statistics, self.runtime)
             with one_bar(title, len(missing) * len(kept)) as advance, self.llm.frozen():
                 for at in range(0, len(missing), self.together):
                     part = {own: keyed[own] for own in missing[at : at + self.together]}
@@ -103,11 +101,6 @@ class Sweep:
             *(options.method, *own, block),
         )
 
-    def _find_statistics(self, options: EditOptions, blocks: Sequence[int]) -> None:
-        """Of all blocks in one pass, and kept: an edit at a block finds its own."""
-        method = METHODS[options.method].make(self.llm, blocks, options)
-        give_moments(method, self.llm, options.statistics, self.runtime)
-
 
 def each_alone(
     llm: LLM, requests: Sequence[EditRequest], layer: int, options: EditOptions, runtime: Runtime
@@ -124,10 +117,7 @@ def each_alone(
 
 
 def _values(method: LocateThenEdit, layer: int, requests: Sequence[EditRequest], runtime: Runtime) -> Changes:
-    """Each request's value times the direction of inputs that the solver gives it.
-
-    That is all of the change: a request's columns ask for the same value.
-    """
+    """Each request's value times its direction of inputs: all of its change, for its columns ask for one value."""
     ((name, down),) = method.llm.blocks[layer].down.items()
     values = method.find(method.search(layer, 1), method.located([[one] for one in requests]), runtime)
     keys_GCI = method.keys(layer, requests, runtime)

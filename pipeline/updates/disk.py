@@ -100,10 +100,7 @@ TABLES = "SELECT type, name, sql FROM sqlite_master WHERE sql NOT NULL"
 
 
 def connect(file: Path, reading: bool = False) -> sqlite3.Connection:
-    """Open the database, to read it only or to write; its tables are made where it is new.
-
-    UserError when the file is no store's database, damaged, or of another layout than this program's.
-    """
+    """Open a database, made where it is new; UserError for no store's, a damaged one, or another layout's."""
     try:
         with ExitStack() as unfit:
             database = unfit.enter_context(closing(_open(file, "ro" if reading else "rwc")))
@@ -164,10 +161,7 @@ def _open(file: Path, mode: str) -> sqlite3.Connection:
 
 
 def locked(file: Path, wait: bool = True) -> AbstractContextManager[Any]:
-    """A lock, held until the end of a `with`; filelock.Timeout where another has it and one is not to wait.
-
-    UserError when the disk has no locks.
-    """
+    """A lock until a `with` ends; filelock.Timeout where one is not to wait, UserError where the disk has none."""
     try:
         return FileLock(file, mode=access(file.parent) & 0o666, blocking=wait, fallback_to_soft=False).acquire()
     except OSError as error:
@@ -184,10 +178,7 @@ def access(folder: Path) -> int:
 
 @contextmanager
 def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """All inside the `with` is written, or nothing; other writers wait from its start.
-
-    UserError when the disk is full, or another writer takes longer than `PATIENCE`.
-    """
+    """All inside is written, or nothing; UserError for a full disk, or another writer that takes `PATIENCE`."""
     try:
         database.execute("BEGIN IMMEDIATE")
         yield database
@@ -266,11 +257,7 @@ def _to_disk(path: Path) -> None:
 
 
 def clear_unknown(store: Path, known: Collection[int], pruned: Collection[int]) -> list[str]:
-    """Remove what was pruned, or what an update that did not end well was writing.
-
-    A version that is whole, but not known, is kept in `lost+found`: an older database may have been put back. Gives
-    the names of those.
-    """
+    """Remove what was pruned or half written; what is whole and unknown goes to `lost+found`, and is named."""
     lost = []
     for path in sorted((store / VERSIONS).iterdir()):
         number = int(path.name) if path.name.isdecimal() else None

@@ -78,10 +78,7 @@ def _events(store: Store, which: str, *values: int) -> list[tuple[str, str]]:
 
 
 def check_there(store: Store, version: int, pruned: bool = False) -> dict[str, str]:
-    """The SHA-256 of each of a version's files, by name; of one that may be and is `pruned`, none.
-
-    UserError when there is no such version, or its files are gone and may not be.
-    """
+    """The SHA-256 of a version's files, by name; UserError for no such version, or one that may not be `pruned`."""
     row = store.database.execute("SELECT files FROM versions WHERE number = ?", (version,)).fetchone()
     if row is None:
         raise UserError(f"version: {version} does not exist; there is 0 (the base model) to {store.newest}")
@@ -91,10 +88,7 @@ def check_there(store: Store, version: int, pruned: bool = False) -> dict[str, s
 
 
 def check_files(store: Store, version: int) -> dict[str, str]:
-    """See that a version's own files are as they were written; gives their SHA-256 by name.
-
-    UserError names the first that is missing, changed or in excess, or says that there is no such version.
-    """
+    """See that a version's files are as written; their SHA-256 by name. UserError names the first that is not."""
     known, folder = check_there(store, version), version_folder(store.folder, version)
     there = digests_of(folder)
     for name in sorted(known.keys() | there.keys()):
@@ -118,10 +112,7 @@ def check_version(store: Store, version: int, sound: Container[str] = ()) -> lis
 
 
 def load_version(store: Store, version: int, to_serve: bool = False) -> WeightUpdate | None:
-    """A version, checked, as the update of the base model that it is, whole or `to_serve`; None for the base.
-
-    What is read are the bytes that are checked. UserError as `check_version` has it.
-    """
+    """A version, checked, as an update, whole or `to_serve`; None for the base. UserError as `check_version`."""
     known = check_files(store, version)
     folder = version_folder(store.folder, version)
     return WeightUpdate.load(folder, to_serve, known[UPDATE_FILE]) if version != BASE else None

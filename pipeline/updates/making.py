@@ -16,7 +16,6 @@ import numpy as np
 from pipeline.attribution.find import find_golden_layer
 from pipeline.attribution.profile import CLEAR, GoldenProfile
 from pipeline.editing.editor import can_leave_out, edit, leave_out, ready_layers
-from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, one_line
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.plan import KINDS
@@ -52,11 +51,8 @@ def update(
 
     Of several processes the first alone has the store, and the others None in its place; all edit and measure.
 
-    Args:
-        load: loads the base model by its name; not called when nothing is due.
-        report: called with what came of each batch.
-        stopping: asked before each batch.
-
+    `load` loads the base model by its name, once something is due; `report` is called with what came of each batch,
+    and `stopping` asked before each.
     BusyError when another update is at work on the store; UserError when a batch could not be worked through, whose
     requests are in the queue again.
     """
@@ -105,7 +101,10 @@ def load_base(store: Store, load: Callable[[str], LLM], name: str | None = None)
 
 
 def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], options: ProvingOptions) -> BatchResult:
-    parent, base, is_new = on_first(lambda: _in_force(store))
+    # the version in force, its update, and whether the store has no other than the base model
+    parent, base, is_new = on_first(
+        lambda: (store.current, load_version(store, store.current), store.newest == BASE)
+    )
     fitting, held = split_by_fit(llm, batch, options)
     if not fitting:
         return BatchResult(parent, held=held)
@@ -115,11 +114,6 @@ def _edit_and_prove(store: Store, llm: LLM, batch: Sequence[EditRequest], option
         notes += questioned(profile, len(result.held), len(fitting))
     result.held, result.notes = held + result.held, notes
     return result
-
-
-def _in_force(store: Store) -> tuple[int, WeightUpdate | None, bool]:
-    """The version in force, its update, and whether the store has no other than the base model."""
-    return store.current, load_version(store, store.current), store.newest == BASE
 
 
 def retract(store: Store, options: RetractCommand, load: Callable[[str], LLM]) -> BatchResult:
@@ -174,7 +168,8 @@ def _golden_profile(
     by trial edits where they leave it unclear; and what is to be said of that.
     """
     notes: list[str] = []
-    profile = on_first(lambda: _known_profile(store, getattr(options, "profile", None)))
+    named = getattr(options, "profile", None)
+    profile = on_first(lambda: GoldenProfile.load(at) if (at := named or store.check_profile()) else None)
     if profile is None:
         answered = [request for request in requests if request.old_answer] or list(requests)
         profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.trainer, "the queue")
@@ -184,11 +179,6 @@ def _golden_profile(
             notes.append(note)
     ready_layers(llm, profile, options.edit)
     return profile, notes
-
-
-def _known_profile(store: Store, named: str | None) -> GoldenProfile | None:
-    folder = named or store.check_profile()
-    return GoldenProfile.load(folder) if folder else None
 
 
 def questioned(profile: GoldenProfile, missed: int, tried: int) -> list[str]:
@@ -205,10 +195,7 @@ def questioned(profile: GoldenProfile, missed: int, tried: int) -> list[str]:
 def settle_layer(
     llm: LLM, profile: GoldenProfile, requests: Sequence[EditRequest], options: ProvingOptions
 ) -> tuple[GoldenProfile, str]:
-    """The profile with the block that edits best among those that may be golden, and a line that says so.
-
-    A block's trial edits a few of the requests; what counts is the mean of rewrite, rephrase and locality.
-    """
+    """The profile with the block where trial edits of a few requests do best on the whole, and a line on it."""
     assert profile.stability
     chosen = np.array(profile.stability.chosen)
     likely = [block for block in np.argsort(-chosen, kind="stable").tolist() if chosen[block] >= POSSIBLE]

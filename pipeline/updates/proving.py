@@ -249,10 +249,7 @@ class Trial:
         kinds: Sequence[str],
         accepted: Collection[int] = (),
     ) -> Figures:
-        """Figures of the model with an update, None being the base, on requests of the batch.
-
-        Requests are named by their places in the batch; those that are accepted count as earlier facts.
-        """
+        """Figures with an update (None: the base), on requests by place; accepted ones count as earlier facts."""
         earlier = [self.earlier] if self.earlier else []
         if accepted:
             earlier.append(self.evaluator.only(accepted, ("probes",)))

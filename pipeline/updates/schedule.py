@@ -32,10 +32,7 @@ LOOKING = 1.0  # seconds between looks at the clock, which a sleeping machine mo
 
 
 class Stopping(threading.Event):
-    """Set when the process was asked to end: by SIGTERM, which lets the batch at work finish.
-
-    A second SIGTERM ends it at once: the batch goes back to the queue.
-    """
+    """Set by SIGTERM, which lets the batch at work finish; a second one ends it, and the batch is queued again."""
 
     def listening(self) -> AbstractContextManager[None]:
         """Inside the `with`, SIGTERM asks."""
@@ -48,10 +45,7 @@ class Stopping(threading.Event):
 
 
 def trigger(cron: str | None, every: str | None) -> BaseTrigger:
-    """When updates start; UserError when the cron line is none.
-
-    As cron has it, a day of the month or a weekday is enough where a line names both.
-    """
+    """When updates start: a day or a weekday is enough where a line names both. UserError for no cron line."""
     if cron is None:
         assert every is not None
         return IntervalTrigger(seconds=seconds("every", every))

@@ -53,11 +53,7 @@ class Store(AbstractContextManager["Store"]):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        model: str | None = None,
-        make: bool = False,
-        reading: bool = False,
+        self, folder: str | Path, model: str | None = None, make: bool = False, reading: bool = False
     ) -> None:
         self.folder, self.reading = Path(folder), reading
         self._check_folder(make, model)
@@ -195,10 +191,7 @@ class Store(AbstractContextManager["Store"]):
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Be the one that makes versions; what a dead update had taken is queued, what it half wrote is removed.
-
-        BusyError when another process is that one.
-        """
+        """Be the one that makes versions; a dead one's work is given back. BusyError when another is that one."""
         try:
             held = locked(self.folder / UPDATE_LOCK, wait=False)
         except Timeout:
