@@ -17,20 +17,22 @@ from pipeline.attribution.profile import GoldenProfile
 from pipeline.chat import talk
 from pipeline.editing.editor import accept, blocks_named, choose_layers
 from pipeline.editing.export import AdapterInfo, export_adapter, export_merged
-from pipeline.editing.gguf_export import export_gguf, export_gguf_adapter
+from pipeline.editing.gguf_export import MODEL, export_gguf, export_gguf_adapter
 from pipeline.editing.method import settings_of
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError, note
 from pipeline.evaluation.evaluator import evaluate as measure
+from pipeline.evaluation.survival import ask_facts, survival
 from pipeline.files import write_json
 from pipeline.model.generation import generate as answer
 from pipeline.model.llm import LLM
+from pipeline.model.loading import load_model
 from pipeline.options import commands as of
 from pipeline.options.serving import ServeCommand
 from pipeline.planning.plan import plan_memory
 from pipeline.reporting.card import write_card
 from pipeline.reporting.tables import missed_of
-from pipeline.reporting.terminal import say, show_answers, show_plan, show_tokens
+from pipeline.reporting.terminal import say, show_answers, show_missed, show_plan, show_tokens
 from pipeline.requests.readers import load_facts, load_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import split_by_subject
@@ -135,19 +137,29 @@ def export(options: of.ExportCommand) -> None:
         llm = load(options, model, update=update)
         update = update or WeightUpdate(llm.name, llm.fingerprint, "none", [], {})
         update.check_fits(llm)
-        held = _EXPORTS[options.kind](llm, update, log.folder, options.rank)
-        write_card(update, log.folder, options.kind, made / "metrics.json", number, held)
+        held = _EXPORTS[options.kind](llm, update, log.folder, options)
+        said = f"Quantised to {options.quantise} after the figures were measured" if options.quantise else ""
+        if options.quantise and update.requests:
+            with update.applied(llm):
+                before = ask_facts(llm, update, "Before quantising")
+            del llm  # beside what is read again, it would take twice the memory
+            again = load_model(log.folder / MODEL, verbose=options.verbose)
+            line, lost = survival(update, before, ask_facts(again, update, "Quantised"))
+            say(line)
+            show_missed(lost)
+            said += f"; {line}"
+        write_card(update, log.folder, options.kind, made / "metrics.json", number, held, said)
     if options.push:
         branch = "main" if number is None else f"golden-{number:04d}"
         say(f"pushed to {push(log.folder, options.push, branch)}")
 
 
-_EXPORTS: dict[str, Callable[[LLM, WeightUpdate, Path, int | None], AdapterInfo | None]] = {
-    "merged": lambda llm, update, folder, _rank: export_merged(llm, update, folder),
-    "update": lambda _llm, update, folder, _rank: update.save(folder),
-    "gguf": lambda llm, update, folder, _rank: export_gguf(llm, update, folder),
-    "adapter": export_adapter,
-    "gguf-adapter": export_gguf_adapter,
+_EXPORTS: dict[str, Callable[[LLM, WeightUpdate, Path, of.ExportCommand], AdapterInfo | None]] = {
+    "merged": lambda llm, update, folder, _: export_merged(llm, update, folder),
+    "update": lambda _llm, update, folder, _: update.save(folder),
+    "gguf": lambda llm, update, folder, options: export_gguf(llm, update, folder, options.quantise),
+    "adapter": lambda llm, update, folder, options: export_adapter(llm, update, folder, options.rank),
+    "gguf-adapter": lambda llm, update, folder, options: export_gguf_adapter(llm, update, folder, options.rank),
 }
 
 

@@ -62,7 +62,7 @@ SHOWN = {  # the options that people use, which `COMMAND --help` shows; `--help-
     "edit": "requests fact model profile layers method after last_wins chat limit output resume",
     "evaluate": "requests model update explain chat limit generation output trainer.accelerator",
     "requests": "requests fields to forms model skip_bad limit",
-    "export": "version update store kind rank push model output",
+    "export": "version update store kind quantise rank push model output",
     "generate": "prompt requests model update store follow chat max_new_tokens trainer.accelerator",
     "chat": "model update store version plain max_new_tokens temperature seed trainer.accelerator",
     "study": "requests model methods selectors limit proxy every config output resume",

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import refusal
+from test_fingerprints import tiny_gguf
 
 from benchmarks import (
     attribution,
@@ -23,6 +24,7 @@ from benchmarks import (
     mixture,
     newcomer,
     serving,
+    survival,
     updates,
 )
 from benchmarks.bench import COUNTERFACT, Bench, most_alive
@@ -98,6 +100,20 @@ def test_holding(small: Callable[..., None], words: list[str]) -> None:
     assert {"2 facts in chat: rewordings", "2 facts in chat: sane", "20 subjects of 5 facts: rewrite"} <= {*rows}
     assert not [name for name in rows if name.startswith("none")]
     assert len(Path(words[3], "said.txt").read_text().splitlines()) >= 2 * 8
+
+
+def test_survival(small: Callable[..., None], words: list[str], tmp_path: Path) -> None:
+    facts, some = holding.FACTS.read_text(encoding="utf-8").splitlines(), tmp_path / "facts.jsonl"
+    some.write_text("\n".join(facts[:2]))
+    small(survival, PROXY=slice(10, 13), FACTS=some, METHODS={"memit": {"steps": 1}}, STEPS=2, ROWS=2, LENGTH=8)
+    words[5] = str(tiny_gguf(tmp_path / "tiny.gguf", context=512))
+    rows = measured(survival.main, words)
+    forms = ("as edited", "GGUF f16", "GGUF q8_0", "GGUF q5_0", "GGUF q4_0", "NF4", "LoRA")
+    perplexities = [rows[f"memit, {form}: perplexity"]["value"] for form in forms]
+    assert len({*perplexities[2:], perplexities[0]}) == 6, "each is another model"
+    assert all(rows[f"memit, {form}: rephrase of 2"]["value"] in (0, 1, 2) for form in forms)
+    assert Path(words[3], "said.txt").read_text().count("memit, NF4: generation: ") == 2
+    assert {one.name for one in Path(words[3]).iterdir()} == {"benchmark.json", "said.txt", "memit"}
 
 
 def test_editing(small: Callable[..., None], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,14 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import refusal
@@ -23,12 +24,16 @@ from test_fingerprints import tiny_gguf
 from pipeline.cli import main
 from pipeline.editing.gguf_export import export_gguf, export_gguf_adapter
 from pipeline.editing.update import WeightUpdate
+from pipeline.errors import Note
 from pipeline.model.generation import generate
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
+from pipeline.requests.answers import first_statement
 from pipeline.requests.readers import load_requests
+from pipeline.requests.schema import EditRequest
 
 DOWN, UP, QUERY = (f"model.layers.2.{name}.weight" for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"))
+LETTERS = "bcdefghijklm"
 SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server") or ""
 
 
@@ -68,9 +73,10 @@ def test_the_command_writes_it_with_a_card(llm: LLM, tmp_path: Path, elsewhere: 
         assert "llama-server" in (elsewhere / kind / "README.md").read_text()
 
 
-def test_quantised_weights_become_f16(llm: LLM, tmp_path: Path) -> None:
-    source = gguf.GGUFReader(tmp_path / "tiny.gguf")
-    writer = gguf.GGUFWriter(tmp_path / "small.gguf", "llama")
+def quantised(folder: Path) -> LLM:
+    """The tiny model with its matrices in Q8_0, but for those in F32 whose rows the blocks of that do not fill."""
+    source = gguf.GGUFReader(folder / "tiny.gguf")
+    writer = gguf.GGUFWriter(folder / "small.gguf", "llama")
     for field in source.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
@@ -83,7 +89,11 @@ def test_quantised_weights_become_f16(llm: LLM, tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    small = load_model(str(tmp_path / "small.gguf"))
+    return load_model(str(folder / "small.gguf"))
+
+
+def test_quantised_weights_become_f16(llm: LLM, tmp_path: Path) -> None:
+    small = quantised(tmp_path)
     update = changed(small, UP)
     export_gguf(small, update, tmp_path)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
@@ -93,6 +103,103 @@ def test_quantised_weights_become_f16(llm: LLM, tmp_path: Path) -> None:
     with update.applied(small):
         for name, tensor in small.model.state_dict().items():
             torch.testing.assert_close(again.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_a_quantised_file(llm: LLM, tmp_path: Path, kind: str) -> None:
+    """Matrices whose rows its blocks fill are quantised, the changed ones too; vectors and other rows are plain."""
+    update = changed(llm, DOWN, UP)
+    with pytest.warns(Note, match=f"4 of 39 tensors stay in F16: the blocks of {kind}"):
+        export_gguf(llm, update, tmp_path / "out", kind)
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.2.ffn_up.weight"] == kinds["blk.0.attn_q.weight"] == kind.upper()
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
+    assert kinds["blk.2.ffn_down.weight"] == "F16" and kinds["blk.2.attn_norm.weight"] == "F32"
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
+    again = load_model(tmp_path / "out" / "model.gguf")
+    with update.applied(llm):
+        for name, tensor in llm.model.state_dict().items():
+            off = (again.model.state_dict()[name] - tensor).abs().max()
+            assert off <= 2 / 2 ** int(kind[1]) * tensor.abs().max(), name
+            assert (off > 0) == (tensor.ndim > 1), name
+
+
+def test_what_a_file_keeps_in_f32_stays_so_when_it_is_quantised(llm: LLM, tmp_path: Path) -> None:
+    """As a mixture's router does in the files that llama.cpp converts."""
+    small = quantised(tmp_path)
+    export_gguf(small, changed(small, UP), tmp_path, "q4_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert kinds["blk.2.ffn_up.weight"] == "Q4_0" and kinds["blk.2.ffn_down.weight"] == "F32"
+
+
+def spelling(file: Path) -> LLM:
+    """A model that says one capital or another after each of twelve letters, by a hair, and ends its statement."""
+    place, chance = {chr(number): 2 + number for number in range(127)}, np.random.default_rng(2)
+    held = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tiny_gguf(file), "r+").tensors}
+    for name, values in held.items():
+        values *= 0.003 if "attn_output" in name or "ffn_down" in name else 1.0
+    embedding, head = held["token_embd.weight"], held["output.weight"]
+    held["output_norm.weight"][:] = 1.0
+    head[place["\n"]] = embedding[place["N"]]
+    for letter, other in zip(LETTERS, "NOPQRSTUVWXY", strict=True):
+        embedding[[place[letter.upper()], place[other]]] = embedding[place["N"]]
+        own, rival = embedding[place[letter]], chance.standard_normal(32)
+        head[place[letter.upper()]] = own
+        head[place[other]] = own + rival - rival @ own / (own @ own) * own  # so what the blocks add tells
+    return load_model(file)
+
+
+def test_facts_that_a_quantised_file_has_lost_are_named(
+    tmp_path: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = spelling(tmp_path / "spelling.gguf")
+    update, prompts = changed(llm, UP), [f"the letter {letter}" for letter in LETTERS]
+    with update.applied(llm):
+        answers = [first_statement(said) for said in generate(llm, prompts, 2)]
+    update.requests = [
+        EditRequest(id=letter, prompt=prompt, new_answer=answer)
+        for letter, prompt, answer in zip(LETTERS, prompts, answers, strict=True)
+    ]
+    update.save(tmp_path / "edit")
+    given = ["export", "--model", llm.name, "--update", str(tmp_path / "edit"), "--kind", "gguf", "--quantise"]
+    assert main([*given, "q4_0", "--output", "small"]) == 0
+    told = capsys.readouterr().out
+    said = [first_statement(one) for one in generate(load_model(elsewhere / "small" / "model.gguf"), prompts, 2)]
+    lost = [n for n, (before, now) in enumerate(zip(answers, said, strict=True)) if before != now]
+    assert 0 < len(lost) < 6, "so many are all shown"
+    counts = f"facts that the file gives: {12 - len(lost)} of 12 (12 of 12 before quantising)"
+    named = [f"does not hold: {LETTERS[n]}: {prompts[n]} -> {said[n]!r}" for n in lost]
+    assert [line for line in told.splitlines() if "of 12" in line or "hold" in line] == [counts, *named]
+    assert f"Quantised to q4_0 after the figures were measured; {counts}." in Path("small/README.md").read_text()
+    monkeypatch.setattr("pipeline.evaluation.survival.MOST_FACTS", 3)
+    assert main([*given, "q8_0", "--output", "part"]) == 0
+    assert "of 3 (3 of 3 before quantising; 3 of 12 facts were asked)" in capsys.readouterr().out
+
+
+def test_without_facts_nothing_is_said_of_them(
+    llm: LLM, tmp_path: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed(llm, UP).save(tmp_path / "edit")
+    given = ["export", "--model", llm.name, "--update", str(tmp_path / "edit"), "--output", "out"]
+    assert main([*given, "--kind", "gguf", "--quantise", "q5_0"]) == 0
+    assert "facts" not in capsys.readouterr().out
+    assert load_model(elsewhere / "out" / "model.gguf").fingerprint != llm.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "--kind gguf --quantise q4_k_m",
+            "quantise: 'q4_k_m' does not exist (did you mean 'q4_1'?); there is q4_0, q4_1, q5_0, q5_1, q8_0",
+        ),
+        ("--quantise q4_0", "quantise: q4_0: --kind merged is not quantised; give --kind gguf"),
+    ],
+)
+def test_cases_of_a_wrong_quantise(refused: Callable[..., str], words: str, line: str, tmp_path: Path) -> None:
+    assert line in refused("export", "--update", str(tmp_path), "--output", "out", *words.split())
+    assert not Path("out").exists()
 
 
 def test_a_gguf_adapter_is_the_change(llm: LLM, tmp_path: Path) -> None:

@@ -161,11 +161,11 @@ def test_cases_of_an_index_that_leaves_its_folder(folder: Path) -> None:
     assert len(load_model(str(folder)).blocks) == 4
 
 
-def tiny_gguf(file: Path, name: str = "tiny", change: float = 0.0, eps: float = 1e-5) -> Path:
+def tiny_gguf(file: Path, name: str = "tiny", change: float = 0.0, eps: float = 1e-5, context: int = 64) -> Path:
     """A Llama of random weights, one of which is changed."""
     chance, writer = np.random.default_rng(0), gguf.GGUFWriter(file, "llama")
     writer.add_name(name)
-    writer.add_context_length(64)
+    writer.add_context_length(context)
     writer.add_embedding_length(32)
     writer.add_block_count(4)
     writer.add_feed_forward_length(48)

@@ -45,6 +45,7 @@ ELSEWHERE = (
     "--follow",
     "run.py serve",
     "--kind gguf ",
+    "small.gguf",
     "--push",
     "zsre_knowedit.json",
     "--ability",

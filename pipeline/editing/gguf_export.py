@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.editing.export import AdapterInfo, export_adapter
 from pipeline.editing.update import WeightUpdate
-from pipeline.errors import UserError
+from pipeline.errors import UserError, note
 from pipeline.files import require_room, write_whole
 from pipeline.model.blocks import as_matrix
 from pipeline.model.experts import Stacked
@@ -26,13 +26,18 @@ from pipeline.model.llm import LLM
 from pipeline.model.loading import gguf_source
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
-F32 = gguf.GGMLQuantizationType.F32
+Type = gguf.GGMLQuantizationType
+ENDS = ("token_embd.weight", "output.weight")  # what llama.cpp gives more bits than the blocks
 
 
-def export_gguf(llm: LLM, update: WeightUpdate, folder: Path) -> None:
+def export_gguf(llm: LLM, update: WeightUpdate, folder: Path, quantise: str | None = None) -> None:
     """Write the edited model as `model.gguf`, in F16: the GGUF file that it was read from, with the changes in it.
 
     What that file holds in F32, as it does vectors, stays so; quantised weights are dequantised.
+
+    Args:
+        quantise: q8_0, q5_1, q5_0, q4_1 or q4_0, in which matrices are written: embeddings and head in q8_0, and in
+            F16 what has rows that blocks of 32 do not fill, which is told.
 
     Raises:
         UserError: when the model is of no GGUF file, the disk has no room, or a changed weight is not in that file.
@@ -52,7 +57,8 @@ def export_gguf(llm: LLM, update: WeightUpdate, folder: Path) -> None:
         _check_same(llm, weight, held.get(name), source)
     folder.mkdir(parents=True, exist_ok=True)
     new = {name: _as_gguf(llm, weight, update.tensors[weight]) for name, weight in changed.items()}
-    write_whole(folder / MODEL, lambda partial: _copy(reader, new, partial))
+    kinds = _kinds(reader, quantise)
+    write_whole(folder / MODEL, lambda partial: _copy(reader, new, kinds, quantise or "f16", partial))
 
 
 def export_gguf_adapter(llm: LLM, update: WeightUpdate, folder: Path, rank: int | None = None) -> AdapterInfo:
@@ -108,8 +114,28 @@ def _check_same(llm: LLM, weight: str, held: gguf.ReaderTensor | None, source: P
         raise UserError(f"kind: gguf: {source}: holds {weight} in no form that is known here")
 
 
-def _copy(reader: gguf.GGUFReader, new: Mapping[str, np.ndarray], file: Path) -> None:
-    """Write what a GGUF file holds, with some tensors replaced, one after the other."""
+def _kinds(reader: gguf.GGUFReader, quantise: str | None) -> dict[str, Type]:
+    """As what each tensor is written, by name; of a file that is all F32 vectors alone stay so."""
+    all_plain = all(tensor.tensor_type == Type.F32 for tensor in reader.tensors)
+    found, unfilled = {}, 0
+    for tensor in reader.tensors:
+        is_vector, kind = len(tensor.shape) < 2, Type.F16
+        if tensor.tensor_type == Type.F32 and (is_vector or not (quantise and all_plain)):
+            kind = Type.F32
+        elif quantise:
+            wanted = Type.Q8_0 if tensor.name in ENDS else gguf.GGMLQuantizationType[quantise.upper()]
+            fills = tensor.shape[0] % gguf.GGML_QUANT_SIZES[wanted][0] == 0  # a row's length comes first
+            kind, unfilled = (wanted, unfilled) if fills else (kind, unfilled + 1)
+        found[tensor.name] = kind
+    if unfilled:
+        note(f"{unfilled} of {len(found)} tensors stay in F16: the blocks of {quantise} do not fill their rows")
+    return found
+
+
+def _copy(
+    reader: gguf.GGUFReader, new: Mapping[str, np.ndarray], kinds: Mapping[str, Type], main: str, file: Path
+) -> None:
+    """Write what a GGUF file holds, with some tensors replaced, one after the other; `main` is what most become."""
     writer = gguf.GGUFWriter(file, str(reader.fields[gguf.Keys.General.ARCHITECTURE].contents()))
     writer.data_alignment = reader.alignment
     left_out = {gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE, gguf.Keys.General.QUANTIZATION_VERSION}
@@ -117,26 +143,23 @@ def _copy(reader: gguf.GGUFReader, new: Mapping[str, np.ndarray], file: Path) ->
         if field.name not in left_out and not field.name.startswith("GGUF."):
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], inner)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{main.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for tensor in reader.tensors:
-        kind = _kind(tensor)
-        shape, dtype = [*map(int, reversed(tensor.shape))], np.dtype(np.float32 if kind == F32 else np.float16)
-        writer.add_tensor_info(tensor.name, shape, dtype, int(tensor.n_elements) * dtype.itemsize, kind)
+        kind, count = kinds[tensor.name], int(tensor.n_elements)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        shape, dtype = [*map(int, reversed(tensor.shape))], np.dtype(np.float32 if kind == Type.F32 else np.float16)
+        writer.add_tensor_info(tensor.name, shape, dtype, count // block * size, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in reader.tensors:
         values = new[tensor.name] if tensor.name in new else gguf.dequantize(tensor.data, tensor.tensor_type)
-        written = gguf.quantize(values, _kind(tensor))
-        if not np.isfinite(written).all():
+        written = gguf.quantize(values, kinds[tensor.name])
+        if not np.isfinite(gguf.dequantize(written, kinds[tensor.name])).all():  # scales are F16, too
             raise UserError(f"kind: gguf: {tensor.name} holds values that F16 has no finite numbers for")
         writer.write_tensor_data(written)
     writer.close()
-
-
-def _kind(tensor: gguf.ReaderTensor) -> gguf.GGMLQuantizationType:
-    """As what a tensor is written."""
-    return F32 if tensor.tensor_type == F32 else gguf.GGMLQuantizationType.F16
 
 
 def _write_adapter(family: str, tensors: Mapping[str, np.ndarray], rank: int, file: Path) -> None:

@@ -137,6 +137,9 @@ class ExportCommand(UpdatedModelOptions, OutputOptions):
     update: the changed tensors alone; adapter: a LoRA adapter for PEFT and vLLM, that of `edit --method lora` or
     one that comes to the same change; gguf: the edited model for llama.cpp, in F16, where --model is of a GGUF
     file; gguf-adapter: the adapter for llama.cpp."""
+    quantise: Annotated[str | None, one_of("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")] = None
+    """With --kind gguf, in place of F16: q8_0, q5_1, q5_0, q4_1 or q4_0. Embeddings and head are in q8_0, vectors
+    in F32. How many of the facts the file still gives is told."""
     rank: Most = None
     """The most columns of an adapter's factors; what a lower rank loses is told. Default: as many as it needs."""
     push: str | None = None
@@ -146,6 +149,8 @@ class ExportCommand(UpdatedModelOptions, OutputOptions):
     def check(self) -> None:
         if self.rank and "adapter" not in self.kind:
             raise UserError(f"rank: {self.rank} of what? --kind {self.kind} has no rank; give --kind adapter")
+        if self.quantise and self.kind != "gguf":
+            raise UserError(f"quantise: {self.quantise}: --kind {self.kind} is not quantised; give --kind gguf")
         if self.update is None is self.store:
             raise UserError("export: what? give either --update DIR or --store DIR")
 

@@ -35,11 +35,12 @@ def write_card(
     metrics: Path,
     version: int | None = None,
     adapter: AdapterInfo | None = None,
+    said: str = "",
 ) -> None:
     """Write `README.md` into an export's folder and, where there is none, `update.json`, which lists every fact.
 
     `metrics` is the file of figures that an edit or a store's version left, where there is one; `adapter` is what
-    an adapter holds of the change.
+    an adapter holds of the change; `said` is what else the figures do not tell.
     """
     base, licence = _base_of(update.model)
     head: dict[str, Any] = {"base_model": base} if "/" in base else {}
@@ -60,7 +61,7 @@ def write_card(
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {markdown_text(base)}{', edited' if update.layers else ''}\n",
-        f"{edit if update.layers else 'The model as it is'}. {LOADED[kind]}{_beside(update, adapter)}\n",
+        f"{edit if update.layers else 'The model as it is'}. {LOADED[kind]}{_beside(update, adapter, said)}\n",
         f"## Facts\n\n{_facts(update)}\n",
         f"## Figures\n\n{_figures(metrics)}\n",
         f"## Undoing it\n\n{undo}. All facts, and how they were taught: `{UPDATE_FILE}`.\n",
@@ -68,9 +69,10 @@ def write_card(
     write_text(folder / "README.md", "\n".join(parts))
 
 
-def _beside(update: WeightUpdate, adapter: AdapterInfo | None) -> str:
+def _beside(update: WeightUpdate, adapter: AdapterInfo | None, said: str) -> str:
     """What the figures do not tell."""
     base = " The base was that model's Q4_1 GGUF file." if update.model == BUNDLED else ""
+    base += f" {said}." if said else ""
     if adapter is None or adapter.rank >= adapter.full_rank:
         return base
     return base + (
