@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +23,9 @@ from pipeline.options.base import Count, Most, Positive, Weight, above, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.running.sharding import add
 from pipeline.running.trainer import Runtime
+
+if TYPE_CHECKING:  # commands that train no adapter start a second sooner without PEFT
+    from peft import PeftModel
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,8 @@ class LoRA(FineTune):
     @contextmanager
     def attached(self, seed: int) -> Iterator[PeftModel]:
         """Inside the `with`, the adapter is beside the projections; factors that read inputs start whitened."""
+        from peft import LoraConfig, get_peft_model
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapted = get_peft_model(self.model, LoraConfig(**(self.adapter or {})))
@@ -88,6 +91,9 @@ class LoRA(FineTune):
 
     def fit(self, courses: Sequence[Lessons], runtime: Runtime) -> None:
         """Train the adapter on courses, keep its tensors, and merge it into the weights."""
+        from peft import get_peft_model_state_dict
+        from peft.tuners.lora import LoraLayer, ParamWrapper
+
         with self.attached(runtime.seed) as adapted:
             super().fit(courses, runtime)
             tensors = get_peft_model_state_dict(adapted)
