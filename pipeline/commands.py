@@ -136,7 +136,6 @@ def export(options: of.ExportCommand) -> None:
         made = Path(options.update or version_folder(Path(options.store or ""), number or 0))
         llm = load(options, model, update=update)
         update = update or WeightUpdate(llm.name, llm.fingerprint, "none", [], {})
-        update.check_fits(llm)
         held = _EXPORTS[options.kind](llm, update, log.folder, options)
         said = f"Quantised to {options.quantise} after the figures were measured" if options.quantise else ""
         if options.quantise and update.requests:

@@ -82,9 +82,9 @@ def load(
     trainer = options.trainer
     device = join(trainer)
     check_alike("requests", requests)
-    spread, nf4 = (device if asked else None for asked in (trainer.strategy in SHARDED, trainer.precision == NF4))
-    if nf4:
+    if trainer.precision == NF4:
         trainer.check_whole(f"precision {NF4}")
+    spread, nf4 = (device if asked else None for asked in (trainer.strategy in SHARDED, trainer.precision == NF4))
     llm = load_model(name, weights_dtype(trainer), verbose, chat, spread, fits, nf4)
     if not spread:
         llm.model.to(device)  # type: ignore[arg-type]  # where every stage finds it

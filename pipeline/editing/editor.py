@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.editing import auto, finetune, locate, lora  # noqa: F401  each registers its own kinds
 from pipeline.editing.columns import layers_in, owner, owners_in
-from pipeline.editing.method import METHODS, below, settings_of
+from pipeline.editing.method import METHODS, settings_of, weights_below
 from pipeline.editing.statistics import give_moments
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import UserError
@@ -120,7 +120,7 @@ def _given_way(
 
 
 def accept(requests: Sequence[EditRequest], options: EditOptions) -> list[EditRequest]:
-    """The requests that an edit will make; UserError for what is wrong of them before the model is loaded."""
+    """The requests to edit; UserError for none, contradictions, a lacking subject, an unknown method or setting."""
     settings_of(options)
     if not requests:
         raise UserError("requests: none to edit")
@@ -184,7 +184,7 @@ def ready_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions) 
 def wanted_plain(llm: LLM, layers: Sequence[int], options: EditOptions) -> list[str]:
     """The weights that an edit by these options wants plain in a quantised model."""
     method = METHODS[options.method]
-    return [*below(llm, layers, options.method), *method.make(llm, layers, options).weight_names]
+    return [*weights_below(llm, layers, options.method), *method.make(llm, layers, options).weight_names]
 
 
 def can_leave_out(update: WeightUpdate, requests: Sequence[EditRequest], method: str) -> bool:

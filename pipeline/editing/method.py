@@ -60,7 +60,7 @@ def register(name: str, make: Callable[..., EditMethod], settings: type = Option
     NAMES.add(name)
 
 
-def below(llm: LLM, layers: Sequence[int], method: str) -> list[str]:
+def weights_below(llm: LLM, layers: Sequence[int], method: str) -> list[str]:
     """The weights of all blocks below the lowest of these, where keys that a method reads there are to be those of
     the checkpoint, also in a quantised model: what is located for other keys holds in no other precision.
     """

@@ -95,7 +95,7 @@ def sparing(taught_II: Tensor, others_II: Tensor, moment_II: Tensor, weight: flo
     """
     text = TEXT * (trace(taught_II.double()) / trace(moment_II.double())).item()
     return _solve(  # no name holds the system, so that it is let go when it is factored
-        _raise(
+        _add_ridge(
             others_II.to(torch.float64, copy=True).mul_(weight).add_(taught_II).add_(moment_II, alpha=text), SMALL
         ),
         taught_II.double(),
@@ -109,10 +109,10 @@ def trace(matrix: Tensor) -> Tensor:
 
 def _ridged(matrix: Tensor, ridge: float) -> Tensor:
     """The matrix, in float64, with `ridge` times its mean diagonal added on the diagonal."""
-    return _raise(matrix.to(torch.float64, copy=True), ridge)
+    return _add_ridge(matrix.to(torch.float64, copy=True), ridge)
 
 
-def _raise(matrix: Tensor, ridge: float) -> Tensor:
+def _add_ridge(matrix: Tensor, ridge: float) -> Tensor:
     """The same, in place."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     diagonal += ridge * diagonal.mean()

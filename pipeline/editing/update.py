@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.editing.columns import columns_in
 from pipeline.editing.learnt import FILE, Kept, gathered, parts
-from pipeline.editing.method import below
+from pipeline.editing.method import weights_below
 from pipeline.editing.tensors import read_tensors, write_tensors
 from pipeline.errors import UserError, one_line
 from pipeline.files import parse_json, read_text_file, require_room, write_json
@@ -134,7 +134,7 @@ class WeightUpdate:
             raise UserError(
                 f"update: {unknown!r} is no weight of block {', '.join(map(str, self.layers)) or 'none'}"
             )
-        make_plain(llm, [*below(llm, self.layers, self.method), *self.tensors])
+        make_plain(llm, [*weights_below(llm, self.layers, self.method), *self.tensors])
         for name, tensor in self.tensors.items():
             weight = llm.model.get_parameter(name)
             if tensor.shape != weight.shape or tensor.dtype not in DTYPES:
