@@ -40,5 +40,6 @@ __getattr__, __all__ = offered(
         "requests.schema": ("EditRequest", "Probe"),
         "requests.sets": ("split_by_subject",),
         "serving.live": ("LiveModel",),
+        "study.race": ("race",),
     },
 )

@@ -28,6 +28,7 @@ from pipeline.model.generation import generate as answer
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
 from pipeline.options import commands as of
+from pipeline.options.editing import EditOptions
 from pipeline.options.serving import ServeCommand
 from pipeline.planning.plan import plan_memory
 from pipeline.reporting.card import write_card
@@ -40,6 +41,7 @@ from pipeline.serving.hub import check_target, push
 from pipeline.serving.live import LiveModel
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, prepare, read_requests, working
+from pipeline.study.race import seeding
 from pipeline.study.study import check_study, parted, run_study
 from pipeline.study.sweep import RESULTS
 from pipeline.updates.disk import version_folder
@@ -55,7 +57,8 @@ STUDY_MAY_CHANGE = ("requests", "limit", "proxy", "offset", "methods", "selector
 
 def run(options: of.RunCommand) -> None:
     """All stages, on the two parts of the requests; with a profile the last two, on all of them."""
-    check_selector([], options.attribution)
+    seeds = seeding(options.attribution)
+    check_selector([], seeds)
     settings_of(options.edit)
     with working(options, "run") as log:
         requests = read_requests(options)
@@ -63,7 +66,7 @@ def run(options: of.RunCommand) -> None:
         proxy, edits = list[EditRequest](), requests
         if not profile:
             proxy, edits = split_by_subject(requests, options.proxy_fraction, options.seed)
-            check_selector(proxy, options.attribution)
+            check_selector(proxy, seeds)
         edits = accept(edits, options.edit)
         llm = load(options, requests=requests, layers=blocks_named(profile, options.edit), profile=profile)
         if profile:
@@ -71,7 +74,7 @@ def run(options: of.RunCommand) -> None:
             log.keep_profile(profile)
         else:
             llm.check_layers(options.edit.layers or [])
-            profile = find_and_keep(log, llm, proxy, options.attribution, options)
+            profile = find_and_keep(log, llm, proxy, options.attribution, options.edit, options)
         edit_and_prove(log, llm, edits, profile, options.edit, options)
 
 
@@ -83,11 +86,12 @@ def demo(options: of.DemoCommand) -> None:
 
 def attribute(options: of.AttributeCommand) -> None:
     """Stage one alone."""
-    check_selector([], options)
+    seeds, how = seeding(options), EditOptions(method=options.trial or EditOptions.method)
+    check_selector([], seeds)
     with working(options, "attribute") as log:
         requests = read_requests(options)
-        check_selector(requests, options)
-        find_and_keep(log, load(options, requests=requests), requests, options, options)
+        check_selector(requests, seeds)
+        find_and_keep(log, load(options, requests=requests), requests, options, how, options)
 
 
 def edit(options: of.EditCommand) -> None:

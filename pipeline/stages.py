@@ -29,7 +29,8 @@ from pipeline.reporting.terminal import say
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
 from pipeline.running.processes import check_alike, join
-from pipeline.running.trainer import callbacks_of, hush, weights_dtype
+from pipeline.running.trainer import Runtime, callbacks_of, hush, weights_dtype
+from pipeline.study.race import RACE, race, seeding
 
 
 def prepare(options: CommandOptions) -> None:
@@ -103,17 +104,22 @@ def find_and_keep(
     llm: LLM,
     requests: list[EditRequest],
     attribution: AttributionOptions,
+    how: EditOptions,
     options: AttributeCommand | RunCommand,
 ) -> GoldenProfile:
-    """Stage one: score, choose, and keep profile and scores; a resumed command goes on with what it has."""
+    """Stage one: score, choose, maybe let blocks race by how edits will be made, and keep profile and scores; a
+    resumed command goes on with what it has.
+    """
     scores = None
     if log.has(PROFILE_FILE):
         profile = GoldenProfile.load(log.folder)
     else:
-        work = log.work / "attribution"
-        scores = score_requests(llm, requests, attribution, options.trainer, options.seed, work)
+        work, seeds = log.work / "attribution", seeding(attribution)
+        scores = score_requests(llm, requests, seeds, options.trainer, options.seed, work)
         name = options.requests if options.requests == "demo" else Path(options.requests).name
-        profile = choose(scores, attribution, name, options.seed)
+        profile = choose(scores, seeds, name, options.seed)
+        if attribution.method == RACE:
+            profile = race(llm, profile, requests, how, Runtime(options.trainer, seed=options.seed), work)
     log.keep_profile(profile, scores)
     return profile
 

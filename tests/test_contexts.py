@@ -72,7 +72,7 @@ def test_the_moment_of_neighbours(tiny_llm: LLM, requests: list[EditRequest]) ->
     assert isinstance(method, LocateThenEdit)
     text_II = torch.eye(48)
     with tiny_llm.frozen():
-        (moment,) = method.kept(1, [requests], text_II, Runtime())
+        moment = method.kept(1, requests, text_II, Runtime())
         rows = []
         for text, end in neighbours(requests, 2, 1000, 0):
             (ids,) = tiny_llm.tokens.texts([text])

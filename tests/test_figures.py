@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from pipeline.attribution.profile import GoldenProfile, Scores, judge, select
+from pipeline.attribution.profile import GoldenProfile, Race, Raced, Scores, judge, select
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.evaluation.metrics import Estimate
 from pipeline.options.attribution import AttributionOptions
@@ -24,6 +24,7 @@ from pipeline.reporting.figures import (
     ROWS,
     WIDTH,
     metrics_figure,
+    race_figure,
     score_figure,
     selectors_figure,
     short,
@@ -96,7 +97,7 @@ def test_where_size_counts_it_is_what_is_drawn() -> None:
     assert sorted(drawn) == sorted(signed.scores)
 
 
-@pytest.mark.parametrize(("share", "word"), [(0.95, "clear"), (0.6, "likely"), (0.2, "in doubt")])
+@pytest.mark.parametrize(("share", "word"), [(0.95, "steady"), (0.6, "likely"), (0.2, "in doubt")])
 def test_how_sure_the_choice_is_in_a_word(share: float, word: str) -> None:
     profile, _ = found(10, 20)
     assert profile.stability and profile.excluded
@@ -109,6 +110,25 @@ def test_how_sure_the_choice_is_in_a_word(share: float, word: str) -> None:
     assert title == f"How sure is block {golden}? {share:.0%}: {word}"
     assert (f"block {aside}, which the fences set aside, in 80%" in caption) == (word == "in doubt")
     assert max(heights(figure, "set aside")) == pytest.approx(1 - share)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tried", "ahead"), [(30, [3, 0, 12], 1.0), (2, [0, 1], 0.5), (80, [79, 3], 0.7)]
+)
+def test_a_race(blocks: int, tried: list[int], ahead: float) -> None:
+    profile, _ = found(blocks, 20)
+    raced = [
+        Raced(block=block, requests=64 >> place, score=0.8 - 0.1 * place, behind=0.1 * place, beaten=ahead)
+        for place, block in enumerate(tried)
+    ]
+    profile = profile.model_copy(update={"race": Race(method="memit", trials=9, seconds=1.0, blocks=raced)})
+    look_at(figure := race_figure(profile))
+    word = "clear" if ahead == 1 else "unclear"
+    assert figure.texts[0].get_text() == f"Which block edits best? {tried[0]}: {word}"
+    points = np.concatenate([drawn.get_offsets() for drawn in figure.axes[0].collections])
+    assert sorted(points[:, 0]) == sorted(tried)
+    for draw in (score_figure, stability_figure):
+        look_at(draw(profile))
 
 
 def test_what_a_profile_may_lack() -> None:
@@ -144,8 +164,8 @@ def test_before_and_after(names: tuple[str, ...], after: bool) -> None:
 def study(blocks: int, requests: int, name: str) -> Study:
     """A study of two selectors, with a probe that some requests lack and one that all lack."""
     random = np.random.default_rng(0)
-    values = {metric: random.random((requests, blocks)) for metric in ("rewrite", "rephrase", "locality")}
-    values["rephrase"][0] = np.nan
+    values = {metric: random.random((2, requests, blocks)) for metric in ("rewrite", "rephrase", "locality")}
+    values["rephrase"][:, 0] = np.nan
     values["locality"][:] = np.nan
     grid = Grid(list(range(blocks)), values, 60.0)
     profiles = {selector: found(blocks, 8)[0] for selector in ("lga", f"{name} without fences")}

@@ -31,7 +31,6 @@ from pipeline.editing.update import WeightUpdate
 from pipeline.editing.values import ValueSearch
 from pipeline.evaluation import plan, reading
 from pipeline.evaluation.reading import Reading
-from pipeline.evaluation.side_by_side import SideBySideEvaluator
 from pipeline.model.generation import Saying
 from pipeline.reporting.run_log import RunLog
 
@@ -46,7 +45,7 @@ FACTS = {
 }
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 ENDS = {INT: 130, TERM: 143, KILL: -9}
-STEPS = (SideBySideEvaluator, Reading, Saying, Attribution, ValueSearch, FineTune)
+STEPS = (Reading, Saying, Attribution, ValueSearch, FineTune)
 
 EDIT = "edit --layers 1 --evaluation.generation prompts --evaluation.max_new_tokens 3 --evaluation.text text.txt"
 TRAINED = "--expert.epochs 3 --expert.batch_size 3 --expert.learnt 0 --expert.whiten 0 --expert.contexts 2"
@@ -217,7 +216,7 @@ def whole_of(tiny_folder: Path, asked: str, tmp_path_factory: pytest.TempPathFac
         ("lora", FineTune, "training_step", 4, INT, 0),
         ("evaluate", Reading, "step", 3, KILL, 1),
         ("evaluate", RunLog, "keep_metrics", 1, INT, 0),
-        ("study", SideBySideEvaluator, "step", 3, KILL, 3),
+        ("study", ValueSearch, "step", 3, KILL, 1),
     ],
 )
 def test_resumed_ends_in_the_same(

@@ -32,7 +32,7 @@ from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
 ROOT = Path(__file__).parent.parent
-LOCATING = [name for name, method in METHODS.items() if method.trial == "values"]
+LOCATING = [name for name, method in METHODS.items() if "steps" in method.quick]
 
 
 @pytest.fixture(autouse=True)

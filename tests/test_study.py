@@ -14,6 +14,7 @@ from conftest import make_tiny, refusal
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.attribution.find import choose, find_golden_layer, score_requests
+from pipeline.attribution.profile import GoldenProfile
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.model.activations import target_losses
@@ -23,12 +24,13 @@ from pipeline.options.commands import StudyCommand
 from pipeline.options.editing import EditOptions, StatisticsOptions
 from pipeline.requests.readers import load_requests
 from pipeline.requests.rows import collate
-from pipeline.requests.schema import EditRequest
+from pipeline.requests.schema import EditRequest, Probe
 from pipeline.running.trainer import Runtime
 from pipeline.study import sweep
 from pipeline.study.grid import Grid, carried_over, everywhere, golden_against_optimal, rank_correlation
+from pipeline.study.race import race
 from pipeline.study.study import RESEARCH, check_study, parted
-from pipeline.study.sweep import Sweep
+from pipeline.study.sweep import Sweep, halved
 
 WINNER = 0  # the block of `one_block` that does all the recalling
 
@@ -55,15 +57,17 @@ def test_what_was_tried_is_not_tried_again(
     """Killed in the middle, a sweep goes on to the figures of one in a single go; other blocks add to it."""
     whole = sweep_of(tiny_llm, editing, tmp_path / "whole").run("memit", requests[:4], [0, 2])
     tried: list[tuple[int, int]] = []
-    each_alone, most = sweep.each_alone, 3
+    edit, most = sweep.edit, 3
 
-    def counted(llm: LLM, some: list[EditRequest], layer: int, *rest: Any) -> Any:
+    def counted(
+        llm: LLM, some: list[EditRequest], profile: None, options: EditOptions, *rest: Any, **how: Any
+    ) -> Any:
         if len(tried) == most:
             raise KeyboardInterrupt
-        tried.append((layer, len(some)))
-        return each_alone(llm, some, layer, *rest)
+        tried.extend((layer, len(some)) for layer in options.layers or [])
+        return edit(llm, some, profile, options, *rest, **how)
 
-    monkeypatch.setattr(sweep, "each_alone", counted)
+    monkeypatch.setattr(sweep, "edit", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:4], [0, 2])
     assert tried == [(0, 3), (2, 3), (0, 1)]
@@ -73,9 +77,9 @@ def test_what_was_tried_is_not_tried_again(
     for name, values in whole.values.items():
         np.testing.assert_array_equal(resumed.values[name], values)
     tried.clear()
-    more = sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[3::-1], [0, 1, 2])
-    assert {layer for layer, _ in tried} == {1}, "requests are known in any order"
-    np.testing.assert_array_equal(more.scores[::-1, [0, 2]], whole.scores)
+    more = sweep_of(tiny_llm, editing, tmp_path).run("memit", requests[:4], [0, 1, 2])
+    assert {layer for layer, _ in tried} == {1}
+    np.testing.assert_array_equal(more.scores[:, [0, 2]], whole.scores)
 
 
 def test_other_options_are_other_trials(
@@ -93,11 +97,30 @@ def test_other_options_are_other_trials(
 def grid() -> Grid:
     """Three requests at blocks 0, 2 and 5: the best fixed block is 2, two of the requests have a better own one."""
     rewrite = np.array([[0.9, 0.6, 0.0], [0.0, 0.9, 0.3], [0.0, 0.6, 0.9]])
-    return Grid([0, 2, 5], {"rewrite": rewrite, "locality": rewrite, "portability": 1 - rewrite}, seconds=6.0)
+    return Grid(
+        [0, 2, 5],
+        {"rewrite": alike(rewrite), "locality": alike(rewrite), "portability": alike(1 - rewrite)},
+        seconds=6.0,
+    )
+
+
+def alike(figures: Any) -> Any:
+    """The same by both halves of the probes."""
+    return np.stack([figures, figures])
+
+
+def named(block: int) -> GoldenProfile:
+    """A profile of six blocks that names one, and has the next best ones in order of depth."""
+    scores, others = [0.0] * 6, [other for other in range(6) if other != block]
+    return GoldenProfile(
+        model="m", fingerprint="f", method="lga", scope="mlp", scores=scores, fences=None, excluded=[],
+        ranking=[block, *others], raw_ranking=[block, *others], golden_layers=[block],
+        request_set="", requests=1, seconds=1.0,
+    )  # fmt: skip
 
 
 def test_fixed_blocks_against_own_best_ones(grid: Grid) -> None:
-    rows = {row["choice"]: row for row in golden_against_optimal(grid, golden=5, blocks=6)}
+    rows = {row["choice"]: row for row in golden_against_optimal(grid, named(5), blocks=6)}
     assert rows["each request's own best block"]["score"] == pytest.approx(0.9)
     assert rows["best fixed block"]["block"] == grid.best == 2
     assert rows["best fixed block"]["score"] == pytest.approx(0.7)
@@ -117,16 +140,44 @@ def test_regret_and_rank_correlation(grid: Grid) -> None:
 
 def test_a_probe_that_a_request_lacks_does_not_count() -> None:
     rephrase = np.array([[np.nan, np.nan], [0.0, 0.5]])
-    grid = Grid([0, 1], {"rewrite": np.ones((2, 2)), "rephrase": rephrase}, 1.0)
+    grid = Grid([0, 1], {"rewrite": np.ones((2, 2, 2)), "rephrase": alike(rephrase)}, 1.0)
     np.testing.assert_allclose(grid.scores, [[1, 1], [0.5, 0.75]])
     assert everywhere(grid, 1)["rephrase"] == 0.5
 
 
 def test_blocks_are_carried_from_set_to_set(grid: Grid) -> None:
-    other = Grid(grid.blocks, {"rewrite": np.array([[0.1, 0.2, 0.8]])}, 1.0)
-    rows = carried_over({"a": grid, "b": other}, {"a": 2, "b": 5})
+    other = Grid(grid.blocks, {"rewrite": alike([[0.1, 0.2, 0.8]])}, 1.0)
+    rows = carried_over({"a": grid, "b": other}, {"a": named(2), "b": named(5)})
     regrets = {(row["chosen on"], row["measured on"]): row["regret"] for row in rows}
-    assert regrets == pytest.approx({("a", "a"): 0, ("a", "b"): 0.6, ("b", "a"): 0.3, ("b", "b"): 0})
+    of_all = {("all, with hindsight", "a"): 0.3, ("all, with hindsight", "b"): 0}
+    assert regrets == pytest.approx({("a", "a"): 0, ("a", "b"): 0.6, ("b", "a"): 0.3, ("b", "b"): 0, **of_all})
+
+
+def test_a_block_that_a_method_cannot_edit_gives_way_to_the_next(grid: Grid) -> None:
+    assert grid.taken(named(5)) == 5
+    assert grid.taken(named(1)) == 0
+
+
+def test_a_request_s_own_best_block_is_not_judged_by_what_it_was_chosen_by() -> None:
+    """Of blocks all alike but for luck none is better than another; ties are shared."""
+    random = np.random.default_rng(0)
+    lucky = Grid([0, 1, 2, 3], {"locality": random.integers(2, size=(2, 400, 4)).astype(float)}, 1.0)
+    own, fixed, *_ = golden_against_optimal(lucky, named(1), 4)
+    assert own["score"] == pytest.approx(0.5, abs=0.06) and lucky.scores.max(1).mean() > 0.75
+    assert fixed["score"] == pytest.approx(0.5, abs=0.06)
+    halves = np.array([[[1.0, 1.0, 0.0]], [[0.2, 0.6, 0.9]]])
+    (own, *_) = golden_against_optimal(Grid([0, 1, 2], {"locality": halves}, 1.0), named(1), 3)
+    assert own["score"] == pytest.approx(((0.2 + 0.6) / 2 + 0.0) / 2)
+
+
+def test_a_request_is_measured_by_halves_of_its_probes(requests: list[EditRequest]) -> None:
+    probes = tuple(Probe(prompt=f"{number} is", answer="odd") for number in range(3))
+    first, second = halved(requests[0].model_copy(update={"rephrases": ("a", "b", "c"), "locality": probes}))
+    assert first.rephrases == ("a", "c") and second.rephrases == ("b",)
+    assert first.locality == (probes[0], probes[2]) and second.locality == (probes[1],)
+    first, second = halved(requests[0].model_copy(update={"rephrases": ("a",), "locality": ()}))
+    assert first.rephrases == ("a",) and requests[0].prompt in second.rephrases[0]
+    assert len(first.locality) == len(second.locality) == 1 and first.locality != second.locality
 
 
 def test_proxy_requests_are_about_other_subjects() -> None:
@@ -179,7 +230,7 @@ def test_every_selector_finds_the_block_that_must_win(method: str, one_block: LL
 
 
 def test_research_is_no_method_of_attribution(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    for method in ("lga_cosine", "sweep"):
+    for method in ("lga_cosine", "gradient_norm"):
         with pytest.raises(UserError, match=f"{method}.*gradient_norm_subject"):
             find_golden_layer(tiny_llm, requests, AttributionOptions(method=method))
 
@@ -187,8 +238,21 @@ def test_research_is_no_method_of_attribution(tiny_llm: LLM, requests: list[Edit
 def test_so_does_the_sweep(one_block: LLM, editing: EditOptions, tmp_path: Path) -> None:
     editing.method, editing.expert = "lora", {"rank": 4, "whiten": 0.0, "learning_rate": 0.02}
     grid = sweep_of(one_block, editing, tmp_path, together=8).run("lora", load_requests("demo")[:3], range(4))
-    winner, *others = grid.scores.mean(0)
+    winner, *others = grid.values["rewrite"].mean(0)
     assert grid.best == WINNER and winner > max(others) + 0.2, "of blocks alike the first would be the best"
+
+
+def test_so_does_the_race(one_block: LLM, editing: EditOptions, tmp_path: Path) -> None:
+    """Whatever block the scores named; and a race that was run goes on from what it finds."""
+    editing.method, editing.expert = "lora", {"rank": 4, "whiten": 0.0, "learning_rate": 0.02}
+    scored = named(3).model_copy(update={"scores": [0.0] * 4, "ranking": [3, 2, 1], "excluded": [0]})
+    demo = load_requests("demo")[:4]
+    first = race(one_block, scored, demo, editing, folder=tmp_path)
+    assert first.golden_layers == [WINNER] and first.ranking[0] == WINNER and first.excluded == []
+    assert first.race and first.race.trials == 16 and first.race.method == "lora"
+    assert {one.block: one.requests for one in first.race.blocks} == dict.fromkeys(range(4), 4)
+    again = race(one_block, scored, demo, editing, folder=tmp_path).race
+    assert again and again.blocks == first.race.blocks and again.seconds < first.race.seconds / 2
 
 
 def test_what_cannot_be_tried_is_known_at_once(requests: list[EditRequest]) -> None:
@@ -196,13 +260,12 @@ def test_what_cannot_be_tried_is_known_at_once(requests: list[EditRequest]) -> N
         own = StudyCommand(limit=2, **changed)
         return refusal(lambda: check_study([parted("a", requests, own)], own))
 
-    assert "finetune" in refused(methods=["finetune"])
+    assert "'finetun' does not exist" in refused(methods=["finetun"])
     assert "'fixed' does not exist" in refused(selectors=["fixed"])
-    spread = EditOptions(method="memit", expert={"spread": 2})
-    assert "edit.expert.spread: each block is tried by itself" in refused(methods=["memit"], edit=spread)
     requests[5] = requests[5].model_copy(update={"subject": None})
     assert "capital-5" in refused(selectors=["lga_subject"])
-    assert "1 of 7" in refused(selectors=["sweep"])
+    requests[0] = requests[0].model_copy(update={"subject": None})
+    assert "1 of 2" in refused(methods=["memit"])
 
 
 # the command

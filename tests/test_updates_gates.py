@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHARED, refusal
@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from teams import OPEN, Team, other, write
 
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.editing.editor import edit
 from pipeline.editing.update import WeightUpdate
-from pipeline.evaluation.evaluator import evaluate
 from pipeline.evaluation.metrics import Estimate
 from pipeline.model.llm import LLM
 from pipeline.options.updates import GateOptions, UpdateCommand
 from pipeline.requests.readers import load_requests
 from pipeline.requests.schema import EditRequest
+from pipeline.study.grid import Grid
+from pipeline.study.sweep import Sweep
 from pipeline.updates import Store, making, proving, story, submit, update
 from pipeline.updates.proving import Figures
 
@@ -197,15 +197,21 @@ def test_cases_an_unclear_layer_is_settled_by_trial_edits(
     team: Team, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unclear(team)
-    monkeypatch.setattr(making, "CLEAR", 1.1)
-    worth = {0: 0.2, 1: 0.4, 2: 0.9}
-    monkeypatch.setattr(making, "_worth", lambda llm, layer, *_: worth[layer])
+    monkeypatch.setattr(making, "STEADY", 1.1)
+    scores = dict.fromkeys(range(4), 0.4) | {2: 0.9}
+
+    def edited(self: Any, method: str, some: list[EditRequest], blocks: set[int], *_: Any) -> Grid:
+        assert self.options.stacked and self.options.quick, "as the store edits, but quick"
+        by_block = [scores[block] for block in sorted(blocks)]
+        return Grid(sorted(blocks), {"rewrite": np.tile(by_block, (2, len(some), 1))}, 1.0)
+
+    monkeypatch.setattr(Sweep, "run", edited)
     team.submit(requests)
     (worked,) = team.update()
     assert worked.profile and worked.profile.golden_layers == [2]
     assert GoldenProfile.load(team.store.folder).golden_layers == [2], "for the store's later batches"
     (note,) = worked.notes
-    assert "leave the golden layer unclear" in note and "block 2 it is" in note and "2 0.900" in note
+    assert "left the golden layer open; trial edits: clear: block 2 scores 0.900" in note
     team.submit([other(requests[0], "Quito")])
     (again,) = team.update()
     assert again.notes == [] and again.profile and again.profile.golden_layers == [2]
@@ -216,7 +222,7 @@ def test_cases_a_layer_on_which_most_of_a_later_batch_fails_is_questioned(
 ) -> None:
     """In a line, with what to do; not by the batch that chose it, nor by few requests, nor where most pass."""
     unclear(team)
-    monkeypatch.setattr(making, "CLEAR", 0.0)
+    monkeypatch.setattr(making, "STEADY", 0.0)
     team.submit(requests)
     (first,) = team.update()
     assert first.notes == []
@@ -241,22 +247,10 @@ def test_cases_a_clear_layer_is_taken_as_it_is(
     team: Team, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unclear(team)
-    monkeypatch.setattr(making, "CLEAR", 0.0)
-    monkeypatch.setattr(making, "_worth", lambda *_: pytest.fail("nothing is to be tried"))
+    monkeypatch.setattr(making, "STEADY", 0.0)
+    monkeypatch.setattr(making, "race", lambda *_: pytest.fail("nothing is to be tried"))
     team.submit(requests)
     assert team.update()[0].notes == []
-
-
-def test_cases_a_block_is_worth_what_its_edit_does(team: Team, requests: list[EditRequest]) -> None:
-    options = team.options
-    with edit(team.llm, requests[:3], None, replace(options.edit, layers=[0]), options.trainer).applied(team.llm):
-        whole = evaluate(team.llm, requests[:3], None, options.evaluation, options.trainer).before.metrics
-    worth = making._worth(team.llm, 0, requests[:3], options)
-    by_base = worth * 3 - whole["rewrite"].mean - whole["rephrase"].mean  # locality, held against the base
-    assert 0 <= by_base <= 1
-    options.edit.method = "finetune"
-    options.edit.expert = {"epochs": 40, "learning_rate": 0.1, "learnt": 0.0, "whiten": 0.0, "kl": 0.0}
-    assert making._worth(team.llm, 1, requests[:3], options) > worth + 0.1
 
 
 @given(bad=st.sets(st.integers(0, 15), max_size=5), size=st.integers(1, 16))

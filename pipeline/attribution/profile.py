@@ -24,7 +24,8 @@ from pipeline.shipped import program
 
 PROFILE_FILE, SCORES_FILE = "golden_profile.json", "scores.safetensors"
 RESAMPLES = 1000
-CLEAR, LIKELY = 0.9, 0.5  # shares of resamples that name the golden layer
+STEADY, LIKELY = 0.9, 0.5  # shares of resamples that name the golden layer
+ALIKE = 0.01  # of the score: blocks that lie so near to each other edit alike
 
 
 class Selection(NamedTuple):
@@ -83,6 +84,42 @@ def judge(values_NL: Values, fences: float = 1.0, order: str = "magnitude", seed
     return Stability(resamples=RESAMPLES, low=low.tolist(), high=high.tolist(), chosen=chosen.tolist())
 
 
+class Raced(BaseModel):
+    """How far a block went in a race."""
+
+    model_config = ConfigDict(frozen=True)
+
+    block: int
+    requests: int  # that were edited there
+    score: float  # the mean of rewrite, rephrase and locality over them
+    behind: float  # the winner's score on the same requests, less its own
+    beaten: float  # the share of resamples of them in which the winner is ahead
+
+
+class Race(BaseModel):
+    """What trial edits came to, block by block (`pipeline.study.race`)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    method: str  # of editing
+    trials: int  # a trial is one request at one block
+    seconds: float  # that it took
+    blocks: list[Raced]  # the winner first
+
+    @property
+    def verdict(self) -> str:
+        """How sure it is that the winner is the best of them, in a word or two and then in a phrase."""
+        winner, *others = self.blocks
+        left = [one for one in others if one.beaten < STEADY]
+        won = f"block {winner.block} scores {winner.score:.3f} over {winner.requests} requests by {self.method}"
+        if not left:
+            return f"clear: {won}, ahead of each of {len(others)} others in {STEADY:.0%} of resamples or more"
+        named = ", ".join(f"{one.block} ({one.behind:.3f} behind)" for one in left)
+        if max(one.behind for one in left) <= ALIKE:
+            return f"several alike: {won}; within {ALIKE} of it, so that any will do: {named}"
+        return f"unclear: {won}; not beaten: {named}; more requests would tell"
+
+
 @dataclass(frozen=True)
 class Scores:
     """What the selector `method` found in so many seconds: requests' scores of every block, (N, L), float64."""
@@ -121,7 +158,7 @@ class GoldenProfile(BaseModel):
     scores: list[float]  # one a block: the mean over requests
     fences: tuple[float, float] | None  # the lower and the upper one; None: off
     excluded: list[int]  # blocks outside the fences
-    ranking: list[int]  # the other blocks: the one that comes first in most resamples, then the others by score
+    ranking: list[int]  # the other blocks: as they raced; the one first in most resamples; then by score
     raw_ranking: list[int]  # all blocks by score
     golden_layers: list[int] = Field(min_length=1)  # the first of the ranking: where to edit
     request_set: str  # where the proxy requests come from
@@ -129,6 +166,7 @@ class GoldenProfile(BaseModel):
     seconds: float  # that it took
     chat: bool = False  # whether prompts were put into the tokenizer's chat template
     stability: Stability | None = None  # None: the scores do not depend on requests, or are of an earlier version
+    race: Race | None = None  # of trial edits that chose among what was scored; None: the scores alone chose
 
     @model_validator(mode="after")
     def _of_one_model(self) -> Self:
@@ -145,19 +183,21 @@ class GoldenProfile(BaseModel):
     @property
     def certainty(self) -> str:
         """How sure the choice is, in a word and then in a phrase; empty where that is not known."""
+        if self.race:
+            return self.race.verdict
         if self.stability is None:
             return ""
         golden, chosen = self.golden_layers[0], self.stability.chosen
         share, first = chosen[golden], int(np.argmax(chosen))
         aside = ", which the fences set aside," if first in self.excluded else ""
         more = f"; block {first}{aside} in {chosen[first]:.0%}" if chosen[first] > share else ""
-        word = "clear" if share >= CLEAR else "likely" if share >= LIKELY else "in doubt"
+        word = "steady" if share >= STEADY else "likely" if share >= LIKELY else "in doubt"
         return f"{word}: block {golden}, chosen in {share:.0%} of resamples{more}"
 
     @property
     def other_choice(self) -> tuple[str, int] | None:
         """The order that was not asked for and the block that it puts first; None where that is the same block."""
-        if not self.scope:
+        if not self.scope or self.race:
             return None
         other, size = ("signed", float) if self.order == "magnitude" else ("magnitude", abs)
         first = max(sorted(self.ranking), key=lambda block: size(self.scores[block]))

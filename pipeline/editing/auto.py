@@ -109,4 +109,4 @@ class Auto(LocateThenEdit):
         return found
 
 
-register("auto", Auto, AutoSettings, solves_anew=True, stacked=STACKED)
+register("auto", Auto, AutoSettings, solves_anew=True, stacked=STACKED, tried_as="memit")

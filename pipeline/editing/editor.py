@@ -157,21 +157,27 @@ def choose_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions)
 
     What locate-then-edit writes at a subject's token reaches later tokens through the blocks above: never the last.
     """
-    unfit = {*range(len(llm.blocks))} - {*parts_of(llm).heard} if METHODS[options.method].solves_anew else set()
+    able = fit_layers(llm, options.method)
     if options.layers:
         llm.check_layers(options.layers)
-        if wrong := unfit & {*options.layers}:
+        if wrong := {*options.layers} - {*able}:
             raise UserError(
                 f"layers: {max(wrong)} is a block from which nothing that {options.method} writes at a subject's "
-                f"token reaches the answer; give one of {', '.join(map(str, parts_of(llm).heard))}"
+                f"token reaches the answer; give one of {', '.join(map(str, able))}"
             )
         return sorted(set(options.layers))
     if profile is None:
         raise UserError("edit: where? give a profile, which `find_golden_layer` makes, or layers")
     llm.check_made_for("profile", profile.model, profile.fingerprint)
     llm.check_layers(profile.golden_layers)
-    fit = [layer for layer in dict.fromkeys([*profile.golden_layers, *profile.ranking]) if layer not in unfit]
+    fit = [layer for layer in dict.fromkeys([*profile.golden_layers, *profile.ranking]) if layer in able]
     return sorted(fit[: len(profile.golden_layers)])
+
+
+def fit_layers(llm: LLM, method: str) -> list[int]:
+    """The blocks that a method can edit, lowest first."""
+    heard = parts_of(llm).heard if METHODS[method].solves_anew else llm.editable
+    return sorted({*llm.editable} & {*heard})
 
 
 def ready_layers(llm: LLM, profile: GoldenProfile | None, options: EditOptions) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, repeat
+from itertools import repeat
 from typing import Annotated, Any
 
 import torch
@@ -43,6 +43,8 @@ STACKED = {  # settings where one layer is to hold batch after batch: small valu
     **{"forms": 0, "associations": 2, "key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
     **{"step": 0.13, "bound": 1.3, "strength": 20.0},
 }
+
+QUICK = {"forms": 0, "associations": 0, "steps": 12}  # settings where edits are only compared
 
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
@@ -205,7 +207,7 @@ class LocateThenEdit:
         columns = Columns(*(tensor.to(down.weight.device) for tensor in columns))  # where a stage put it meanwhile
         solved_OI = torch.zeros_like(columns.solved_OI)
         if columns.owner_n.numel():
-            (kept_II,) = self.kept(layer, [held], self.moments[name].to(down.weight.device), runtime)
+            kept_II = self.kept(layer, held, self.moments[name].to(down.weight.device), runtime)
             solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
         add(down.weight, as_stored(down, solved_OI))
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
@@ -236,23 +238,18 @@ class LocateThenEdit:
         keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])
         return keys_GCI if self.by_all_keys else keys_GCI.mean(1, keepdim=True)
 
-    def kept(
-        self, layer: int, groups: Sequence[Sequence[EditRequest]], text_II: Tensor, runtime: Runtime
-    ) -> Iterator[Tensor]:
-        """By group, the second moment of the keys whose output is to stay: of text and of requests' neighbours.
+    def kept(self, layer: int, requests: Sequence[EditRequest], text_II: Tensor, runtime: Runtime) -> Tensor:
+        """The second moment of the keys whose output is to stay: of text and of the requests' neighbours.
 
         Those are other names in the requests' prompts, and all tokens after them.
         """
         if not self.near:
-            yield from repeat(text_II, len(groups))
-            return
-        texts = [neighbours(group, self.near, MOST_NEIGHBOURS, runtime.seed) for group in groups]
-        keys = iter(self._read(layer, [placed for some in texts for placed in some], True, runtime))
-        for some in texts:
-            key_NI = torch.cat(list(islice(keys, len(some)))).to(text_II.device)
-            near_II = second_moment(key_NI, text_II.shape)
-            near_II *= self.settings.neighbour_weight / solvers.trace(near_II)
-            yield text_II / solvers.trace(text_II) + near_II
+            return text_II
+        placed = neighbours(requests, self.near, MOST_NEIGHBOURS, runtime.seed)
+        key_NI = torch.cat(self._read(layer, placed, True, runtime)).to(text_II.device)
+        near_II = second_moment(key_NI, text_II.shape)
+        near_II *= self.settings.neighbour_weight / solvers.trace(near_II)
+        return text_II / solvers.trace(text_II) + near_II
 
     def _read(
         self, layer: int, placed: Sequence[tuple[str, int]], to_the_end: bool, runtime: Runtime
@@ -280,7 +277,7 @@ def memit_solver(own: LocateSettings) -> Solver:
 
 def _register(name: str, solver: Callable[[LocateSettings], Solver], **own: Any) -> None:
     make = partial(LocateThenEdit, solver=solver, **own)
-    about = {"needs_subject": True, "trial": "values", "solves_anew": True, "stacked": STACKED}
+    about = {"needs_subject": True, "solves_anew": True, "stacked": STACKED, "quick": QUICK}
     register(name, make, LocateSettings, **about)
 
 

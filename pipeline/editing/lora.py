@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.finetune import FineTune, FinetuneSettings
+from pipeline.editing.finetune import QUICK, FineTune, FinetuneSettings
 from pipeline.editing.lessons import Lessons
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.update import ADAPTER_PREFIX
@@ -48,7 +48,7 @@ class LoRA(FineTune):
     """Trains an adapter beside the MLP's projections (or the down-projection) of the golden layers.
 
     What an earlier update has learnt is in the weights. Its `state` is, after `run`, the adapter's tensors under
-    PEFT's names, with a prefix; `adapter` are LoraConfig's arguments, `scaling` is of the product of its factors.
+    PEFT's names, with a prefix; `adapter` are LoraConfig's arguments.
     UserError for a rank that the projections cannot have.
     """
 
@@ -62,7 +62,6 @@ class LoRA(FineTune):
         most = min(map(min, sides))
         if not 1 <= rank <= most:
             raise UserError(f"lora.rank: {rank}; expected 1 to {most} for the layer of {llm.name}")
-        self.scaling = settings.alpha / rank
         self.adapter = {
             "task_type": "CAUSAL_LM",
             "r": rank,
@@ -123,4 +122,4 @@ class LoRA(FineTune):
         return torch.zeros_like(self.start[name])
 
 
-register("lora", LoRA, LoraSettings, trial="adapters")
+register("lora", LoRA, LoraSettings, quick=QUICK)

@@ -42,9 +42,8 @@ class Method:
     make: Callable[..., EditMethod]
     settings: type = Options  # a dataclass
     needs_subject: bool = False  # whether each request must name a subject that its prompt holds
-    # how a study edits requests side by side, each alone: by the `values` that locate-then-edit finds, or by
-    # `adapters`; None: not at all
-    trial: str | None = None
+    tried_as: str | None = None  # the method by which blocks are compared for it; None: itself
+    quick: Mapping[str, Any] = field(default_factory=dict)  # settings for edits that are only compared
     solves_anew: bool = False  # whether requests can be left out of an update (`pipeline.editing.editor.leave_out`)
     stacked: Mapping[str, Any] = field(default_factory=dict)  # settings for updates that are stacked on each other
 
@@ -76,7 +75,8 @@ def settings_of(options: EditOptions) -> Any:
     method = METHODS[options.method]
     try:
         given = read_expert(options.expert, method.settings, options.method)
-        return method.settings(**{**(method.stacked if options.stacked else {}), **given})
+        quick, stacked = (method.quick if options.quick else {}), (method.stacked if options.stacked else {})
+        return method.settings(**{**stacked, **quick, **given})
     except UserError as error:
         line = str(error)
         raise UserError(f"edit.{line if line.startswith('expert') else f'expert.{line}'}") from None

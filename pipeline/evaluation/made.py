@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 from zlib import crc32
 
@@ -77,21 +77,26 @@ def _of_request(request: EditRequest, edited: set[str], chat: bool) -> dict[str,
     """Prompts by kind, the same for the same request; `edited` are all requests' subjects in lower case."""
     axes, found = {probe.axis for probe in request.locality}, dict[str, list[str]]()
     if not request.rephrases:
-        found["made_rephrase"] = _asked(request, in_chat=False)
+        found["made_rephrase"] = asked_otherwise(request)
     if chat:
-        found["made_chat"] = _asked(request, in_chat=True)
+        found["made_chat"] = asked_otherwise(request, in_chat=True)
     if request.subject and not axes & {*OF_SUBJECT}:
         taken = {*CONTENT.findall(request.prompt.casefold())}
         others = [text for text in _from(SUBJECTS, request) if not taken & {*CONTENT.findall(text)}]
         found["made_subject"] = [text.format(subject=request.subject) for text in others]
-    if request.subject_span and not axes - {*OF_SUBJECT}:
-        (start, end), prompt = request.subject_span, request.prompt
-        names = [name for name in _from(NAMES, request) if name.casefold() not in edited]
-        found["made_neighbour"] = [prompt[:start] + name + prompt[end:] for name in names]
+    if not axes - {*OF_SUBJECT}:
+        found["made_neighbour"] = with_other_names(request, edited)
     return found
 
 
-def _asked(request: EditRequest, in_chat: bool) -> list[str]:
+def with_other_names(request: EditRequest, edited: Collection[str] = ()) -> list[str]:
+    """The prompt about others, none of whom is `edited`; none where it does not hold its subject."""
+    start, end = request.subject_span or (0, 0)
+    names = [name for name in _from(NAMES, request) if name.casefold() not in edited] if end else []
+    return [request.prompt[:start] + name + request.prompt[end:] for name in names]
+
+
+def asked_otherwise(request: EditRequest, in_chat: bool = False) -> list[str]:
     """The prompt in other words; a question is not finished, but asked in two ways."""
     prompt = request.prompt
     if asks(prompt):

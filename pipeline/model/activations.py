@@ -104,15 +104,10 @@ class Activations:
 
         return self.model.get_submodule(name).register_forward_hook(hook)
 
-    def enter(self, input_ids_BT: Tensor, layer: int, start: int = 0, enter_BTD: Tensor | None = None) -> Tensor:
-        """What enters block `layer`, (B, T, D), running blocks from `start` on, which `enter_BTD` enters."""
+    def enter(self, input_ids_BT: Tensor, layer: int) -> Tensor:
+        """What enters block `layer`, (B, T, D)."""
         name = self.llm.blocks[layer].name
-        with (
-            torch.no_grad(),
-            self.from_block(start, enter_BTD),
-            self.up_to_block(layer),
-            self.entering(name) as seen,
-        ):
+        with torch.no_grad(), self.up_to_block(layer), self.entering(name) as seen:
             self.run(input_ids_BT)
         return seen[name]
 

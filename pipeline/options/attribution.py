@@ -12,9 +12,10 @@ class AttributionOptions(Options):
     """How the golden layer is found."""
 
     method: str = "lga"
-    """lga, gradient_norm_subject, causal_tracing, middle or fixed. lga: layer gradient analysis;
-    gradient_norm_subject: size of the new answer's gradient at the subject's last token; causal_tracing: ROME's;
-    middle: the middle block; fixed: the one that --layer names."""
+    """lga, race, gradient_norm_subject, causal_tracing, middle or fixed. lga: layer gradient analysis; race: blocks
+    that lga names, and some from all over the model, are tried by edits of a few requests, and the better ones by
+    more; gradient_norm_subject: size of the new answer's gradient at the subject's last token; causal_tracing:
+    ROME's; middle: the middle block; fixed: the one that --layer names."""
     layer: Annotated[int | None, at_least(0)] = None
     """fixed: the block, counted from 0."""
     scope: Annotated[str, one_of("mlp", "down", "attention", "block", "experts", "shared")] = "mlp"

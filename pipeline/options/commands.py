@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_choice
 from pipeline.options.attribution import AttributionOptions
 from pipeline.options.base import Count, FromZero, Most, Names, above, at_least, at_most, between, group, one_of
-from pipeline.options.editing import EditOptions
+from pipeline.options.editing import NAMES, EditOptions
 from pipeline.options.shared import (
     HARNESS,
     NF4,
@@ -47,6 +47,14 @@ class AttributeCommand(
     """Find the golden layer of a model from a set of edit requests, and keep it as a profile."""
 
     trainer: TrainerOptions = group(TrainerOptions)
+    trial: str | None = None
+    """With --method race: how will be edited there: auto, memit, finetune, lora or another --method of `edit`.
+    Default: as `edit` does it."""
+
+    def check(self) -> None:
+        check_choice("trial", self.trial or EditOptions.method, NAMES)
+        if self.trial and self.method != "race":
+            raise UserError(f"trial: {self.trial}: blocks are tried by --method race alone, not by {self.method}")
 
 
 @dataclass(kw_only=True)
@@ -196,21 +204,21 @@ class ChatCommand(UpdatedModelOptions, OneDeviceOptions, SeedOptions):
 
 @dataclass(kw_only=True)
 class StudyCommand(AskedModelOptions, RequestOptions, ResumeOptions, ComputeOptions, SeedOptions):
-    """Edit requests alone at every block, and compare the golden layer, every request's own best, and selectors."""
+    """Edit requests at every block, and compare the golden layer, every request's own best, and selectors."""
 
     trainer: TrainerOptions = group(TrainerOptions, without=("num_nodes",))
     requests: Names = field(default_factory=lambda: ["demo"])  # type: ignore[assignment]
     """Request sets: files of edit requests, hf:NAME[:SPLIT], or `demo`."""
     limit: Annotated[int, at_least(2)] = 32
-    """Requests of each set that are edited alone at every block."""
+    """Requests of each set that are edited at every block, in batches of 8."""
     proxy: Count = 128
     """Further requests of each set, about other subjects, that selectors choose by. Fewer where there are fewer."""
     methods: Names = field(default_factory=lambda: ["memit"])
-    """Ways to edit: memit, emmet, rome, alphaedit or lora."""
+    """Ways to edit, as --method of `edit` names them."""
     selectors: Names = field(default_factory=lambda: ["lga", "gradient_norm", "causal_tracing", "middle"])
     """Ways to choose a block, first the golden layer's. Those that --method of `attribute` takes,
     but fixed; under research: lga_past_first, lga_subject, lga_cosine, lga_cosine_past_first, lga_cosine_last,
-    gradient_norm; sweep: each proxy request edited alone at every block by the first of --methods."""
+    gradient_norm."""
     every: Count = 1
     """Try every n-th block only, and those that selectors chose."""
     attribution: AttributionOptions = group(AttributionOptions, without=("method", "layer", "top_k"))

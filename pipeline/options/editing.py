@@ -37,6 +37,8 @@ class EditOptions(Options):
     """Settings of the method, by name, such as {"epochs": 4}; docs/edit.md lists them."""
     stacked: Annotated[bool, NO_FLAG] = False
     """Take the method's settings for edits that will be stacked, as a store's are, where `expert` names none."""
+    quick: Annotated[bool, NO_FLAG] = False
+    """Take the method's settings for edits that are only compared with each other, where `expert` names none."""
 
     def check(self) -> None:
         check_choice("method", self.method, NAMES)

@@ -136,11 +136,12 @@ def score_figure(profile: GoldenProfile) -> Figure:
 
 
 def _choice(profile: GoldenProfile) -> str:
+    told = profile.certainty.partition(": ")[2]
     parts = [
         "Most often the largest mean score" if profile.stability else "Largest mean score",
         " by magnitude" if profile.order == "magnitude" else "",
         " inside the fences" if profile.fences else "",
-        f"; {profile.certainty.partition(': ')[2]}" if profile.certainty else "",
+        "; then a race" if profile.race else f"; {told}" if told else "",
         f". {selector_name(profile.method)}",
         f", {profile.scope} weights" if profile.scope else "",
     ]
@@ -151,13 +152,33 @@ def stability_figure(profile: GoldenProfile) -> Figure:
     """How often each block is chosen when the requests are resampled."""
     stability, golden = profile.stability, profile.golden_layers[0]
     assert stability
-    word, _, told = profile.certainty.partition(": ")
+    word, _, told = ("raced", "", "trial edits chose") if profile.race else profile.certainty.partition(": ")
     title = f"How sure is block {golden}? {stability.chosen[golden]:.0%}: {word}"
     caption = f"The {profile.requests} requests were resampled {stability.resamples} times: {told}."
     with look(2.2, title, caption) as (figure, axes):
         bar_per_block(axes, stability.chosen, profile.model, [golden], profile.excluded)
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("share of resamples")
+        figure.legend(loc="outside lower left", ncols=3)
+    return figure
+
+
+def race_figure(profile: GoldenProfile) -> Figure:
+    """What blocks scored in the trial edits, the darker the more requests were edited there."""
+    race = profile.race
+    assert race
+    word, _, told = race.verdict.partition(": ")
+    most = max(one.requests for one in race.blocks)
+    caption = f"Each point: the mean of rewrite, rephrase and locality over so many requests. {told.capitalize()}."
+    with look(2.2, f"Which block edits best? {race.blocks[0].block}: {word}", caption) as (figure, axes):
+        for number in sorted({one.requests for one in race.blocks}):
+            those = [one for one in race.blocks if one.requests == number]
+            places, scores = [one.block for one in those], [one.score for one in those]
+            axes.scatter(places, scores, color=BLUE, alpha=0.3 + 0.7 * number / most, label=f"{number} requests")
+        axes.axvline(race.blocks[0].block, color=GOLD, linewidth=6, alpha=0.6, label="golden", zorder=0)
+        axes.set_xlim(-0.7, len(profile.scores) - 0.3)
+        axes.set_ylabel("score")
+        along_blocks(axes, profile.model)
         figure.legend(loc="outside lower left", ncols=3)
     return figure
 
@@ -196,8 +217,8 @@ def sweep_figure(study: Study, name: str, method: str) -> Figure:
     """What single edits come to, block by block: the mean of every figure, and of the score made of them."""
     grid, golden = study.grids[name][method], study.golden[name]
     caption = (
-        f"Means of {len(grid.scores)} requests, each edited alone at each block. Score: mean of the others. The "
-        "golden layer was chosen from other requests without a trial."
+        f"Means of {len(grid.scores)} requests, edited at each block in batches of 8. Score: mean of the others. "
+        "The golden layer was chosen from other requests without a trial."
     )
     with look(3.4, f"Which block edits best? {short(name)}, {method}", caption) as (figure, axes):
         for metric in JUDGED_BY:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.attribution.profile import GoldenProfile
+from pipeline.attribution.profile import GoldenProfile, Race
 from pipeline.editing.update import WeightUpdate
 from pipeline.errors import terminal_text
 from pipeline.evaluation.evaluator import Evaluation
@@ -120,13 +120,22 @@ def _why(profile: GoldenProfile, folder: Path) -> list[str]:
     fenced = f"Set aside by Tukey's fences: {aside}. Best of the rest" if profile.fences else "Best"
     sure = f" How sure that is: {profile.certainty}." if profile.certainty else ""
     method, request_set = markdown_text(profile.method), markdown_text(profile.request_set)
-    kinds = [kind for kind in ("scores", "stability") if (folder / f"{kind}.png").is_file()]
+    kinds = [kind for kind in ("scores", "stability", "race") if (folder / f"{kind}.png").is_file()]
     return [
         "## Why this layer\n",
         f"{method} scored all {len(profile.scores)} blocks on {profile.requests} proxy "
         f"requests ({request_set}) in {profile.seconds:.0f} s. {fenced}, in order: {ranking}.{sure}\n",
+        *_raced(profile.race),
         *(f"![{kind}]({kind}.png)\n" for kind in kinds),
     ]
+
+
+def _raced(race: Race | None) -> list[str]:
+    """What trial edits came to, block by block."""
+    if not race:
+        return []
+    told = f"Then blocks raced, by {race.trials} trial edits ({race.method}) in {race.seconds:.0f} s:\n"
+    return [told, _table([one.model_dump() for one in race.blocks])]
 
 
 def _outcome(evaluation: Evaluation) -> str:
@@ -144,8 +153,10 @@ def study_report(study: Study) -> str:
     )
     parts = [
         f"# Which block of {markdown_text(study.model)}?\n",
-        f"Request sets: {sets}. Every tried request was edited alone at each tried block. Score: the mean of "
-        "rewrite, rephrase and locality, teacher-forced; in brackets its 95% bootstrap interval over requests. "
+        f"Request sets: {sets}. Every tried request was edited at each tried block, in batches of 8. Score: the "
+        "mean of rewrite, rephrase and locality, teacher-forced; in brackets its 95% bootstrap interval over "
+        "requests. "
+        "A request's own best block is chosen by one half of its probes and judged by the other. "
         "Regret: what a block's score falls short of the best fixed block's, chosen with hindsight on the same "
         "requests.\n",
     ]

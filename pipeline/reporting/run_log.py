@@ -21,7 +21,7 @@ from pipeline.evaluation.evaluator import Evaluation
 from pipeline.files import write_json, write_text, write_whole
 from pipeline.output import OutputFolder, is_fresh, output_folder, started
 from pipeline.reporting.dashboards import hparams_row, loggers_of, request_set, show_results
-from pipeline.reporting.figures import STUDY_FIGURES, metrics_figure, score_figure, stability_figure
+from pipeline.reporting.figures import STUDY_FIGURES, metrics_figure, race_figure, score_figure, stability_figure
 from pipeline.reporting.report import answers_table, metrics_table, study_report, write_report
 from pipeline.reporting.tables import metrics_of, values_csv
 from pipeline.reporting.terminal import say, show_metrics, show_profile, show_study
@@ -81,7 +81,7 @@ class RunLog:
         if scores:
             scores.save(self.folder)
         profile.save(self.folder)  # last: a resumed command that finds it finds the scores, too
-        self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png"}
+        self.output.finished |= {PROFILE_FILE, SCORES_FILE, "scores.png", "stability.png", "race.png"}
         if not shown:
             self._profile_figures(profile)
             self.board.experiment.flush()
@@ -165,6 +165,8 @@ class RunLog:
         self._figure("attribution/1_scores", "scores.png", score_figure(profile))
         if profile.stability:
             self._figure("attribution/2_stability", "stability.png", stability_figure(profile))
+        if profile.race:
+            self._figure("attribution/3_race", "race.png", race_figure(profile))
 
     def _text(self, tag: str, text: str) -> None:
         """Markdown without its pictures, which TensorBoard shows elsewhere."""

@@ -1,13 +1,13 @@
 """What trial edits came to, and the study's questions answered from that and from what selectors chose.
 
-A block's score is the mean of rewrite, rephrase and locality over requests that were edited there alone. The best
-fixed block is the one with the best score on the same requests, chosen with hindsight; regret is what another falls
-short of it.
+A block's score is the mean of rewrite, rephrase and locality over requests that were edited there. The best fixed
+block is the one with the best score on the same requests, chosen with hindsight; regret is what another falls short
+of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,23 +20,42 @@ from torchmetrics.functional import spearman_corrcoef
 from pipeline.attribution.profile import GoldenProfile
 from pipeline.evaluation.metrics import bootstrap_mean
 
-Figures = NDArray[np.float64]  # (R, L): R requests, L blocks; or (R,), (L,)
+Figures = NDArray[np.float64]  # (2, R, L): halves of the probes, R requests, L blocks; or (R, L), (R,), (L,)
 Row = dict[str, float | int | str | None]
 JUDGED_BY = ("rewrite", "rephrase", "locality")  # whose mean is an edit's score
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Figures of R requests, each edited alone at each of L blocks."""
+    """Figures of R requests, edited at each of L blocks in small batches."""
 
     blocks: list[int]  # ascending
-    values: Mapping[str, Figures]  # by metric, (R, L); NaN where a request has no such probe
+    halves: Mapping[str, Figures]  # by metric, for each half of the probes, (2, R, L); NaN where there is none
     seconds: float  # what all of it took
 
     @cached_property
+    def values(self) -> dict[str, Figures]:
+        """By metric, (R, L)."""
+        return {name: mean_of(figures) for name, figures in self.halves.items()}
+
+    @cached_property
+    def half_scores(self) -> Figures:
+        """Mean of rewrite, rephrase and locality, of those that a request has, (2, R, L)."""
+        return mean_of(np.stack([self.halves[name] for name in JUDGED_BY if name in self.halves]))
+
+    @cached_property
     def scores(self) -> Figures:
-        """Mean of rewrite, rephrase and locality, of those that a request has, (R, L)."""
-        return mean_of(np.stack([self.values[name] for name in JUDGED_BY if name in self.values]))
+        """The same, of all of its probes, (R, L)."""
+        return np.asarray(self.half_scores.mean(0))
+
+    @cached_property
+    def own_best(self) -> Figures:
+        """How much of each request's own best block a block is, (2, R, L), to be judged by that half of the probes.
+
+        It was chosen by the other half: chosen and judged by the same, it would be partly luck. Ties are shared.
+        """
+        is_best = self.half_scores == self.half_scores.max(2, keepdims=True)
+        return np.asarray(is_best / is_best.sum(2, keepdims=True))[::-1]
 
     @cached_property
     def means(self) -> Figures:
@@ -51,6 +70,10 @@ class Grid:
     def mean(self, block: int) -> float:
         """A block's mean score."""
         return float(self.means[self.blocks.index(block)])
+
+    def taken(self, profile: GoldenProfile) -> int:
+        """The golden layer, or the next best one where that cannot be edited by the method."""
+        return next(block for block in [*profile.golden_layers, *profile.ranking] if block in self.blocks)
 
     def regret(self, block: int) -> float:
         """What a block falls short of the best fixed one."""
@@ -76,40 +99,38 @@ def mean_of(values: Figures) -> Figures:
     return np.asarray(np.ma.filled(np.ma.masked_invalid(values).mean(0), np.nan))
 
 
-def outcome(grid: Grid, picked: Callable[[Figures], Figures]) -> Row:
+def outcome(grid: Grid, weights: Figures) -> Row:
     """What requests come to at blocks of somebody's choice, as columns of a table.
 
-    `picked` goes from figures (R, L) to those at the requests' blocks, (R,). The columns are the mean of every
-    metric, and of the score with its 95% bootstrap interval over requests.
+    `weights`, (2, R, L) or what broadcasts to it, say how much each block counts; they add up to 1 over blocks. The
+    columns are the mean of every metric, and of the score with its 95% bootstrap interval over requests.
     """
-    means = {name: float(mean_of(picked(values))) for name, values in grid.values.items() if "/" not in name}
-    scores = picked(grid.scores).tolist()
+
+    def picked(figures: Figures) -> Figures:
+        return mean_of(np.ma.filled((np.ma.masked_invalid(figures) * weights).sum(2), np.nan))
+
+    means = {name: float(mean_of(picked(halves))) for name, halves in grid.halves.items() if "/" not in name}
+    scores = picked(grid.half_scores).tolist()
     score = bootstrap_mean(scores, [1.0] * len(scores), range(len(scores))).estimate()
     return {**means, "score": score.mean, "low": score.low, "high": score.high}
 
 
 def everywhere(grid: Grid, block: int) -> Row:
     """What all requests come to at one block."""
-    place = grid.blocks.index(block)
-    return outcome(grid, lambda values: values[:, place])
+    return outcome(grid, np.equal(grid.blocks, block).astype(float))
 
 
-def golden_against_optimal(grid: Grid, golden: int, blocks: int) -> list[Row]:
-    """How near a fixed block comes to each request's own best one; `golden` is the block that a selector chose."""
-    each, own = np.arange(len(grid.scores)), grid.scores.argmax(1)
+def golden_against_optimal(grid: Grid, profile: GoldenProfile, blocks: int) -> list[Row]:
+    """How near a fixed block comes to each request's own best one; the profile's is the golden layer."""
     middle = min(grid.blocks, key=lambda block: abs(block - blocks // 2))
-    fixed = {"best fixed block": grid.best, "golden layer": golden, "middle block": middle}
+    fixed = {"best fixed block": grid.best, "golden layer": grid.taken(profile), "middle block": middle}
+    own = outcome(grid, grid.own_best)
     rows: list[Row] = [
-        {
-            "choice": "each request's own best block",
-            "block": None,
-            **outcome(grid, lambda values: values[each, own]),
-        },
+        {"choice": "each request's own best block", "block": None, **own},
         *({"choice": name, "block": block, **everywhere(grid, block)} for name, block in fixed.items()),
-        {"choice": "a block at random", "block": None, **outcome(grid, lambda values: mean_of(values.T))},
+        {"choice": "a block at random", "block": None, **outcome(grid, np.ones(1) / len(grid.blocks))},
     ]
-    most = float(grid.scores.max(1).mean())
-    return [row | {"of the optimum": float(row["score"] or 0) / most} for row in rows]
+    return [row | {"of the optimum": float(row["score"] or 0) / float(own["score"] or 1)} for row in rows]
 
 
 def rank_correlation(scores: Sequence[float] | Figures, grid: Grid) -> float | None:
@@ -126,7 +147,7 @@ def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks
     a_request = grid.seconds / len(grid.scores) * blocks / len(grid.blocks)
     rows: list[Row] = []
     for name, profile in profiles.items():
-        block, sign = profile.golden_layers[0], np.abs if profile.order == "magnitude" else np.asarray
+        block, sign = grid.taken(profile), np.abs if profile.order == "magnitude" else np.asarray
         faster = a_request * profile.requests / profile.seconds if profile.stability and profile.seconds else None
         rows.append(
             {
@@ -142,11 +163,22 @@ def selectors_compared(grid: Grid, profiles: Mapping[str, GoldenProfile], blocks
     return rows
 
 
-def carried_over(grids: Mapping[str, Grid], golden: Mapping[str, int]) -> list[Row]:
-    """The golden block of each set's proxy requests, measured on every set's test requests."""
+def carried_over(grids: Mapping[str, Grid], profiles: Mapping[str, GoldenProfile]) -> list[Row]:
+    """The golden block of each set's proxy requests, measured on every set's test requests.
+
+    Of several sets, also the block of the least regret where that is largest, with hindsight: what it costs to have
+    one block for all.
+    """
+    first, *others = grids.values()
+    shared = [block for block in first.blocks if all(block in grid.blocks for grid in others)]
+    chosen = {source: first.taken(profile) for source, profile in profiles.items()}
+    if others and shared:
+        chosen["all, with hindsight"] = min(
+            shared, key=lambda one: max(grid.regret(one) for grid in grids.values())
+        )
     return [
         {"chosen on": source, "measured on": target, "block": block, **everywhere(grid, block)}
         | {"regret": grid.regret(block)}
-        for source, block in golden.items()
+        for source, block in chosen.items()
         for target, grid in grids.items()
     ]

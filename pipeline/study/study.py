@@ -1,4 +1,4 @@
-"""`run.py study`: on which block do single edits do best, and who finds it?"""
+"""`run.py study`: on which block do edits do best, and who finds it?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pipeline.attribution.find import SELECTORS, check_selector, choose, score_r
 from pipeline.attribution.inner_products import ESTIMATORS, cosine
 from pipeline.attribution.lga import of_gradients
 from pipeline.attribution.profile import GoldenProfile
-from pipeline.attribution.selector import Selector, Values
+from pipeline.attribution.selector import Selector
+from pipeline.editing.editor import accept, choose_layers, fit_layers
 from pipeline.errors import UserError, check_choice
 from pipeline.files import digest, write_text
 from pipeline.model.llm import LLM
@@ -24,9 +25,9 @@ from pipeline.requests.sets import about
 from pipeline.running.processes import from_first
 from pipeline.running.trainer import Runtime
 from pipeline.study.grid import Grid, Row, carried_over, golden_against_optimal, selectors_compared
-from pipeline.study.sweep import RESULTS, Sweep, check_trial
+from pipeline.study.race import RACE, race, seeding
+from pipeline.study.sweep import RESULTS, Sweep
 
-SWEEP = "sweep"  # as a selector: requests edited alone at every block by the first of the study's methods
 RESEARCH: dict[str, Selector] = SELECTORS | {  # a cosine has a bound, and needs no fences
     name: of_gradients(estimator, fenced=estimator.combine is not cosine) for name, estimator in ESTIMATORS.items()
 }
@@ -55,7 +56,12 @@ class Study:
     @property
     def golden(self) -> dict[str, int]:
         """The golden layer by set."""
-        return {name: next(iter(found.values())).golden_layers[0] for name, found in self.profiles.items()}
+        return {name: found.golden_layers[0] for name, found in self.first.items()}
+
+    @property
+    def first(self) -> dict[str, GoldenProfile]:
+        """What the first selector found, by set."""
+        return {name: next(iter(found.values())) for name, found in self.profiles.items()}
 
     def each(self, answer: Callable[[str, Grid], Any]) -> dict[str, dict[str, Any]]:
         """An answer for every set and method."""
@@ -67,14 +73,14 @@ class Study:
     @cached_property
     def against_optimal(self) -> Tables:
         """Question one, by set and method: how near a fixed block comes to each request's own best one."""
-        return self.each(lambda name, grid: golden_against_optimal(grid, self.golden[name], self.blocks))
+        return self.each(lambda name, grid: golden_against_optimal(grid, self.first[name], self.blocks))
 
     @cached_property
     def carried(self) -> dict[str, list[Row]]:
         """Question two, by method: from proxy to test requests, within a set and from set to set."""
         methods = next(iter(self.grids.values()))
         return {
-            method: carried_over({name: grids[method] for name, grids in self.grids.items()}, self.golden)
+            method: carried_over({name: grids[method] for name, grids in self.grids.items()}, self.first)
             for method in methods
         }
 
@@ -102,27 +108,15 @@ def check_study(sets: Sequence[RequestSet], options: StudyCommand) -> None:
     names = [one.name for one in sets]
     if len(set(names)) < len(names):
         raise UserError(f"requests: {', '.join(names)}: expected files of different names, which tables tell apart")
-    ways = selectors_of(options)
+    ways = [name for name in (*RESEARCH, RACE) if name != "fixed"]
     for selector in options.selectors:
         check_choice("selectors", selector, ways)
     for one in sets:
         for method in options.methods:
-            check_trial(method, options.edit, one.tried)
-        if SWEEP in options.selectors:
-            check_trial(options.methods[0], options.edit, [*one.tried, *one.proxy])
+            accept(one.tried, options.edit.by(method))
         for selector in options.selectors:
-            check_selector([*one.tried, *one.proxy], replace(options.attribution, method=selector), ways)
-
-
-def selectors_of(options: StudyCommand, sweep: Sweep | None = None) -> dict[str, Selector]:
-    """Ways to choose a block: those under research, and trial edits by the first of the methods."""
-    method = options.methods[0]
-
-    def score(llm: LLM, requests: Sequence[EditRequest], *_: Any) -> Values:
-        assert sweep
-        return sweep.run(method, requests, llm.editable).scores
-
-    return {name: one for name, one in RESEARCH.items() if name != "fixed"} | {SWEEP: Selector(score)}
+            own = seeding(replace(options.attribution, method=selector))
+            check_selector([*one.tried, *one.proxy], own, RESEARCH)
 
 
 def parted(name: str, requests: Sequence[EditRequest], options: StudyCommand) -> RequestSet:
@@ -146,13 +140,15 @@ def run_study(
     Results are put into `folder` as they come, and what is there is not done again; `work` takes half-done work.
     """
     sweep = Sweep(llm, options.edit, Runtime(options.trainer, seed=options.seed), folder / RESULTS)
-    ways = selectors_of(options, sweep)
-    profiles = {one.name: _profiles(llm, one, options, ways, folder / "profiles", work) for one in sets}
-    chosen = {profile.golden_layers[0] for found in profiles.values() for profile in found.values()}
-    blocks = sorted({*llm.editable[:: options.every], *chosen})
+    profiles = {one.name: _profiles(llm, one, options, folder / "profiles", work) for one in sets}
+    blocks = {method: {*fit_layers(llm, method)[:: options.every]} for method in options.methods}
+    for profile in (one for found in profiles.values() for one in found.values()):
+        for method, own in blocks.items():
+            own |= {*choose_layers(llm, profile, options.edit.by(method))}
     grids = {
         one.name: {
-            method: sweep.run(method, one.tried, blocks, f"{method}, {one.name}"[:22]) for method in options.methods
+            method: sweep.run(method, one.tried, blocks[method], f"{method}, {one.name}"[:22])
+            for method in options.methods
         }
         for one in sets
     }
@@ -160,18 +156,20 @@ def run_study(
 
 
 def _profiles(
-    llm: LLM, one: RequestSet, options: StudyCommand, ways: Mapping[str, Selector], folder: Path, work: Path | None
+    llm: LLM, one: RequestSet, options: StudyCommand, folder: Path, work: Path | None
 ) -> dict[str, GoldenProfile]:
     found: dict[str, GoldenProfile] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for name in options.selectors:
-        own = replace(options.attribution, method=name)
-        trial = options.methods[0] if name == SWEEP else ""
-        file = folder / f"{digest(llm.fingerprint, llm.chat, one.proxy, trial, asdict(own))}.json"
+        own = seeding(replace(options.attribution, method=name))
+        how = options.edit.by(options.methods[0]) if name == RACE else None
+        file = folder / f"{digest(llm.fingerprint, llm.chat, one.proxy, asdict(own), how and asdict(how))}.json"
         kept = from_first(GoldenProfile.load(file) if file.is_file() else None)
         if kept is None:
-            scores = score_requests(llm, one.proxy, own, options.trainer, options.seed, work, ways)
-            kept = choose(scores, own, one.name, options.seed, ways)
+            scores = score_requests(llm, one.proxy, own, options.trainer, options.seed, work, RESEARCH)
+            kept = choose(scores, own, one.name, options.seed, RESEARCH)
+            if how:
+                kept = race(llm, kept, one.proxy, how, Runtime(options.trainer, seed=options.seed), work)
             rank_zero_only(write_text)(file, kept.model_dump_json(indent=1) + "\n")
         found[name] = kept
     return found

@@ -11,21 +11,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from pipeline.attribution.find import find_golden_layer
-from pipeline.attribution.profile import CLEAR, GoldenProfile
+from pipeline.attribution.profile import STEADY, GoldenProfile
 from pipeline.editing.editor import can_leave_out, edit, leave_out, ready_layers
 from pipeline.errors import UserError, one_line
-from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.plan import KINDS
 from pipeline.model.generation import with_old_answers
 from pipeline.model.llm import LLM
+from pipeline.options.shared import NF4
 from pipeline.options.updates import ProvingOptions, RetractCommand, UpdateCommand
 from pipeline.requests.schema import EditRequest
 from pipeline.running.processes import in_first, on_first
 from pipeline.running.trainer import Runtime
 from pipeline.shipped import program
+from pipeline.study.race import RACE, race, seeding
 from pipeline.updates.disk import BASE, transaction
 from pipeline.updates.history import find, load_version
 from pipeline.updates.lineage import hold_back, publish
@@ -34,9 +33,7 @@ from pipeline.updates.queue import number_of, peek, take
 from pipeline.updates.store import Store
 
 PROXY = 128  # requests that find the golden layer, at most
-POSSIBLE = 0.05  # of resamples
-TRIED = 4  # blocks
-TAUGHT = 12  # requests
+TAUGHT = 16  # requests that settle it where scores do not, at most
 ENOUGH = 4  # requests that a doubt needs
 
 
@@ -172,11 +169,13 @@ def _golden_profile(
     profile = on_first(lambda: GoldenProfile.load(at) if (at := named or store.check_profile()) else None)
     if profile is None:
         answered = [request for request in requests if request.old_answer] or list(requests)
-        profile = find_golden_layer(llm, answered[:PROXY], options.attribution, options.trainer, "the queue")
-        is_clear = profile.stability is None or profile.stability.chosen[profile.golden_layers[0]] >= CLEAR
-        if not options.edit.layers and not is_clear:
-            profile, note = settle_layer(llm, profile, requests, options)
-            notes.append(note)
+        how, trainer = options.attribution, options.trainer
+        profile = find_golden_layer(llm, answered[:PROXY], seeding(how), trainer, "the queue")
+        is_steady = profile.stability is None or profile.stability.chosen[profile.golden_layers[0]] >= STEADY
+        settled = options.edit.layers or (is_steady and how.method != RACE)
+        if not settled and trainer.precision != NF4:
+            profile = race(llm, profile, requests[:TAUGHT], options.edit, Runtime(trainer, seed=options.seed))
+            notes.append(f"scores left the golden layer open; trial edits: {profile.certainty}")
     ready_layers(llm, profile, options.edit)
     return profile, notes
 
@@ -190,35 +189,3 @@ def questioned(profile: GoldenProfile, missed: int, tried: int) -> list[str]:
         f"may be the wrong one for these, or full: `{program()} attribute` on these finds theirs, `submit --again` "
         "queues them anew, and `update --profile` edits there from then on"
     ]
-
-
-def settle_layer(
-    llm: LLM, profile: GoldenProfile, requests: Sequence[EditRequest], options: ProvingOptions
-) -> tuple[GoldenProfile, str]:
-    """The profile with the block where trial edits of a few requests do best on the whole, and a line on it."""
-    assert profile.stability
-    chosen = np.array(profile.stability.chosen)
-    likely = [block for block in np.argsort(-chosen, kind="stable").tolist() if chosen[block] >= POSSIBLE]
-    fit = dict.fromkeys([*likely, *profile.ranking])
-    found: dict[int, float] = {}
-    for block in list(fit)[: TRIED + 1]:
-        (layer,) = ready_layers(llm, profile.model_copy(update={"golden_layers": [block]}), options.edit)
-        if layer not in found and len(found) < TRIED:
-            found[layer] = _worth(llm, layer, requests[:TAUGHT], options)
-    best = max(found, key=lambda block: found[block])
-    told = ", ".join(f"{block} {worth:.3f}" for block, worth in found.items())
-    golden = profile.golden_layers[0]
-    note = (
-        f"{len(requests)} requests leave the golden layer unclear (block {golden} in {chosen[golden]:.0%} of "
-        f"resamples); trial edits of {min(TAUGHT, len(requests))}: {told}; block {best} it is"
-    )
-    return profile.model_copy(update={"golden_layers": [best]}), note
-
-
-def _worth(llm: LLM, layer: int, requests: Sequence[EditRequest], options: ProvingOptions) -> float:
-    evaluator = Evaluator(llm, requests, options.evaluation, options.trainer, ("probes",))
-    evaluator.measure("Trial: base")
-    how = replace(options.edit, layers=[layer])
-    with edit(llm, requests, None, how, options.trainer, seed=options.seed).applied(llm):
-        metrics = evaluator.measure(f"Trial: block {layer}").metrics
-    return float(np.mean([metrics[name].mean for name in ("rewrite", "rephrase", "locality") if name in metrics]))

@@ -1,0 +1,131 @@
+"""A race's verdict is that of its trials, and `attribute --method race` runs one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refusal
+
+from pipeline.attribution.find import find_golden_layer
+from pipeline.attribution.profile import GoldenProfile
+from pipeline.cli import main
+from pipeline.editing.method import settings_of
+from pipeline.model.llm import LLM
+from pipeline.options.editing import EditOptions, StatisticsOptions
+from pipeline.options.shared import NF4, TrainerOptions
+from pipeline.requests.schema import EditRequest
+from pipeline.running.trainer import Runtime
+from pipeline.study import race as racing
+from pipeline.study.grid import Grid
+from pipeline.study.race import outcome, race
+from pipeline.study.sweep import Sweep
+
+
+def tried(blocks: list[int], scores_RL: Any) -> Grid:
+    return Grid(blocks, {"rewrite": np.stack([scores_RL, scores_RL])}, 1.0)
+
+
+def test_a_block_is_compared_on_the_requests_that_it_was_tried_on() -> None:
+    """The winner's later requests are hard ones; its score falls, and it is as far ahead as before."""
+    first = tried([1, 4], np.array([[0.5, 0.9], [0.4, 0.7]]))
+    last = tried([2, 4], np.array([[0.8, 0.9], [0.8, 0.7], [0.1, 0.2], [0.0, 0.0]]))
+    found = outcome("memit", [first, last], 2.0)
+    winner, second, third = found.blocks
+    assert (winner.block, winner.requests, winner.score) == (4, 4, pytest.approx(0.45))
+    assert (second.block, second.requests, second.behind) == (2, 4, pytest.approx(0.025))
+    assert (third.block, third.requests, third.behind, third.beaten) == (1, 2, pytest.approx(0.35), 1.0)
+    assert 0.5 < second.beaten < 0.9
+    assert found.trials == 10
+    assert found.verdict == (
+        "unclear: block 4 scores 0.450 over 4 requests by memit; not beaten: 2 (0.025 behind); "
+        "more requests would tell"
+    )
+
+
+@pytest.mark.parametrize(("others", "verdict"), [(0.2, "clear"), (0.895, "several alike"), (0.9, "several alike")])
+def test_a_verdict_in_words(others: float, verdict: str) -> None:
+    random = np.random.default_rng(0)
+    scores_RL = np.stack([np.full(30, 0.9), others + 0.1 * random.choice([-1, 1], 30)], axis=1)
+    scores_RL[:, 1] += others - scores_RL[:, 1].mean()
+    found = outcome("memit", [tried([0, 3], scores_RL)], 1.0)
+    assert found.blocks[0].block == 0 and found.verdict.startswith(f"{verdict}: block 0 scores 0.900")
+
+
+def test_rounds_halve_the_blocks_and_add_requests(
+    tiny_llm: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of all depths start with those that are named; the neighbours of the first one join."""
+    rounds: list[tuple[int, list[int]]] = []
+
+    def edited(self: Sweep, method: str, some: list[EditRequest], blocks: set[int], *_: Any) -> Grid:
+        rounds.append((len(some), sorted(blocks)))
+        scores_L = [1 - abs(block - 17) / 30 for block in sorted(blocks)]
+        return tried(sorted(blocks), np.tile(scores_L, (len(some), 1)))
+
+    monkeypatch.setattr(Sweep, "run", edited)
+    monkeypatch.setattr(racing, "fit_layers", lambda *_: list(range(29)))
+    many = [one.model_copy(update={"id": f"{number}"}) for number, one in enumerate(requests * 20)]
+    scored = find_golden_layer(tiny_llm, requests)
+    found = race(tiny_llm, scored.model_copy(update={"ranking": [3, 29, 2, 1, 0]}), many, EditOptions())
+    assert rounds[0] == (8, [0, 1, 2, 3, 6, 11, 17, 22, 28])
+    assert rounds[1] == (16, [6, 11, 16, 17, 18, 22])
+    assert rounds[2] == (32, [16, 17, 18])
+    assert rounds[3] == (64, [16, 17])
+    assert found.golden_layers == [17] and found.ranking[:3] == [17, 16, 18]
+    assert found.certainty.startswith("clear: block 17")
+
+
+def test_quick_settings_give_way_to_one_s_own() -> None:
+    usual, quick = EditOptions(method="memit"), EditOptions(method="memit", quick=True)
+    assert settings_of(quick).forms == 0 < settings_of(usual).forms
+    assert settings_of(EditOptions(method="memit", quick=True, expert={"forms": 2})).forms == 2
+    assert settings_of(EditOptions(method="memit", quick=True, stacked=True)).strength == 20.0
+
+
+def test_blocks_in_4_bits_do_not_race(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    scored = find_golden_layer(tiny_llm, requests)
+    assert "nf4" in refusal(lambda: race(tiny_llm, scored, requests, None, Runtime(TrainerOptions(precision=NF4))))
+
+
+@pytest.fixture
+def command(tiny_folder: Path, request_file: Path, tmp_path: Path) -> list[str]:
+    return [
+        *("attribute", "--model", str(tiny_folder), "--requests", str(request_file), "--method", "race"),
+        *("--trial", "finetune", "--output", str(tmp_path / "out")),
+    ]
+
+
+def test_attribute_lets_blocks_race(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StatisticsOptions, "tokens", 512)
+    assert main(command) == 0
+    profile = GoldenProfile.load(tmp_path / "out")
+    assert profile.race and profile.race.method == "finetune" and profile.method == "lga"
+    assert profile.race.blocks[0].block == profile.golden_layers[0] == profile.ranking[0]
+    assert profile.race.verdict in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "out" / "race.png").is_file()
+    assert json.loads((tmp_path / "out" / "golden_profile.json").read_text())["race"]["trials"] > 0
+    edited = ["edit", *command[1:5], "--profile", str(tmp_path / "out"), "--method", "lora"]
+    assert main([*edited, "--limit", "2", "--expert.epochs", "1", "--output", str(tmp_path / "edit")]) == 0
+    report = (tmp_path / "edit" / "report.md").read_text()
+    assert "Then blocks raced, by" in report and "![race](race.png)" in report
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--trial", "finetun"], "'finetun' does not exist (did you mean 'finetune'?)"),
+        (["--method", "lga"], "trial: finetune: blocks are tried by --method race alone, not by lga"),
+        (["--trainer.precision", "nf4"], "race: trial edits make block after block plain"),
+    ],
+)
+def test_what_is_no_race(
+    flags: list[str], expected: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, *flags]) != 0
+    assert expected in capsys.readouterr().err
