@@ -216,7 +216,7 @@ def whole_of(tiny_folder: Path, asked: str, tmp_path_factory: pytest.TempPathFac
         ("lora", FineTune, "training_step", 4, INT, 0),
         ("evaluate", Reading, "step", 3, KILL, 1),
         ("evaluate", RunLog, "keep_metrics", 1, INT, 0),
-        ("study", ValueSearch, "step", 3, KILL, 1),
+        ("study", ValueSearch, "step", 2, KILL, 1),
     ],
 )
 def test_resumed_ends_in_the_same(
