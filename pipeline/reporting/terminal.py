@@ -73,11 +73,11 @@ def _cell(text: str) -> str:
 
 def show_profile(profile: GoldenProfile) -> None:
     """The golden layers and the runners-up, in a line or two."""
-    golden = ", ".join(map(str, profile.golden_layers))
+    golden, method = ", ".join(map(str, profile.golden_layers)), profile.method + ", a race" * bool(profile.race)
     next_best = ", ".join(map(str, profile.ranking[len(profile.golden_layers) :][:4]))
     aside = ", ".join(map(str, profile.excluded)) or "none"
     say(
-        f"golden layer {golden} of {len(profile.scores)} blocks ({profile.method}, {profile.requests} requests, "
+        f"golden layer {golden} of {len(profile.scores)} blocks ({method}, {profile.requests} requests, "
         f"{profile.seconds:.0f} s); next {next_best or 'none'}; set aside {aside}"
     )
     if profile.certainty:
