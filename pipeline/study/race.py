@@ -30,7 +30,7 @@ from pipeline.study.sweep import Sweep
 
 RACE = "race"  # as a way to find the golden layer
 NAMED, SPREAD = 4, 6  # blocks that start: the first of the profile's, and some from all over the model
-ROUNDS = (8, 8, 16, 32)  # requests that join in each
+ROUNDS = (16, 16, 32)  # requests that join in each; with fewer, chance drops the best blocks
 LAST = 2  # blocks, of which the better one wins
 TEXT = 8_000  # tokens of key statistics: enough to compare by
 
