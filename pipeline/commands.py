@@ -41,7 +41,7 @@ from pipeline.serving.hub import check_target, push
 from pipeline.serving.live import LiveModel
 from pipeline.shipped import program
 from pipeline.stages import edit_and_prove, find_and_keep, load, prepare, read_requests, working
-from pipeline.study.race import seeding
+from pipeline.study.race import RACE, seeding
 from pipeline.study.study import check_study, parted, run_study
 from pipeline.study.sweep import RESULTS
 from pipeline.updates.disk import version_folder
@@ -91,6 +91,8 @@ def attribute(options: of.AttributeCommand) -> None:
     with working(options, "attribute") as log:
         requests = read_requests(options)
         check_selector(requests, seeds)
+        if options.method == RACE:
+            accept(requests, how)
         find_and_keep(log, load(options, requests=requests), requests, options, how, options)
 
 

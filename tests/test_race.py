@@ -90,6 +90,21 @@ def test_blocks_in_4_bits_do_not_race(tiny_llm: LLM, requests: list[EditRequest]
     assert "nf4" in refusal(lambda: race(tiny_llm, scored, requests, None, Runtime(TrainerOptions(precision=NF4))))
 
 
+def test_auto_is_compared_by_memit_where_a_subject_is_named(
+    tiny_llm: LLM, requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def edited(self: Sweep, method: str, some: list[EditRequest], blocks: set[int], *_: Any) -> Grid:
+        return tried(sorted(blocks), np.full((len(some), len(blocks)), 0.5))
+
+    monkeypatch.setattr(Sweep, "run", edited)
+    scored, nameless = find_golden_layer(tiny_llm, requests), requests[0].model_copy(update={"subject": None})
+    found = race(tiny_llm, scored, [nameless, *requests[1:4]]).race
+    assert found and (found.method, found.blocks[0].requests) == ("memit", 3)
+    found = race(tiny_llm, scored, [nameless]).race
+    assert found and (found.method, found.blocks[0].requests) == ("auto", 1)
+    assert found.verdict.startswith("several alike")
+
+
 @pytest.fixture
 def command(tiny_folder: Path, request_file: Path, tmp_path: Path) -> list[str]:
     return [

@@ -62,8 +62,9 @@ def race(
     if runtime.precision == NF4:
         raise UserError("race: trial edits make block after block plain; expected another precision than nf4")
     started = time.perf_counter()
-    own = METHODS[options.method]
-    method, text = own.tried_as or options.method, options.statistics
+    tried_as, text = METHODS[options.method].tried_as, options.statistics
+    able = [request for request in requests if request.names_subject] if tried_as else []
+    method, requests = (tried_as, able) if tried_as and able else (options.method, requests)
     options = replace(options.by(method), quick=True, statistics=replace(text, tokens=min(text.tokens, TEXT)))
     fit = fit_layers(llm, method)
     requests = random.Random(runtime.seed).sample(requests, len(requests))
