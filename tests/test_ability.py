@@ -217,6 +217,7 @@ def test_the_gate_takes_shares_alone() -> None:
         assert refusal(lambda value=value: GateOptions(ability=value)).startswith("ability: ")
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_each_kind_tells_something_of_the_real_model(smollm2: LLM, tmp_path: Path) -> None:
     """Clearly above chance, so that damage shows, and below what no model could better."""

@@ -73,7 +73,7 @@ def test_a_command_repeated_by_its_options_replaces_nothing(
     assert "--overwrite" in refused("attribute", "--config", "out/options.yaml")
 
 
-def test_trial_edits_without_subjects_name_a_method_that_can_be_tried(
+def test_trial_edits_without_subjects_name_a_method_that_does_without(
     tiny_folder: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     file = tmp_path / "plain.jsonl"
@@ -81,4 +81,4 @@ def test_trial_edits_without_subjects_name_a_method_that_can_be_tried(
     file.write_text("".join(line % country for country in ("Spain", "France", "Peru")))
     words = ["--model", str(tiny_folder), "--requests", str(file), "--limit", "2", "--output", "out"]
     line = refused("study", *words)
-    assert "memit needs each request's subject" in line and "the method lora does without" in line
+    assert "memit needs each request's subject" in line and "the method finetune does without" in line

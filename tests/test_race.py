@@ -109,7 +109,7 @@ def test_auto_is_compared_by_memit_where_a_subject_is_named(
 def command(tiny_folder: Path, request_file: Path, tmp_path: Path) -> list[str]:
     return [
         *("attribute", "--model", str(tiny_folder), "--requests", str(request_file), "--method", "race"),
-        *("--trial", "finetune", "--output", str(tmp_path / "out")),
+        *("--trial", "memit", "--output", str(tmp_path / "out")),
     ]
 
 
@@ -119,7 +119,7 @@ def test_attribute_lets_blocks_race(
     monkeypatch.setattr(StatisticsOptions, "tokens", 512)
     assert main(command) == 0
     profile = GoldenProfile.load(tmp_path / "out")
-    assert profile.race and profile.race.method == "finetune" and profile.method == "lga"
+    assert profile.race and profile.race.method == "memit" and profile.method == "lga"
     assert profile.race.blocks[0].block == profile.golden_layers[0] == profile.ranking[0]
     assert profile.race.verdict in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "out" / "race.png").is_file()
@@ -134,7 +134,7 @@ def test_attribute_lets_blocks_race(
     ("flags", "expected"),
     [
         (["--trial", "finetun"], "'finetun' does not exist (did you mean 'finetune'?)"),
-        (["--method", "lga"], "trial: finetune: blocks are tried by --method race alone, not by lga"),
+        (["--method", "lga"], "trial: memit: blocks are tried by --method race alone, not by lga"),
         (["--trainer.precision", "nf4"], "race: trial edits make block after block plain"),
     ],
 )

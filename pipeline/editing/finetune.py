@@ -37,7 +37,6 @@ from pipeline.running.stage import Staying, attempt, run
 from pipeline.running.trainer import Runtime, trainer_of
 
 EPOCHS, LEAST_STEPS = 40, 80
-QUICK = {"epochs": 16, "contexts": 0}  # settings where edits are only compared
 READ_MOST = 1024  # texts that a last solve reads, of each kind
 
 
@@ -306,4 +305,4 @@ def make_finetune(
     return FineTune(llm, layers, settings_of(options), options.statistics)
 
 
-register("finetune", make_finetune, FinetuneSettings, quick=QUICK)
+register("finetune", make_finetune, FinetuneSettings)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.editing.finetune import QUICK, FineTune, FinetuneSettings
+from pipeline.editing.finetune import FineTune, FinetuneSettings
 from pipeline.editing.lessons import Lessons
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.update import ADAPTER_PREFIX
@@ -122,4 +122,4 @@ class LoRA(FineTune):
         return torch.zeros_like(self.start[name])
 
 
-register("lora", LoRA, LoraSettings, quick=QUICK)
+register("lora", LoRA, LoraSettings)

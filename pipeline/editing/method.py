@@ -43,7 +43,8 @@ class Method:
     settings: type = Options  # a dataclass
     needs_subject: bool = False  # whether each request must name a subject that its prompt holds
     tried_as: str | None = None  # the method by which blocks are compared for it; None: itself
-    quick: Mapping[str, Any] = field(default_factory=dict)  # settings for edits that are only compared
+    # settings for edits that are only compared; none that cut training short: it would rank blocks by their speed
+    quick: Mapping[str, Any] = field(default_factory=dict)
     solves_anew: bool = False  # whether requests can be left out of an update (`pipeline.editing.editor.leave_out`)
     stacked: Mapping[str, Any] = field(default_factory=dict)  # settings for updates that are stacked on each other
 
