@@ -86,7 +86,7 @@ def demo(options: of.DemoCommand) -> None:
 
 def attribute(options: of.AttributeCommand) -> None:
     """Stage one alone."""
-    seeds, how = seeding(options), EditOptions(method=options.trial or EditOptions.method)
+    seeds, how = seeding(options), EditOptions(method=options.trial or EditOptions.method, last_wins=True)
     check_selector([], seeds)
     with working(options, "attribute") as log:
         requests = read_requests(options)

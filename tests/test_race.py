@@ -130,6 +130,15 @@ def test_attribute_lets_blocks_race(
     assert "Then blocks raced, by" in report and "![race](race.png)" in report
 
 
+def test_requests_that_contradict_each_other_may_find_a_block(
+    tiny_llm: LLM, requests: list[EditRequest], text_file: Path
+) -> None:
+    other = requests[0].model_copy(update={"id": "other", "new_answer": "Quito"})
+    how = EditOptions(method="memit", statistics=StatisticsOptions(text=str(text_file), tokens=512))
+    found = race(tiny_llm, find_golden_layer(tiny_llm, requests), [*requests[:2], other], how).race
+    assert found and found.blocks[0].requests == 3
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

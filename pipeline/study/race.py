@@ -65,7 +65,8 @@ def race(
     tried_as, text = METHODS[options.method].tried_as, options.statistics
     able = [request for request in requests if request.names_subject] if tried_as else []
     method, requests = (tried_as, able) if tried_as and able else (options.method, requests)
-    options = replace(options.by(method), quick=True, statistics=replace(text, tokens=min(text.tokens, TEXT)))
+    text = replace(text, tokens=min(text.tokens, TEXT))
+    options = replace(options.by(method), quick=True, last_wins=True, statistics=text)
     fit = fit_layers(llm, method)
     requests = random.Random(runtime.seed).sample(requests, len(requests))
     sweep = Sweep(llm, options, runtime, folder)
