@@ -31,7 +31,7 @@ from pipeline.study.sweep import Sweep
 RACE = "race"  # as a way to find the golden layer
 NAMED, SPREAD = 4, 6  # blocks that start: the first of the profile's, and some from all over the model
 ROUNDS = (16, 16, 32)  # requests that join in each; with fewer, chance drops the best blocks
-LAST = 2  # blocks, of which the better one wins
+LAST = 2  # blocks, at least, of which the best one wins
 TEXT = 8_000  # tokens of key statistics: enough to compare by
 
 
@@ -76,7 +76,7 @@ def race(
     for number, joined in enumerate(np.cumsum(ROUNDS).tolist()):
         grids.append(sweep.run(method, requests[:joined], blocks, f"Race, round {number + 1}"))
         ahead = in_order(grids[-1])
-        if joined >= len(requests) or len(ahead) <= LAST:
+        if joined >= len(requests):
             break
         blocks = {*ahead[: max(LAST, len(ahead) // 2)]}
         if not number:
