@@ -311,6 +311,23 @@ def test_blocks_carry_a_value_together(tiny: LLM, requests: list[EditRequest], o
     assert next(less) < 0.8 * next(less)
 
 
+def test_no_block_is_asked_for_more_than_the_value(
+    tiny: LLM, requests: list[EditRequest], options: EditOptions
+) -> None:
+    """A block above that makes much of a value would have all of them ask for as much."""
+    (up,) = tiny.blocks[2].weight_names("down")
+    with torch.no_grad():
+        tiny.model.get_parameter(up).mul_(100)
+    options.expert |= {"key_contexts": 1, "neighbours": 0, "steps": 5}
+    alone = edit(tiny, requests, options=options)
+    options.expert["spread"] = 2
+    shared = edit(tiny, requests, options=options)
+    asked = {layer: shared.state[f"locate.{layer}.change_On"].norm(dim=0) for layer in (1, 2)}
+    value_n = alone.state["locate.1.change_On"].norm(dim=0)
+    assert all((found <= 1.001 * value_n).all() for found in asked.values())
+    assert (asked[1] > 0.99 * value_n).any()  # as much as may be
+
+
 def test_a_block_with_a_norm_behind_its_projection_carries_all(
     tokenizer: PreTrainedTokenizerFast, requests: list[EditRequest], options: EditOptions
 ) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from safetensors.numpy import save_file
 
 from pipeline.attribution.selector import Values
@@ -62,10 +62,8 @@ def select(
     return Selection((float(low), float(high)) if fences else None, excluded, ranking, raw_ranking)
 
 
-class Stability(BaseModel):
+class Stability(BaseModel, frozen=True):
     """What becomes of the choice when the proxy set is another draw from the same facts."""
-
-    model_config = ConfigDict(frozen=True)
 
     resamples: int  # how many proxy sets were drawn, with replacement, from the one that was scored
     low: list[float]  # of each block's mean score: a 95% interval
@@ -84,10 +82,8 @@ def judge(values_NL: Values, fences: float = 1.0, order: str = "magnitude", seed
     return Stability(resamples=RESAMPLES, low=low.tolist(), high=high.tolist(), chosen=chosen.tolist())
 
 
-class Raced(BaseModel):
+class Raced(BaseModel, frozen=True):
     """How far a block went in a race."""
-
-    model_config = ConfigDict(frozen=True)
 
     block: int
     requests: int  # that were edited there
@@ -96,10 +92,8 @@ class Raced(BaseModel):
     beaten: float  # the share of resamples of them in which the winner is ahead
 
 
-class Race(BaseModel):
+class Race(BaseModel, frozen=True):
     """What trial edits came to, block by block (`pipeline.study.race`)."""
-
-    model_config = ConfigDict(frozen=True)
 
     method: str  # of editing
     trials: int  # a trial is one request at one block
@@ -139,7 +133,7 @@ class Scores:
         return write_whole(folder / SCORES_FILE, lambda partial: save_file(tensors, partial, about))
 
 
-class GoldenProfile(BaseModel):
+class GoldenProfile(BaseModel, frozen=True):
     """Found once for a model, used by every later edit of it.
 
     Example:
@@ -147,8 +141,6 @@ class GoldenProfile(BaseModel):
         >>> GoldenProfile.load(file) == profile
         True
     """
-
-    model_config = ConfigDict(frozen=True)
 
     model: str  # the one that it holds for
     fingerprint: str

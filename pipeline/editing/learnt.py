@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from pipeline.editing.columns import columns_in, gathered_columns, learnt_columns, owner
@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 FILE = r"\d{4,9}\.safetensors"
 
 
-class About(BaseModel):
+class About(BaseModel, frozen=True, extra="forbid"):
     """What stands in a file beside its columns."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     # name and SHA-256 of the file that it goes on from; None where it stands alone
     before: tuple[Annotated[str, Field(pattern=f"^{FILE}$")], str] | None

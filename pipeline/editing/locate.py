@@ -170,9 +170,9 @@ class LocateThenEdit:
         """By layer, each subject's change (O,) of the output there; asked for once those before hold theirs.
 
         Values are found at the first layer. What they come to behind the last one is what all layers are to bring
-        about, each an even part of what is missing by then (MEMIT, arXiv 2210.07229, section 4.3). That takes
-        blocks that add their projection's output to the hidden state, maybe by a factor; in others the first layer
-        holds all.
+        about, each an even part of what is missing by then (MEMIT, arXiv 2210.07229, section 4.3), and none more
+        than the value: blocks in between make much more of a few. That takes blocks that add their projection's
+        output to the hidden state, maybe by a factor; in others the first layer holds all.
         """
         first, last = self.layers[0], self.layers[-1]
         values = self.find(self.search(first, len(located)), located, runtime, kept=f"values-{first}")
@@ -186,12 +186,15 @@ class LocateThenEdit:
             return torch.stack(run(reading, rows, runtime, Row.length, READ_TOGETHER), dim=1)
 
         aim_2GO, now_2GO = leaving(values), leaving(repeat(None))
-        factor = _factor(torch.stack(values), (aim_2GO - now_2GO)[0])
+        value_GO = torch.stack(values)
+        factor = _factor(value_GO, (aim_2GO - now_2GO)[0])
         if not factor:
             yield values
             return
+        most_G1 = value_GO.norm(dim=-1, keepdim=True)
         for left in range(len(self.layers), 0, -1):
-            yield [*(aim_2GO - now_2GO)[1] / (left * factor)]
+            share_GO = (aim_2GO - now_2GO)[1] / (left * factor)
+            yield [*share_GO * (most_G1 / share_GO.norm(dim=-1, keepdim=True).clamp(min=most_G1))]
             now_2GO = leaving(repeat(None))
 
     def _taken_out(self, layer: int) -> Columns:

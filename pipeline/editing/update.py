@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from pipeline.editing.columns import columns_in
@@ -36,10 +36,8 @@ AS_IT_IS = ("model", "fingerprint", "method", "layers", "options", "adapter", "c
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights
 
 
-class Described(BaseModel):
+class Described(BaseModel, strict=True, extra="forbid"):
     """What `update.json` says: the update without its tensors, and the SHA-256 of all files, its own among them."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str
     fingerprint: str

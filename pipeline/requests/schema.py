@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints
+from pydantic import BaseModel, FailFast, Field, StringConstraints
 
 ZERO_WIDTH_JOINER = "\u200d"  # makes one emoji of several
 
@@ -14,7 +14,7 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 MANY = (FailFast(), Field(max_length=10_000))  # of a list: the first thing wrong with it ends its reading
 
 
-class Probe(BaseModel):
+class Probe(BaseModel, frozen=True, extra="forbid"):
     """A prompt with its right answer; `axis` names the kind of probe where a benchmark has several.
 
     Example:
@@ -22,14 +22,12 @@ class Probe(BaseModel):
         'Tokyo'
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     prompt: Text
     answer: Text
     axis: str | None = None
 
 
-class EditRequest(BaseModel):
+class EditRequest(BaseModel, frozen=True, extra="forbid"):
     """One fact to change. Our JSONL holds one such object a line, with these field names.
 
     Example:
@@ -41,8 +39,6 @@ class EditRequest(BaseModel):
         >>> request.names_subject
         True
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: Text  # unique within a file; the record's number where the file gives none
     prompt: Text  # which the answer follows after one space

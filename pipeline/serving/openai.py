@@ -7,7 +7,7 @@ import time
 import uuid
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.errors import one_line
 from pipeline.files import parse_json
@@ -30,10 +30,8 @@ class RefusedError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class Strict(BaseModel):
+class Strict(BaseModel, strict=True, extra="forbid"):
     """Nothing but these fields, and nothing but their types."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class StreamOptions(Strict):
