@@ -21,12 +21,13 @@ from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.study import race as racing
 from pipeline.study.grid import Grid
-from pipeline.study.race import outcome, race
+from pipeline.study.race import in_order, outcome, race
 from pipeline.study.sweep import Sweep
 
 
-def tried(blocks: list[int], scores_RL: Any) -> Grid:
-    return Grid(blocks, {"rewrite": np.stack([scores_RL, scores_RL])}, 1.0)
+def tried(blocks: list[int], scores_RL: Any, **others: Any) -> Grid:
+    halves = {"rewrite": scores_RL} | others
+    return Grid(blocks, {name: np.stack([one, one]) for name, one in halves.items()}, 1.0)
 
 
 def test_a_block_is_compared_on_the_requests_that_it_was_tried_on() -> None:
@@ -41,9 +42,33 @@ def test_a_block_is_compared_on_the_requests_that_it_was_tried_on() -> None:
     assert 0.5 < second.beaten < 0.9
     assert found.trials == 10
     assert found.verdict == (
-        "unclear: block 4 scores 0.450 over 4 requests by memit; not beaten: 2 (0.025 behind); "
+        "unclear: block 4 scores 0.450 over 4 requests by memit, perplexity × 1.000; not beaten: 2 (0.025 behind); "
         "more requests would tell"
     )
+
+
+def test_a_block_that_ruins_ordinary_text_does_not_win() -> None:
+    """Eight requests cost it 1% of perplexity, forty five times as much, in nats: more than it is ahead."""
+    scores_RL = np.tile([0.80, 0.84], (8, 1))
+    ruins = tried([3, 20], scores_RL, perplexity=np.tile([1.0, 1.01], (8, 1)))
+    spares = tried([3, 20], scores_RL, perplexity=np.tile([1.0, 1.001], (8, 1)))
+    assert in_order(tried([3, 20], scores_RL)) == in_order(spares) == [20, 3]
+    winner, other = outcome("memit", [ruins], 1.0).blocks
+    assert (winner.block, winner.score, winner.perplexity) == (3, pytest.approx(0.8), 1.0)
+    assert (other.score, other.perplexity) == (pytest.approx(0.84), pytest.approx(1.01))
+    assert other.behind == pytest.approx(5 * np.log(1.01) - 0.04) and other.beaten == 1.0
+
+
+def test_a_trial_reads_ordinary_text(tiny_llm: LLM, requests: list[EditRequest], text_file: Path) -> None:
+    """All requests of a batch share what it does there, which is more the more it changes."""
+    statistics = StatisticsOptions(text=str(text_file), tokens=512)
+    found = []
+    for strength in (1e6, 1e-3):
+        options = EditOptions(method="memit", quick=True, expert={"strength": strength}, statistics=statistics)
+        found.append(Sweep(tiny_llm, options, Runtime()).run("memit", requests[:3], [1]).values["perplexity"])
+    assert [one.shape for one in found] == [(3, 1)] * 2
+    assert all(len(np.unique(one)) == 1 for one in found)
+    assert abs(np.log(found[0][0, 0])) < 0.1 * abs(np.log(found[1][0, 0]))
 
 
 @pytest.mark.parametrize(("others", "verdict"), [(0.2, "clear"), (0.895, "several alike"), (0.9, "several alike")])

@@ -88,7 +88,8 @@ class Raced(BaseModel, frozen=True):
     block: int
     requests: int  # that were edited there
     score: float  # the mean of rewrite, rephrase and locality over them
-    behind: float  # the winner's score on the same requests, less its own
+    perplexity: float = 1.0  # on ordinary text, over the base's, after edits of a few of them
+    behind: float  # the winner's score on the same requests, less its own, both less the damage to ordinary text
     beaten: float  # the share of resamples of them in which the winner is ahead
 
 
@@ -106,6 +107,7 @@ class Race(BaseModel, frozen=True):
         winner, *others = self.blocks
         left = [one for one in others if one.beaten < STEADY]
         won = f"block {winner.block} scores {winner.score:.3f} over {winner.requests} requests by {self.method}"
+        won += f", perplexity × {winner.perplexity:.3f}"
         if not left:
             return f"clear: {won}, ahead of each of {len(others)} others in {STEADY:.0%} of resamples or more"
         named = ", ".join(f"{one.block} ({one.behind:.3f} behind)" for one in left)

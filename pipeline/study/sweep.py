@@ -2,7 +2,8 @@
 best, and what selectors are judged by.
 
 A trial is an edit as users make it, of a small batch; each request is then measured by two halves of its probes, so
-that a block chosen by the one half can be judged by the other (`pipeline.study.grid`).
+that a block chosen by the one half can be judged by the other (`pipeline.study.grid`). What a batch does to
+ordinary text counts for all of it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from pipeline.running.trainer import Runtime
 from pipeline.study.grid import Grid
 
 RESULTS = "results"  # the folder, in a study's output, of what trial edits came to
-VERSION = 2  # of what is kept
+VERSION = 3  # of what is kept
 TOGETHER = 8  # requests of a trial
+WINDOWS = 4  # of ordinary text that a trial reads
+RUINED = 1000.0  # the most that perplexity counts, over the base's
 NEXT = "the"  # stands for whatever word comes next, where that is all that is to stay as it was
 
 Result = tuple[list[dict[str, float]], float]  # of a request at a block: figures by half, and its share of the time
@@ -64,10 +67,10 @@ class Sweep:
             give_moments(every_block, self.llm, options.statistics, self.runtime)
         with one_bar(title, len(missing) * len(found)) as advance:
             for own in missing:
-                evaluator = self._evaluator(batches[own])
+                evaluator, base = self._evaluator(batches[own])
                 for block, results in found.items():
                     if own not in results:
-                        results[own] = self._try(evaluator, batches[own], replace(options, layers=[block]))
+                        results[own] = self._try(evaluator, base, batches[own], replace(options, layers=[block]))
                         if self.folder:
                             file = Kept(self.folder / self._about(options, block))
                             rank_zero_only(file.write)({own: results[own]})
@@ -88,23 +91,30 @@ class Sweep:
             self.found[about] = from_first(Kept(self.folder / about).read() if self.folder else {})
         return self.found[about]
 
-    def _evaluator(self, batch: Sequence[EditRequest]) -> Evaluator:
-        """Of each request's halves, side by side; it has read the base model."""
+    def _evaluator(self, batch: Sequence[EditRequest]) -> tuple[Evaluator, float]:
+        """Of each request's halves, side by side; it has read the base model, whose perplexity comes with it."""
         halves = [half for request in batch for half in halved(request)]
         how = EvaluationOptions(generation="none", fluency=0)
-        evaluator = Evaluator(self.llm, halves, how, self.runtime.trainer, ("probes",))
-        evaluator.measure("Trial: base")
-        return evaluator
+        evaluator = Evaluator(self.llm, halves, how, self.runtime.trainer, ("probes", "text"))
+        texts = evaluator.plan.texts
+        evaluator.plan.texts = [row for row in texts if row.tag.kind != "text" or row.tag.request < WINDOWS]
+        return evaluator, evaluator.measure("Trial: base").metrics["perplexity"].mean
 
-    def _try(self, evaluator: Evaluator, batch: Sequence[EditRequest], options: EditOptions) -> list[Result]:
+    def _try(
+        self, evaluator: Evaluator, base: float, batch: Sequence[EditRequest], options: EditOptions
+    ) -> list[Result]:
         """What each request of a batch comes to when all of it is edited."""
         started = time.perf_counter()
         update = edit(self.llm, batch, None, options, self.runtime.trainer, seed=self.runtime.seed)
         with update.applied(self.llm):
-            values = evaluator.measure("Trial").values
+            found = evaluator.measure("Trial")
         seconds = (time.perf_counter() - started) / len(batch)
+        by_request = {name: column.values for name, column in found.values.items() if name != "perplexity"}
+        damage = {
+            "perplexity": min(RUINED, found.metrics["perplexity"].mean / base)
+        }  # RUINED, too, if it is no number
         each = [
-            {name: column.values[number] for name, column in values.items() if number in column.values}
+            {name: values[number] for name, values in by_request.items() if number in values} | damage
             for number in range(2 * len(batch))
         ]
         return [(each[2 * number : 2 * number + 2], seconds) for number in range(len(batch))]
