@@ -87,9 +87,9 @@ class Raced(BaseModel, frozen=True):
 
     block: int
     requests: int  # that were edited there
-    score: float  # the mean of rewrite, rephrase and locality over them
-    perplexity: float = 1.0  # on ordinary text, over the base's, after edits of a few of them
-    behind: float  # the winner's score on the same requests, less its own, both less the damage to ordinary text
+    score: float  # the mean of rewrite, rephrase and locality over them, less damage to ordinary text
+    perplexity: float = 1.0  # on that, over the base's, after edits of a few of them
+    behind: float  # the winner's score on the same requests, less its own
     beaten: float  # the share of resamples of them in which the winner is ahead
 
 

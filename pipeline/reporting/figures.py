@@ -169,7 +169,7 @@ def race_figure(profile: GoldenProfile) -> Figure:
     assert race
     word, _, told = race.verdict.partition(": ")
     most = max(one.requests for one in race.blocks)
-    caption = f"Each point: the mean of rewrite, rephrase and locality over so many requests. {told.capitalize()}."
+    caption = f"Points: mean of rewrite, rephrase and locality, less damage to text. {told.capitalize()}."
     with look(2.2, f"Which block edits best? {race.blocks[0].block}: {word}", caption) as (figure, axes):
         for number in sorted({one.requests for one in race.blocks}):
             those = [one for one in race.blocks if one.requests == number]

@@ -114,7 +114,7 @@ def outcome(method: str, grids: Sequence[Grid], seconds: float) -> Race:
             Raced(
                 block=block,
                 requests=requests,
-                score=grid.mean(block),
+                score=float(worth(grid)[:, place].mean()),
                 perplexity=float(np.exp(damage(grid)[:, place].mean())),
                 behind=float(ahead.mean()) if block != winner else 0.0,
                 beaten=share_above(ahead) if block != winner else 0.0,
