@@ -154,8 +154,8 @@ def study_report(study: Study) -> str:
     parts = [
         f"# Which block of {markdown_text(study.model)}?\n",
         f"Request sets: {sets}. Every tried request was edited at each tried block, in batches of 8. Score: the "
-        "mean of rewrite, rephrase and locality, teacher-forced; in brackets its 95% bootstrap interval over "
-        "requests. "
+        "mean of rewrite, rephrase and locality, teacher-forced, less damage to text; in brackets its 95% "
+        "bootstrap interval over requests. "
         "A request's own best block is chosen by one half of its probes and judged by the other. "
         "Regret: what a block's score falls short of the best fixed block's, chosen with hindsight on the same "
         "requests.\n",

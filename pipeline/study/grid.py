@@ -1,8 +1,8 @@
 """What trial edits came to, and the study's questions answered from that and from what selectors chose.
 
-A block's score is the mean of rewrite, rephrase and locality over requests that were edited there. The best fixed
-block is the one with the best score on the same requests, chosen with hindsight; regret is what another falls short
-of it.
+A block's score is the mean of rewrite, rephrase and locality over requests that were edited there, less what edits
+take from ordinary text: some blocks hold requests well and ruin the rest. The best fixed block is the one with the
+best score on the same requests, chosen with hindsight; regret is what another falls short of it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pipeline.evaluation.metrics import bootstrap_mean
 Figures = NDArray[np.float64]  # (2, R, L): halves of the probes, R requests, L blocks; or (R, L), (R,), (L,)
 Row = dict[str, float | int | str | None]
 JUDGED_BY = ("rewrite", "rephrase", "locality")  # whose mean is an edit's score
+DAMAGE = 5.0  # weight of what text loses, in nats a token: it grows with requests, and trials are of few
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Grid:
 
     @cached_property
     def half_scores(self) -> Figures:
-        """Mean of rewrite, rephrase and locality, of those that a request has, (2, R, L)."""
-        return mean_of(np.stack([self.halves[name] for name in JUDGED_BY if name in self.halves]))
+        """Mean of rewrite, rephrase and locality, of those that a request has, less damage to text, (2, R, L)."""
+        score_2RL = mean_of(np.stack([self.halves[name] for name in JUDGED_BY if name in self.halves]))
+        return score_2RL - DAMAGE * np.log(self.halves.get("perplexity", np.ones_like(score_2RL)))
 
     @cached_property
     def scores(self) -> Figures:

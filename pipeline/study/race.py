@@ -3,7 +3,6 @@
 Blocks all over the model, and those that gradients name, are tried on a few requests; the better half goes on, with
 the neighbours of the one in front, and is tried on more. A block is compared with the winner on the requests that
 both were tried on. That is successive halving (Karnin et al., ICML 2013; arXiv 1502.07943), with pairs.
-What edits take from ordinary text counts against a block: some hold requests well and ruin the rest.
 """
 
 from __future__ import annotations
@@ -27,12 +26,11 @@ from pipeline.options.shared import NF4
 from pipeline.requests.schema import EditRequest
 from pipeline.running.trainer import Runtime
 from pipeline.study.grid import Figures, Grid
-from pipeline.study.sweep import TOGETHER, Sweep
+from pipeline.study.sweep import Sweep
 
 RACE = "race"  # as a way to find the golden layer
 NAMED, SPREAD = 4, 6  # blocks that start: the first of the profile's, and some from all over the model
 ROUNDS = (16, 16, 32)  # requests that join in each; with fewer, chance drops the best blocks
-BATCH = 40  # requests, whose damage to ordinary text counts: it grows with their number, and trials are of few
 LAST = 2  # blocks, at least, of which the best one wins
 TEXT = 8_000  # tokens of key statistics: enough to compare by
 
@@ -109,13 +107,13 @@ def outcome(method: str, grids: Sequence[Grid], seconds: float) -> Race:
     found = []
     for block, grid in last.items():
         place, requests = grid.blocks.index(block), len(grid.scores)
-        ahead = worth(grids[-1])[:requests, grids[-1].blocks.index(winner)] - worth(grid)[:, place]
+        ahead = grids[-1].scores[:requests, grids[-1].blocks.index(winner)] - grid.scores[:, place]
         found.append(
             Raced(
                 block=block,
                 requests=requests,
-                score=float(worth(grid)[:, place].mean()),
-                perplexity=float(np.exp(damage(grid)[:, place].mean())),
+                score=grid.mean(block),
+                perplexity=float(grid.values.get("perplexity", np.ones_like(grid.scores))[:, place].mean()),
                 behind=float(ahead.mean()) if block != winner else 0.0,
                 beaten=share_above(ahead) if block != winner else 0.0,
             )
@@ -125,19 +123,9 @@ def outcome(method: str, grids: Sequence[Grid], seconds: float) -> Race:
     return Race(method=method, trials=trials, seconds=seconds, blocks=found)
 
 
-def damage(grid: Grid) -> Figures:
-    """What ordinary text loses by a request's batch at each block, in nats a token, (R, L)."""
-    return np.asarray(np.log(grid.values.get("perplexity", np.ones_like(grid.scores))))
-
-
-def worth(grid: Grid) -> Figures:
-    """Each request's score at each block, less what a batch of `BATCH` would do to ordinary text, (R, L)."""
-    return np.asarray(grid.scores - BATCH / TOGETHER * damage(grid))
-
-
 def in_order(grid: Grid) -> list[int]:
     """Its blocks, best first; ties go to the shallower."""
-    return [grid.blocks[place] for place in np.argsort(-worth(grid).mean(0), kind="stable")]
+    return [grid.blocks[place] for place in np.argsort(-grid.means, kind="stable")]
 
 
 def share_above(ahead_R: Figures) -> float:
