@@ -42,8 +42,8 @@ def test_a_block_is_compared_on_the_requests_that_it_was_tried_on() -> None:
     assert 0.5 < second.beaten < 0.9
     assert found.trials == 10
     assert found.verdict == (
-        "unclear: block 4 scores 0.450 over 4 requests by memit, perplexity × 1.000; not beaten: 2 (0.025 behind); "
-        "more requests would tell"
+        "unclear: block 4 scores 0.450 over 4 requests by memit, perplexity × 1.000; not beaten: 2 (0.025 behind), "
+        "1 (0.350 behind); more requests would tell"
     )
 
 
@@ -78,6 +78,13 @@ def test_a_verdict_in_words(others: float, verdict: str) -> None:
     scores_RL[:, 1] += others - scores_RL[:, 1].mean()
     found = outcome("memit", [tried([0, 3], scores_RL)], 1.0)
     assert found.blocks[0].block == 0 and found.verdict.startswith(f"{verdict}: block 0 scores 0.900")
+
+
+@pytest.mark.parametrize(("requests", "word"), [(2, "unclear"), (15, "unclear"), (16, "clear")])
+def test_few_requests_leave_it_open(requests: int, word: str) -> None:
+    """Two that agree would agree in every resample."""
+    found = outcome("memit", [tried([0, 3], np.tile([0.9, 0.5], (requests, 1)))], 1.0)
+    assert found.verdict.startswith(f"{word}: block 0")
 
 
 def test_rounds_halve_the_blocks_and_add_requests(

@@ -211,7 +211,7 @@ def test_cases_an_unclear_layer_is_settled_by_trial_edits(
     assert worked.profile and worked.profile.golden_layers == [2]
     assert GoldenProfile.load(team.store.folder).golden_layers == [2], "for the store's later batches"
     (note,) = worked.notes
-    assert "left the golden layer open; trial edits: clear: block 2 scores 0.900" in note
+    assert "left the golden layer open; trial edits: unclear: block 2 scores 0.900" in note
     team.submit([other(requests[0], "Quito")])
     (again,) = team.update()
     assert again.notes == [] and again.profile and again.profile.golden_layers == [2]

@@ -26,6 +26,7 @@ PROFILE_FILE, SCORES_FILE = "golden_profile.json", "scores.safetensors"
 RESAMPLES = 1000
 STEADY, LIKELY = 0.9, 0.5  # shares of resamples that name the golden layer
 ALIKE = 0.01  # of the score: blocks that lie so near to each other edit alike
+ENOUGH = 16  # requests, with fewer of which no block of a race counts as beaten
 
 
 class Selection(NamedTuple):
@@ -105,7 +106,7 @@ class Race(BaseModel, frozen=True):
     def verdict(self) -> str:
         """How sure it is that the winner is the best of them, in a word or two and then in a phrase."""
         winner, *others = self.blocks
-        left = [one for one in others if one.beaten < STEADY]
+        left = [one for one in others if one.beaten < STEADY or one.requests < ENOUGH]
         won = f"block {winner.block} scores {winner.score:.3f} over {winner.requests} requests by {self.method}"
         won += f", perplexity × {winner.perplexity:.3f}"
         if not left:
