@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -326,6 +327,24 @@ def test_no_block_is_asked_for_more_than_the_value(
     value_n = alone.state["locate.1.change_On"].norm(dim=0)
     assert all((found <= 1.001 * value_n).all() for found in asked.values())
     assert (asked[1] > 0.99 * value_n).any()  # as much as may be
+
+
+def test_a_fact_that_is_known_asks_for_nothing(
+    tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its value is nought, and so is its share in every block."""
+    plain = LocateThenEdit.find
+
+    def found(self: LocateThenEdit, *given: Any, **more: Any) -> list[Tensor]:
+        first, *others = plain(self, *given, **more)
+        return [torch.zeros_like(first), *others]
+
+    monkeypatch.setattr(LocateThenEdit, "find", found)
+    options.expert |= {"key_contexts": 1, "neighbours": 0, "steps": 5, "spread": 2}
+    update = edit(tiny_llm, requests, options=options)
+    for layer in (1, 2):
+        norm_n = update.state[f"locate.{layer}.change_On"].norm(dim=0)
+        assert norm_n.isfinite().all() and norm_n[0] < 1e-6 < norm_n[1:].min()
 
 
 def test_a_block_with_a_norm_behind_its_projection_carries_all(

@@ -37,6 +37,7 @@ from pipeline.running.trainer import Runtime
 FEW = 10  # requests, which seldom get in each other's way
 MOST_NEIGHBOURS = 1000  # prompts
 READ_TOGETHER = 32  # rows
+NOUGHT = 1e-12  # a value's norm where the answer is known: none is asked for, by any block
 ADDED = 0.1  # of a change's norm: what half precision may make of a sum
 
 STACKED = {  # settings where one layer is to hold batch after batch: small values, so that many get along
@@ -191,7 +192,7 @@ class LocateThenEdit:
         if not factor:
             yield values
             return
-        most_G1 = value_GO.norm(dim=-1, keepdim=True)
+        most_G1 = value_GO.norm(dim=-1, keepdim=True).clamp(min=NOUGHT)
         for left in range(len(self.layers), 0, -1):
             share_GO = (aim_2GO - now_2GO)[1] / (left * factor)
             yield [*share_GO * (most_G1 / share_GO.norm(dim=-1, keepdim=True).clamp(min=most_G1))]

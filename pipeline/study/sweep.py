@@ -110,9 +110,7 @@ class Sweep:
             found = evaluator.measure("Trial")
         seconds = (time.perf_counter() - started) / len(batch)
         by_request = {name: column.values for name, column in found.values.items() if name != "perplexity"}
-        damage = {
-            "perplexity": min(RUINED, found.metrics["perplexity"].mean / base)
-        }  # RUINED, too, if it is no number
+        damage = {"perplexity": min(RUINED, found.metrics["perplexity"].mean / base)}  # RUINED for no number, too
         each = [
             {name: values[number] for name, values in by_request.items() if number in values} | damage
             for number in range(2 * len(batch))
