@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import mean_loss
 
 from pipeline.editing.auto import AFTER_FEW, AFTER_MANY, MANY_LONG, AutoSettings
@@ -104,6 +105,22 @@ def test_after_many_located_requests_training_goes_gently(
     long = [changed(one, new_answer="the capital and the river and the sea " * 3) for one in requests]
     with pytest.warns(Note, match="7 of 7"):
         assert fit(long) == replace(own, **MANY_LONG)
+
+
+def test_hundreds_are_located_alone(
+    tiny_llm: LLM, requests: list[EditRequest], options: EditOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.editing.auto.HUNDREDS", 5)
+    options.expert = {"steps": 2, "long": 99}
+    with pytest.warns(Note, match="7 requests are taught by memit alone"):
+        alone = edit(tiny_llm, requests, options=options)
+    same = edit(tiny_llm, requests, options=replace(options, method="memit", expert={"steps": 2}))
+    assert alone.tensors.keys() == same.tensors.keys()
+    assert all(torch.equal(tensor, same.tensors[name]) for name, tensor in alone.tensors.items())
+    question = changed(requests[0], prompt=f"The capital of {requests[0].subject} is what?")
+    with pytest.warns(Note, match="6 requests are taught by memit alone"):
+        mixed = edit(tiny_llm, [question, *requests[1:]], options=options)
+    assert mixed.tensors.keys() > same.tensors.keys(), "questions are fine-tuned"
 
 
 def test_what_is_to_stay_is_what_the_unedited_model_says(

@@ -260,7 +260,6 @@ def test_flags_override_a_config(flags_first: bool, tmp_path: Path, received: li
         (["run", "--edit.method=lora", "--edit.expert.batch-size", "2"], "edit.expert", {"batch_size": 2}),
         (["edit", "--expert.learning_rate", "1e-3", "--method=finetune"], "expert", {"learning_rate": 1e-3}),
         (["update", *STORE, "--edit.expert", '{"steps": null}'], "edit.expert", {"steps": None}),
-        (["update", *STORE], "edit.stacked", True),
         (["attribute", "--expert", '{"fences": 0}'], "fences", 0.0),
         (["edit", "--layers", "1"], "layers", [1]),
         (["edit", "--layers", "1", "2", "--limit", "3"], "layers", [1, 2]),
@@ -364,10 +363,6 @@ def test_an_experts_settings_are_the_methods(method: str) -> None:
     assert options.by("memit").expert == (options.expert if method in ("auto", "memit") else {}), (
         "auto's are memit's"
     )
-
-
-def test_a_stores_edits_start_from_settings_of_their_own() -> None:
-    assert settings_of(EditOptions(stacked=True, expert={"steps": 5})).bound == 1.3
 
 
 @pytest.mark.parametrize(

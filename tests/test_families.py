@@ -97,12 +97,13 @@ def test_suffixes_equal_the_whole(llm: LLM, layer: int) -> None:
     layer = llm.editable[layer]
     ((_, outputs),) = map(sizes, llm.blocks[layer].down.values())
     torch.manual_seed(0)
-    change_BO = torch.randn(4, outputs)
+    change_B1O = torch.randn(4, 1, outputs)
     with llm.frozen(), torch.no_grad():
-        rows = Suffixes(llm, layer, ROWS)
-        changed_NV = rows.run(change_BO)
-        expected_base = torch.cat([plain_logits(llm, layer, row, torch.zeros(outputs)) for row in ROWS])
-        expected = torch.cat([plain_logits(llm, layer, row, c) for row, c in zip(ROWS, change_BO, strict=True)])
+        rows = Suffixes(llm, [layer], ROWS)
+        changed_NV = rows.run(change_B1O)
+        expected_base = torch.cat([plain_logits(llm, row, {}) for row in ROWS])
+        changes = [{layer: change_O} for (change_O,) in change_B1O]
+        expected = torch.cat([plain_logits(llm, row, own) for row, own in zip(ROWS, changes, strict=True)])
     torch.testing.assert_close(rows.base_NV, expected_base, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(changed_NV, expected, rtol=1e-4, atol=1e-4)
     assert (expected - expected_base).abs().max() > 1e-2, "the change must matter for this test to say anything"

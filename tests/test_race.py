@@ -114,7 +114,6 @@ def test_quick_settings_give_way_to_one_s_own() -> None:
     usual, quick = EditOptions(method="memit"), EditOptions(method="memit", quick=True)
     assert settings_of(quick).forms == 0 < settings_of(usual).forms
     assert settings_of(EditOptions(method="memit", quick=True, expert={"forms": 2})).forms == 2
-    assert settings_of(EditOptions(method="memit", quick=True, stacked=True)).strength == 20.0
 
 
 def test_blocks_in_4_bits_do_not_race(tiny_llm: LLM, requests: list[EditRequest]) -> None:

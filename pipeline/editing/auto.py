@@ -2,9 +2,9 @@
 
 A value at the subject's last token makes a subject say its new answer wherever it is named, which rewordings need,
 but bends what else is said of it. Fine-tuning then teaches every form of asking, statements and chat, and brings
-other relations of the subject back; gently, after many. It trains the golden layer and two blocks further up: its
-own best blocks are late ones, values' are early ones. Questions, whose subject stands far from the answer, long
-answers, several facts about one subject and prompts without one are fine-tuned alone.
+other relations of the subject back; gently, after many; not at all, after hundreds. It trains the golden layer and
+two blocks further up: its own best blocks are late ones, values' are early ones. Questions, whose subject stands
+far from the answer, long answers, several facts about one subject and prompts without one are fine-tuned alone.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
 from torch import Tensor
 
-from pipeline.editing.contexts import ASSOCIATIONS, is_question
+from pipeline.editing.contexts import is_question
 from pipeline.editing.finetune import make_finetune
-from pipeline.editing.locate import STACKED, LocateSettings, LocateThenEdit, memit_solver
+from pipeline.editing.locate import LocateSettings, LocateThenEdit, memit_solver
 from pipeline.editing.method import register
 from pipeline.errors import note
 from pipeline.model.llm import LLM
-from pipeline.options.base import Count, FromZero, Positive, at_least, at_most
+from pipeline.options.base import Count
 from pipeline.options.editing import EditOptions
 from pipeline.requests.schema import EditRequest
 from pipeline.requests.sets import about
 from pipeline.running.trainer import Runtime
 
 NAMED = 5  # requests, in a note
+HUNDREDS = 256  # requests: beyond, training costs more than it gains
 MANY = 32  # requests: beyond, training takes so many steps that it bends other texts
 AFTER_FEW: dict[str, Any] = {"kl": 2.0}  # what a value bends of its subject is to come back
 AFTER_MANY: dict[str, Any] = {
@@ -40,12 +41,8 @@ MANY_LONG: dict[str, Any] = {"epochs": 16, "kl": 1.2, "sparing": 0.5}  # a long 
 
 @dataclass(kw_only=True)
 class AutoSettings(LocateSettings):
-    """memit's settings, less what goes with a subject, which would bend the rest in a value; and fine-tuning's."""
+    """memit's settings, and fine-tuning's."""
 
-    associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 0
-    relations: FromZero = 3
-    spread: Count = 3
-    strength: Positive = 240.0
     long: Count = 8
     """Answers of more tokens than this are fine-tuned alone."""
     depths: list[float] = field(default_factory=lambda: [0.4, 0.67])
@@ -65,6 +62,7 @@ class Auto(LocateThenEdit):
         super().__init__(llm, layers, options, earlier, solver=memit_solver, by_all_keys=True)
         expert = {"depths": self.settings.depths, **self.settings.tuning}
         self.tuning = make_finetune(llm, layers, replace(options, method="finetune", expert=expert))
+        self.located_names = self.weight_names
         self.weight_names = list(dict.fromkeys([*self.tuning.weight_names, *self.weight_names]))
         self.moments_of = list(dict.fromkeys([*self.moments_of, *self.tuning.moments_of]))
 
@@ -80,17 +78,23 @@ class Auto(LocateThenEdit):
             of = f"{len(others)} of {len(requests)} requests"
             note(f"edit: fine-tuned alone, not after memit: {of}: {', '.join(named)}")
         usual: dict[str, Any] = {}
-        if len(located) > len(others):
+        alone = len(located) > HUNDREDS and not self.settings.tuning
+        if alone:
+            note(f"edit: {len(located)} requests are taught by memit alone; expert.tuning adds fine-tuning")
+            self.weight_names = self.weight_names if others else self.located_names
+        elif len(located) > len(others):
             usual = AFTER_MANY if len(located) > MANY else AFTER_FEW
         elif sum(len(row.targets) > self.settings.long for row in self.llm.tokens.answered(others)) > MANY:
             usual = MANY_LONG
         self.tuning.settings = replace(self.tuning.settings, **usual | self.settings.tuning)
-        (courses,) = self.tuning.lessons([requests], runtime)
+        tuned = others if alone else requests
+        courses = self.tuning.lessons([tuned], runtime) if tuned else []
         if located:
             super().run(located, runtime, [*earlier, *others])
-            self.tuning.after_values = True
+            self.tuning.after_values = not alone
         self.state, self.tuning.moments = {}, self.moments
-        self.tuning.fit(courses, runtime)
+        for course in courses:
+            self.tuning.fit(course, runtime)
 
     def unfit(self, requests: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[str]:
         """Why a value at the subject's last token does not carry each request's answer; empty where it does.
@@ -109,4 +113,4 @@ class Auto(LocateThenEdit):
         return found
 
 
-register("auto", Auto, AutoSettings, solves_anew=True, stacked=STACKED, tried_as="memit")
+register("auto", Auto, AutoSettings, solves_anew=True, tried_as="memit")

@@ -58,6 +58,13 @@ class Columns(NamedTuple):
         kept_n = ~torch.isin(self.owner_n, torch.tensor(owners, device=self.owner_n.device))
         return Columns(self.key_In[:, kept_n], self.change_On[:, kept_n], self.owner_n[kept_n], self.solved_OI)
 
+    def first(self, most: int) -> Columns:
+        """With so many columns of each fact at most, its bare prompt's among them."""
+        place_n = torch.arange(self.owner_n.numel(), device=self.owner_n.device)
+        begins_n = self.owner_n.diff(prepend=~self.owner_n[:1]) != 0
+        kept_n = place_n - torch.where(begins_n, place_n, 0).cummax(0).values < most
+        return Columns(self.key_In[:, kept_n], self.change_On[:, kept_n], self.owner_n[kept_n], self.solved_OI)
+
     def and_asked(self, owners: Sequence[int], keys_GCI: Tensor, values_GO: Tensor) -> Columns:
         """With columns for requests about these facts: their keys, and changes found without `solved_OI`."""
         contexts = keys_GCI.shape[1]

@@ -1,8 +1,7 @@
-"""Reading texts with a frozen model: what enters a block, a projection, or the head; what leaves blocks."""
+"""Reading texts with a frozen model: what enters a block, a projection, or the head."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pipeline.model.activations import RowStage, head_reads, wide
@@ -29,39 +28,6 @@ class Entering(RowStage):
             self.activations.run(batch.input_ids_BT)
         entered = by_row(seen[self.name], len(batch.texts))
         return [enter_TD[row.span].cpu().clone() for row, enter_TD in zip(batch.texts, entered, strict=True)]
-
-
-class Leaving(RowStage):
-    """Reads what leaves two blocks at the last token of each row's subject, with or without a change.
-
-    The change (O,) of what leaves the first one's down-projection there is a row's `tag`; None: no change. Outputs
-    are (2, D), on the CPU.
-    """
-
-    def __init__(self, llm: LLM, first: int, last: int) -> None:
-        super().__init__(llm)
-        (self.down,) = llm.blocks[first].down
-        self.names, self.blocks = [llm.blocks[layer].name for layer in (first, last)], last + 1
-
-    def step(self, batch: Batch) -> list[Tensor]:
-        places = [(number, row.span.stop - 1) for number, row in enumerate(batch.texts)]
-
-        def change(_: Tensor, output_BTO: Tensor) -> Tensor:
-            changed_BTO = output_BTO.clone()
-            for place, row in zip(places, batch.texts, strict=True):
-                if row.tag is not None:
-                    changed_BTO[place] += row.tag.to(output_BTO)
-            return changed_BTO
-
-        with (
-            self.activations.up_to_block(self.blocks),
-            self.activations.leaving(*self.names) as seen,
-            self.activations.changing(self.down, len(places), change),
-        ):
-            self.activations.run(batch.input_ids_BT)
-        # of several streams the first is the one that MLPs write into
-        hidden = [wide(one if one.dim() == 3 else one[0]) for one in map(seen.__getitem__, self.names)]
-        return [torch.stack([hidden_BTD[place] for hidden_BTD in hidden]).cpu() for place in places]
 
 
 class HeadReads(RowStage):

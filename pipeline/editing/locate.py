@@ -7,10 +7,9 @@ step only, the closed-form solver. Values of a batch of requests are searched fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from typing import Annotated, Any
 
 import torch
@@ -19,13 +18,13 @@ from torch import Tensor
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, owner, owners_in
 from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, FORMS, in_context, neighbours
-from pipeline.editing.entering import Entering, Leaving
+from pipeline.editing.entering import Entering
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.values import SEARCHED_TOGETHER, Located, ValueSearch, locate
-from pipeline.model.blocks import as_stored, second_moment
+from pipeline.model.blocks import as_stored, second_moment, sizes
 from pipeline.model.llm import LLM
 from pipeline.model.suffix import parts_of
-from pipeline.options.base import Count, FromZero, Most, Options, Positive, Weight, at_least, at_most
+from pipeline.options.base import Count, FromZero, Options, Positive, Weight, at_least, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
@@ -34,18 +33,11 @@ from pipeline.running.sharding import add
 from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
-FEW = 10  # requests, which seldom get in each other's way
 MOST_NEIGHBOURS = 1000  # prompts
 READ_TOGETHER = 32  # rows
-NOUGHT = 1e-12  # a value's norm where the answer is known: none is asked for, by any block
-ADDED = 0.1  # of a change's norm: what half precision may make of a sum
+KEYS = 5  # contexts
 
-STACKED = {  # settings where one layer is to hold batch after batch: small values, so that many get along
-    **{"forms": 0, "associations": 2, "key_contexts": 1, "neighbour_weight": 0.1, "steps": 25},
-    **{"step": 0.13, "bound": 1.3, "strength": 20.0},
-}
-
-QUICK = {"forms": 0, "associations": 0, "steps": 12}  # settings where edits are only compared
+QUICK = {"forms": 0, "relations": 0, "steps": 12, "spread": 1}  # settings where edits are only compared
 
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
@@ -58,26 +50,27 @@ class LocateSettings(Options):
     """Contexts that a value is searched under, the bare prompt being the first; at most 9."""
     forms: Annotated[int, at_least(0), at_most(len(FORMS))] = len(FORMS)
     """Other words for the prompt that a value is searched under as well, in turn; at most 4."""
-    associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = len(ASSOCIATIONS)
+    associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 0
     """Openings that call for what goes with a subject, which it is searched under as well; at most 4."""
-    relations: FromZero = 0
+    relations: FromZero = 3
     """Other relations of a subject that a value is to leave alone, beside `{subject} is`."""
-    key_contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 5
-    """Contexts that a subject's keys are taken under; at most 9."""
+    key_contexts: Annotated[int | None, at_least(1), at_most(len(CONTEXTS))] = None
+    """Contexts that a subject's keys are taken under; at most 9. Default: up to 5, as long as all facts' keys are
+    no more than half of a layer's inputs; beyond, they get in each other's way."""
     neighbours: FromZero = 10
     """memit: other names in each prompt, whose outputs are to stay; 0: none."""
     neighbour_weight: Weight = 1.0
     """memit: weight of such names against ordinary text."""
-    spread: Count = 1
+    spread: Count = 5
     """Blocks that carry a value together: a golden layer and those above it, never the last."""
     batch_size: Count = 32
     """Requests whose values are searched for together."""
-    steps: Most = None
-    """The most optimiser steps of a value; default: 40 for up to 10 requests, 22 for more."""
-    step: Positive = 0.16
-    """Adam's step size for a value, in units of the projection's output norm."""
+    steps: Count = 22
+    """The most steps of a value's search."""
+    step: Positive = 0.25
+    """Length of its first step, in units of the projections' output norms; the last one's is a fifth of it."""
     bound: Positive = 2.25
-    """Largest change of a value, in units of the projection's output norm."""
+    """Largest change of a value, in the same units."""
     strength: Positive = 80.0
     """memit: weight of what is to stay against the requests, free of the keys' scale."""
     threshold: Positive = 0.02
@@ -87,8 +80,8 @@ class LocateSettings(Options):
 class LocateThenEdit:
     """Changes the down-projection of the golden layers in closed form.
 
-    A value is found at the golden layer, and carried by it and blocks above it (`spread`) together: each of them
-    then changes less, and so do other texts.
+    A value is found in the golden layer and blocks above it (`spread`), which carry it together: each of them then
+    changes less, and so do other texts.
 
     It is made as `EditMethod` says. Its `state` are every layer's `Columns`: earlier keys and values are solved for
     again, together with the new ones. `solver` goes from the settings to the closed-form solver. With `by_all_keys`
@@ -158,45 +151,13 @@ class LocateThenEdit:
         located = self.located([[one for one in asked if about(one) == subject] for subject in subjects])
         # values are found without other updates', and solved with them
         columns = {layer: self._taken_out(layer).without(outdated) for layer in self.layers}
-        shares = self._shares(located, runtime) if asked else iter(())
-        for layer in self.layers:
-            if share := next(shares, None):
-                of_subject = dict(zip(subjects, share, strict=True))
-                share_GO = torch.stack([of_subject[about(request)] for request in asked])
-                keys_GCI = self.keys(layer, asked, runtime)
-                columns[layer] = columns[layer].and_asked([*map(owner, asked)], keys_GCI, share_GO)
+        values = dict(zip(subjects, self.find(located, runtime), strict=True)) if asked else {}
+        for number, layer in enumerate(self.layers):
+            if asked:
+                value_GO = torch.stack([values[about(request)][number] for request in asked])
+                keys_GCI = self.keys(layer, asked, len(held), runtime)
+                columns[layer] = columns[layer].and_asked([*map(owner, asked)], keys_GCI, value_GO)
             self._put_in(layer, columns[layer], held, runtime)
-
-    def _shares(self, located: Sequence[Located], runtime: Runtime) -> Iterator[Sequence[Tensor]]:
-        """By layer, each subject's change (O,) of the output there; asked for once those before hold theirs.
-
-        Values are found at the first layer. What they come to behind the last one is what all layers are to bring
-        about, each an even part of what is missing by then (MEMIT, arXiv 2210.07229, section 4.3), and none more
-        than the value: blocks in between make much more of a few. That takes blocks that add their projection's
-        output to the hidden state, maybe by a factor; in others the first layer holds all.
-        """
-        first, last = self.layers[0], self.layers[-1]
-        values = self.find(self.search(first, len(located)), located, runtime, kept=f"values-{first}")
-        if first == last:
-            yield values
-            return
-        reading = Leaving(self.llm, first, last)
-
-        def leaving(changes: Iterable[Tensor | None]) -> Tensor:  # (2, G, O)
-            rows = [one.rows[0]._replace(tag=change) for one, change in zip(located, changes, strict=False)]
-            return torch.stack(run(reading, rows, runtime, Row.length, READ_TOGETHER), dim=1)
-
-        aim_2GO, now_2GO = leaving(values), leaving(repeat(None))
-        value_GO = torch.stack(values)
-        factor = _factor(value_GO, (aim_2GO - now_2GO)[0])
-        if not factor:
-            yield values
-            return
-        most_G1 = value_GO.norm(dim=-1, keepdim=True).clamp(min=NOUGHT)
-        for left in range(len(self.layers), 0, -1):
-            share_GO = (aim_2GO - now_2GO)[1] / (left * factor)
-            yield [*share_GO * (most_G1 / share_GO.norm(dim=-1, keepdim=True).clamp(min=most_G1))]
-            now_2GO = leaving(repeat(None))
 
     def _taken_out(self, layer: int) -> Columns:
         """What a layer was asked for before, its solution being taken out of the weight."""
@@ -212,7 +173,8 @@ class LocateThenEdit:
         solved_OI = torch.zeros_like(columns.solved_OI)
         if columns.owner_n.numel():
             kept_II = self.kept(layer, held, self.moments[name].to(down.weight.device), runtime)
-            solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
+            solved = columns.first(self.keys_each(layer, len(held)))
+            solved_OI = self.solve(solved.key_In, solved.change_On, kept_II).float()
         add(down.weight, as_stored(down, solved_OI))
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
 
@@ -222,21 +184,25 @@ class LocateThenEdit:
         others = (*FORMS[: own.forms], *ASSOCIATIONS[: own.associations])
         return [locate(self.llm, group, CONTEXTS[: own.contexts], others, own.relations) for group in groups]
 
-    def search(self, layer: int, together: int) -> ValueSearch:
-        """The search for values at a layer, for so many subjects that are to get along."""
+    def search(self) -> ValueSearch:
+        """The search for values."""
         own = self.settings
-        return ValueSearch(self.llm, layer, own.steps or (40 if together <= FEW else 22), own.step, own.bound)
+        return ValueSearch(self.llm, self.layers, own.steps, own.step, own.bound)
 
-    def find(
-        self, search: ValueSearch, located: Sequence[Located], runtime: Runtime, kept: str | None = None
-    ) -> list[Tensor]:
-        """Every subject's change (O,) of the output; with a work folder, found ones are kept there by this name."""
+    def find(self, located: Sequence[Located], runtime: Runtime) -> list[Tensor]:
+        """Every subject's changes (L, O) of the layers' outputs; with a work folder, found ones are kept there."""
         sizes = (Located.tokens, self.settings.batch_size, SEARCHED_TOGETHER)
-        return run(search, located, runtime, *sizes, kept=kept, in_step=True, logger=runtime.logger)
+        return run(self.search(), located, runtime, *sizes, kept="values", in_step=True, logger=runtime.logger)
 
-    def keys(self, layer: int, requests: Sequence[EditRequest], runtime: Runtime) -> Tensor:
+    def keys_each(self, layer: int, facts: int) -> int:
+        """Contexts that a subject's keys are taken under, where a layer is to hold so many facts."""
+        ((inputs, _),) = map(sizes, self.llm.blocks[layer].down.values())
+        room = inputs // (2 * max(facts, 1)) if self.by_all_keys else KEYS
+        return self.settings.key_contexts or min(max(room, 1), KEYS)
+
+    def keys(self, layer: int, requests: Sequence[EditRequest], facts: int, runtime: Runtime) -> Tensor:
         """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""
-        templates = CONTEXTS[: self.settings.key_contexts]
+        templates = CONTEXTS[: self.keys_each(layer, facts)]
         placed = [in_context(template, r) for r in requests for template in templates]
         key_RI = torch.cat(self._read(layer, placed, False, runtime))
         keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])
@@ -268,12 +234,6 @@ class LocateThenEdit:
         return [key_TI.float() for key_TI in keys]
 
 
-def _factor(change_GO: Tensor, moved_GO: Tensor) -> float | None:
-    """By what factor changes of a projection's output are added to the hidden state; None: they are not."""
-    factor = ((moved_GO * change_GO).sum() / change_GO.square().sum()).item()
-    return factor if (moved_GO - factor * change_GO).norm() < ADDED * moved_GO.norm() else None
-
-
 def memit_solver(own: LocateSettings) -> Solver:
     """memit's, by its settings."""
     return partial(solvers.memit, strength=own.strength)
@@ -281,7 +241,7 @@ def memit_solver(own: LocateSettings) -> Solver:
 
 def _register(name: str, solver: Callable[[LocateSettings], Solver], **own: Any) -> None:
     make = partial(LocateThenEdit, solver=solver, **own)
-    about = {"needs_subject": True, "solves_anew": True, "stacked": STACKED, "quick": QUICK}
+    about = {"needs_subject": True, "solves_anew": True, "quick": QUICK}
     register(name, make, LocateSettings, **about)
 
 

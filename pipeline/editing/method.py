@@ -46,7 +46,6 @@ class Method:
     # settings for edits that are only compared; none that cut training short: it would rank blocks by their speed
     quick: Mapping[str, Any] = field(default_factory=dict)
     solves_anew: bool = False  # whether requests can be left out of an update (`pipeline.editing.editor.leave_out`)
-    stacked: Mapping[str, Any] = field(default_factory=dict)  # settings for updates that are stacked on each other
 
 
 METHODS: dict[str, Method] = {}  # filled by each kind's own file; `pipeline.editing.editor` imports them all
@@ -75,9 +74,9 @@ def settings_of(options: EditOptions) -> Any:
     check_choice("method", options.method, METHODS)
     method = METHODS[options.method]
     try:
-        given = read_expert(options.expert, method.settings, options.method)
-        quick, stacked = (method.quick if options.quick else {}), (method.stacked if options.stacked else {})
-        return method.settings(**{**stacked, **quick, **given})
+        some = {name: value for name, value in options.expert.items() if value is not None}  # null: the default
+        given = read_expert(some, method.settings, options.method)
+        return method.settings(**{**(method.quick if options.quick else {}), **given})
     except UserError as error:
         line = str(error)
         raise UserError(f"edit.{line if line.startswith('expert') else f'expert.{line}'}") from None

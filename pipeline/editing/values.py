@@ -1,6 +1,7 @@
 """Values and keys: what a down-projection should put out at subjects' last tokens, and what enters it there.
 
-A batch of requests is searched together, each with its own change of the output; only what a change can reach is
+A value is searched in all blocks that are to carry it at once, so that each changes where and as far as it helps.
+A batch of requests is searched together, each with its own changes of the outputs; only what these can reach is
 computed (see `pipeline.model.suffix`), and a subject whose answers are learnt leaves the batch. Facts about one
 subject share its key, and so one value, which is searched for all of them (MEMIT-Merge).
 """
@@ -19,6 +20,7 @@ from pipeline.editing.contexts import in_context, own_forms, relations
 from pipeline.editing.entering import going_on
 from pipeline.editing.relations import statement
 from pipeline.errors import UserError
+from pipeline.model.activations import wide
 from pipeline.model.llm import LLM
 from pipeline.model.suffix import Suffixes
 from pipeline.requests.rows import Row
@@ -31,6 +33,9 @@ OTHERS_EACH = 2  # rows of a step beside the bare ones, in turn
 LEARNT = 0.05  # nats: a value is found when its mean loss is below this
 KL = 0.0625  # weight of what is to stay after `{subject} is`, and after each other relation
 DECAY = 0.01  # weight of a value's squared change
+MOMENTUM = 0.5
+LAST = 0.2  # of the step size, in the last step
+TINY = 1e-30  # a slope's norm where nothing is left to learn
 
 
 class Located(NamedTuple):
@@ -84,22 +89,24 @@ def locate(
 
 
 class ValueSearch(Stage):
-    """Finds, for each subject, the change r of the down-projection's output that makes its new answers likely.
+    """Finds, for each subject, the changes r of down-projections' outputs that make its new answers likely.
 
-    Loss of a subject (ROME, arXiv 2202.05262, eq. 4, for a batch): mean over its facts and some of their other
-    forms, in turn, of ℓ(x, y_new), plus `KL` · KL(base ‖ changed) after all else that is said of it, one in turn,
-    plus `DECAY` · ‖r‖² / ‖output‖². Step and bound of r are in units of the projection's own output norm, so that
-    one setting serves models with and without a norm behind the projection. A subject whose answers are learnt
-    leaves the batch.
+    Loss of a subject (ROME, arXiv 2202.05262, eq. 4, for a batch, and for several blocks): mean over its facts and
+    some of their other forms, in turn, of ℓ(x, y_new), plus `KL` · KL(base ‖ changed) after all else that is said
+    of it, one in turn, plus `DECAY` · ‖r‖². A step goes down the gradient of a subject's r, all blocks' as one, and
+    its length is the same whatever the gradient's. So r stays small: Adam changes all its numbers alike, and the
+    same loss takes an r of twice the norm. r, step and bound are in units of the first projection's own output
+    norm, so that one setting serves models with and without a norm behind it. A subject whose answers are learnt
+    leaves the batch, and one whose answers were known is not changed.
 
-    Outputs are changes (O,) of the down-projection's output in a block, after `steps` steps at most.
+    Outputs are changes (L, O) of the L blocks' down-projections' outputs, after `steps` steps at most.
     """
 
     title, gradients = "Finding values", True
 
-    def __init__(self, llm: LLM, layer: int, steps: int, step: float, bound: float) -> None:
+    def __init__(self, llm: LLM, layers: Sequence[int], steps: int, step: float, bound: float) -> None:
         super().__init__(llm.model)
-        self.llm, self.layer = llm, layer
+        self.llm, self.layers = llm, layers
         self.steps, self.step_size, self.bound = steps, step, bound
         self.shown = 0  # steps
 
@@ -121,50 +128,51 @@ class ValueSearch(Stage):
             self._part(dict(enumerate(rows)))
             for rows in zip(*[one.rows[-one.stays :] for one in batch], strict=False)  # as many as all have
         ]
-        change_GO = self._search([located.id for located in batch], bare, others, stays)
-        return [change_O.clone() for change_O in change_GO.float().cpu()]
+        change_GLO = self._search([located.id for located in batch], bare, others, stays)
+        return [change_LO.clone() for change_LO in change_GLO.float().cpu()]
 
     def _part(self, rows: Mapping[int, Row]) -> Part:
-        suffixes = Suffixes(self.llm, self.layer, list(rows.values()))
+        suffixes = Suffixes(self.llm, self.layers, list(rows.values()))
         return Part(suffixes, torch.tensor(list(rows), device=suffixes.start_B.device))
 
     def _search(
         self, ids: Sequence[str], bare: Sequence[Part], others: Sequence[Part], stays: list[Part]
     ) -> Tensor:
-        """Adam on the changes of all of a batch at once; shape (G, O)."""
+        """The changes of all of a batch at once; shape (G, L, O)."""
         bases = [part.suffixes.base_NV.log_softmax(-1) for part in stays]  # (G, V) each
-        output_GO = bare[0].suffixes.output_BO  # every subject has a first row
-        output_GO = output_GO.to(torch.promote_types(output_GO.dtype, torch.float32))
-        scale_G1 = output_GO.norm(dim=-1, keepdim=True)
-        unit_GO = torch.zeros_like(output_GO).requires_grad_(True)  # changes over scale: Adam needs float32
-        learnt_GO = torch.zeros_like(unit_GO)
-        adam = torch.optim.Adam([unit_GO], lr=self.step_size)
-        running_G, live = torch.ones(len(ids), dtype=torch.bool, device=unit_GO.device), True
+        output_GLO = wide(bare[0].suffixes.output_BLO)  # every subject has a first row
+        scale_G11 = output_GLO[:, :1].norm(dim=-1, keepdim=True)
+        unit_GLO = torch.zeros_like(output_GLO).requires_grad_(True)  # changes over scale
+        learnt_GLO, way_GLO = torch.zeros_like(unit_GLO), torch.zeros_like(unit_GLO)
+        running_G, live = torch.ones(len(ids), dtype=torch.bool, device=unit_GLO.device), True
+        unknown_G = torch.zeros_like(running_G)  # whether anything was to be learnt yet
         learnt_G = torch.zeros_like(running_G, dtype=torch.long)  # steps in which all that was asked was known
         for step in range(self.steps + 1):
             self.tell(step, self.steps)
             turns = max(1, -(-len(others) // OTHERS_EACH))
             parts = [*bare, *others[step % turns :: turns]]
             turn = step % len(stays)
-            nll_G, kl_G = _losses(parts, stays[turn], unit_GO * scale_G1, bases[turn])
+            nll_G, kl_G = _losses(parts, stays[turn], unit_GLO * scale_G11, bases[turn])
             if not nll_G.isfinite().all():
                 raise UserError(
                     f"edit: the loss is not a number in step {step}, in the batch of requests {', '.join(ids)}; "
                     "try a smaller expert.step"
                 )
             if live:
-                learnt_GO[running_G] = unit_GO.detach()[running_G]
+                learnt_GLO[running_G] = unit_GLO.detach()[running_G]
                 self._show(nll_G[running_G])
             learnt_G = torch.where(nll_G > LEARNT, 0, learnt_G + 1)
+            unknown_G |= nll_G > LEARNT
             going_G = running_G & (learnt_G < turns) & live
             if step == self.steps or not anywhere(self.model, bool(going_G.any())):
                 break
-            loss_G = nll_G + KL * len(stays) * kl_G + DECAY * unit_GO.square().sum(-1)
-            adam.zero_grad()
-            loss_G[going_G].sum().backward()
-            adam.step()
+            loss_G = nll_G + KL * len(stays) * kl_G + DECAY * unit_GLO.square().sum((1, 2))
+            (slope_GLO,) = torch.autograd.grad(loss_G[going_G].sum(), unit_GLO)
             with torch.no_grad():
-                unit_GO *= self.bound / unit_GO.norm(dim=-1, keepdim=True).clamp(min=self.bound)
+                way_GLO = MOMENTUM * way_GLO + (1 - MOMENTUM) * slope_GLO / _norm(slope_GLO).clamp(min=TINY)
+                length = self.step_size * (1 - (1 - LAST) * step / self.steps)
+                unit_GLO -= length * unknown_G[:, None, None] * way_GLO
+                unit_GLO *= self.bound / _norm(unit_GLO).clamp(min=self.bound)
             live = bool(going_G.any())  # if not, this process goes on for the others' sake alone
             if live and not (going_G == running_G).all():
                 running_G = going_G
@@ -172,7 +180,7 @@ class ValueSearch(Stage):
                     [left for part in some if (left := _only(part, running_G))] for some in (bare, others)
                 )
                 stays = [_only(part, running_G) or part for part in stays]
-        return learnt_GO * scale_G1
+        return learnt_GLO * scale_G11
 
     def _show(self, nll_G: Tensor) -> None:
         """Show the mean loss of the batch at work; batch follows batch on one axis."""
@@ -181,18 +189,23 @@ class ValueSearch(Stage):
         self.shown += 1
 
 
+def _norm(value_GLO: Tensor) -> Tensor:
+    """Each subject's norm over all blocks, (G, 1, 1)."""
+    return value_GLO.flatten(1).norm(dim=1)[:, None, None]
+
+
 def _only(part: Part, running_G: Tensor) -> Part | None:
     """The rows of values that are still searched for; None where no row is left."""
     rows = running_G[part.owner_B].nonzero().squeeze(1)
     return Part(part.suffixes.subset(rows), part.owner_B[rows]) if len(rows) else None
 
 
-def _losses(parts: Sequence[Part], stays: Part, change_GO: Tensor, base_GV: Tensor) -> tuple[Tensor, Tensor]:
+def _losses(parts: Sequence[Part], stays: Part, change_GLO: Tensor, base_GV: Tensor) -> tuple[Tensor, Tensor]:
     """Each value's mean loss over its rows, and its divergence where the model is to say the same; (G,)."""
-    losses = [part.suffixes.batch.losses(part.suffixes.run(change_GO[part.owner_B])) for part in parts]
+    losses = [part.suffixes.batch.losses(part.suffixes.run(change_GLO[part.owner_B])) for part in parts]
     owner_R = torch.cat([part.owner_B for part in parts])
-    nll_G = losses[0].new_zeros(len(change_GO)).index_add(0, owner_R, torch.cat(losses))
-    nll_G = nll_G / torch.bincount(owner_R, minlength=len(change_GO)).clamp(min=1)
-    now_RV = stays.suffixes.run(change_GO[stays.owner_B]).log_softmax(-1)
+    nll_G = losses[0].new_zeros(len(change_GLO)).index_add(0, owner_R, torch.cat(losses))
+    nll_G = nll_G / torch.bincount(owner_R, minlength=len(change_GLO)).clamp(min=1)
+    now_RV = stays.suffixes.run(change_GLO[stays.owner_B]).log_softmax(-1)
     kl_R = F.kl_div(now_RV, base_GV[stays.owner_B], log_target=True, reduction="none").sum(-1)
     return nll_G, torch.zeros_like(nll_G).index_copy(0, stays.owner_B, kl_R)

@@ -1,18 +1,20 @@
-"""Running only what a change at one token of one block can reach: the blocks from it up, the tokens from it on.
+"""Running only what changes at one token of some blocks can reach: blocks from the first up, tokens from it on.
 
-A change of the down-projection's output in block l at token s alters no block below l and no token before s.
-So the tokens before s run once (their keys and values are kept), the blocks below l run once for the rest (what
+A change of the down-projection's output in blocks from l up at token s alters no block below l and no token before
+s. So the tokens before s run once (their keys and values are kept), the blocks below l run once for the rest (what
 enters block l is kept), and every further pass runs blocks l…L over tokens s…T only. Exact. Where a decoder keeps
 more of a text than keys and values, or a block reads more than leaves the one below, whole texts or all blocks run.
 
 Shapes: B rows, P prefix tokens (padded on the left), S suffix tokens (padded on the right), D hidden, N positions
-that are read, V vocabulary, O outputs of the down-projection.
+that are read, V vocabulary, L changed blocks, O outputs of their down-projections.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,15 +33,15 @@ NEAR = 0.1  # of the logits' spread: what half precision may make of the same su
 
 
 class Suffixes:
-    """Rows that have run once, and can run again from a block and their subjects' last tokens on.
+    """Rows that have run once, and can run again from some blocks and their subjects' last tokens on.
 
-    Block l is `layer` of a frozen model; token s is the last of each row's subject, and comes before its target.
+    Block l is the first of `layers` of a frozen model; token s is the last of a row's subject, before its target.
     """
 
     @torch.no_grad()
-    def __init__(self, llm: LLM, layer: int, rows: Sequence[Row]) -> None:
-        self.llm, self.layer, self.activations = llm, layer, Activations(llm)
-        (self.down,) = llm.blocks[layer].down
+    def __init__(self, llm: LLM, layers: Sequence[int], rows: Sequence[Row]) -> None:
+        self.llm, self.layer, self.activations = llm, layers[0], Activations(llm)
+        self.downs = [name for layer in layers for name in llm.blocks[layer].down]
         device = next(llm.model.parameters()).device
         places = [row.span.stop - 1 for row in rows]
         starts = places if parts_of(llm).ends else [0] * len(rows)
@@ -48,13 +50,14 @@ class Suffixes:
         self.start_B = torch.tensor(starts, device=device)
         self.place_B = torch.tensor(places, device=device) - self.start_B  # of token s in the batch's rows
         self.mask_BP, self.prefix = self._prefix([row.token_ids[:at] for row, at in zip(rows, starts, strict=True)])
-        block = llm.blocks[layer].name
-        with self.activations.entering(block) as entering, self.activations.leaving(self.down) as leaving:
+        block = llm.blocks[self.layer].name
+        with self.activations.entering(block) as entering, self.activations.leaving(*self.downs) as leaving:
             self.base_NV = self._forward()  # the logits that predict the target tokens
         self.enter_BSD = entering[block] if parts_of(llm).blocks else None
         rows_B = torch.arange(len(rows), device=device)
-        # what leaves the block's down-projection at token s
-        self.output_BO = by_row(leaving[self.down], len(rows))[rows_B, self.place_B].clone()
+        # what leaves the blocks' down-projections at token s
+        outputs = [by_row(leaving[down], len(rows))[rows_B, self.place_B] for down in self.downs]
+        self.output_BLO = torch.stack(outputs, dim=1)
 
     def _prefix(self, texts: Sequence[list[int]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Run what stands before the suffixes, padded on the left; mask (B, P), each block's keys and values."""
@@ -78,22 +81,24 @@ class Suffixes:
         part = copy(self)
         texts = [self.batch.texts[row] for row in rows.tolist()]
         part.batch = collate(texts, self.llm.pad_token_id).to(rows.device)
-        part.start_B, part.mask_BP, part.output_BO = self.start_B[rows], self.mask_BP[rows], self.output_BO[rows]
-        part.place_B = self.place_B[rows]
+        part.start_B, part.place_B = self.start_B[rows], self.place_B[rows]
+        part.mask_BP, part.output_BLO = self.mask_BP[rows], self.output_BLO[rows]
         part.prefix = [(keys[rows], values[rows]) for keys, values in self.prefix]
         if self.enter_BSD is not None:
             part.enter_BSD = self.enter_BSD[rows, : part.batch.input_ids_BT.shape[1]]
         return part
 
-    def run(self, change_BO: Tensor) -> Tensor:
-        """Logits (N, V) when a change is added to the down-projection's output at each row's token s."""
+    def run(self, change_BLO: Tensor) -> Tensor:
+        """Logits (N, V) when changes are added to the down-projections' outputs at each row's token s."""
 
-        def add(_: Tensor, output_BSO: Tensor) -> Tensor:
+        def add(change_BO: Tensor, _: Tensor, output_BSO: Tensor) -> Tensor:
             at_BS = torch.arange(output_BSO.shape[1], device=change_BO.device) == self.place_B[:, None]
             return output_BSO + at_BS[..., None] * change_BO[:, None].to(output_BSO.dtype)
 
-        from_here = self.activations.from_block(self.layer, self.enter_BSD)
-        with from_here, self.activations.changing(self.down, len(change_BO), add):
+        with ExitStack() as changed:
+            changed.enter_context(self.activations.from_block(self.layer, self.enter_BSD))
+            for down, change_BO in zip(self.downs, change_BLO.unbind(1), strict=True):
+                changed.enter_context(self.activations.changing(down, len(change_BO), partial(add, change_BO)))
             return self._forward()
 
     def _forward(self) -> Tensor:
@@ -137,7 +142,7 @@ def _found(llm: LLM) -> Parts:
         raise UserError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
     blocks = _agree(upper, whole_NV)
     llm.parts = Parts(blocks)  # with ends, which are tried
-    return Parts(blocks, _agree(lambda: Suffixes(llm, layer, [row]).base_NV, whole_NV), heard)
+    return Parts(blocks, _agree(lambda: Suffixes(llm, [layer], [row]).base_NV, whole_NV), heard)
 
 
 @torch.enable_grad()

@@ -35,8 +35,6 @@ class EditOptions(Options):
     statistics: StatisticsOptions = group(StatisticsOptions)
     expert: dict[str, Any] = field(default_factory=dict)
     """Settings of the method, by name, such as {"epochs": 4}; docs/edit.md lists them."""
-    stacked: Annotated[bool, NO_FLAG] = False
-    """Take the method's settings for edits that will be stacked, as a store's are, where `expert` names none."""
     quick: Annotated[bool, NO_FLAG] = False
     """Take the method's settings for edits that are only compared with each other, where `expert` names none."""
 

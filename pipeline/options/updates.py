@@ -105,10 +105,6 @@ class ProvingOptions(NewStoreOptions, ComputeOptions, SeedOptions):
     evaluation: EvaluationOptions = group(EvaluationOptions, without=UNASKED)
     gates: GateOptions = group(GateOptions)
 
-    def check(self) -> None:
-        """See to it that updates can build on each other."""
-        self.edit.stacked = True
-
 
 @dataclass(kw_only=True)
 class PublishOptions(Options):

@@ -153,8 +153,8 @@ def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
     """Values of requests that are searched for together, and their keys; then the solution."""
     ((name, down),) = case.shape.blocks[case.layer].down.items()
     inputs, outputs = sizes(down)
-    columns = together * (method.settings.key_contexts if method.by_all_keys else 1)
-    search = method.search(case.layer, together)
+    columns = together * (method.keys_each(case.layer, together) if method.by_all_keys else 1)
+    search = method.search()
     search.steps = 1
     searched = case.peak(search, [_located(case, method)] * together)
     asked = case.row._replace(token_ids=[0] * (case.row.target_start + OPENING))  # under a context
