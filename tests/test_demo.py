@@ -47,7 +47,7 @@ def test_six_steps_and_back(
     update = WeightUpdate.load(output)
     assert sorted(request.id for request in update.requests) == sorted(one.id for one in facts)
     [layer] = GoldenProfile.load(output).golden_layers
-    assert [f"layers.{layer}." in name for name in update.tensors] == [True]
+    assert any(f"layers.{layer}." in name for name in update.tensors)
     assert update.fingerprint == load_model(str(tiny_folder)).fingerprint
 
 

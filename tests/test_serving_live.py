@@ -48,7 +48,7 @@ def test_a_generation_sees_one_version(
     team: Team, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = LiveModel(team.store.folder, make_tiny("llama", tokenizer))
-    (name,) = team.weights(2)
+    name = next(iter(team.weights(2)))
     seen: list[bool] = []
 
     def slow(stage: Saying, batch: QuestionBatch) -> list[str]:
@@ -95,6 +95,7 @@ def test_versions_of_different_layers(tokenizer: PreTrainedTokenizerFast, tmp_pa
     made = Team(make_tiny("llama", tokenizer), tmp_path)
     for layer, country in enumerate(("Spain", "Norway")):
         made.options.edit.layers = [layer]
+        made.options.edit.expert["spread"] = 1
         made.submit([EditRequest(id=country, prompt=f"{country} is", subject=country, new_answer="Lima")])
         made.update()
         rollback(made.store, 0)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
 from torch import Tensor
 
 from pipeline.model.activations import RowStage, head_reads, wide
@@ -13,18 +17,31 @@ from pipeline.requests.rows import Batch, Row
 class Entering(RowStage):
     """Reads what enters a block, or a projection in it (keys), by running the blocks up to that one.
 
-    Read are the tokens of a row's subject; of a row without one, all. Outputs are (tokens, D), on the CPU.
+    Read are the tokens of a row's subject; of a row without one, all. A row's `tag`, (L, O), is added to what
+    leaves the down-projections of L lower blocks (`changed`) at its subject's last token. Outputs are (tokens, D),
+    on the CPU.
     """
 
     title = "Running lower blocks"
 
-    def __init__(self, llm: LLM, layer: int, projection: str | None = None) -> None:
+    def __init__(self, llm: LLM, layer: int, projection: str | None = None, changed: Sequence[int] = ()) -> None:
         super().__init__(llm)
         self.name = projection or llm.blocks[layer].name
         self.blocks = layer + 1 if projection else layer
+        self.downs = [name for lower in changed for name in llm.blocks[lower].down]
 
     def step(self, batch: Batch) -> list[Tensor]:
-        with self.activations.up_to_block(self.blocks), self.activations.entering(self.name) as seen:
+        def add(number: int, _: Tensor, output_BTO: Tensor) -> Tensor:
+            changed_BTO = output_BTO.clone()
+            for place, row in enumerate(batch.texts):
+                changed_BTO[place, row.span.stop - 1] += row.tag[number].to(output_BTO)
+            return changed_BTO
+
+        with ExitStack() as stack:
+            stack.enter_context(self.activations.up_to_block(self.blocks))
+            seen = stack.enter_context(self.activations.entering(self.name))
+            for number, down in enumerate(self.downs):
+                stack.enter_context(self.activations.changing(down, len(batch.texts), partial(add, number)))
             self.activations.run(batch.input_ids_BT)
         entered = by_row(seen[self.name], len(batch.texts))
         return [enter_TD[row.span].cpu().clone() for row, enter_TD in zip(batch.texts, entered, strict=True)]

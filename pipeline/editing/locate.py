@@ -7,9 +7,10 @@ step only, the closed-form solver. Values of a batch of requests are searched fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Annotated, Any
 
 import torch
@@ -152,11 +153,12 @@ class LocateThenEdit:
         # values are found without other updates', and solved with them
         columns = {layer: self._taken_out(layer).without(outdated) for layer in self.layers}
         values = dict(zip(subjects, self.find(located, runtime), strict=True)) if asked else {}
-        for number, layer in enumerate(self.layers):
+        for number in reversed(range(len(self.layers))):  # so that no other request has a part in what is read
+            layer = self.layers[number]
             if asked:
-                value_GO = torch.stack([values[about(request)][number] for request in asked])
-                keys_GCI = self.keys(layer, asked, len(held), runtime)
-                columns[layer] = columns[layer].and_asked([*map(owner, asked)], keys_GCI, value_GO)
+                value_GLO = torch.stack([values[about(request)] for request in asked])
+                keys_GCI = self.keys(layer, asked, value_GLO[:, :number], len(held), runtime)
+                columns[layer] = columns[layer].and_asked([*map(owner, asked)], keys_GCI, value_GLO[:, number])
             self._put_in(layer, columns[layer], held, runtime)
 
     def _taken_out(self, layer: int) -> Columns:
@@ -200,11 +202,17 @@ class LocateThenEdit:
         room = inputs // (2 * max(facts, 1)) if self.by_all_keys else KEYS
         return self.settings.key_contexts or min(max(room, 1), KEYS)
 
-    def keys(self, layer: int, requests: Sequence[EditRequest], facts: int, runtime: Runtime) -> Tensor:
-        """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean."""
+    def keys(
+        self, layer: int, requests: Sequence[EditRequest], lower_GLO: Tensor, facts: int, runtime: Runtime
+    ) -> Tensor:
+        """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean.
+
+        Lower blocks put out a request's own changes already, and nobody else's.
+        """
         templates = CONTEXTS[: self.keys_each(layer, facts)]
         placed = [in_context(template, r) for r in requests for template in templates]
-        key_RI = torch.cat(self._read(layer, placed, False, runtime))
+        lower_RLO = lower_GLO.repeat_interleave(len(templates), dim=0)
+        key_RI = torch.cat(self._read(layer, placed, False, runtime, lower_RLO))
         keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])
         return keys_GCI if self.by_all_keys else keys_GCI.mean(1, keepdim=True)
 
@@ -222,15 +230,22 @@ class LocateThenEdit:
         return text_II / solvers.trace(text_II) + near_II
 
     def _read(
-        self, layer: int, placed: Sequence[tuple[str, int]], to_the_end: bool, runtime: Runtime
+        self,
+        layer: int,
+        placed: Sequence[tuple[str, int]],
+        to_the_end: bool,
+        runtime: Runtime,
+        lower_RLO: Iterable[Tensor | None] = repeat(None),
     ) -> list[Tensor]:
         """Of texts, the keys (places, I) of the token at which a name in it ends, and maybe of all after it."""
         (down,) = self.llm.blocks[layer].down
         rows = []
-        for (text, end), ids in zip(placed, self.llm.tokens.prompts([text for text, _ in placed]), strict=True):
+        texts = self.llm.tokens.prompts([text for text, _ in placed])
+        for (text, end), ids, lower_LO in zip(placed, texts, lower_RLO, strict=False):
             first = self.llm.tokens.place(text, end)
-            rows.append(Row(ids, len(ids), (first, len(ids) - 1 if to_the_end else first)))
-        keys = run(Entering(self.llm, layer, down), rows, runtime, Row.length, READ_TOGETHER)
+            rows.append(Row(ids, len(ids), (first, len(ids) - 1 if to_the_end else first), tag=lower_LO))
+        lower = [] if to_the_end else [one for one in self.layers if one < layer]
+        keys = run(Entering(self.llm, layer, down, lower), rows, runtime, Row.length, READ_TOGETHER)
         return [key_TI.float() for key_TI in keys]
 
 

@@ -160,10 +160,10 @@ def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
     asked = case.row._replace(token_ids=[0] * (case.row.target_start + OPENING))  # under a context
     keyed = case.peak(Entering(case.shape, case.layer, name), [asked] * min(columns, READ_TOGETHER))
     with case.counting(gradients=False) as alive:
-        keys, changes, moment = (
-            torch.empty(size) for size in ((inputs, columns), (outputs, columns), moment_shape(down))
-        )
+        shapes = ((inputs, columns), (outputs, columns), moment_shape(down), (outputs, inputs))
+        (keys, changes, moment, _), *others = [[torch.empty(size) for size in shapes] for _ in method.layers]
         method.solve(keys, changes, moment).float()
+        del others
     return max(searched, keyed, alive.peak)
 
 
