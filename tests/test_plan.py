@@ -94,7 +94,7 @@ def run_edit(llm: LLM, requests: Sequence[EditRequest], options: EditOptions) ->
 def editing(tmp_path: Path) -> EditOptions:
     """Every way to edit, for as many steps as reach the most memory."""
     text = tmp_path / "text.txt"
-    text.write_text("The path along the marsh is best walked in the hour after sunrise. " * 200)
+    text.write_text((Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     return EditOptions(statistics=StatisticsOptions(text=str(text), tokens=2_000), expert=FEW_FORMS)
 
 
@@ -292,6 +292,7 @@ def test_mixtures_take_what_was_planned(
     smollm2: LLM, editing: EditOptions, tmp_path: Path, few_lessons: None
 ) -> None:
     torch.manual_seed(0)
+    editing.expert = editing.expert | {"spread": 1}
     config = MixtralConfig(vocab_size=len(smollm2.tokenizer), **SHAPE | MIXTURE)
     config.save_pretrained(tmp_path / "model")
     mixture = LLM(MixtralForCausalLM(config), smollm2.tokenizer, "mixture")
@@ -299,14 +300,13 @@ def test_mixtures_take_what_was_planned(
     options = PlanCommand(
         model=str(tmp_path / "model"), length=tokens(mixture, requests), layer=LAYER, edit=editing, trainer=CPU
     )
-    options = replace(options, method=["finetune", "memit"], batch=8)
+    own = {"finetune": SHORT["finetune"], "memit": SHORT["memit"] | {"spread": 1}}
+    options = replace(options, method=[*own], batch=8)
     planned = {need.stage: need for need in plan_memory(options).stages}
     ways: dict[str, Callable[[], Any]] = {
         "attribution": lambda: score_requests(mixture, requests, AttributionOptions(batch_size=8), CPU)
     }
     for method in options.method:
-        ways[method] = partial(
-            run_edit, mixture, requests[:8], replace(editing, method=method, expert=SHORT[method])
-        )
+        ways[method] = partial(run_edit, mixture, requests[:8], replace(editing, method=method, expert=own[method]))
     for name, way in ways.items():
         assert planned[name].beside == pytest.approx(most_alive(way), rel=0.2), name
