@@ -292,7 +292,6 @@ def test_mixtures_take_what_was_planned(
     smollm2: LLM, editing: EditOptions, tmp_path: Path, few_lessons: None
 ) -> None:
     torch.manual_seed(0)
-    editing.expert = editing.expert | {"spread": 1}
     config = MixtralConfig(vocab_size=len(smollm2.tokenizer), **SHAPE | MIXTURE)
     config.save_pretrained(tmp_path / "model")
     mixture = LLM(MixtralForCausalLM(config), smollm2.tokenizer, "mixture")
@@ -300,13 +299,14 @@ def test_mixtures_take_what_was_planned(
     options = PlanCommand(
         model=str(tmp_path / "model"), length=tokens(mixture, requests), layer=LAYER, edit=editing, trainer=CPU
     )
-    own = {"finetune": SHORT["finetune"], "memit": SHORT["memit"] | {"spread": 1}}
-    options = replace(options, method=[*own], batch=8)
+    options = replace(options, method=["finetune", "memit"], batch=8)
     planned = {need.stage: need for need in plan_memory(options).stages}
     ways: dict[str, Callable[[], Any]] = {
         "attribution": lambda: score_requests(mixture, requests, AttributionOptions(batch_size=8), CPU)
     }
     for method in options.method:
-        ways[method] = partial(run_edit, mixture, requests[:8], replace(editing, method=method, expert=own[method]))
+        ways[method] = partial(
+            run_edit, mixture, requests[:8], replace(editing, method=method, expert=SHORT[method])
+        )
     for name, way in ways.items():
         assert planned[name].beside == pytest.approx(most_alive(way), rel=0.2), name

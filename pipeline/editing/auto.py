@@ -29,7 +29,7 @@ from pipeline.requests.sets import about
 from pipeline.running.trainer import Runtime
 
 NAMED = 5  # requests, in a note
-HUNDREDS = 256  # requests: beyond, training costs more than it gains
+HUNDREDS = 256  # located requests: beyond, training would take hours
 MANY = 32  # requests: beyond, training takes so many steps that it bends other texts
 AFTER_FEW: dict[str, Any] = {"kl": 2.0}  # what a value bends of its subject is to come back
 AFTER_MANY: dict[str, Any] = {

@@ -55,14 +55,16 @@ class Columns(NamedTuple):
 
     def without(self, owners: Sequence[int]) -> Columns:
         """With the columns of these facts left out."""
-        kept_n = ~torch.isin(self.owner_n, torch.tensor(owners, device=self.owner_n.device))
-        return Columns(self.key_In[:, kept_n], self.change_On[:, kept_n], self.owner_n[kept_n], self.solved_OI)
+        return self._only(~torch.isin(self.owner_n, torch.tensor(owners, device=self.owner_n.device)))
 
     def first(self, most: int) -> Columns:
         """With so many columns of each fact at most, its bare prompt's among them."""
         place_n = torch.arange(self.owner_n.numel(), device=self.owner_n.device)
         begins_n = self.owner_n.diff(prepend=~self.owner_n[:1]) != 0
-        kept_n = place_n - torch.where(begins_n, place_n, 0).cummax(0).values < most
+        return self._only(place_n - torch.where(begins_n, place_n, 0).cummax(0).values < most)
+
+    def _only(self, kept_n: Tensor) -> Columns:
+        """Some of the columns, by a mask."""
         return Columns(self.key_In[:, kept_n], self.change_On[:, kept_n], self.owner_n[kept_n], self.solved_OI)
 
     def and_asked(self, owners: Sequence[int], keys_GCI: Tensor, values_GO: Tensor) -> Columns:

@@ -205,10 +205,7 @@ class LocateThenEdit:
     def keys(
         self, layer: int, requests: Sequence[EditRequest], lower_GLO: Tensor, facts: int, runtime: Runtime
     ) -> Tensor:
-        """Keys (requests, C, I) at subjects' last tokens: each context's own, or their mean.
-
-        Lower blocks put out a request's own changes already, and nobody else's.
-        """
+        """Keys (requests, C, I) at subjects' ends, lower blocks changed for each alone: by context, or a mean."""
         templates = CONTEXTS[: self.keys_each(layer, facts)]
         placed = [in_context(template, r) for r in requests for template in templates]
         lower_RLO = lower_GLO.repeat_interleave(len(templates), dim=0)

@@ -9,6 +9,7 @@ subject share its key, and so one value, which is searched for all of them (MEMI
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -144,6 +145,7 @@ class ValueSearch(Stage):
         scale_G11 = output_GLO[:, :1].norm(dim=-1, keepdim=True)
         unit_GLO = torch.zeros_like(output_GLO).requires_grad_(True)  # changes over scale
         learnt_GLO, way_GLO = torch.zeros_like(unit_GLO), torch.zeros_like(unit_GLO)
+        norm_G11 = partial(torch.linalg.vector_norm, dim=(1, 2), keepdim=True)  # over all blocks
         running_G, live = torch.ones(len(ids), dtype=torch.bool, device=unit_GLO.device), True
         unknown_G = torch.zeros_like(running_G)  # whether anything was to be learnt yet
         learnt_G = torch.zeros_like(running_G, dtype=torch.long)  # steps in which all that was asked was known
@@ -169,10 +171,10 @@ class ValueSearch(Stage):
             loss_G = nll_G + KL * len(stays) * kl_G + DECAY * unit_GLO.square().sum((1, 2))
             (slope_GLO,) = torch.autograd.grad(loss_G[going_G].sum(), unit_GLO)
             with torch.no_grad():
-                way_GLO = MOMENTUM * way_GLO + (1 - MOMENTUM) * slope_GLO / _norm(slope_GLO).clamp(min=TINY)
+                way_GLO = MOMENTUM * way_GLO + (1 - MOMENTUM) * slope_GLO / norm_G11(slope_GLO).clamp(min=TINY)
                 length = self.step_size * (1 - (1 - LAST) * step / self.steps)
                 unit_GLO -= length * unknown_G[:, None, None] * way_GLO
-                unit_GLO *= self.bound / _norm(unit_GLO).clamp(min=self.bound)
+                unit_GLO *= self.bound / norm_G11(unit_GLO).clamp(min=self.bound)
             live = bool(going_G.any())  # if not, this process goes on for the others' sake alone
             if live and not (going_G == running_G).all():
                 running_G = going_G
@@ -187,11 +189,6 @@ class ValueSearch(Stage):
         for logger in self.loggers:
             logger.log_metrics({"edit/value_loss": nll_G.mean().item()}, self.shown)
         self.shown += 1
-
-
-def _norm(value_GLO: Tensor) -> Tensor:
-    """Each subject's norm over all blocks, (G, 1, 1)."""
-    return value_GLO.flatten(1).norm(dim=1)[:, None, None]
 
 
 def _only(part: Part, running_G: Tensor) -> Part | None:

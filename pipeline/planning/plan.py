@@ -83,7 +83,8 @@ def plan_memory(options: PlanCommand) -> MemoryPlan:
     if shape.context_length is not None and options.length + 1 > shape.context_length:
         raise UserError(f"length: {options.length}; the context of {shape.name} holds {shape.context_length}")
     sharded = trainer.strategy in SHARDED
-    case = Case(shape, options.length, options.layer, trainer.precision, options.all_devices, sharded)
+    asked = options.length, options.layer, trainer.precision, options.all_devices
+    case = Case(shape, *asked, sharded, on_host=trainer.accelerator == "cpu")
     weights = weight_bytes(shape, trainer.strategy, case.devices)
     parameters = sum(parameter.numel() for parameter in shape.model.parameters())
     stacks = [one for block in shape.blocks for one in block.mlp.values() if isinstance(one, Stacked)]

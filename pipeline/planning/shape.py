@@ -126,6 +126,7 @@ class Case:
     precision: str = "32-true"  # Lightning's name of it
     devices: int = 1  # how many share a step of training
     sharded: bool = False  # whether they share the weights, too
+    on_host: bool = False  # whether the device is the host, whose memory key statistics wait in
 
     @property
     def config(self) -> Any:

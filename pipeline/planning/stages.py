@@ -160,11 +160,13 @@ def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
     asked = case.row._replace(token_ids=[0] * (case.row.target_start + OPENING))  # under a context
     keyed = case.peak(Entering(case.shape, case.layer, name), [asked] * min(columns, READ_TOGETHER))
     with case.counting(gradients=False) as alive:
-        shapes = ((inputs, columns), (outputs, columns), moment_shape(down), (outputs, inputs))
-        (keys, changes, moment, _), *others = [[torch.empty(size) for size in shapes] for _ in method.layers]
+        keys, changes, moment = (
+            torch.empty(size) for size in ((inputs, columns), (outputs, columns), moment_shape(down))
+        )
         method.solve(keys, changes, moment).float()
-        del others
-    return max(searched, keyed, alive.peak)
+    of_layer = [(inputs, columns), (outputs, columns), (outputs, inputs), *[moment_shape(down)] * case.on_host]
+    held = len(method.layers) * sum(torch.empty(size, device="meta").nbytes for size in of_layer)
+    return held + max(searched, keyed, alive.peak)
 
 
 def _located(case: Case, method: LocateThenEdit) -> Located:
