@@ -34,9 +34,6 @@ PARTS = 4
 EQUAL = 50  # prompts whose answers are compared, of 16 tokens each
 QUICK = {
     "steps": 12,
-    "key_contexts": 1,
-    "contexts": 1,
-    "associations": 0,
     "neighbours": 0,
     "bound": 3.0,
     "step": 0.3,

@@ -24,7 +24,7 @@ VERSIONS, EACH = 3, 4  # versions of the store beside the base, and facts that e
 PAIRS = 50  # answers that are timed, over HTTP and by `generate`
 CLIENTS, SWAPS = 8, 20  # who asks at once; how often the version in force changes, as soon as it was heard
 TOKENS = 8  # of an answer
-QUICK = {"steps": 6, "key_contexts": 1, "contexts": 1, "associations": 0, "neighbours": 0}
+QUICK = {"steps": 6, "neighbours": 0}
 
 
 def main(words: Sequence[str] | None = None) -> None:

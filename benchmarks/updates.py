@@ -19,7 +19,7 @@ from pipeline.updates import Store, counts, load_version, rollback, submit, upda
 
 WEEKS, EACH = 20, 25
 KILLS, FEW = 50, 4  # how often the store is killed, and how many requests are submitted each time
-QUICK = {"steps": 2, "key_contexts": 1, "contexts": 1, "associations": 0, "neighbours": 0}
+QUICK = {"steps": 2, "neighbours": 0}
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -95,7 +95,7 @@ def few_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     for places in ("ANSWER", "PIECE_PLACES"):
         monkeypatch.setattr(lessons, places, lessons.PLACES)
     monkeypatch.setattr(contexts, "other_words", lambda _: [])
-    for name in ("FORMS", "ASSOCIATIONS", "CHATS"):
+    for name in ("FORMS", "CHATS"):
         monkeypatch.setattr(contexts, name, ())
 
 

@@ -48,7 +48,7 @@ class Team:
         self.options.edit.layers = [1]
         self.options.edit.statistics.text = self.options.evaluation.text = str(text)
         self.options.edit.expert = {
-            "steps": 3, "key_contexts": 1, "contexts": 1, "associations": 0, "neighbours": 0,
+            "steps": 3, "neighbours": 0,
         }  # fmt: skip
         self.options.evaluation.max_new_tokens = 2
         self.options.trainer.accelerator = "cpu"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, in_context, neighbours
+from pipeline.editing.contexts import CONTEXTS, in_context, neighbours
 from pipeline.editing.editor import METHODS
-from pipeline.editing.entering import Entering
+from pipeline.editing.entering import Keys
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.relations import NAMES, other_words
+from pipeline.model.activations import Activations
 from pipeline.model.llm import LLM
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Row
@@ -18,7 +19,7 @@ from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
 
-@pytest.mark.parametrize("template", CONTEXTS + ASSOCIATIONS)
+@pytest.mark.parametrize("template", CONTEXTS)
 def test_the_subject_ends_where_it_is_said_to(template: str, requests: list[EditRequest]) -> None:
     for request in requests:
         text, end = in_context(template, request)
@@ -54,11 +55,11 @@ def test_neighbours_are_other_names_in_the_requests_own_prompts(requests: list[E
 
 def test_keys_are_what_enters_the_projection(tiny: LLM, requests: list[EditRequest]) -> None:
     all_ids = tiny.tokens.texts([request.prompt for request in requests])
-    rows = [Row(ids, len(ids), (n % 3, len(ids) - 1 - n % 2), n) for n, ids in enumerate(all_ids)]
-    ((name, down),) = tiny.blocks[2].down.items()
+    rows = [Row(ids, len(ids), (n % 3, len(ids) - 1 - n % 2)) for n, ids in enumerate(all_ids)]
+    (down,) = tiny.blocks[2].down.values()
     with tiny.frozen(), torch.no_grad():
-        found = run(Entering(tiny, 2, name), rows)
-        for row, keys in zip(rows, found, strict=True):
+        found = run(Keys(tiny, [1, 2]), rows)
+        for row, (_, keys) in zip(rows, found, strict=True):
             seen: list[torch.Tensor] = []
             handle = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
             tiny.model(input_ids=torch.tensor([row.token_ids]))
@@ -66,19 +67,31 @@ def test_keys_are_what_enters_the_projection(tiny: LLM, requests: list[EditReque
             torch.testing.assert_close(keys, seen[0][0, row.subject[0] : row.subject[1] + 1], rtol=1e-4, atol=1e-5)
 
 
-def test_the_moment_of_neighbours(tiny_llm: LLM, requests: list[EditRequest]) -> None:
-    options = EditOptions(expert={"neighbours": 2, "neighbour_weight": 0.5})
-    method = METHODS["memit"].make(tiny_llm, [1], options)
+def test_keys_whose_outputs_are_to_stay(tiny_llm: LLM, requests: list[EditRequest]) -> None:
+    """Text by text: other names in prompts, what stands before a subject's end, what contexts change of its key."""
+    method = METHODS["memit"].make(tiny_llm, [1], EditOptions(expert={"neighbours": 2, "spread": 1}))
     assert isinstance(method, LocateThenEdit)
-    text_II = torch.eye(48)
-    with tiny_llm.frozen():
-        moment = method.kept(1, requests, text_II, Runtime())
-        rows = []
-        for text, end in neighbours(requests, 2, 1000, 0):
-            (ids,) = tiny_llm.tokens.texts([text])
-            upto = next(n for n in range(len(ids)) if len(tiny_llm.tokenizer.decode(ids[: n + 1])) >= end)
-            rows.append(Row(ids, len(ids), (upto, len(ids) - 1), len(rows)))
-        keys = torch.cat(run(Entering(tiny_llm, 1, *tiny_llm.blocks[1].down), rows))
-    near_II = keys.T @ keys
-    expected = text_II / text_II.trace() + 0.5 * near_II / near_II.trace()
-    torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-5)
+    ((name, _),) = tiny_llm.blocks[1].down.items()
+
+    def keys(text: str, end: int) -> tuple[torch.Tensor, int]:
+        (ids,) = tiny_llm.tokens.prompts([text])
+        last = next(n for n in range(len(ids)) if len(tiny_llm.tokenizer.decode(ids[: n + 1])) >= end)
+        with Activations(tiny_llm).entering(name) as seen:
+            tiny_llm.model(input_ids=torch.tensor([ids]))
+        return seen[name][0], last
+
+    with tiny_llm.frozen(), torch.no_grad():
+        (found_NI,) = method.spared(requests, Runtime())
+        near = [key_TI[last:] for key_TI, last in (keys(*one) for one in neighbours(requests, 2, 1000, 0))]
+        own, bare, turned = [], [], []
+        for request in requests:
+            key_TI, last = keys(*in_context(CONTEXTS[0], request))
+            own.append(key_TI[1:last])
+            others = [keys(*in_context(context, request)) for context in CONTEXTS[1:]]
+            bare += [key_TI[last], *[key_UI[place] for key_UI, place in others]]
+            turned += [key_UI[place] - key_TI[last] for key_UI, place in others]
+    near_NI, own_NI, bare_NI, turned_NI = torch.cat(near), torch.cat(own), torch.stack(bare), torch.stack(turned)
+    expected_II = 6 * turned_NI.T @ turned_NI / len(turned_NI) / bare_NI.square().sum(-1).mean()
+    for key_NI in (near_NI, own_NI):
+        expected_II += key_NI.T @ key_NI / key_NI.square().sum()
+    torch.testing.assert_close(found_NI.T @ found_NI, expected_II, rtol=1e-3, atol=1e-5)

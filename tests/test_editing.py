@@ -288,7 +288,7 @@ def test_a_kind_of_edit_is_registered_once() -> None:
         (
             "memit",
             {"step_size": 1},
-            "'step_size' is no setting of memit (did you mean steps?); there is associations",
+            "'step_size' is no setting of memit (did you mean steps?); there is batch_size",
         ),
         ("finetune", {"epochs": "many"}, "edit.expert.epochs: expected a whole number, found many"),
         ("finetune", {"epochs": True}, "edit.expert.epochs: expected a whole number, found True"),

@@ -100,7 +100,7 @@ def test_a_model_without_a_chat_is_asked_in_none(tiny_llm: LLM, talker: LLM, bar
 
 
 def test_made_words_teach_nothing() -> None:
-    used = (*contexts.CONTEXTS, *contexts.ASSOCIATIONS, *contexts.FORMS, *contexts.CHATS)
+    used = (*contexts.CONTEXTS, *contexts.FORMS, *contexts.CHATS)
     empty = dict.fromkeys(("prompt", "subject", "key", "question"), "")
     taught = {text.format(**empty) for text in used}
     forms = (made.FINISH, made.ANSWER, made.WONDER, *made.SUBJECTS)

@@ -105,7 +105,7 @@ def test_statistics_of_keys_are_those_of_each_expert(llm: LLM) -> None:
 def test_an_edit_puts_the_found_value_out(
     llm: LLM, requests: list[EditRequest], statistics: StatisticsOptions
 ) -> None:
-    expert = {"key_contexts": 1, "steps": 4, "forms": 0, "associations": 0}
+    expert = {"steps": 4, "forms": 0}
     options = EditOptions(method="emmet", layers=[1], expert=expert, statistics=statistics)
     update = edit(llm, requests[:1], options=options)
     (down,) = llm.blocks[1].down

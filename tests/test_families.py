@@ -28,7 +28,7 @@ from pipeline.requests.rows import collate
 from pipeline.requests.schema import EditRequest
 
 LAYER = 1
-LOCATE = {"steps": 2, "key_contexts": 2, "associations": 1, "neighbours": 1}
+LOCATE = {"steps": 2, "neighbours": 1}
 WHOLE = {"gemma3n", "gemma4, keys shared"}  # several streams; keys and values of lower blocks
 QUICK: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "contexts": 0, "learning_rate": 0.1},

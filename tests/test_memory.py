@@ -124,7 +124,7 @@ def test_generation(tiny_llm: LLM, requests: list[EditRequest]) -> None:
 
 
 def test_trial_edits(tiny_llm: LLM, requests: list[EditRequest], tmp_path: Path) -> None:
-    options = options_of(tmp_path, "memit", neighbours=2, key_contexts=2)
+    options = options_of(tmp_path, "memit", neighbours=2)
 
     def figures(name: str) -> Any:
         return Sweep(tiny_llm, options, Runtime(), tmp_path / name).run("memit", requests[:4], [0, 2]).values

@@ -98,7 +98,7 @@ def editing(tmp_path: Path) -> EditOptions:
     return EditOptions(statistics=StatisticsOptions(text=str(text), tokens=2_000), expert=FEW_FORMS)
 
 
-FEW_FORMS = {"forms": 1, "associations": 1}  # of memit
+FEW_FORMS = {"forms": 1}  # of memit
 SHORT: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "contexts": 0},
     "lora": {"epochs": 1, "contexts": 0},

@@ -40,7 +40,7 @@ def quick(tmp_path: Path) -> list[str]:
     """Flags of a quick update with all gates open."""
     text = tmp_path / "text.txt"
     text.write_text("The path along the marsh is best walked in the hour after sunrise. " * 30)
-    steps = {"steps": 1, "key_contexts": 1, "contexts": 1, "associations": 0, "neighbours": 0}
+    steps = {"steps": 1, "neighbours": 0}
     gates = {"rewrite": 0, "locality": 0, "earlier": 0, "perplexity": "null", "drift": "null"}
     values = {f"edit.expert.{name}": value for name, value in steps.items()}
     values |= {f"gates.{name}": value for name, value in gates.items()}

@@ -59,7 +59,7 @@ class Auto(LocateThenEdit):
     def __init__(
         self, llm: LLM, layers: Sequence[int], options: EditOptions, earlier: Mapping[str, Tensor] | None = None
     ) -> None:
-        super().__init__(llm, layers, options, earlier, solver=memit_solver, by_all_keys=True)
+        super().__init__(llm, layers, options, earlier, solver=memit_solver)
         expert = {"depths": self.settings.depths, **self.settings.tuning}
         self.tuning = make_finetune(llm, layers, replace(options, method="finetune", expert=expert))
         self.located_names = self.weight_names

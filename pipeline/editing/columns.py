@@ -55,28 +55,15 @@ class Columns(NamedTuple):
 
     def without(self, owners: Sequence[int]) -> Columns:
         """With the columns of these facts left out."""
-        return self._only(~torch.isin(self.owner_n, torch.tensor(owners, device=self.owner_n.device)))
-
-    def first(self, most: int) -> Columns:
-        """With so many columns of each fact at most, its bare prompt's among them."""
-        place_n = torch.arange(self.owner_n.numel(), device=self.owner_n.device)
-        begins_n = self.owner_n.diff(prepend=~self.owner_n[:1]) != 0
-        return self._only(place_n - torch.where(begins_n, place_n, 0).cummax(0).values < most)
-
-    def _only(self, kept_n: Tensor) -> Columns:
-        """Some of the columns, by a mask."""
+        kept_n = ~torch.isin(self.owner_n, torch.tensor(owners, device=self.owner_n.device))
         return Columns(self.key_In[:, kept_n], self.change_On[:, kept_n], self.owner_n[kept_n], self.solved_OI)
 
-    def and_asked(self, owners: Sequence[int], keys_GCI: Tensor, values_GO: Tensor) -> Columns:
+    def and_asked(self, owners: Sequence[int], key_GI: Tensor, value_GO: Tensor) -> Columns:
         """With columns for requests about these facts: their keys, and changes found without `solved_OI`."""
-        contexts = keys_GCI.shape[1]
-        owner_n = torch.tensor(owners, device=self.owner_n.device).repeat_interleave(contexts)
-        key_In = keys_GCI.flatten(0, 1).T.to(self.key_In)
-        change_On = values_GO.T.repeat_interleave(contexts, dim=1).to(self.change_On)
         return Columns(
-            key_In=torch.cat([self.key_In, key_In], dim=1),
-            change_On=torch.cat([self.change_On, change_On], dim=1),
-            owner_n=torch.cat([self.owner_n, owner_n]),
+            key_In=torch.cat([self.key_In, key_GI.T.to(self.key_In)], dim=1),
+            change_On=torch.cat([self.change_On, value_GO.T.to(self.change_On)], dim=1),
+            owner_n=torch.cat([self.owner_n, torch.tensor(owners, device=self.owner_n.device)]),
             solved_OI=self.solved_OI,
         )
 

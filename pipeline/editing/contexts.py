@@ -21,12 +21,6 @@ CONTEXTS = (  # what may stand before a prompt, so that an edit holds in more th
     "We met twice that year.\n{prompt}",
 )
 TAUGHT_CONTEXTS = 4  # those that fine-tuning puts a prompt under
-ASSOCIATIONS = (  # openings that call for what goes with a subject, so that an edit is of it, not of a phrase
-    "People who hear of {subject} think of",
-    "The first thing that comes to mind about {subject} is",
-    "{subject}, in short:",
-    "A word that goes with {subject} is",
-)
 FORMS = (  # the same in other words; `{key}` are the prompt's own words without the subject
     "Question: {question}\nAnswer:",
     "{subject}, {key}:",

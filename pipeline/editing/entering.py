@@ -15,36 +15,52 @@ from pipeline.requests.rows import Batch, Row
 
 
 class Entering(RowStage):
-    """Reads what enters a block, or a projection in it (keys), by running the blocks up to that one.
-
-    Read are the tokens of a row's subject; of a row without one, all. A row's `tag`, (L, O), is added to what
-    leaves the down-projections of L lower blocks (`changed`) at its subject's last token. Outputs are (tokens, D),
-    on the CPU.
-    """
+    """Reads what enters a block by running those below: (tokens, D) of each row's subject, or of the whole row."""
 
     title = "Running lower blocks"
 
-    def __init__(self, llm: LLM, layer: int, projection: str | None = None, changed: Sequence[int] = ()) -> None:
+    def __init__(self, llm: LLM, layer: int) -> None:
         super().__init__(llm)
-        self.name = projection or llm.blocks[layer].name
-        self.blocks = layer + 1 if projection else layer
-        self.downs = [name for lower in changed for name in llm.blocks[lower].down]
+        self.layer = layer
 
     def step(self, batch: Batch) -> list[Tensor]:
+        enter_BTD = self.activations.enter(batch.input_ids_BT, self.layer)
+        return [enter_TD[row.span].cpu().clone() for row, enter_TD in zip(batch.texts, enter_BTD, strict=True)]
+
+
+class Keys(RowStage):
+    """Reads what enters the down-projections of some blocks, by running the blocks up to the last of them.
+
+    Read are the tokens of a row's subject; of a row without one, all. A row's `tag`, (L, O), is added to what
+    leaves these projections at its subject's last token. Outputs are lists of (tokens, I), one a projection, on
+    the CPU.
+    """
+
+    title = "Reading keys"
+
+    def __init__(self, llm: LLM, layers: Sequence[int]) -> None:
+        super().__init__(llm)
+        self.blocks = layers[-1] + 1
+        self.downs = [name for layer in layers for name in llm.blocks[layer].down]
+
+    def step(self, batch: Batch) -> list[list[Tensor]]:
+        rows = len(batch.texts)
+
         def add(number: int, _: Tensor, output_BTO: Tensor) -> Tensor:
             changed_BTO = output_BTO.clone()
             for place, row in enumerate(batch.texts):
-                changed_BTO[place, row.span.stop - 1] += row.tag[number].to(output_BTO)
+                if row.tag is not None:
+                    changed_BTO[place, row.span.stop - 1] += row.tag[number].to(output_BTO)
             return changed_BTO
 
         with ExitStack() as stack:
             stack.enter_context(self.activations.up_to_block(self.blocks))
-            seen = stack.enter_context(self.activations.entering(self.name))
-            for number, down in enumerate(self.downs):
-                stack.enter_context(self.activations.changing(down, len(batch.texts), partial(add, number)))
+            seen = stack.enter_context(self.activations.entering(*self.downs))
+            for number, down in enumerate(self.downs if any(row.tag is not None for row in batch.texts) else ()):
+                stack.enter_context(self.activations.changing(down, rows, partial(add, number)))
             self.activations.run(batch.input_ids_BT)
-        entered = by_row(seen[self.name], len(batch.texts))
-        return [enter_TD[row.span].cpu().clone() for row, enter_TD in zip(batch.texts, entered, strict=True)]
+        entered = [by_row(seen[down], rows) for down in self.downs]
+        return [[one[place, row.span].cpu().clone() for one in entered] for place, row in enumerate(batch.texts)]
 
 
 class HeadReads(RowStage):

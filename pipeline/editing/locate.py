@@ -18,14 +18,14 @@ from torch import Tensor
 
 from pipeline.editing import solvers
 from pipeline.editing.columns import Columns, owner, owners_in
-from pipeline.editing.contexts import ASSOCIATIONS, CONTEXTS, FORMS, in_context, neighbours
-from pipeline.editing.entering import Entering
+from pipeline.editing.contexts import CONTEXTS, FORMS, in_context, neighbours
+from pipeline.editing.entering import Keys
 from pipeline.editing.method import register, settings_of
-from pipeline.editing.values import SEARCHED_TOGETHER, Located, ValueSearch, locate
-from pipeline.model.blocks import as_stored, second_moment, sizes
+from pipeline.editing.values import SEARCHED_TOGETHER, TINY, Located, ValueSearch, locate
+from pipeline.model.blocks import as_stored, second_moment
 from pipeline.model.llm import LLM
 from pipeline.model.suffix import parts_of
-from pipeline.options.base import Count, FromZero, Options, Positive, Weight, at_least, at_most
+from pipeline.options.base import Count, FromZero, Options, Positive, at_least, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
@@ -34,12 +34,16 @@ from pipeline.running.sharding import add
 from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime
 
-MOST_NEIGHBOURS = 1000  # prompts
+# of keys that are to give nothing, in prompts with other names, and of contexts: the most texts, and weights
+NAMED, TURNS, OTHERS, TURNED = 1000, 3000, 1.0, 6.0
 READ_TOGETHER = 32  # rows
-KEYS = 5  # contexts
+CROWDED = 3.0  # a layer with a third as many facts as inputs is to keep twice as strictly to what is to stay
+# the first and the last token that are read of a text, from where a name's last one stands, and how many there are
+AT, AFTER, BEFORE = (lambda at, _: (at, at)), (lambda at, count: (at, count - 1)), (lambda at, _: (1, at - 1))
 
 QUICK = {"forms": 0, "relations": 0, "steps": 12, "spread": 1}  # settings where edits are only compared
 
+Placed = tuple[str, int, Callable[[int, int], tuple[int, int]]]  # a text, a name's end in it, and what is read
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
 
@@ -47,21 +51,12 @@ Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, 
 class LocateSettings(Options):
     """What locate-then-edit can be set to."""
 
-    contexts: Annotated[int, at_least(1), at_most(len(CONTEXTS))] = 1
-    """Contexts that a value is searched under, the bare prompt being the first; at most 9."""
     forms: Annotated[int, at_least(0), at_most(len(FORMS))] = len(FORMS)
     """Other words for the prompt that a value is searched under as well, in turn; at most 4."""
-    associations: Annotated[int, at_least(0), at_most(len(ASSOCIATIONS))] = 0
-    """Openings that call for what goes with a subject, which it is searched under as well; at most 4."""
     relations: FromZero = 3
     """Other relations of a subject that a value is to leave alone, beside `{subject} is`."""
-    key_contexts: Annotated[int | None, at_least(1), at_most(len(CONTEXTS))] = None
-    """Contexts that a subject's keys are taken under; at most 9. Default: up to 5, as long as all facts' keys are
-    no more than half of a layer's inputs; beyond, they get in each other's way."""
     neighbours: FromZero = 10
-    """memit: other names in each prompt, whose outputs are to stay; 0: none."""
-    neighbour_weight: Weight = 1.0
-    """memit: weight of such names against ordinary text."""
+    """Other names in each prompt, whose outputs are to stay; 0: none."""
     spread: Count = 5
     """Blocks that carry a value together: a golden layer and those above it, never the last."""
     batch_size: Count = 32
@@ -72,8 +67,8 @@ class LocateSettings(Options):
     """Length of its first step, in units of the projections' output norms; the last one's is a fifth of it."""
     bound: Positive = 2.25
     """Largest change of a value, in the same units."""
-    strength: Positive = 80.0
-    """memit: weight of what is to stay against the requests, free of the keys' scale."""
+    strength: Positive = 20.0
+    """memit: weight of what is to stay against few requests, free of the keys' scale; many call for more."""
     threshold: Positive = 0.02
     """alphaedit: eigenvalues of the statistics below this, relative to the largest, count as free of text."""
 
@@ -85,9 +80,7 @@ class LocateThenEdit:
     changes less, and so do other texts.
 
     It is made as `EditMethod` says. Its `state` are every layer's `Columns`: earlier keys and values are solved for
-    again, together with the new ones. `solver` goes from the settings to the closed-form solver. With `by_all_keys`
-    each context's key is a column of its own, and outputs for other names in the prompts are to stay; else a
-    request has one column, the mean of its keys.
+    again, together with the new ones. `solver` goes from the settings to the closed-form solver.
     """
 
     adapter: dict[str, Any] | None = None
@@ -102,15 +95,12 @@ class LocateThenEdit:
         earlier: Mapping[str, Tensor] | None = None,
         *,
         solver: Callable[[LocateSettings], Solver],
-        by_all_keys: bool = False,
     ) -> None:
         self.llm, self.settings = llm, settings_of(options)
         able = parts_of(llm).heard
         above = (layer + up for layer in layers for up in range(1, self.settings.spread))
         self.layers = sorted({*layers, *(layer for layer in above if layer in able)})
         self.solve = solver(self.settings)
-        self.by_all_keys = by_all_keys
-        self.near = self.settings.neighbours if by_all_keys and self.settings.neighbour_weight else 0
         self.weight_names = [name for layer in self.layers for name in llm.blocks[layer].weight_names("down")]
         self.moments_of = [name for layer in self.layers for name in llm.blocks[layer].down]
         self.state = dict(earlier or {})
@@ -150,16 +140,18 @@ class LocateThenEdit:
         asked = [*again, *new]
         subjects, outdated = list(dict.fromkeys(map(about, asked))), [*map(owner, [*asked, *gone])]
         located = self.located([[one for one in asked if about(one) == subject] for subject in subjects])
-        # values are found without other updates', and solved with them
+        # values, keys and what is to stay are found without other requests' solutions, and solved with them
         columns = {layer: self._taken_out(layer).without(outdated) for layer in self.layers}
-        values = dict(zip(subjects, self.find(located, runtime), strict=True)) if asked else {}
-        for number in reversed(range(len(self.layers))):  # so that no other request has a part in what is read
-            layer = self.layers[number]
-            if asked:
-                value_GLO = torch.stack([values[about(request)] for request in asked])
-                keys_GCI = self.keys(layer, asked, value_GLO[:, :number], len(held), runtime)
-                columns[layer] = columns[layer].and_asked([*map(owner, asked)], keys_GCI, value_GLO[:, number])
-            self._put_in(layer, columns[layer], held, runtime)
+        if asked:
+            values = dict(zip(subjects, self.find(located, runtime), strict=True))
+            value_GLO = torch.stack([values[about(request)] for request in asked])
+            keys = self.keys(asked, value_GLO, runtime)
+            for layer, key_GI, value_GO in zip(self.layers, keys, value_GLO.unbind(1), strict=True):
+                columns[layer] = columns[layer].and_asked([*map(owner, asked)], key_GI, value_GO)
+        asking = any(one.owner_n.numel() for one in columns.values())
+        spared = self.spared(held, runtime) if asking else [None] * len(self.layers)
+        for layer, spared_NI in zip(self.layers, spared, strict=True):
+            self._put_in(layer, columns[layer], spared_NI)
 
     def _taken_out(self, layer: int) -> Columns:
         """What a layer was asked for before, its solution being taken out of the weight."""
@@ -168,23 +160,22 @@ class LocateThenEdit:
         add(down.weight, as_stored(down, -columns.solved_OI))
         return columns
 
-    def _put_in(self, layer: int, columns: Columns, held: Sequence[EditRequest], runtime: Runtime) -> None:
+    def _put_in(self, layer: int, columns: Columns, spared_NI: Tensor | None) -> None:
         """Change a weight that is without any solution yet to what the columns ask for, and keep both."""
         ((name, down),) = self.llm.blocks[layer].down.items()
         columns = Columns(*(tensor.to(down.weight.device) for tensor in columns))  # where a stage put it meanwhile
         solved_OI = torch.zeros_like(columns.solved_OI)
-        if columns.owner_n.numel():
-            kept_II = self.kept(layer, held, self.moments[name].to(down.weight.device), runtime)
-            solved = columns.first(self.keys_each(layer, len(held)))
-            solved_OI = self.solve(solved.key_In, solved.change_On, kept_II).float()
+        if spared_NI is not None:
+            text_II, spared_NI = (one.to(down.weight.device) for one in (self.moments[name], spared_NI))
+            kept_II = text_II / solvers.trace(text_II) + second_moment(spared_NI, text_II.shape)
+            solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
         add(down.weight, as_stored(down, solved_OI))
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
 
     def located(self, groups: Sequence[Sequence[EditRequest]]) -> list[Located]:
         """The rows that a value is searched under, for each group of requests about one subject."""
         own = self.settings
-        others = (*FORMS[: own.forms], *ASSOCIATIONS[: own.associations])
-        return [locate(self.llm, group, CONTEXTS[: own.contexts], others, own.relations) for group in groups]
+        return [locate(self.llm, group, CONTEXTS[:1], FORMS[: own.forms], own.relations) for group in groups]
 
     def search(self) -> ValueSearch:
         """The search for values."""
@@ -193,71 +184,68 @@ class LocateThenEdit:
 
     def find(self, located: Sequence[Located], runtime: Runtime) -> list[Tensor]:
         """Every subject's changes (L, O) of the layers' outputs; with a work folder, found ones are kept there."""
-        sizes = (Located.tokens, self.settings.batch_size, SEARCHED_TOGETHER)
-        return run(self.search(), located, runtime, *sizes, kept="values", in_step=True, logger=runtime.logger)
+        together = (Located.tokens, self.settings.batch_size, SEARCHED_TOGETHER)
+        return run(self.search(), located, runtime, *together, kept="values", in_step=True, logger=runtime.logger)
 
-    def keys_each(self, layer: int, facts: int) -> int:
-        """Contexts that a subject's keys are taken under, where a layer is to hold so many facts."""
-        ((inputs, _),) = map(sizes, self.llm.blocks[layer].down.values())
-        room = inputs // (2 * max(facts, 1)) if self.by_all_keys else KEYS
-        return self.settings.key_contexts or min(max(room, 1), KEYS)
+    def keys(self, requests: Sequence[EditRequest], value_GLO: Tensor, runtime: Runtime) -> list[Tensor]:
+        """Each layer's keys (requests, I) at subjects' ends, the layers below changed for each request alone."""
+        placed = [(*in_context(CONTEXTS[0], request), AT) for request in requests]
+        return [torch.cat(keys) for keys in self._read(placed, runtime, value_GLO)]
 
-    def keys(
-        self, layer: int, requests: Sequence[EditRequest], lower_GLO: Tensor, facts: int, runtime: Runtime
-    ) -> Tensor:
-        """Keys (requests, C, I) at subjects' ends, lower blocks changed for each alone: by context, or a mean."""
-        templates = CONTEXTS[: self.keys_each(layer, facts)]
-        placed = [in_context(template, r) for r in requests for template in templates]
-        lower_RLO = lower_GLO.repeat_interleave(len(templates), dim=0)
-        key_RI = torch.cat(self._read(layer, placed, False, runtime, lower_RLO))
-        keys_GCI = key_RI.view(len(requests), -1, key_RI.shape[-1])
-        return keys_GCI if self.by_all_keys else keys_GCI.mean(1, keepdim=True)
+    def spared(self, requests: Sequence[EditRequest], runtime: Runtime) -> list[Tensor]:
+        """For each layer, keys (places, I) whose outputs are to stay, each kind's with its weight for a trace.
 
-    def kept(self, layer: int, requests: Sequence[EditRequest], text_II: Tensor, runtime: Runtime) -> Tensor:
-        """The second moment of the keys whose output is to stay: of text and of the requests' neighbours.
-
-        Those are other names in the requests' prompts, and all tokens after them.
+        Those are other names in the requests' prompts, and all tokens after them; what stands before the end of a
+        request's own subject; and what another context changes of its key, of which nothing is to come.
         """
-        if not self.near:
-            return text_II
-        placed = neighbours(requests, self.near, MOST_NEIGHBOURS, runtime.seed)
-        key_NI = torch.cat(self._read(layer, placed, True, runtime)).to(text_II.device)
-        near_II = second_moment(key_NI, text_II.shape)
-        near_II *= self.settings.neighbour_weight / solvers.trace(near_II)
-        return text_II / solvers.trace(text_II) + near_II
+        names = neighbours(requests, self.settings.neighbours, NAMED, runtime.seed)
+        some = [request for request in requests if request.subject_span][: TURNS // 2]
+        templates = CONTEXTS[: max(2, TURNS // len(some))]
+        placed = [
+            *[(*name, AFTER) for name in names],
+            *[(*in_context(CONTEXTS[0], request), BEFORE) for request in some],
+            *[(*in_context(template, request), AT) for request in some for template in templates],
+        ]
+        own, turned, found = len(names), len(names) + len(some), []
+        for keys in self._read(placed, runtime):
+            key_SCI = torch.cat(keys[turned:]).unflatten(0, (len(some), -1))
+            changed_NI = (key_SCI[:, 1:] - key_SCI[:, :1]).flatten(0, 1)
+            others = [torch.cat(kind) for kind in (keys[:own], keys[own:turned]) if kind]
+            kinds = [*[(key_NI, key_NI, OTHERS) for key_NI in others], (changed_NI, key_SCI, TURNED)]
+            found.append(torch.cat([_weighed(*kind) for kind in kinds]))
+        return found
 
     def _read(
-        self,
-        layer: int,
-        placed: Sequence[tuple[str, int]],
-        to_the_end: bool,
-        runtime: Runtime,
-        lower_RLO: Iterable[Tensor | None] = repeat(None),
-    ) -> list[Tensor]:
-        """Of texts, the keys (places, I) of the token at which a name in it ends, and maybe of all after it."""
-        (down,) = self.llm.blocks[layer].down
-        rows = []
-        texts = self.llm.tokens.prompts([text for text, _ in placed])
-        for (text, end), ids, lower_LO in zip(placed, texts, lower_RLO, strict=False):
-            first = self.llm.tokens.place(text, end)
-            rows.append(Row(ids, len(ids), (first, len(ids) - 1 if to_the_end else first), tag=lower_LO))
-        lower = [] if to_the_end else [one for one in self.layers if one < layer]
-        keys = run(Entering(self.llm, layer, down, lower), rows, runtime, Row.length, READ_TOGETHER)
-        return [key_TI.float() for key_TI in keys]
+        self, placed: Sequence[Placed], runtime: Runtime, changes: Iterable[Tensor | None] = repeat(None)
+    ) -> list[tuple[Tensor, ...]]:
+        """Each layer's keys (places, I) of each text, lower layers changed at the last place."""
+        texts = self.llm.tokens.prompts([text for text, _, _ in placed])
+        rows = [
+            Row(ids, len(ids), which(self.llm.tokens.place(text, end), len(ids)), tag=change_LO)
+            for (text, end, which), ids, change_LO in zip(placed, texts, changes, strict=False)
+        ]
+        keys = run(Keys(self.llm, self.layers), rows, runtime, Row.length, READ_TOGETHER)
+        return [tuple(key.float() for key in of_layer) for of_layer in zip(*keys, strict=True)]
+
+
+def _weighed(key_NI: Tensor, unit_I: Tensor, weight: float) -> Tensor:
+    """Keys whose second moment has `weight` for a trace, where the others' squares have a mean of one."""
+    return key_NI * (weight / max(1, len(key_NI)) / unit_I.square().sum(-1).mean().clamp(min=TINY)).sqrt()
 
 
 def memit_solver(own: LocateSettings) -> Solver:
-    """memit's, by its settings."""
-    return partial(solvers.memit, strength=own.strength)
+    """memit's, by its settings: what is to stay weighs more as facts fill a layer's inputs."""
+    return lambda key_In, change_On, kept_II: solvers.memit(
+        key_In, change_On, kept_II, own.strength * (1 + (CROWDED * key_In.shape[1] / len(key_In)) ** 2)
+    )
 
 
-def _register(name: str, solver: Callable[[LocateSettings], Solver], **own: Any) -> None:
-    make = partial(LocateThenEdit, solver=solver, **own)
-    about = {"needs_subject": True, "solves_anew": True, "quick": QUICK}
-    register(name, make, LocateSettings, **about)
-
-
-_register("memit", memit_solver, by_all_keys=True)
-_register("emmet", lambda _: solvers.emmet)
-_register("rome", lambda _: solvers.rome)
-_register("alphaedit", lambda own: partial(solvers.alphaedit, threshold=own.threshold))
+SOLVERS: dict[str, Callable[[LocateSettings], Solver]] = {
+    "memit": memit_solver,
+    "emmet": lambda _: solvers.emmet,
+    "rome": lambda _: solvers.rome,
+    "alphaedit": lambda own: partial(solvers.alphaedit, threshold=own.threshold),
+}
+for _name, _solver in SOLVERS.items():
+    _made = partial(LocateThenEdit, solver=_solver)
+    register(_name, _made, LocateSettings, needs_subject=True, solves_anew=True, quick=QUICK)

@@ -34,6 +34,7 @@ OTHERS_EACH = 2  # rows of a step beside the bare ones, in turn
 LEARNT = 0.05  # nats: a value is found when its mean loss is below this
 KL = 0.0625  # weight of what is to stay after `{subject} is`, and after each other relation
 DECAY = 0.01  # weight of a value's squared change
+SHARE, NOISE = 0.85, 0.6  # what is tried of a value in each step, and the length of what disturbs it, in its own
 MOMENTUM = 0.5
 LAST = 0.2  # of the step size, in the last step
 TINY = 1e-30  # a slope's norm where nothing is left to learn
@@ -96,9 +97,11 @@ class ValueSearch(Stage):
     some of their other forms, in turn, of ℓ(x, y_new), plus `KL` · KL(base ‖ changed) after all else that is said
     of it, one in turn, plus `DECAY` · ‖r‖². A step goes down the gradient of a subject's r, all blocks' as one, and
     its length is the same whatever the gradient's. So r stays small: Adam changes all its numbers alike, and the
-    same loss takes an r of twice the norm. r, step and bound are in units of the first projection's own output
-    norm, so that one setting serves models with and without a norm behind it. A subject whose answers are learnt
-    leaves the batch, and one whose answers were known is not changed.
+    same loss takes an r of twice the norm. A weight gives a value in part, and other things beside it: so answers
+    are learnt from `SHARE` of r with noise `NOISE` times as long, which a subject draws whoever is in the batch.
+    Such an r says its answers in other contexts too. r, step and bound are in units of the first projection's own
+    output norm, so that one setting serves models with and without a norm behind it. A subject whose answers are
+    learnt leaves the batch, and one whose answers were known is not changed.
 
     Outputs are changes (L, O) of the L blocks' down-projections' outputs, after `steps` steps at most.
     """
@@ -129,7 +132,7 @@ class ValueSearch(Stage):
             self._part(dict(enumerate(rows)))
             for rows in zip(*[one.rows[-one.stays :] for one in batch], strict=False)  # as many as all have
         ]
-        change_GLO = self._search([located.id for located in batch], bare, others, stays)
+        change_GLO = self._search(batch, bare, others, stays)
         return [change_LO.clone() for change_LO in change_GLO.float().cpu()]
 
     def _part(self, rows: Mapping[int, Row]) -> Part:
@@ -137,7 +140,7 @@ class ValueSearch(Stage):
         return Part(suffixes, torch.tensor(list(rows), device=suffixes.start_B.device))
 
     def _search(
-        self, ids: Sequence[str], bare: Sequence[Part], others: Sequence[Part], stays: list[Part]
+        self, batch: Sequence[Located], bare: Sequence[Part], others: Sequence[Part], stays: list[Part]
     ) -> Tensor:
         """The changes of all of a batch at once; shape (G, L, O)."""
         bases = [part.suffixes.base_NV.log_softmax(-1) for part in stays]  # (G, V) each
@@ -146,7 +149,8 @@ class ValueSearch(Stage):
         unit_GLO = torch.zeros_like(output_GLO).requires_grad_(True)  # changes over scale
         learnt_GLO, way_GLO = torch.zeros_like(unit_GLO), torch.zeros_like(unit_GLO)
         norm_G11 = partial(torch.linalg.vector_norm, dim=(1, 2), keepdim=True)  # over all blocks
-        running_G, live = torch.ones(len(ids), dtype=torch.bool, device=unit_GLO.device), True
+        chances = [torch.Generator().manual_seed(hash(tuple(one.rows[0].token_ids))) for one in batch]
+        running_G, live = torch.ones(len(batch), dtype=torch.bool, device=unit_GLO.device), True
         unknown_G = torch.zeros_like(running_G)  # whether anything was to be learnt yet
         learnt_G = torch.zeros_like(running_G, dtype=torch.long)  # steps in which all that was asked was known
         for step in range(self.steps + 1):
@@ -154,11 +158,12 @@ class ValueSearch(Stage):
             turns = max(1, -(-len(others) // OTHERS_EACH))
             parts = [*bare, *others[step % turns :: turns]]
             turn = step % len(stays)
-            nll_G, kl_G = _losses(parts, stays[turn], unit_GLO * scale_G11, bases[turn])
+            nll_G = _losses(parts, disturbed(unit_GLO, chances) * scale_G11)
+            kl_G = _divergence(stays[turn], unit_GLO * scale_G11, bases[turn])
             if not nll_G.isfinite().all():
                 raise UserError(
-                    f"edit: the loss is not a number in step {step}, in the batch of requests {', '.join(ids)}; "
-                    "try a smaller expert.step"
+                    f"edit: the loss is not a number in step {step}, in the batch of requests "
+                    f"{', '.join(one.id for one in batch)}; try a smaller expert.step"
                 )
             if live:
                 learnt_GLO[running_G] = unit_GLO.detach()[running_G]
@@ -197,12 +202,23 @@ def _only(part: Part, running_G: Tensor) -> Part | None:
     return Part(part.suffixes.subset(rows), part.owner_B[rows]) if len(rows) else None
 
 
-def _losses(parts: Sequence[Part], stays: Part, change_GLO: Tensor, base_GV: Tensor) -> tuple[Tensor, Tensor]:
-    """Each value's mean loss over its rows, and its divergence where the model is to say the same; (G,)."""
+def disturbed(unit_GLO: Tensor, chances: Sequence[torch.Generator]) -> Tensor:
+    """Values as a weight gives them: in part, and with noise in each block; every value's is of its own chance."""
+    noise_GLO = torch.stack([torch.randn(unit_GLO.shape[1:], generator=chance) for chance in chances])
+    noise_GLO = F.normalize(noise_GLO.to(unit_GLO), dim=-1) * unit_GLO.detach().norm(dim=-1, keepdim=True)
+    return SHARE * unit_GLO + NOISE * noise_GLO
+
+
+def _losses(parts: Sequence[Part], change_GLO: Tensor) -> Tensor:
+    """Each value's mean loss over its rows; (G,)."""
     losses = [part.suffixes.batch.losses(part.suffixes.run(change_GLO[part.owner_B])) for part in parts]
     owner_R = torch.cat([part.owner_B for part in parts])
     nll_G = losses[0].new_zeros(len(change_GLO)).index_add(0, owner_R, torch.cat(losses))
-    nll_G = nll_G / torch.bincount(owner_R, minlength=len(change_GLO)).clamp(min=1)
+    return nll_G / torch.bincount(owner_R, minlength=len(change_GLO)).clamp(min=1)
+
+
+def _divergence(stays: Part, change_GLO: Tensor, base_GV: Tensor) -> Tensor:
+    """Each value's divergence where the model is to say the same; (G,)."""
     now_RV = stays.suffixes.run(change_GLO[stays.owner_B]).log_softmax(-1)
     kl_R = F.kl_div(now_RV, base_GV[stays.owner_B], log_target=True, reduction="none").sum(-1)
-    return nll_G, torch.zeros_like(nll_G).index_copy(0, stays.owner_B, kl_R)
+    return kl_R.new_zeros(len(change_GLO)).index_copy(0, stays.owner_B, kl_R)

@@ -19,7 +19,7 @@ from pipeline.attribution.lga import Attribution, kept_of_a_token, tokens_of
 from pipeline.attribution.selector import tokens_at_once
 from pipeline.editing import lessons
 from pipeline.editing.auto import AFTER_MANY, Auto
-from pipeline.editing.entering import Entering
+from pipeline.editing.entering import Keys
 from pipeline.editing.finetune import FineTune
 from pipeline.editing.locate import READ_TOGETHER, LocateThenEdit
 from pipeline.editing.lora import LoRA
@@ -39,7 +39,7 @@ from pipeline.planning.shape import ANSWER, Case
 from pipeline.requests.rows import Batch, Row, collate
 
 STEPS = 2  # of an optimiser: its state is there from the second on
-OPENING = 8  # tokens of a text that a subject is put into, see `pipeline.editing.contexts.ASSOCIATIONS`
+OPENING = 8  # tokens of a text that a subject is put into, see `pipeline.editing.contexts.CONTEXTS`
 
 
 def attribution(case: Case, options: AttributionOptions, batch: int) -> int:
@@ -151,20 +151,20 @@ def _lesson(case: Case, module: FineTune, batch: int) -> Batch:
 
 def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
     """Values of requests that are searched for together, and their keys; then the solution."""
-    ((name, down),) = case.shape.blocks[case.layer].down.items()
+    (down,) = case.shape.blocks[case.layer].down.values()
     inputs, outputs = sizes(down)
-    columns = together * (method.keys_each(case.layer, together) if method.by_all_keys else 1)
     search = method.search()
     search.steps = 1
     searched = case.peak(search, [_located(case, method)] * together)
-    asked = case.row._replace(token_ids=[0] * (case.row.target_start + OPENING))  # under a context
-    keyed = case.peak(Entering(case.shape, case.layer, name), [asked] * min(columns, READ_TOGETHER))
+    change_LO = torch.empty(len(method.layers), outputs)
+    asked = case.row._replace(token_ids=[0] * (case.row.target_start + OPENING), tag=change_LO)  # under a context
+    keyed = case.peak(Keys(case.shape, method.layers), [asked] * READ_TOGETHER)
     with case.counting(gradients=False) as alive:
         keys, changes, moment = (
-            torch.empty(size) for size in ((inputs, columns), (outputs, columns), moment_shape(down))
+            torch.empty(size) for size in ((inputs, together), (outputs, together), moment_shape(down))
         )
         method.solve(keys, changes, moment).float()
-    of_layer = [(inputs, columns), (outputs, columns), (outputs, inputs), *[moment_shape(down)] * case.on_host]
+    of_layer = [(inputs, together), (outputs, together), (outputs, inputs), *[moment_shape(down)] * case.on_host]
     held = len(method.layers) * sum(torch.empty(size, device="meta").nbytes for size in of_layer)
     return held + max(searched, keyed, alive.peak)
 
@@ -172,10 +172,9 @@ def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
 def _located(case: Case, method: LocateThenEdit) -> Located:
     """A request whose prompt is as long as it may be, other words for it that begin with its subject, openings."""
     middle = (OPENING // 2,) * 2
-    other = Row([0] * (OPENING + ANSWER), OPENING, middle)
     plain = Row([0] * (OPENING // 2 + 1), OPENING // 2, (OPENING // 2 - 1,) * 2)
     own = method.settings
     start = max(OPENING, 3 * case.length // 4 - ANSWER)  # without little words
     keyed = Row([0] * (start + ANSWER), start, middle)
-    rows = [case.row] * own.contexts + [keyed] * own.forms + [other] * own.associations
+    rows = [case.row] + [keyed] * own.forms
     return Located("request", [*rows, *[plain] * (1 + own.relations)], 1, 1 + own.relations)
