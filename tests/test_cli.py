@@ -369,7 +369,7 @@ def test_an_experts_settings_are_the_methods(method: str) -> None:
     ("method", "expert", "parts"),
     [
         ("memit", {"step_": 2}, ["expert: 'step_' is no setting of memit", "mean step?"]),
-        ("memit", {"epochs": 2}, ["expert: 'epochs' is no setting of memit", "there is assoc"]),
+        ("memit", {"epochs": 2}, ["expert: 'epochs' is no setting of memit", "there is batch"]),
         ("memit", {"batch_size": "x"}, ["expert.batch_size: expected a whole number, found x"]),
         ("finetune", {"scope": "attention"}, ["expert.scope", "'attention'", "down, experts, mlp, shared"]),
         ("finetune", {"depths": "deep"}, ["expert.depths: expected a list of numbers", "found deep"]),
