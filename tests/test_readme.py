@@ -52,7 +52,7 @@ def test_a_printed_command_is_understood(run: str, monkeypatch: pytest.MonkeyPat
 def test_every_experts_setting_is_listed() -> None:
     for method, held in METHODS.items():
         (row,) = re.findall(
-            rf"^\| [^|]*`{method}`[^|]* \| (scope|contexts)( [^|]*) \|$",
+            rf"^\| [^|]*`{method}`[^|]* \| (scope|forms)( [^|]*) \|$",
             PAGES["docs/edit.md"],  # which the options' help names
             flags=re.MULTILINE,
         )
