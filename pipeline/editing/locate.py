@@ -39,7 +39,7 @@ NAMED, TURNS, OTHERS, TURNED = 1000, 3000, 1.0, 6.0
 READ_TOGETHER = 32  # rows
 CROWDED = 3.0  # a layer with a third as many facts as inputs is to keep twice as strictly to what is to stay
 # the first and the last token that are read of a text, from where a name's last one stands, and how many there are
-AT, AFTER, BEFORE = (lambda at, _: (at, at)), (lambda at, count: (at, count - 1)), (lambda at, _: (1, at - 1))
+AT, AFTER, UPTO = (lambda at, _: (at, at)), (lambda at, count: (at, count - 1)), (lambda at, _: (min(1, at), at))
 
 QUICK = {"forms": 0, "relations": 0, "steps": 12, "spread": 1}  # settings where edits are only compared
 
@@ -179,8 +179,7 @@ class LocateThenEdit:
 
     def search(self) -> ValueSearch:
         """The search for values."""
-        own = self.settings
-        return ValueSearch(self.llm, self.layers, own.steps, own.step, own.bound)
+        return ValueSearch(self.llm, self.layers, self.settings.steps, self.settings.step, self.settings.bound)
 
     def find(self, located: Sequence[Located], runtime: Runtime) -> list[Tensor]:
         """Every subject's changes (L, O) of the layers' outputs; with a work folder, found ones are kept there."""
@@ -200,18 +199,20 @@ class LocateThenEdit:
         """
         names = neighbours(requests, self.settings.neighbours, NAMED, runtime.seed)
         some = [request for request in requests if request.subject_span][: TURNS // 2]
-        templates = CONTEXTS[: max(2, TURNS // len(some))]
+        contexts = CONTEXTS[1 : max(2, TURNS // len(some))]
         placed = [
             *[(*name, AFTER) for name in names],
-            *[(*in_context(CONTEXTS[0], request), BEFORE) for request in some],
-            *[(*in_context(template, request), AT) for request in some for template in templates],
+            *[(*in_context(CONTEXTS[0], request), UPTO) for request in some],
+            *[(*in_context(context, request), AT) for request in some for context in contexts],
         ]
         own, turned, found = len(names), len(names) + len(some), []
         for keys in self._read(placed, runtime):
-            key_SCI = torch.cat(keys[turned:]).unflatten(0, (len(some), -1))
-            changed_NI = (key_SCI[:, 1:] - key_SCI[:, :1]).flatten(0, 1)
-            others = [torch.cat(kind) for kind in (keys[:own], keys[own:turned]) if kind]
-            kinds = [*[(key_NI, key_NI, OTHERS) for key_NI in others], (changed_NI, key_SCI, TURNED)]
+            bare = keys[own:turned]
+            bare_S1I = torch.stack([key_TI[-1:] for key_TI in bare])
+            key_SCI = torch.cat([bare_S1I, torch.cat(keys[turned:]).unflatten(0, (len(some), -1))], dim=1)
+            others = [torch.cat(kind) for kind in (keys[:own], [key_TI[:-1] for key_TI in bare]) if kind]
+            kinds = [(key_NI, key_NI, OTHERS) for key_NI in others]
+            kinds.append(((key_SCI[:, 1:] - bare_S1I).flatten(0, 1), key_SCI, TURNED))
             found.append(torch.cat([_weighed(*kind) for kind in kinds]))
         return found
 
@@ -228,9 +229,9 @@ class LocateThenEdit:
         return [tuple(key.float() for key in of_layer) for of_layer in zip(*keys, strict=True)]
 
 
-def _weighed(key_NI: Tensor, unit_I: Tensor, weight: float) -> Tensor:
-    """Keys whose second moment has `weight` for a trace, where the others' squares have a mean of one."""
-    return key_NI * (weight / max(1, len(key_NI)) / unit_I.square().sum(-1).mean().clamp(min=TINY)).sqrt()
+def _weighed(key_NI: Tensor, unit: Tensor, weight: float) -> Tensor:
+    """Keys so scaled that their second moment's trace is `weight`, in units of the mean square of others (…, I)."""
+    return key_NI * (weight / max(1, len(key_NI)) / unit.square().sum(-1).mean().clamp(min=TINY)).sqrt()
 
 
 def memit_solver(own: LocateSettings) -> Solver:

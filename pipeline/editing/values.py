@@ -98,10 +98,9 @@ class ValueSearch(Stage):
     of it, one in turn, plus `DECAY` · ‖r‖². A step goes down the gradient of a subject's r, all blocks' as one, and
     its length is the same whatever the gradient's. So r stays small: Adam changes all its numbers alike, and the
     same loss takes an r of twice the norm. A weight gives a value in part, and other things beside it: so answers
-    are learnt from `SHARE` of r with noise `NOISE` times as long, which a subject draws whoever is in the batch.
-    Such an r says its answers in other contexts too. r, step and bound are in units of the first projection's own
-    output norm, so that one setting serves models with and without a norm behind it. A subject whose answers are
-    learnt leaves the batch, and one whose answers were known is not changed.
+    are learnt from `SHARE` of r with noise `NOISE` times as long, which a subject draws whoever is in the batch. r,
+    step and bound are in units of the first projection's own output norm, so that one setting serves models with
+    and without a norm behind it. A subject whose answers are learnt leaves the batch; known ones are not changed.
 
     Outputs are changes (L, O) of the L blocks' down-projections' outputs, after `steps` steps at most.
     """

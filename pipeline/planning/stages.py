@@ -39,7 +39,7 @@ from pipeline.planning.shape import ANSWER, Case
 from pipeline.requests.rows import Batch, Row, collate
 
 STEPS = 2  # of an optimiser: its state is there from the second on
-OPENING = 8  # tokens of a text that a subject is put into, see `pipeline.editing.contexts.CONTEXTS`
+OPENING = 8  # tokens of what stands before a subject, see `pipeline.editing.contexts.CONTEXTS`
 
 
 def attribution(case: Case, options: AttributionOptions, batch: int) -> int:
@@ -170,11 +170,11 @@ def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
 
 
 def _located(case: Case, method: LocateThenEdit) -> Located:
-    """A request whose prompt is as long as it may be, other words for it that begin with its subject, openings."""
+    """A request whose prompt is as long as it may be, other words that begin with its subject, and what stays."""
     middle = (OPENING // 2,) * 2
     plain = Row([0] * (OPENING // 2 + 1), OPENING // 2, (OPENING // 2 - 1,) * 2)
     own = method.settings
     start = max(OPENING, 3 * case.length // 4 - ANSWER)  # without little words
     keyed = Row([0] * (start + ANSWER), start, middle)
-    rows = [case.row] + [keyed] * own.forms
-    return Located("request", [*rows, *[plain] * (1 + own.relations)], 1, 1 + own.relations)
+    stays = 1 + own.relations
+    return Located("request", [case.row, *[keyed] * own.forms, *[plain] * stays], 1, stays)
