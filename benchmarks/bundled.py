@@ -1,7 +1,7 @@
 """Makes what the project brings for its bundled model anew: `python -m benchmarks.bundled FILE`.
 
-The model writes 40,000 tokens of text, and the key statistics of that text are found in the projections that `auto`
-and `memit` ask for at block 3. Replace `pipeline/editing/smollm2.safetensors` by the file when the bundled model,
+The model writes 40,000 tokens of text, and the statistics of that text are found in the projections that `auto` and
+`memit` ask for at block 3. Replace `pipeline/editing/smollm2.safetensors` by the file when the bundled model,
 the openings of its text, or the blocks of an edit change.
 """
 
@@ -20,7 +20,7 @@ from pipeline import EditOptions, load_model
 from pipeline.editing import bundled
 from pipeline.editing.editor import METHODS
 from pipeline.editing.ordinary_text import OPENINGS, own_text
-from pipeline.editing.statistics import key_moments
+from pipeline.editing.statistics import give_moments
 from pipeline.running.trainer import Runtime, hush
 
 GOLDEN = 3
@@ -45,9 +45,9 @@ def main(words: Sequence[str] | None = None) -> None:
             each = len(texts) // len(OPENINGS)
             texts = [texts[opening * each + turn] for turn in range(each) for opening in range(len(OPENINGS))]
             bundled.write_bundled(asked.file, *made, texts, {})
-            kinds = [METHODS[name].make(llm, [asked.layer], options.by(name)) for name in ("auto", "memit")]
-            names = {name for kind in kinds for name in getattr(kind, "moments_of", ())}
-            key_moments(llm, sorted(names), options.statistics)
+            for name in ("auto", "memit"):
+                method = METHODS[name].make(llm, [asked.layer], options.by(name))
+                give_moments(method, llm, options.statistics, Runtime())
             moments = {}
             for file in Path(folder, "golden-layers").glob("moment-*"):
                 _, _, content = file.read_bytes().partition(b"\n")
@@ -57,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 kept_II = bundled.bundled_moment(key)
                 assert kept_II is not None
                 off = (kept_II - moment_II).norm() / moment_II.norm()
-                print(f"{key}: {len(moment_II)} inputs, kept within {off:.1e}")
+                print(f"{key}: {len(moment_II)} wide, kept within {off:.1e}")
             print(f"{len(moments)} statistics, {asked.file.stat().st_size / 1e6:.1f} MB in {asked.file}")
         finally:
             bundled.FILE, os.environ["XDG_CACHE_HOME"] = shipped, before

@@ -28,6 +28,7 @@ from benchmarks import (
 )
 from benchmarks.bench import COUNTERFACT, Bench, most_alive
 from pipeline.errors import UserError
+from pipeline.evaluation import plan
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
@@ -163,11 +164,15 @@ def test_updates(small: Callable[..., None], words: list[str]) -> None:
         made.edit.expert, made.evaluation.text = updates.QUICK, bench.text
         return made
 
-    small(updates, PROXY=slice(10, 13), WEEKS=2, EACH=2, KILLS=1, FEW=2, options=lenient)
+    ability = Path(words[words.index("--data") + 1]) / "ability.jsonl"
+    ability.write_text(json.dumps({"kind": "grammar", "text": "The river", "choices": ["is long", "are"]}) + "\n")
+    small(plan, ABILITY=ability)
+    small(updates, PROXY=slice(10, 13), WEEKS=3, EACH=3, CHANGED=1, KILLS=1, FEW=2, options=lenient)
     rows = measured(updates.main, words)
+    assert rows["3 weeks of 3: facts in force"]["value"] == 3 * 2 - 2, "one is taken back in each later week"
     assert [rows[f"killed: {figure}"]["value"] for figure in ("lost", "twice", "broken", "unfinished")] == [0] * 4
-    assert rows["2 weeks of 2: versions that differ"]["value"] == 0
-    assert rows["2 weeks of 2: swap milliseconds"]["value"] > 0
+    assert rows["3 weeks of 3: versions that differ"]["value"] == 0
+    assert rows["3 weeks of 3: swap milliseconds"]["value"] > 0
 
 
 def test_serving(small: Callable[..., None], words: list[str]) -> None:

@@ -12,7 +12,7 @@ from pipeline.editing import bundled, statistics
 from pipeline.editing.bundled import bundled_moment, bundled_text, write_bundled
 from pipeline.editing.editor import METHODS
 from pipeline.editing.ordinary_text import ordinary_text
-from pipeline.editing.statistics import key_moments
+from pipeline.editing.statistics import give_moments, key_moments, slope_moments
 from pipeline.errors import Note
 from pipeline.model.llm import LLM
 from pipeline.model.loading import load_model
@@ -62,14 +62,15 @@ def test_another_models_are_made_alike(
     llm, options = load_model(str(tiny_folder)), StatisticsOptions(tokens=2048)
     names = METHODS["memit"].make(llm, [1], EditOptions(method="memit")).moments_of  # type: ignore[attr-defined]
     assert len(ordinary_text(llm, options, Runtime())) > 8
-    with monkeypatch.context() as patched:
-        patched.setattr(statistics, "run", no_pass)
-        kept = key_moments(llm, names, options)
-    with monkeypatch.context() as patched:
-        patched.setattr(statistics, "bundled_moment", lambda _: None)
-        found = key_moments(llm, names, options)
-    for name in names:
-        assert (kept[name] - found[name]).norm() < 1e-3 * found[name].norm()
+    for moments in (key_moments, slope_moments):
+        with monkeypatch.context() as patched:
+            patched.setattr(statistics, "run", no_pass)
+            kept = moments(llm, names, options)
+        with monkeypatch.context() as patched:
+            patched.setattr(statistics, "bundled_moment", lambda _: None)
+            found = moments(llm, names, options)
+        for name in names:
+            assert (kept[name] - found[name]).norm() < 1e-3 * found[name].norm()
 
 
 @pytest.mark.real_model
@@ -79,8 +80,9 @@ def test_the_bundled_models_first_edit_starts_at_once(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(statistics, "run", no_pass)
-    names = METHODS[method].make(smollm2, [layer], EditOptions(method=method)).moments_of  # type: ignore[attr-defined]
-    assert {*key_moments(smollm2, names, StatisticsOptions())} == {*names}
+    give_moments(
+        METHODS[method].make(smollm2, [layer], EditOptions(method=method)), smollm2, StatisticsOptions(), Runtime()
+    )
     assert sum(map(len, ordinary_text(smollm2, StatisticsOptions(), Runtime()))) >= 34_000
     assert not [*tmp_path.rglob("moment*")]
 

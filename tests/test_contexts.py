@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.editing.columns import owner
 from pipeline.editing.contexts import CONTEXTS, in_context, neighbours
 from pipeline.editing.editor import METHODS
 from pipeline.editing.entering import Keys
-from pipeline.editing.locate import LocateThenEdit
+from pipeline.editing.locate import LocateThenEdit, Reading
 from pipeline.editing.relations import NAMES, other_words
 from pipeline.model.activations import Activations
 from pipeline.model.llm import LLM
@@ -58,8 +59,11 @@ def test_keys_are_what_enters_the_projection(tiny: LLM, requests: list[EditReque
     rows = [Row(ids, len(ids), (n % 3, len(ids) - 1 - n % 2)) for n, ids in enumerate(all_ids)]
     (down,) = tiny.blocks[2].down.values()
     with tiny.frozen(), torch.no_grad():
-        found = run(Keys(tiny, [1, 2]), rows)
-        for row, (_, keys) in zip(rows, found, strict=True):
+        lower = run(Keys(tiny, 1), rows)
+        going_on = [row._replace(tag=enter_TD) for row, (_, enter_TD) in zip(rows, lower, strict=True)]
+        whole, found = run(Keys(tiny, 2), rows), run(Keys(tiny, 2, since=1), going_on)
+        for row, (keys, enter_TD), (plain, plain_TD) in zip(rows, found, whole, strict=True):
+            torch.testing.assert_close((keys, enter_TD), (plain, plain_TD), rtol=1e-4, atol=1e-5)
             seen: list[torch.Tensor] = []
             handle = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
             tiny.model(input_ids=torch.tensor([row.token_ids]))
@@ -81,7 +85,7 @@ def test_keys_whose_outputs_are_to_stay(tiny_llm: LLM, requests: list[EditReques
         return seen[name][0], last
 
     with tiny_llm.frozen(), torch.no_grad():
-        (found_NI,) = method.spared(requests, Runtime())
+        key_of, found_NI = Reading(method, requests, requests, Runtime()).of(1)
         near = [key_TI[last:] for key_TI, last in (keys(*one) for one in neighbours(requests, 2, 1000, 0))]
         own, bare, turned = [], [], []
         for request in requests:
@@ -90,6 +94,7 @@ def test_keys_whose_outputs_are_to_stay(tiny_llm: LLM, requests: list[EditReques
             others = [keys(*in_context(context, request)) for context in CONTEXTS[1:]]
             bare += [key_TI[last], *[key_UI[place] for key_UI, place in others]]
             turned += [key_UI[place] - key_TI[last] for key_UI, place in others]
+            torch.testing.assert_close(key_of[owner(request)], key_TI[last], rtol=1e-4, atol=1e-5)
     near_NI, own_NI, bare_NI, turned_NI = torch.cat(near), torch.cat(own), torch.stack(bare), torch.stack(turned)
     expected_II = 6 * turned_NI.T @ turned_NI / len(turned_NI) / bare_NI.square().sum(-1).mean()
     for key_NI in (near_NI, own_NI):

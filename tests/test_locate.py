@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.editing import solvers, values
 from pipeline.editing.columns import owner
-from pipeline.editing.contexts import CONTEXTS, FORMS
+from pipeline.editing.contexts import CONTEXTS, FORMS, in_context
 from pipeline.editing.editor import METHODS, can_leave_out, edit, leave_out
 from pipeline.editing.locate import LocateThenEdit
 from pipeline.editing.solvers import emmet
-from pipeline.editing.statistics import give_moments, key_moments
+from pipeline.editing.statistics import give_moments, key_moments, slope_moments
 from pipeline.editing.update import WeightUpdate
-from pipeline.editing.values import ValueSearch, locate
+from pipeline.editing.values import ValueSearch, locate, sparing_text
+from pipeline.model.activations import Activations
 from pipeline.model.llm import LLM
 from pipeline.model.suffix import Suffixes
 from pipeline.options.editing import EditOptions, StatisticsOptions
@@ -120,26 +121,29 @@ def test_answers_are_learnt_from_a_part_and_noise() -> None:
     assert not values.disturbed(torch.zeros(2, 3, 40), chances).any(), "none where nothing is changed yet"
 
 
-def test_the_weight_gives_the_found_values(tiny: LLM, requests: list[EditRequest], options: EditOptions) -> None:
-    """EMMET's promise, in the model: at every request's key the output changes by the value found."""
-    found: list[tuple[Tensor, Tensor]] = []
-    options.method = "emmet"
-
-    def keep(keys_In: Tensor, changes_On: Tensor, moment_II: Tensor) -> Tensor:
-        found.append((keys_In, changes_On))
-        return emmet(keys_In, changes_On, moment_II, 1e-9)
-
+def test_weights_give_the_found_values(tiny: LLM, requests: list[EditRequest], options: EditOptions) -> None:
+    """EMMET's promise, in the edited model: at every request's key each block's output changes by its value."""
+    options.method, options.expert["spread"] = "emmet", 2
     method = METHODS["emmet"].make(tiny, [1], options)
     assert isinstance(method, LocateThenEdit)
-    method.solve = keep
-    (down,) = tiny.blocks[1].down.values()
-    before = down.weight.detach().clone()
-    with tiny.frozen():
+    method.solve = partial(emmet, ridge=1e-9)
+    downs = {layer: next(iter(tiny.blocks[layer].down.items())) for layer in (1, 2)}
+    before = {layer: down.weight.detach().clone() for layer, (_, down) in downs.items()}
+    with tiny.frozen(), torch.no_grad():
         give_moments(method, tiny, options.statistics, Runtime())
         method.run(requests, Runtime())
-    ((keys_In, changes_On),) = found
-    change = (down.weight - before) if isinstance(down, torch.nn.Linear) else (down.weight - before).T
-    torch.testing.assert_close(change @ keys_In, changes_On, rtol=1e-2, atol=1e-2 * changes_On.abs().max().item())
+        for layer, (name, down) in downs.items():
+            change = down.weight - before[layer]
+            change_OI = change if isinstance(down, torch.nn.Linear) else change.T
+            wanted_On = method.state[f"locate.{layer}.change_On"]
+            for request, wanted_O in zip(requests, wanted_On.T, strict=True):
+                text, end = in_context(CONTEXTS[0], request)
+                (ids,) = tiny.tokens.prompts([text])
+                with Activations(tiny).entering(name) as seen:
+                    tiny.model(input_ids=torch.tensor([ids]))
+                key_I = seen[name].view(-1, change_OI.shape[1])[tiny.tokens.place(text, end)]
+                given_O = change_OI @ key_I
+                torch.testing.assert_close(given_O, wanted_O, rtol=1e-2, atol=1e-2 * wanted_On.abs().max().item())
 
 
 @pytest.mark.real_model
@@ -174,7 +178,9 @@ def test_blocks_below_the_layer_run_once(tiny_llm: LLM, requests: list[EditReque
     edit(tiny_llm, requests, options=options)
     for handle in handles:
         handle.remove()
-    read = 2 * 9 + 1 + 10 + 9  # a value's rows, before and from the subject's end on; its key; names; contexts
+    read = (
+        2 * 9 + 10 + 9
+    )  # a value's rows, before and from the subject's end on; names; contexts, the bare one first
     assert rows[0] == read * len(requests) < rows[3], "what values and keys are read from, not the search's steps"
 
 
@@ -247,6 +253,43 @@ def test_statistics_are_those_of_the_text(tiny: LLM, text: Path) -> None:
     (moment,) = moments(tiny, [2], StatisticsOptions(text=str(text), tokens=300))
     ids = [i for line in tiny.tokens.texts(text.read_text().splitlines()) for i in line][:300]
     torch.testing.assert_close(moment, plain_moment(tiny, 2, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_slopes_are_those_of_the_text(tiny: LLM, text: Path) -> None:
+    """Text by text, the slow way: gradients of the loss with respect to what leaves the projection."""
+    ((name, down),) = tiny.blocks[2].down.items()
+    found_OO = slope_moments(tiny, [name], StatisticsOptions(text=str(text), tokens=300))[name]
+    ids = [i for line in tiny.tokens.texts(text.read_text().splitlines()) for i in line][:300]
+    windows, slopes = [ids[at : at + 128] for at in range(0, len(ids) - 127, 128)], []
+    for window in windows:
+        left: list[Tensor] = []
+        handle = down.register_forward_hook(lambda *passed, left=left: left.append(passed[2]))
+        with tiny.frozen(), Activations(tiny).from_gradients():
+            logits_1TV = tiny.model(input_ids=torch.tensor([window])).logits
+        handle.remove()
+        loss = F.cross_entropy(logits_1TV[0, :-1], torch.tensor(window[1:]), reduction="sum")
+        slopes.append(torch.autograd.grad(loss, left[0])[0].view(len(window), -1)[:-1])
+    expected_OO = torch.stack([slope.outer(slope) for slope in torch.cat(slopes)]).mean(0)
+    torch.testing.assert_close(found_OO, expected_OO, rtol=1e-3, atol=1e-4 * expected_OO.abs().max().item())
+
+
+def test_values_spare_what_text_minds(tiny: LLM, requests: list[EditRequest], text: Path) -> None:
+    """Found in coordinates in which text minds all alike, values that teach as much cost text less."""
+    names = [name for layer in (1, 2) for name in tiny.blocks[layer].down]
+    slopes = [*slope_moments(tiny, names, StatisticsOptions(text=str(text), tokens=1024)).values()]
+    spare_LOO = sparing_text(slopes, 0.1)
+    for spare_OO, slope_OO in zip(spare_LOO, slopes, strict=True):
+        minded_OO = spare_OO @ (slope_OO + 0.1 * slope_OO.diagonal().mean() * torch.eye(len(slope_OO))) @ spare_OO
+        unit_OO = minded_OO.diagonal().mean() * torch.eye(len(slope_OO))
+        assert (minded_OO - unit_OO).norm() < 1e-3 * unit_OO.norm()
+    located = [locate(tiny, [request], CONTEXTS[:2], related=1) for request in requests]
+    cost = []
+    with tiny.frozen():
+        for spare in (None, spare_LOO):
+            found = torch.stack(run(ValueSearch(tiny, [1, 2], 10, 0.05, 10.0, spare), located))
+            minded = torch.einsum("glo,lop,glp->g", found, torch.stack(slopes), found)
+            cost.append((minded / found.square().sum((1, 2))).mean().item())
+    assert cost[1] < 0.8 * cost[0]
 
 
 def test_statistics_are_kept_for_their_model_alone(

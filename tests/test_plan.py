@@ -83,6 +83,11 @@ def weights_of(llm: LLM) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in llm.model.parameters())
 
 
+def give(llm: LLM, options: EditOptions) -> None:
+    """Statistics, which are a stage of their own: found once, and read by the edit."""
+    give_moments(METHODS[options.method].make(llm, [LAYER], options), llm, options.statistics, Runtime(CPU))
+
+
 def run_edit(llm: LLM, requests: Sequence[EditRequest], options: EditOptions) -> None:
     with llm.frozen():
         method = METHODS[options.method].make(llm, [LAYER], options)
@@ -130,6 +135,7 @@ def test_what_is_planned_is_what_is_measured(
         "attribution": lambda: score_requests(medium, requests, AttributionOptions(), CPU),
         "evaluation": lambda: evaluate(medium, requests, None, measuring, CPU),
     }
+    ways["slopes of text"] = partial(give, medium, replace(editing, method="memit"))
     for method in options.method:  # what training keeps of requests lies in the same memory here: few of them
         some = requests[:16] if method == "memit" else requests[:8]
         ways[method] = partial(run_edit, medium, some, replace(editing, method=method, expert=SHORT[method]))
@@ -240,7 +246,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--trainer.precision nf4" in capsys.readouterr().out
     plan = json.loads((out / "plan.json").read_text())
     assert (plan["devices"], plan["memory"], plan["blocks"]) == (2, 500_000_000, 2)
-    assert [stage["stage"] for stage in plan["stages"]] == ["attribution", "key statistics", "memit", "evaluation"]
+    assert [stage["stage"] for stage in plan["stages"]] == [
+        "attribution",
+        "key statistics",
+        "slopes of text",
+        "memit",
+        "evaluation",
+    ]
     for need in (Need(**stage) for stage in plan["stages"]):
         assert need.total == need.weights + need.beside
         assert f"{need.stage} " in shown
@@ -305,6 +317,7 @@ def test_mixtures_take_what_was_planned(
         "attribution": lambda: score_requests(mixture, requests, AttributionOptions(batch_size=8), CPU)
     }
     for method in options.method:
+        give(mixture, replace(editing, method=method, expert=SHORT[method]))
         ways[method] = partial(
             run_edit, mixture, requests[:8], replace(editing, method=method, expert=SHORT[method])
         )

@@ -124,7 +124,7 @@ def test_cases_of_foreign_folders(
 
 def columns_of(**others: Tensor) -> dict[str, Tensor]:
     """A column for block 1, some of its tensors exchanged."""
-    column = {"key_In": torch.ones(48, 1), "change_On": torch.ones(32, 1), "owner_n": torch.ones(1).long()}
+    column = {"change_On": torch.ones(32, 1), "owner_n": torch.ones(1).long()}
     return {f"locate.1.{name}": tensor for name, tensor in (column | others).items()}
 
 
@@ -134,15 +134,7 @@ STRANGE: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "a file elsewhere": ({"before": ["../../../etc/passwd", "0"]}, {}, "before.0: String should match"),
     "nothing before it": ({"before": ["0007.safetensors", "0" * 64]}, {}, "0007.safetensors: missing"),
     "owners alone": ({}, {"locate.1.owner_n": torch.ones(1, dtype=torch.int64)}, "does not belong together"),
-    "keys for another": (
-        {},
-        {
-            "locate.1.owner_n": torch.ones(3, dtype=torch.int64),
-            "locate.1.key_In": torch.ones(48, 1),
-            "locate.1.change_On": torch.ones(32, 3),
-        },
-        "does not belong together",
-    ),
+    "changes for another": ({}, columns_of(owner_n=torch.ones(3).long()), "does not belong together"),
     "one owner, and no list": ({}, columns_of(owner_n=torch.tensor(1)), "does not belong together"),
     "a table of who is gone": ({}, columns_of(gone=torch.ones(1, 1)), "does not belong together"),
     "no number": ({}, {"locate.1.owner_n": torch.tensor([torch.nan])}, "no finite numbers"),

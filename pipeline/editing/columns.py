@@ -1,8 +1,8 @@
-"""What one layer's down-projection is asked for: keys and wanted changes, of this edit and of those before it.
+"""What one layer's down-projection is asked for: wanted changes of its output, of this edit and of those before it.
 
 Kept in the update's state, so that a later edit solves for all of them anew: ten updates come out as one batch. Of
 updates that build on each other each need keep its own columns alone, and whose earlier ones are gone.
-Shapes: I inputs and O outputs of the projection, n columns, G requests, C keys of a request.
+Shapes: I inputs and O outputs of the projection, n columns, G requests.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from pipeline.requests.sets import fact
 class Columns(NamedTuple):
     """All that a projection is asked for, and the change of its weight that gave it."""
 
-    key_In: Tensor  # inputs at which the output is to change
-    change_On: Tensor  # the change wanted there, against the weight without `solved_OI`
+    change_On: Tensor  # the change wanted at a fact's key, against the weight without `solved_OI`
     owner_n: Tensor  # which fact a column is for (see `owner`)
     solved_OI: Tensor  # the change of the weight that the last solve came to
 
@@ -35,14 +34,13 @@ class Columns(NamedTuple):
         """A layer's columns in a state, on its device; none without. UserError when they do not belong together."""
         inputs, outputs = sizes(down)
         none = cls(
-            key_In=torch.empty(inputs, 0),
             change_On=torch.empty(outputs, 0),
             owner_n=torch.empty(0, dtype=torch.int64),
             solved_OI=torch.zeros(outputs, inputs),
         )
         held = {name: state.get(f"locate.{layer}.{name}", tensor) for name, tensor in none._asdict().items()}
         columns = held["owner_n"].numel()
-        shapes = ((inputs, columns), (outputs, columns), (columns,), (outputs, inputs))
+        shapes = ((outputs, columns), (columns,), (outputs, inputs))
         for (name, tensor), shape in zip(held.items(), shapes, strict=True):
             if tensor.shape != shape or (tensor.dtype == torch.int64) != (name == "owner_n"):
                 found = f"of shape {tuple(tensor.shape)} in {tensor.dtype}; expected {shape}"
@@ -56,12 +54,11 @@ class Columns(NamedTuple):
     def without(self, owners: Sequence[int]) -> Columns:
         """With the columns of these facts left out."""
         kept_n = ~torch.isin(self.owner_n, torch.tensor(owners, device=self.owner_n.device))
-        return Columns(self.key_In[:, kept_n], self.change_On[:, kept_n], self.owner_n[kept_n], self.solved_OI)
+        return Columns(self.change_On[:, kept_n], self.owner_n[kept_n], self.solved_OI)
 
-    def and_asked(self, owners: Sequence[int], key_GI: Tensor, value_GO: Tensor) -> Columns:
-        """With columns for requests about these facts: their keys, and changes found without `solved_OI`."""
+    def and_asked(self, owners: Sequence[int], value_GO: Tensor) -> Columns:
+        """With columns for requests about these facts: changes found without `solved_OI`."""
         return Columns(
-            key_In=torch.cat([self.key_In, key_GI.T.to(self.key_In)], dim=1),
             change_On=torch.cat([self.change_On, value_GO.T.to(self.change_On)], dim=1),
             owner_n=torch.cat([self.owner_n, torch.tensor(owners, device=self.owner_n.device)]),
             solved_OI=self.solved_OI,
@@ -79,7 +76,7 @@ def owners_in(state: Mapping[str, Tensor]) -> set[int]:
     return {number for layer in layers_in(state) for number in state[f"locate.{layer}.owner_n"].tolist()}
 
 
-OWN = {"key_In": 1, "change_On": 1, "owner_n": 0}  # a column's own, and the dimension of each that is columns
+OWN = {"change_On": 1, "owner_n": 0}  # a column's own, and the dimension of each that is columns
 
 State = Mapping[str, Tensor]
 

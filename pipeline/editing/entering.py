@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.model.activations import RowStage, head_reads, wide
 from pipeline.model.blocks import by_row
@@ -29,38 +28,36 @@ class Entering(RowStage):
 
 
 class Keys(RowStage):
-    """Reads what enters the down-projections of some blocks, by running the blocks up to the last of them.
+    """Reads what enters a block's down-projection, and the block, by running the blocks from another up to it.
 
-    Read are the tokens of a row's subject; of a row without one, all. A row's `tag`, (L, O), is added to what
-    leaves these projections at its subject's last token. Outputs are lists of (tokens, I), one a projection, on
-    the CPU.
+    A row's `tag` is what enters block `since`, (tokens, D), as an earlier pass read it; where it is None, all
+    blocks below run. Outputs are pairs on the CPU: (tokens, I) at the tokens of a row's subject, and (tokens, D) at
+    all of its tokens, or None where blocks cannot run `alone`.
     """
 
     title = "Reading keys"
 
-    def __init__(self, llm: LLM, layers: Sequence[int]) -> None:
+    def __init__(self, llm: LLM, layer: int, since: int = 0, alone: bool = True) -> None:
         super().__init__(llm)
-        self.blocks = layers[-1] + 1
-        self.downs = [name for layer in layers for name in llm.blocks[layer].down]
+        self.layer, self.since, self.alone, (self.down,) = layer, since, alone, llm.blocks[layer].down
 
-    def step(self, batch: Batch) -> list[list[Tensor]]:
-        rows = len(batch.texts)
+    def collate(self, items: list[Row] | list[list[Row]]) -> Batch:
+        batch = super().collate(items)
+        enter = [row.tag for row in batch.texts if row.tag is not None]
+        return replace(batch, enter_BTD=nn.utils.rnn.pad_sequence(enter, batch_first=True) if enter else None)
 
-        def add(number: int, _: Tensor, output_BTO: Tensor) -> Tensor:
-            changed_BTO = output_BTO.clone()
-            for place, row in enumerate(batch.texts):
-                if row.tag is not None:
-                    changed_BTO[place, row.span.stop - 1] += row.tag[number].to(output_BTO)
-            return changed_BTO
-
+    def step(self, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
+        block, rows = self.llm.blocks[self.layer].name, len(batch.texts)
         with ExitStack() as stack:
-            stack.enter_context(self.activations.up_to_block(self.blocks))
-            seen = stack.enter_context(self.activations.entering(*self.downs))
-            for number, down in enumerate(self.downs if any(row.tag is not None for row in batch.texts) else ()):
-                stack.enter_context(self.activations.changing(down, rows, partial(add, number)))
+            stack.enter_context(self.activations.from_block(self.since, batch.enter_BTD))
+            stack.enter_context(self.activations.up_to_block(self.layer + 1))
+            seen = stack.enter_context(self.activations.entering(block, self.down))
             self.activations.run(batch.input_ids_BT)
-        entered = [by_row(seen[down], rows) for down in self.downs]
-        return [[one[place, row.span].cpu().clone() for one in entered] for place, row in enumerate(batch.texts)]
+        key_BTI, enter_BTD = by_row(seen[self.down], rows).cpu(), seen[block].cpu()
+        return [
+            (key_BTI[place, row.span].clone(), enter_BTD[place, : row.length()].clone() if self.alone else None)
+            for place, row in enumerate(batch.texts)
+        ]
 
 
 class HeadReads(RowStage):

@@ -22,7 +22,7 @@ from pipeline.editing.lessons import APART, KeepTraining, LessonData, Lessons, r
 from pipeline.editing.method import register, settings_of
 from pipeline.editing.ordinary_text import ordinary_text
 from pipeline.editing.solvers import sparing
-from pipeline.editing.statistics import READ_TOGETHER, KeyMoments
+from pipeline.editing.statistics import KeyMoments
 from pipeline.editing.whitening import WhitenedAdam, whitener
 from pipeline.errors import DeviceError, UserError
 from pipeline.model.activations import Activations, checkpointing, target_logits
@@ -191,7 +191,7 @@ class FineTune(Staying):
         stage = KeyMoments(self.llm, list(self.projections))
         stage.title = "Keys for a last solve"
         some = random.Random(runtime.seed).sample(rows, min(len(rows), READ_MOST))
-        run(stage, some, runtime, Row.length, READ_TOGETHER)
+        run(stage, some, runtime, Row.length, stage.together)
         return stage.moments()
 
     def configure_model(self) -> None:

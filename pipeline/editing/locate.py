@@ -7,10 +7,9 @@ step only, the closed-form solver. Values of a batch of requests are searched fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from typing import Annotated, Any
 
 import torch
@@ -21,11 +20,11 @@ from pipeline.editing.columns import Columns, owner, owners_in
 from pipeline.editing.contexts import CONTEXTS, FORMS, in_context, neighbours
 from pipeline.editing.entering import Keys
 from pipeline.editing.method import register, settings_of
-from pipeline.editing.values import SEARCHED_TOGETHER, TINY, Located, ValueSearch, locate
+from pipeline.editing.values import SEARCHED_TOGETHER, TINY, Located, ValueSearch, locate, sparing_text
 from pipeline.model.blocks import as_stored, second_moment
 from pipeline.model.llm import LLM
 from pipeline.model.suffix import parts_of
-from pipeline.options.base import Count, FromZero, Options, Positive, at_least, at_most
+from pipeline.options.base import Count, FromZero, Options, Positive, Weight, at_least, at_most
 from pipeline.options.editing import EditOptions
 from pipeline.requests.rows import Row
 from pipeline.requests.schema import EditRequest
@@ -41,9 +40,14 @@ CROWDED = 3.0  # a layer with a third as many facts as inputs is to keep twice a
 # the first and the last token that are read of a text, from where a name's last one stands, and how many there are
 AT, AFTER, UPTO = (lambda at, _: (at, at)), (lambda at, count: (at, count - 1)), (lambda at, _: (min(1, at), at))
 
-QUICK = {"forms": 0, "relations": 0, "steps": 12, "spread": 1}  # settings where edits are only compared
+QUICK = {
+    "forms": 0,
+    "relations": 0,
+    "steps": 12,
+    "spread": 1,
+    "damping": 0,
+}  # settings where edits are only compared
 
-Placed = tuple[str, int, Callable[[int, int], tuple[int, int]]]  # a text, a name's end in it, and what is read
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # keys (I, n), changes (O, n), moment (I, I) → ΔW (O, I)
 
 
@@ -61,13 +65,16 @@ class LocateSettings(Options):
     """Blocks that carry a value together: a golden layer and those above it, never the last."""
     batch_size: Count = 32
     """Requests whose values are searched for together."""
-    steps: Count = 22
+    steps: Count = 20
     """The most steps of a value's search."""
-    step: Positive = 0.25
+    step: Positive = 0.23
     """Length of its first step, in units of the projections' output norms; the last one's is a fifth of it."""
     bound: Positive = 2.25
     """Largest change of a value, in the same units."""
-    strength: Positive = 20.0
+    damping: Weight = 0.1
+    """Of how much ordinary text minds each direction of a step, in units of the mean: values spare those that it
+    minds most, the more the smaller; 0: all are alike."""
+    strength: Positive = 40.0
     """memit: weight of what is to stay against few requests, free of the keys' scale; many call for more."""
     threshold: Positive = 0.02
     """alphaedit: eigenvalues of the statistics below this, relative to the largest, count as free of text."""
@@ -79,8 +86,9 @@ class LocateThenEdit:
     A value is found in the golden layer and blocks above it (`spread`), which carry it together: each of them then
     changes less, and so do other texts.
 
-    It is made as `EditMethod` says. Its `state` are every layer's `Columns`: earlier keys and values are solved for
-    again, together with the new ones. `solver` goes from the settings to the closed-form solver.
+    It is made as `EditMethod` says. Its `state` are every layer's `Columns`: earlier values are solved for again,
+    together with the new ones. Layers are solved from below, each for the keys that enter it by then: a key above
+    holds what is put out below, mostly. `solver` goes from the settings to the closed-form solver.
     """
 
     adapter: dict[str, Any] | None = None
@@ -103,21 +111,24 @@ class LocateThenEdit:
         self.solve = solver(self.settings)
         self.weight_names = [name for layer in self.layers for name in llm.blocks[layer].weight_names("down")]
         self.moments_of = [name for layer in self.layers for name in llm.blocks[layer].down]
+        self.slopes_of = self.moments_of if self.settings.damping else []
+        self.slopes: dict[str, Tensor] = {}
         self.state = dict(earlier or {})
 
     def run(self, requests: Sequence[EditRequest], runtime: Runtime, earlier: Sequence[EditRequest] = ()) -> None:
-        """At each layer in turn: search the values, gather the keys, solve, and change the weight in place.
+        """Search the values; then at each layer in turn read the keys, solve, and change the weight in place.
 
         Earlier facts about a request's subject are searched for anew, together with it.
         """
-        self._solve_anew(requests, self._about_same(requests, earlier), runtime, [*earlier, *requests])
+        asked = [*self._about_same(requests, earlier), *requests]
+        self._solve_anew(asked, [*earlier, *requests], runtime)
 
     def leave_out(self, requests: Sequence[EditRequest], runtime: Runtime, left: Sequence[EditRequest]) -> None:
         """Solve again without these requests, for those that are left alone.
 
         Values are searched for anew where facts about a subject are left, which had one value with them.
         """
-        self._solve_anew([], self._about_same(requests, left), runtime, left, requests)
+        self._solve_anew(self._about_same(requests, left), left, runtime, gone=requests)
 
     def _about_same(self, requests: Sequence[EditRequest], others: Sequence[EditRequest]) -> list[EditRequest]:
         """Those of other requests that were located here, and are about a subject of these requests."""
@@ -127,31 +138,26 @@ class LocateThenEdit:
 
     def _solve_anew(
         self,
-        new: Sequence[EditRequest],
-        again: Sequence[EditRequest],
-        runtime: Runtime,
+        asked: Sequence[EditRequest],
         held: Sequence[EditRequest],
+        runtime: Runtime,
         gone: Sequence[EditRequest] = (),
     ) -> None:
-        """Solve each layer for what it was asked for before, less `gone`, and for `new` and `again` as found now.
-
-        `held` are all requests that are in force then.
-        """
-        asked = [*again, *new]
+        """Solve for what was asked before, less `gone`, and for `asked` as found now; `held` are then in force."""
         subjects, outdated = list(dict.fromkeys(map(about, asked))), [*map(owner, [*asked, *gone])]
         located = self.located([[one for one in asked if about(one) == subject] for subject in subjects])
-        # values, keys and what is to stay are found without other requests' solutions, and solved with them
+        # values are found without other requests' solutions, keys with all of those of the layers below
         columns = {layer: self._taken_out(layer).without(outdated) for layer in self.layers}
         if asked:
             values = dict(zip(subjects, self.find(located, runtime), strict=True))
             value_GLO = torch.stack([values[about(request)] for request in asked])
-            keys = self.keys(asked, value_GLO, runtime)
-            for layer, key_GI, value_GO in zip(self.layers, keys, value_GLO.unbind(1), strict=True):
-                columns[layer] = columns[layer].and_asked([*map(owner, asked)], key_GI, value_GO)
-        asking = any(one.owner_n.numel() for one in columns.values())
-        spared = self.spared(held, runtime) if asking else [None] * len(self.layers)
-        for layer, spared_NI in zip(self.layers, spared, strict=True):
-            self._put_in(layer, columns[layer], spared_NI)
+            for layer, value_GO in zip(self.layers, value_GLO.unbind(1), strict=True):
+                columns[layer] = columns[layer].and_asked([*map(owner, asked)], value_GO)
+        owners = {*torch.cat([one.owner_n for one in columns.values()]).tolist()}
+        asking = [request for request in held if owner(request) in owners]
+        reading = Reading(self, asking, held, runtime) if asking else None
+        for layer in self.layers:
+            self._put_in(layer, columns[layer], reading)
 
     def _taken_out(self, layer: int) -> Columns:
         """What a layer was asked for before, its solution being taken out of the weight."""
@@ -160,15 +166,18 @@ class LocateThenEdit:
         add(down.weight, as_stored(down, -columns.solved_OI))
         return columns
 
-    def _put_in(self, layer: int, columns: Columns, spared_NI: Tensor | None) -> None:
+    def _put_in(self, layer: int, columns: Columns, reading: Reading | None) -> None:
         """Change a weight that is without any solution yet to what the columns ask for, and keep both."""
         ((name, down),) = self.llm.blocks[layer].down.items()
-        columns = Columns(*(tensor.to(down.weight.device) for tensor in columns))  # where a stage put it meanwhile
+        device = down.weight.device  # where a stage put it meanwhile
+        columns = Columns(*(tensor.to(device) for tensor in columns))
         solved_OI = torch.zeros_like(columns.solved_OI)
-        if spared_NI is not None:
-            text_II, spared_NI = (one.to(down.weight.device) for one in (self.moments[name], spared_NI))
-            kept_II = text_II / solvers.trace(text_II) + second_moment(spared_NI, text_II.shape)
-            solved_OI = self.solve(columns.key_In, columns.change_On, kept_II).float()
+        if reading and len(columns.owner_n):
+            owned, spared_NI = reading.of(layer)
+            key_In = torch.stack([owned[one] for one in columns.owner_n.tolist()], dim=1).to(device)
+            text_II = self.moments[name].to(device)
+            kept_II = text_II / solvers.trace(text_II) + second_moment(spared_NI.to(device), text_II.shape)
+            solved_OI = self.solve(key_In, columns.change_On, kept_II).float()
         add(down.weight, as_stored(down, solved_OI))
         self.state |= columns._replace(solved_OI=solved_OI).to_state(layer)
 
@@ -179,54 +188,68 @@ class LocateThenEdit:
 
     def search(self) -> ValueSearch:
         """The search for values."""
-        return ValueSearch(self.llm, self.layers, self.settings.steps, self.settings.step, self.settings.bound)
+        own = self.settings
+        slopes = [self.slopes[name] for name in self.slopes_of]
+        spare = sparing_text(slopes, own.damping) if slopes else None
+        return ValueSearch(self.llm, self.layers, own.steps, own.step, own.bound, spare)
 
     def find(self, located: Sequence[Located], runtime: Runtime) -> list[Tensor]:
         """Every subject's changes (L, O) of the layers' outputs; with a work folder, found ones are kept there."""
         together = (Located.tokens, self.settings.batch_size, SEARCHED_TOGETHER)
         return run(self.search(), located, runtime, *together, kept="values", in_step=True, logger=runtime.logger)
 
-    def keys(self, requests: Sequence[EditRequest], value_GLO: Tensor, runtime: Runtime) -> list[Tensor]:
-        """Each layer's keys (requests, I) at subjects' ends, the layers below changed for each request alone."""
-        placed = [(*in_context(CONTEXTS[0], request), AT) for request in requests]
-        return [torch.cat(keys) for keys in self._read(placed, runtime, value_GLO)]
 
-    def spared(self, requests: Sequence[EditRequest], runtime: Runtime) -> list[Tensor]:
-        """For each layer, keys (places, I) whose outputs are to stay, each kind's with its weight for a trace.
+class Reading:
+    """Reads the keys of requests, and keys whose outputs are to stay, a layer after another from below.
 
-        Those are other names in the requests' prompts, and all tokens after them; what stands before the end of a
-        request's own subject; and what another context changes of its key, of which nothing is to come.
-        """
-        names = neighbours(requests, self.settings.neighbours, NAMED, runtime.seed)
-        some = [request for request in requests if request.subject_span][: TURNS // 2]
+    Each layer is read with what is solved below it in the weights, and goes on from what entered the one before.
+
+    Args:
+        method: whose model and settings.
+        asking: the requests whose keys are asked for.
+        held: all that are in force, whose prompts other names are put in.
+    """
+
+    def __init__(
+        self, method: LocateThenEdit, asking: Sequence[EditRequest], held: Sequence[EditRequest], runtime: Runtime
+    ) -> None:
+        self.llm, self.runtime, self.since = method.llm, runtime, 0
+        self.owners = [*map(owner, asking)]
+        names = neighbours(held, method.settings.neighbours, NAMED, runtime.seed)
+        some = asking[: TURNS // 2]
         contexts = CONTEXTS[1 : max(2, TURNS // len(some))]
         placed = [
             *[(*name, AFTER) for name in names],
-            *[(*in_context(CONTEXTS[0], request), UPTO) for request in some],
+            *[(*in_context(CONTEXTS[0], request), UPTO) for request in asking],
             *[(*in_context(context, request), AT) for request in some for context in contexts],
         ]
-        own, turned, found = len(names), len(names) + len(some), []
-        for keys in self._read(placed, runtime):
-            bare = keys[own:turned]
-            bare_S1I = torch.stack([key_TI[-1:] for key_TI in bare])
-            key_SCI = torch.cat([bare_S1I, torch.cat(keys[turned:]).unflatten(0, (len(some), -1))], dim=1)
-            others = [torch.cat(kind) for kind in (keys[:own], [key_TI[:-1] for key_TI in bare]) if kind]
-            kinds = [(key_NI, key_NI, OTHERS) for key_NI in others]
-            kinds.append(((key_SCI[:, 1:] - bare_S1I).flatten(0, 1), key_SCI, TURNED))
-            found.append(torch.cat([_weighed(*kind) for kind in kinds]))
-        return found
-
-    def _read(
-        self, placed: Sequence[Placed], runtime: Runtime, changes: Iterable[Tensor | None] = repeat(None)
-    ) -> list[tuple[Tensor, ...]]:
-        """Each layer's keys (places, I) of each text, lower layers changed at the last place."""
+        self.names, self.some = len(names), len(some)
         texts = self.llm.tokens.prompts([text for text, _, _ in placed])
-        rows = [
-            Row(ids, len(ids), which(self.llm.tokens.place(text, end), len(ids)), tag=change_LO)
-            for (text, end, which), ids, change_LO in zip(placed, texts, changes, strict=False)
+        self.rows = [
+            Row(ids, len(ids), which(self.llm.tokens.place(text, end), len(ids)))
+            for (text, end, which), ids in zip(placed, texts, strict=True)
         ]
-        keys = run(Keys(self.llm, self.layers), rows, runtime, Row.length, READ_TOGETHER)
-        return [tuple(key.float() for key in of_layer) for of_layer in zip(*keys, strict=True)]
+
+    def of(self, layer: int) -> tuple[dict[int, Tensor], Tensor]:
+        """The layer's key (I,) of each fact at its subject's end, and keys (places, I) whose outputs are to stay.
+
+        Those are other names in the requests' prompts, and all tokens after them; what stands before the end of a
+        request's own subject; and what another context changes of its key, of which nothing is to come. They are so
+        scaled that each kind has its weight for a trace.
+        """
+        stage = Keys(self.llm, layer, self.since, parts_of(self.llm).blocks)
+        read = run(stage, self.rows, self.runtime, Row.length, READ_TOGETHER)
+        self.since = layer
+        self.rows = [row._replace(tag=enter_TD) for row, (_, enter_TD) in zip(self.rows, read, strict=True)]
+        keys = [key_TI.float() for key_TI, _ in read]
+        own = keys[self.names : self.names + len(self.owners)]
+        key_GI = torch.stack([key_TI[-1] for key_TI in own])
+        bare_S1I = key_GI[: self.some, None]
+        turned_SCI = torch.cat(keys[self.names + len(own) :]).unflatten(0, (self.some, -1))
+        others = [torch.cat(kind) for kind in (keys[: self.names], [key_TI[:-1] for key_TI in own]) if kind]
+        kinds = [(key_NI, key_NI, OTHERS) for key_NI in others]
+        kinds.append(((turned_SCI - bare_S1I).flatten(0, 1), torch.cat([bare_S1I, turned_SCI], dim=1), TURNED))
+        return dict(zip(self.owners, key_GI, strict=True)), torch.cat([_weighed(*kind) for kind in kinds])
 
 
 def _weighed(key_NI: Tensor, unit: Tensor, weight: float) -> Tensor:

@@ -1,8 +1,12 @@
-"""Key statistics: the second moment of what ordinary text sends into a projection, found once and kept on disk."""
+"""Statistics of ordinary text, found once and kept on disk: second moments of what enters a projection, its keys,
+and of slopes, the gradients of the text's loss with respect to what leaves it.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, distributed
+from torch.nn import functional as F
 
 from pipeline.editing.bundled import bundled_moment
 from pipeline.editing.ordinary_text import OPENINGS, file_text, ordinary_text, windows
 from pipeline.errors import UserError, note
 from pipeline.files import cached, digest, read_sealed, write_sealed
-from pipeline.model.activations import RowStage
-from pipeline.model.blocks import by_row, moment_shape, second_moment
+from pipeline.model.activations import RowStage, target_logits
+from pipeline.model.blocks import by_row, moment_shape, second_moment, sizes
 from pipeline.model.llm import LLM
 from pipeline.options.editing import StatisticsOptions
 from pipeline.requests.rows import Batch, Row
@@ -25,7 +30,7 @@ from pipeline.running.processes import of_all, world_size
 from pipeline.running.stage import run
 from pipeline.running.trainer import Runtime, own_precision
 
-READ_TOGETHER = 8  # windows
+EACH = 16  # tokens that slopes are read at, for each output of a projection
 ROUNDING = 1e-5  # of the trace: eigenvalues of a float32 sum may lie that far below nought
 
 
@@ -41,20 +46,34 @@ def key_moments(
     anything else, or holds no second moment, is told of and made anew. UserError when the text cannot be read or is
     too short for the keys' dimension, or the model's keys in this precision have no second moment.
     """
-    runtime = runtime or Runtime()
+    return _moments(KeyMoments, llm, names, options, runtime or Runtime())
+
+
+def slope_moments(
+    llm: LLM, names: Sequence[str], options: StatisticsOptions, runtime: Runtime | None = None
+) -> dict[str, Tensor]:
+    """G = E[g gᵀ] of the gradients g of text's loss with respect to what leaves projections, (O, O), likewise.
+
+    With C it is the curvature of what a change of a weight does to text (K-FAC, arXiv 1503.05671).
+    """
+    return _moments(SlopeMoments, llm, names, options, runtime or Runtime())
+
+
+def _moments(
+    kind: type[KeyMoments], llm: LLM, names: Sequence[str], options: StatisticsOptions, runtime: Runtime
+) -> dict[str, Tensor]:
     text = file_text(options)
     of = digest(options.tokens, llm.tokens.texts(OPENINGS) if text is None else windows(llm, text, options.tokens))
-    about = {name: _about(llm, name, of, runtime) for name in names}
+    about = {name: _about(kind, llm, name, of, runtime) for name in names}
     files = {name: cached(f"moment-{digest(about[name])}.safetensors") for name in names}
     device = llm.embedding.device
     found = {name: moment for name in names if (moment := _read(files[name], about[name], device)) is not None}
     missing = sorted({name for lacking in of_all(files.keys() - found.keys()) for name in lacking})
     if missing:
-        read = ordinary_text(llm, options, runtime)
-        _check_size(llm, missing, sum(map(len, read)), options)
-        stage = KeyMoments(llm, missing)
+        stage = kind(llm, missing)
+        rows = stage.rows(ordinary_text(llm, options, runtime), options)
         with llm.frozen():
-            run(stage, [Row(ids, len(ids)) for ids in read], runtime, batch_size=READ_TOGETHER)
+            run(stage, rows, runtime, batch_size=stage.together)
         for name, moment in stage.moments().items():
             if wrong := _wrong(moment, about[name], device):
                 raise UserError(
@@ -67,20 +86,22 @@ def key_moments(
 
 
 def give_moments(method: Any, llm: LLM, options: StatisticsOptions, runtime: Runtime) -> None:
-    """Give a kind of edit the key statistics that it wants; the model is without any edit."""
+    """Give a kind of edit the statistics that it wants; the model is without any edit."""
     if names := getattr(method, "moments_of", ()):
         method.moments = key_moments(llm, names, options, runtime)
+    if names := getattr(method, "slopes_of", ()):
+        method.slopes = slope_moments(llm, names, options, runtime)
 
 
-def _about(llm: LLM, name: str, text: str, runtime: Runtime) -> dict[str, Any]:
+def _about(kind: type[KeyMoments], llm: LLM, name: str, text: str, runtime: Runtime) -> dict[str, Any]:
     """What a projection's statistics over a text, known by its digest, depend on, and their shape."""
     return {
         "model": llm.fingerprint,
         "projection": name,
         "precision": f"{llm.model.dtype}, {runtime.precision}",
         "text": text,
-        "shape": [*moment_shape(llm.model.get_submodule(name))],  # type: ignore[arg-type]
-    }
+        "shape": [*kind.shape(llm.model.get_submodule(name))],
+    } | ({"of": kind.of} if kind.of else {})
 
 
 def _wrong(moment_II: Tensor, about: dict[str, Any], device: torch.device) -> str:
@@ -96,16 +117,6 @@ def _wrong(moment_II: Tensor, about: dict[str, Any], device: torch.device) -> st
     total = diagonal.sum()
     diagonal.add_(ROUNDING * total)
     return "not positive" if total <= 0 or torch.linalg.cholesky_ex(raised_II)[1].any() else ""
-
-
-def _check_size(llm: LLM, names: Sequence[str], tokens: int, options: StatisticsOptions) -> None:
-    """Raise UserError for fewer tokens than twice a key's dimension."""
-    inputs = max(moment_shape(llm.model.get_submodule(name))[-1] for name in names)  # type: ignore[arg-type]
-    if tokens < 2 * inputs:
-        raise UserError(
-            f"statistics.tokens: {options.tokens} of {options.text or 'the text that the model writes'} come to "
-            f"{tokens} tokens; statistics of {inputs} inputs need at least {2 * inputs}"
-        )
 
 
 def _read(file: Path | None, about: dict[str, Any], device: torch.device) -> Tensor | None:
@@ -128,19 +139,45 @@ class KeyMoments(RowStage):
     A text's last token is read where it has no targets. Blocks run up to the last of these projections.
     """
 
-    title = "Key statistics (once a model, kept)"
+    title, together = "Key statistics (once a model, kept)", 8  # windows
+    of: str | None = None  # what its files say beside
 
     def __init__(self, llm: LLM, names: Sequence[str]) -> None:
         super().__init__(llm)
         self.names = list(names)
-        self.shapes = {name: moment_shape(llm.model.get_submodule(name)) for name in names}  # type: ignore[arg-type]
+        self.shapes = {name: self.shape(llm.model.get_submodule(name)) for name in names}
         self.above = 1 + max(llm.blocks_of(names))
         self.sums: dict[str, Tensor] = {}  # float64: no buffers, which Lightning would cast with the weights
         self.count = 0
 
-    def step(self, batch: Batch) -> list[None]:
+    @staticmethod
+    def shape(projection: Any) -> tuple[int, ...]:
+        """Of a projection's moment."""
+        return moment_shape(projection)
+
+    def rows(self, texts: Sequence[list[int]], options: StatisticsOptions) -> list[Row]:
+        """What is read of texts; UserError for fewer tokens than twice a key's dimension."""
+        inputs, tokens = max(shape[-1] for shape in self.shapes.values()), sum(map(len, texts))
+        if tokens < 2 * inputs:
+            raise UserError(
+                f"statistics.tokens: {options.tokens} of {options.text or 'the text that the model writes'} come "
+                f"to {tokens} tokens; statistics of {inputs} inputs need at least {2 * inputs}"
+            )
+        return [self.row(ids) for ids in texts]
+
+    @staticmethod
+    def row(ids: list[int]) -> Row:
+        """A text as it is read."""
+        return Row(ids, len(ids))
+
+    def seen(self, batch: Batch) -> dict[str, Tensor]:
+        """What is summed of a batch, by projection."""
         with self.activations.up_to_block(self.above), self.activations.entering(*self.names) as seen:
             self.activations.run(batch.input_ids_BT)
+        return seen
+
+    def step(self, batch: Batch) -> list[None]:
+        seen = self.seen(batch)
         ends = [len(row.token_ids) - bool(row.targets) for row in batch.texts]
         places_T = torch.arange(batch.input_ids_BT.shape[1], device=batch.input_ids_BT.device)
         read_BT1 = (places_T < torch.tensor(ends, device=places_T.device)[:, None])[..., None]
@@ -165,3 +202,30 @@ class KeyMoments(RowStage):
             mean_II = (total_II / count).float()
             found[name] = ((mean_II + mean_II.mT) / 2).cpu()  # a product's two halves may differ by rounding
         return found
+
+
+class SlopeMoments(KeyMoments):
+    """Sums g gᵀ of the gradients of texts' loss with respect to what leaves projections, a part of the texts."""
+
+    title, together, gradients = "Slopes of text (once a model, kept)", 4, True
+    of = "slopes"
+
+    @staticmethod
+    def shape(projection: Any) -> tuple[int, ...]:
+        return (sizes(projection)[1],) * 2
+
+    def rows(self, texts: Sequence[list[int]], options: StatisticsOptions) -> list[Row]:
+        """Texts that come to `EACH` tokens for an output, as far as there are any."""
+        ends = [*accumulate(map(len, texts))]
+        enough = bisect(ends, EACH * max(shape[-1] for shape in self.shapes.values()))
+        return [self.row(ids) for ids in texts[: 1 + enough]]
+
+    @staticmethod
+    def row(ids: list[int]) -> Row:
+        return Row(ids, 1)
+
+    def seen(self, batch: Batch) -> dict[str, Tensor]:
+        with self.activations.from_gradients(), self.activations.leaving(*self.names) as left:
+            logits_NV = target_logits(self.model, batch)
+        loss = F.cross_entropy(logits_NV, batch.target_N, reduction="sum")
+        return dict(zip(left, torch.autograd.grad(loss, list(left.values())), strict=True))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pipeline.editing.contexts import in_context, own_forms, relations
 from pipeline.editing.entering import going_on
 from pipeline.editing.relations import statement
+from pipeline.editing.whitening import whitener
 from pipeline.errors import UserError
 from pipeline.model.activations import wide
 from pipeline.model.llm import LLM
@@ -100,16 +101,20 @@ class ValueSearch(Stage):
     same loss takes an r of twice the norm. A weight gives a value in part, and other things beside it: so answers
     are learnt from `SHARE` of r with noise `NOISE` times as long, which a subject draws whoever is in the batch. r,
     step and bound are in units of the first projection's own output norm, so that one setting serves models with
-    and without a norm behind it. A subject whose answers are learnt leaves the batch; known ones are not changed.
+    and without a norm behind it. All lengths are taken in coordinates in which ordinary text minds each change
+    alike: `spare` (L, O, O) leads out of them (a natural gradient, by text's curvature; see `sparing_text`). A
+    subject whose answers are learnt leaves the batch; known ones are not changed.
 
     Outputs are changes (L, O) of the L blocks' down-projections' outputs, after `steps` steps at most.
     """
 
     title, gradients = "Finding values", True
 
-    def __init__(self, llm: LLM, layers: Sequence[int], steps: int, step: float, bound: float) -> None:
+    def __init__(
+        self, llm: LLM, layers: Sequence[int], steps: int, step: float, bound: float, spare: Tensor | None = None
+    ) -> None:
         super().__init__(llm.model)
-        self.llm, self.layers = llm, layers
+        self.llm, self.layers, self.spare_LOO = llm, layers, spare
         self.steps, self.step_size, self.bound = steps, step, bound
         self.shown = 0  # steps
 
@@ -145,7 +150,13 @@ class ValueSearch(Stage):
         bases = [part.suffixes.base_NV.log_softmax(-1) for part in stays]  # (G, V) each
         output_GLO = wide(bare[0].suffixes.output_BLO)  # every subject has a first row
         scale_G11 = output_GLO[:, :1].norm(dim=-1, keepdim=True)
-        unit_GLO = torch.zeros_like(output_GLO).requires_grad_(True)  # changes over scale
+        unit_GLO = torch.zeros_like(output_GLO).requires_grad_(True)  # changes over scale, as text minds them
+        spare_LOO = None if self.spare_LOO is None else self.spare_LOO.to(unit_GLO)
+
+        def out(unit_GLO: Tensor) -> Tensor:
+            changed_GLO = unit_GLO if spare_LOO is None else torch.einsum("glo,lop->glp", unit_GLO, spare_LOO)
+            return changed_GLO * scale_G11
+
         learnt_GLO, way_GLO = torch.zeros_like(unit_GLO), torch.zeros_like(unit_GLO)
         norm_G11 = partial(torch.linalg.vector_norm, dim=(1, 2), keepdim=True)  # over all blocks
         chances = [torch.Generator().manual_seed(hash(tuple(one.rows[0].token_ids))) for one in batch]
@@ -157,8 +168,8 @@ class ValueSearch(Stage):
             turns = max(1, -(-len(others) // OTHERS_EACH))
             parts = [*bare, *others[step % turns :: turns]]
             turn = step % len(stays)
-            nll_G = _losses(parts, disturbed(unit_GLO, chances) * scale_G11)
-            kl_G = _divergence(stays[turn], unit_GLO * scale_G11, bases[turn])
+            nll_G = _losses(parts, out(disturbed(unit_GLO, chances)))
+            kl_G = _divergence(stays[turn], out(unit_GLO), bases[turn])
             if not nll_G.isfinite().all():
                 raise UserError(
                     f"edit: the loss is not a number in step {step}, in the batch of requests "
@@ -186,7 +197,7 @@ class ValueSearch(Stage):
                     [left for part in some if (left := _only(part, running_G))] for some in (bare, others)
                 )
                 stays = [_only(part, running_G) or part for part in stays]
-        return learnt_GLO * scale_G11
+        return out(learnt_GLO)
 
     def _show(self, nll_G: Tensor) -> None:
         """Show the mean loss of the batch at work; batch follows batch on one axis."""
@@ -199,6 +210,16 @@ def _only(part: Part, running_G: Tensor) -> Part | None:
     """The rows of values that are still searched for; None where no row is left."""
     rows = running_G[part.owner_B].nonzero().squeeze(1)
     return Part(part.suffixes.subset(rows), part.owner_B[rows]) if len(rows) else None
+
+
+def sparing_text(slopes: Sequence[Tensor], damping: float) -> Tensor:
+    """(G + damping)^(-1/2) of blocks' slope moments G, (L, O, O): text minds a step in any coordinate alike.
+
+    Damping is in units of each block's mean; a block that text minds more than another carries less.
+    """
+    mean = torch.stack([slope_OO.diagonal().mean() for slope_OO in slopes])
+    share_L = (mean.mean() / mean).sqrt()
+    return torch.stack([whitener(each, damping) * share for each, share in zip(slopes, share_L, strict=True)])
 
 
 def disturbed(unit_GLO: Tensor, chances: Sequence[torch.Generator]) -> Tensor:

@@ -23,7 +23,6 @@ import torch
 
 from pipeline.editing.editor import METHODS, wanted_plain
 from pipeline.editing.method import settings_of
-from pipeline.editing.statistics import READ_TOGETHER
 from pipeline.errors import UserError, check_choice
 from pipeline.evaluation.reading import BATCH_SIZE, BATCH_TOKENS
 from pipeline.model.blocks import weight_name
@@ -133,10 +132,10 @@ def needs(case: Case, options: PlanCommand, weights: int, memory: int) -> Iterat
     attributed = partial(stages.attribution, case, options.attribution)
     yield need("attribution", asked, attributed, stages.attributed_together(case))
     edits = [options.edit.by(method) for method in options.method]
-    made = (METHODS[edit.method].make(case.shape, [case.layer], edit) for edit in edits)
-    if wanted := {name for one in made for name in getattr(one, "moments_of", ())}:
-        read = partial(stages.key_statistics, case, sorted(wanted))
-        yield need("key statistics", READ_TOGETHER, read, fixed=True)
+    made = [METHODS[edit.method].make(case.shape, [case.layer], edit) for edit in edits]
+    for stage, kind, wanted_by in stages.STATISTICS:
+        if wanted := {name for one in made for name in getattr(one, wanted_by, ())}:
+            yield need(stage, kind.together, partial(stages.statistics, case, kind, sorted(wanted)), fixed=True)
     for edit in edits:
         batch = getattr(settings_of(edit), "batch_size", options.attribution.batch_size)
         edited, together = partial(stages.editing, case, edit), stages.searched_together(case, edit)

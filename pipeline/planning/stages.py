@@ -26,7 +26,7 @@ from pipeline.editing.lora import LoRA
 from pipeline.editing.method import METHODS
 from pipeline.editing.ordinary_text import WINDOW
 from pipeline.editing.solvers import sparing
-from pipeline.editing.statistics import KeyMoments
+from pipeline.editing.statistics import KeyMoments, SlopeMoments
 from pipeline.editing.values import SEARCHED_TOGETHER, Located
 from pipeline.evaluation.plan import WINDOW as READ_WINDOW
 from pipeline.evaluation.plan import Text
@@ -39,6 +39,10 @@ from pipeline.planning.shape import ANSWER, Case
 from pipeline.requests.rows import Batch, Row, collate
 
 STEPS = 2  # of an optimiser: its state is there from the second on
+STATISTICS: tuple[tuple[str, type[KeyMoments], str], ...] = (  # a stage's name, and by what methods want it
+    ("key statistics", KeyMoments, "moments_of"),
+    ("slopes of text", SlopeMoments, "slopes_of"),
+)
 OPENING = 8  # tokens of what stands before a subject, see `pipeline.editing.contexts.CONTEXTS`
 
 
@@ -56,9 +60,9 @@ def attributed_together(case: Case) -> int:
     return max(1, tokens // tokens_of((case.row, case.row)))
 
 
-def key_statistics(case: Case, names: Sequence[str], batch: int) -> int:
-    """Windows of ordinary text up to the last of these projections, and the second moments of their inputs."""
-    return case.peak(KeyMoments(case.shape, names), [Row([0] * WINDOW, WINDOW)] * batch)
+def statistics(case: Case, kind: type[KeyMoments], names: Sequence[str], batch: int) -> int:
+    """Windows of ordinary text, and the second moments of what is read of these projections."""
+    return case.peak(kind(case.shape, names), [kind.row([0] * WINDOW)] * batch)
 
 
 def evaluation(case: Case, batch: int) -> int:
@@ -153,19 +157,20 @@ def _locating(case: Case, method: LocateThenEdit, together: int) -> int:
     """Values of requests that are searched for together, and their keys; then the solution."""
     (down,) = case.shape.blocks[case.layer].down.values()
     inputs, outputs = sizes(down)
+    spare, method.slopes_of = (len(method.slopes_of), outputs, outputs), []  # whose roots would be taken
     search = method.search()
-    search.steps = 1
+    search.steps, search.spare_LOO = 1, torch.empty(spare) if spare[0] else None
     searched = case.peak(search, [_located(case, method)] * together)
-    change_LO = torch.empty(len(method.layers), outputs)
-    asked = case.row._replace(token_ids=[0] * (case.row.target_start + OPENING), tag=change_LO)  # under a context
-    keyed = case.peak(Keys(case.shape, method.layers), [asked] * READ_TOGETHER)
+    asked = case.row._replace(token_ids=[0] * (case.row.target_start + OPENING), tag=None)  # under a context
+    keyed = case.peak(Keys(case.shape, method.layers[-1]), [asked] * READ_TOGETHER)
     with case.counting(gradients=False) as alive:
         keys, changes, moment = (
             torch.empty(size) for size in ((inputs, together), (outputs, together), moment_shape(down))
         )
         method.solve(keys, changes, moment).float()
-    of_layer = [(inputs, together), (outputs, together), (outputs, inputs), *[moment_shape(down)] * case.on_host]
+    of_layer = [(outputs, together), (outputs, inputs), *[moment_shape(down)] * case.on_host]
     held = len(method.layers) * sum(torch.empty(size, device="meta").nbytes for size in of_layer)
+    held += torch.empty(spare, device="meta").nbytes
     return held + max(searched, keyed, alive.peak)
 
 
