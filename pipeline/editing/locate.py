@@ -189,7 +189,7 @@ class LocateThenEdit:
     def search(self) -> ValueSearch:
         """The search for values."""
         own = self.settings
-        slopes = [self.slopes[name] for name in self.slopes_of]
+        slopes = [self.slopes[name].to(self.llm.embedding.device) for name in self.slopes_of]
         spare = sparing_text(slopes, own.damping) if slopes else None
         return ValueSearch(self.llm, self.layers, own.steps, own.step, own.bound, spare)
 

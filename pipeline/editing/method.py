@@ -23,7 +23,7 @@ class EditMethod(Protocol):
     It is made by `make(llm, layers, options, earlier)`: the model, frozen by the caller; the blocks to change; the
     options, of which `settings_of` gives its own settings; the `state` of an earlier update to go on from.
     One that wants key statistics of projections names these in `moments_of`, and finds them by name in `moments`
-    when it runs: `pipeline.editing.statistics.give_moments` puts them there.
+    when it runs, and text's slopes by `slopes_of` in `slopes`: `pipeline.editing.statistics.give_moments` does it.
     """
 
     weight_names: list[str]  # the weights it changes, by full name
